@@ -1,0 +1,195 @@
+//! The queue of completions that the soft and the null device share: bounded by credits taken when
+//! work is posted, so that it never overflows.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::error::Error;
+use crate::wr::Completion;
+
+/// What a poll says beyond the completions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Poll {
+    /// Work or completions remain: poll again rather than sleep.
+    pub more: bool,
+}
+
+/// Locks, also when a panic elsewhere poisoned the lock: the data of this crate's locks is whole
+/// between statements.
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The free slots of one work queue.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    free: AtomicU32,
+}
+
+impl Slots {
+    pub(crate) fn new(n: u32) -> Self {
+        Self {
+            free: AtomicU32::new(n),
+        }
+    }
+
+    pub(crate) fn free(&self) -> u32 {
+        self.free.load(Ordering::Acquire)
+    }
+
+    /// Takes up to `n` and says how many.
+    pub(crate) fn take(&self, n: u32) -> u32 {
+        let mut got = 0;
+        let _ = self
+            .free
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
+                got = free.min(n);
+                Some(free - got)
+            });
+        got
+    }
+
+    pub(crate) fn give(&self, n: u32) {
+        self.free.fetch_add(n, Ordering::AcqRel);
+    }
+}
+
+/// A completion and what polling it gives back.
+#[derive(Debug)]
+pub(crate) struct Cqe {
+    pub(crate) completion: Completion,
+    /// Work requests that end with it: itself and the unsignalled ones before it.
+    pub(crate) slots: u32,
+    /// The work queue it came from.
+    pub(crate) queue: Arc<Slots>,
+}
+
+#[derive(Debug)]
+pub(crate) struct CqCore {
+    depth: u32,
+    credits: Slots,
+    queue: Mutex<VecDeque<Cqe>>,
+    /// Length of `queue`, to look without the lock.
+    queued: AtomicUsize,
+    armed: AtomicBool,
+    signalled: AtomicBool,
+    event: EventFd,
+}
+
+impl CqCore {
+    pub(crate) fn new(depth: u32) -> Result<Self, Error> {
+        let event =
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|e| {
+                Error::Os {
+                    op: "eventfd",
+                    source: e.into(),
+                }
+            })?;
+        Ok(Self {
+            depth,
+            credits: Slots::new(depth),
+            queue: Mutex::new(VecDeque::new()),
+            queued: AtomicUsize::new(0),
+            armed: AtomicBool::new(false),
+            signalled: AtomicBool::new(false),
+            event,
+        })
+    }
+
+    pub(crate) fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    pub(crate) fn credits(&self) -> &Slots {
+        &self.credits
+    }
+
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queued.load(Ordering::Acquire) == 0
+    }
+
+    /// Moves completions in, in order, and wakes the poller.
+    pub(crate) fn push_all(&self, cqes: &mut Vec<Cqe>) {
+        if cqes.is_empty() {
+            return;
+        }
+        {
+            let mut q = lock(&self.queue);
+            q.extend(cqes.drain(..));
+            self.queued.store(q.len(), Ordering::Release);
+        }
+        self.wake();
+    }
+
+    /// Takes up to `max` completions out; their credits return.
+    pub(crate) fn pop(&self, out: &mut Vec<Completion>, max: usize) {
+        if self.is_empty() {
+            return;
+        }
+        let mut q = lock(&self.queue);
+        let n = q.len().min(max);
+        let mut total = 0;
+        for cqe in q.drain(..n) {
+            cqe.queue.give(cqe.slots);
+            total += cqe.slots;
+            out.push(cqe.completion);
+        }
+        self.credits.give(total);
+        self.queued.store(q.len(), Ordering::Release);
+    }
+
+    /// Drops the completions of a queue pair that is gone.
+    pub(crate) fn purge(&self, qp_num: u32) {
+        let mut q = lock(&self.queue);
+        let mut total = 0;
+        q.retain(|cqe| {
+            let gone = cqe.completion.qp_num == qp_num;
+            if gone {
+                total += cqe.slots;
+            }
+            !gone
+        });
+        self.credits.give(total);
+        self.queued.store(q.len(), Ordering::Release);
+    }
+
+    /// Makes the event readable if somebody sleeps or is about to.
+    pub(crate) fn wake(&self) {
+        if self.armed.load(Ordering::SeqCst) && self.armed.swap(false, Ordering::SeqCst) {
+            self.signalled.store(true, Ordering::SeqCst);
+            // Fails only when the counter is full, and then it is readable already.
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// First step of arming; afterwards the caller looks for work and [`disarm`](Self::disarm)s
+    /// if there is any. Whoever adds work does so before it looks at the flag, under a lock that
+    /// the caller takes after setting it, so one of the two sees the other.
+    pub(crate) fn set_armed(&self) {
+        self.armed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it was armed (or woken since); clears the event.
+    pub(crate) fn disarm(&self) -> bool {
+        let armed = self.armed.load(Ordering::SeqCst) && self.armed.swap(false, Ordering::SeqCst);
+        let signalled =
+            self.signalled.load(Ordering::SeqCst) && self.signalled.swap(false, Ordering::SeqCst);
+        if signalled {
+            let _ = self.event.read();
+        }
+        armed || signalled
+    }
+
+    /// The completions waiting, under the lock (for arming).
+    pub(crate) fn has_completions(&self) -> bool {
+        !lock(&self.queue).is_empty()
+    }
+}

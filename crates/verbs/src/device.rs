@@ -1,0 +1,262 @@
+//! Contexts, protection domains and completion queues, whatever the device.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cq::Poll;
+use crate::error::Error;
+use crate::memory::Memory;
+use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
+use crate::region::{Access, MemoryRegion, RegionKey};
+use crate::wr::Completion;
+
+pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
+    fn info(&self) -> &DeviceInfo;
+    fn address(&self) -> &DeviceAddr;
+    fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
+    fn alloc_pd(&self) -> u32;
+    fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
+    fn deregister(&self, key: &RegionKey);
+    fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error>;
+    fn create_qp(
+        &self,
+        pd: u32,
+        caps: &QpCaps,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+    ) -> Result<Arc<dyn QpBackend>, Error>;
+}
+
+pub(crate) trait CqBackend: Send + Sync + fmt::Debug {
+    fn depth(&self) -> u32;
+    fn poll(&self, out: &mut Vec<Completion>, max: usize) -> Result<Poll, Error>;
+    fn arm(&self) -> Result<bool, Error>;
+    fn fd(&self) -> BorrowedFd<'_>;
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}
+
+/// Which device it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum DeviceKind {
+    /// The software device.
+    Soft,
+    /// The device that completes everything at once and moves nothing.
+    Null,
+}
+
+/// What a device is and what it takes.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DeviceInfo {
+    /// Its name.
+    pub name: String,
+    /// Which device it is.
+    pub kind: DeviceKind,
+    /// Work requests a send or receive queue holds.
+    pub max_qp_wr: u32,
+    /// Scatter/gather elements of one work request.
+    pub max_sge: u32,
+    /// Bytes of one message.
+    pub max_msg_sz: u64,
+    /// Completions a completion queue holds.
+    pub max_cqe: u32,
+    /// Regions registered at once.
+    pub max_mr: u32,
+}
+
+/// How a peer finds a device, to be sent over the control connection.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct DeviceAddr {
+    /// Which device it is.
+    pub kind: DeviceKind,
+    /// The boot id of its host: equal on both sides means one kernel.
+    pub host: String,
+    /// The abstract name of its Unix socket, without the leading zero byte.
+    pub name: String,
+    /// A random number of this context.
+    pub guid: [u8; 16],
+    /// Its process, in its own pid namespace.
+    pub pid: u32,
+}
+
+/// An open device.
+#[derive(Debug, Clone)]
+pub struct Context {
+    backend: Arc<dyn DeviceBackend>,
+}
+
+impl Context {
+    pub(crate) fn new(backend: Arc<dyn DeviceBackend>) -> Self {
+        Self { backend }
+    }
+
+    /// What the device is and what it takes.
+    #[must_use]
+    pub fn device(&self) -> &DeviceInfo {
+        self.backend.info()
+    }
+
+    /// How a peer finds this context.
+    #[must_use]
+    pub fn address(&self) -> DeviceAddr {
+        self.backend.address().clone()
+    }
+
+    /// Tries whether `path` leads to `peer`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`] says why not.
+    pub fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
+        self.backend.probe(peer, path)
+    }
+
+    /// Makes a protection domain.
+    ///
+    /// # Errors
+    ///
+    /// None on the software device.
+    pub fn alloc_pd(&self) -> Result<ProtectionDomain, Error> {
+        Ok(ProtectionDomain {
+            id: self.backend.alloc_pd(),
+            backend: Arc::clone(&self.backend),
+        })
+    }
+
+    /// Makes a completion queue for `depth` completions.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Limit`] for a depth that the device does not take, [`Error::Os`].
+    pub fn create_cq(&self, depth: u32) -> Result<CompletionQueue, Error> {
+        Ok(CompletionQueue {
+            inner: self.backend.create_cq(depth)?,
+            backend: Arc::clone(&self.backend),
+        })
+    }
+}
+
+/// Regions and queue pairs that may be used together.
+#[derive(Debug, Clone)]
+pub struct ProtectionDomain {
+    id: u32,
+    backend: Arc<dyn DeviceBackend>,
+}
+
+impl ProtectionDomain {
+    /// Registers memory. The region holds the memory for as long as it lives.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RegisterSpan`], [`Error::RegisterAccess`], [`Error::Unsealed`],
+    /// [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Os`].
+    pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<MemoryRegion, Error> {
+        let (addr, len) = (memory.addr(), memory.len());
+        if len == 0 || addr == 0 || addr.checked_add(len).is_none() {
+            return Err(Error::RegisterSpan { addr, len });
+        }
+        if access.contains(Access::REMOTE_WRITE) && !access.contains(Access::LOCAL_WRITE) {
+            return Err(Error::RegisterAccess);
+        }
+        let key = self.backend.register(self.id, memory.as_ref(), access)?;
+        Ok(MemoryRegion::new(
+            Arc::clone(&self.backend),
+            self.id,
+            memory,
+            access,
+            key,
+        ))
+    }
+
+    /// Makes a queue pair whose completions go to these queues.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Limit`], [`Error::ForeignHandle`], [`Error::Os`].
+    pub fn create_qp(
+        &self,
+        caps: QpCaps,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+    ) -> Result<QueuePair<Reset>, Error> {
+        for (cq, what) in [
+            (send_cq, "send completion queue"),
+            (recv_cq, "receive completion queue"),
+        ] {
+            if !Arc::ptr_eq(&cq.backend, &self.backend) {
+                return Err(Error::ForeignHandle { what });
+            }
+        }
+        let info = self.backend.info();
+        let limits = [
+            ("max_send_wr", caps.max_send_wr, info.max_qp_wr),
+            ("max_recv_wr", caps.max_recv_wr, info.max_qp_wr),
+            ("max_send_sge", caps.max_send_sge, info.max_sge),
+            ("max_recv_sge", caps.max_recv_sge, info.max_sge),
+        ];
+        for (what, asked, max) in limits {
+            if asked == 0 || asked > max {
+                return Err(Error::Limit {
+                    what,
+                    asked: asked.into(),
+                    max: max.into(),
+                });
+            }
+        }
+        let qp = self.backend.create_qp(self.id, &caps, send_cq, recv_cq)?;
+        Ok(QueuePair::new(qp, Arc::clone(&self.backend)))
+    }
+}
+
+/// Where completions arrive. One thread at a time polls; others wait for it.
+#[derive(Debug, Clone)]
+pub struct CompletionQueue {
+    pub(crate) inner: Arc<dyn CqBackend>,
+    backend: Arc<dyn DeviceBackend>,
+}
+
+impl CompletionQueue {
+    /// Completions it holds.
+    #[must_use]
+    pub fn depth(&self) -> u32 {
+        self.inner.depth()
+    }
+
+    /// Appends up to `max` completions to `out`. On the software device this is where work
+    /// requests of the attached queue pairs are carried out, some hundred microseconds' worth a
+    /// call; [`Poll::more`] says that calling again at once is worth while.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`] where the device itself fails; a failed work request is a completion.
+    pub fn poll(&self, out: &mut Vec<Completion>, max: usize) -> Result<Poll, Error> {
+        self.inner.poll(out, max)
+    }
+
+    /// Asks that [`as_fd`](Self::as_fd) become readable when a poll may have something to do.
+    /// `true`: it is safe to sleep on it. `false`: poll again first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`].
+    pub fn arm(&self) -> Result<bool, Error> {
+        self.inner.arm()
+    }
+
+    /// Readable when, after [`arm`](Self::arm), a poll may have something to do.
+    #[must_use]
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd()
+    }
+}
+
+impl AsFd for CompletionQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd()
+    }
+}

@@ -1,0 +1,251 @@
+//! What can go wrong, one variant an operation.
+
+use std::io;
+
+use crate::qp::{QpState, SoftPath};
+
+/// Why a call on a device failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call failed.
+    #[error("{op}: {source}")]
+    Os {
+        /// The call.
+        op: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The memory is empty, wraps around the address space or is of a kind that the device cannot
+    /// reach.
+    #[error("cannot register {len} bytes at {addr:#x}: not a span that this device reaches")]
+    RegisterSpan {
+        /// First byte.
+        addr: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Remote write without local write.
+    #[error("cannot register with remote write and without local write: add Access::LOCAL_WRITE")]
+    RegisterAccess,
+    /// The memory's file could be truncated under a peer's mapping.
+    #[error("memory file has seals {seals:#x}: seal it with F_SEAL_SHRINK | F_SEAL_GROW (0x6)")]
+    Unsealed {
+        /// The seals it has.
+        seals: i32,
+    },
+    /// The file is smaller than the span it is said to back.
+    #[error("memory file has {size} bytes, the span needs {offset} + {len}")]
+    FileTooSmall {
+        /// Size of the file.
+        size: u64,
+        /// Where the span starts in it.
+        offset: u64,
+        /// Bytes of the span.
+        len: u64,
+    },
+    /// The device's key table is full.
+    #[error("no free memory key: all {max} are in use")]
+    TooManyRegions {
+        /// The device's limit.
+        max: u32,
+    },
+    /// A capability is zero or over the device's limit.
+    #[error("{what} {asked} is out of range: this device takes 1 to {max}")]
+    Limit {
+        /// The capability.
+        what: &'static str,
+        /// The value asked for.
+        asked: u64,
+        /// The device's limit.
+        max: u64,
+    },
+    /// Two handles of different contexts were mixed.
+    #[error("{what} belongs to another context")]
+    ForeignHandle {
+        /// The handle.
+        what: &'static str,
+    },
+    /// A queue pair cannot go from one state to the next with these attributes.
+    #[error("queue pair {qpn:#x} cannot go from {from} to {to}: {fault}")]
+    Transition {
+        /// The queue pair.
+        qpn: u32,
+        /// The state it is in.
+        from: QpState,
+        /// The state asked for.
+        to: QpState,
+        /// Which attribute is at fault, and how.
+        fault: StateFault,
+    },
+    /// The peer cannot be reached by this path.
+    #[error("no {path} path to {peer}: {fault}")]
+    Path {
+        /// The path tried.
+        path: SoftPath,
+        /// The peer's socket name.
+        peer: String,
+        /// Why not.
+        fault: PathFault,
+    },
+    /// The peer did not answer in time.
+    #[error("{peer} did not answer the {path} dial before the deadline")]
+    DialDeadline {
+        /// The path.
+        path: SoftPath,
+        /// The peer's socket name.
+        peer: String,
+    },
+}
+
+/// Which attribute of a state transition is at fault.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateFault {
+    /// The queue pair is not in the state that the transition starts from.
+    #[error("it is in {0}")]
+    State(QpState),
+    /// The remote endpoint's queue pair number or token is all zero.
+    #[error("the remote endpoint is empty: exchange endpoint() of both sides first")]
+    EmptyEndpoint,
+    /// The link is of another device.
+    #[error("this device has no {0} links")]
+    LinkKind(&'static str),
+    /// The stream that the peer opened names another endpoint than `remote`.
+    #[error(
+        "the peer's stream is bound to queue pair {got:#x}, the remote endpoint says {want:#x}"
+    )]
+    EndpointMismatch {
+        /// The endpoint's number.
+        want: u32,
+        /// The number in the stream's opening.
+        got: u32,
+    },
+    /// The peer opened the streams for another path.
+    #[error("the peer dialled the {got} path, this side awaits {want}")]
+    PathMismatch {
+        /// The path awaited.
+        want: SoftPath,
+        /// The path dialled.
+        got: SoftPath,
+    },
+    /// An attribute is over what the field holds.
+    #[error("{attribute} {value} is over {max}")]
+    Range {
+        /// The attribute.
+        attribute: &'static str,
+        /// Its value.
+        value: u32,
+        /// The largest value.
+        max: u32,
+    },
+    /// A TCP stream could not be prepared.
+    #[error("the {0} stream could not be prepared")]
+    Stream(&'static str),
+}
+
+/// Why a path to a peer cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PathFault {
+    /// The peer runs on another host (or the host was restarted).
+    #[error("the peer is on another host (boot id {peer}, here {here})")]
+    OtherHost {
+        /// The peer's boot id.
+        peer: String,
+        /// Ours.
+        here: String,
+    },
+    /// Its socket did not take a connection.
+    #[error("its socket refuses ({0}): it is gone, or in another network namespace")]
+    Connect(#[source] io::Error),
+    /// The process behind the socket is another user's.
+    #[error("its process is of user {peer}, this one of user {here}")]
+    OtherUser {
+        /// The peer's user id.
+        peer: u32,
+        /// Ours.
+        here: u32,
+    },
+    /// The process behind the socket cannot be seen from here.
+    #[error("its process has no id here: it is in another pid namespace")]
+    NoPid,
+    /// `process_vm_readv` is not allowed.
+    #[error("process_vm_readv is refused ({0}): look at kernel.yama.ptrace_scope and capabilities")]
+    ProcessVm(#[source] io::Error),
+    /// The process behind the socket is not the peer that was meant.
+    #[error("the process behind the socket is not the peer that was meant")]
+    Identity,
+    /// The peer does not know the queue pair's token.
+    #[error("the peer has no queue pair with this token: it is gone, or the endpoint is stale")]
+    Token,
+    /// The peer answered something that is not this protocol.
+    #[error("the peer speaks another protocol or version")]
+    Protocol,
+    /// The peer closed the stream before it answered.
+    #[error("the peer closed the stream before it answered ({0})")]
+    Closed(#[source] io::Error),
+    /// The device has no such path at all.
+    #[error("this device has no such path")]
+    NoSuchPath,
+}
+
+/// Why a chain was not posted, or only its head.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("posted {posted}, then: {cause}")]
+pub struct PostError {
+    /// How many work requests, from the chain's first, were posted.
+    pub posted: usize,
+    /// Why the next one was not.
+    pub cause: PostCause,
+}
+
+/// Why a work request was not posted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PostCause {
+    /// The send or receive queue is full; poll and post again.
+    #[error("the work queue is full")]
+    QueueFull,
+    /// The completion queue could overflow; poll and post again.
+    #[error("the completion queue has no room for another completion")]
+    CqFull,
+    /// Too many scatter/gather elements.
+    #[error("{sges} scatter/gather elements, the queue pair takes {max}")]
+    TooManySges {
+        /// In the work request.
+        sges: u32,
+        /// The queue pair's limit.
+        max: u32,
+    },
+    /// The message is too long.
+    #[error("message of {len} bytes, the device takes {max}")]
+    TooLong {
+        /// Bytes of the message.
+        len: u64,
+        /// The device's limit.
+        max: u64,
+    },
+    /// A scatter/gather element names a region that is not in the table.
+    #[error("region {region} is not in the table of {regions}")]
+    NoSuchRegion {
+        /// The index.
+        region: u32,
+        /// Length of the table.
+        regions: u32,
+    },
+    /// The queue pair is not ready for this.
+    #[error("the queue pair is in {0}")]
+    State(QpState),
+}
+
+pub(crate) fn os(op: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Os { op, source }
+}
+
+pub(crate) fn last_os(op: &'static str) -> Error {
+    Error::Os {
+        op,
+        source: io::Error::last_os_error(),
+    }
+}

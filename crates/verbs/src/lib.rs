@@ -1,0 +1,33 @@
+//! Reliable-connection verbs for kvxfer: memory tokens, queue pairs, and a software device that is
+//! always there.
+//!
+//! The types here are the same for every device. [`open_soft`] opens the software device, which
+//! moves data between processes of one host (through mapped memory or `process_vm_readv`) and
+//! between hosts (through TCP) with the semantics of a reliable connection. [`open_null`] opens a
+//! device that completes everything at once and moves nothing, for benchmarks of the code above.
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("kvxfer-verbs needs 64-bit Linux");
+
+mod cq;
+mod device;
+mod error;
+mod memory;
+mod null;
+mod qp;
+mod region;
+mod soft;
+mod wr;
+
+pub use cq::Poll;
+pub use device::{CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain};
+pub use error::{Error, PathFault, PostCause, PostError, StateFault};
+pub use memory::{FdSpan, Memory, MemoryKind};
+pub use null::open_null;
+pub use qp::{
+    Init, InitAttr, Link, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr, Rts,
+    RtsAttr, SoftPath,
+};
+pub use region::{Access, MemoryRegion, RegionTable};
+pub use soft::{SoftConfig, open_soft, vendor};
+pub use wr::{Completion, Remote, SendChain, SendOp, Sge, WcOpcode, WcStatus, Wr};

@@ -1,0 +1,383 @@
+//! Queue pairs and how they are brought up: the state is in the type, so a call in the wrong state
+//! does not compile.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::device::{DeviceAddr, DeviceBackend};
+use crate::error::{Error, PostError};
+use crate::region::{Access, RegionTable};
+use crate::wr::{SendChain, Sge};
+
+pub(crate) trait QpBackend: Send + Sync + fmt::Debug {
+    fn init(&self, attr: &InitAttr) -> Result<(), Error>;
+    fn endpoint(&self) -> QpEndpoint;
+    fn rtr(&self, attr: RtrAttr) -> Result<(), Error>;
+    fn rts(&self, attr: &RtsAttr) -> Result<(), Error>;
+    fn post_send(&self, chain: &SendChain, table: &Arc<RegionTable>) -> Result<(), PostError>;
+    fn post_recv(
+        &self,
+        wr_id: u64,
+        sges: &[Sge],
+        table: &Arc<RegionTable>,
+    ) -> Result<(), PostError>;
+    fn send_credits(&self) -> u32;
+    fn qp_num(&self) -> u32;
+    fn state(&self) -> QpState;
+    fn to_error(&self);
+    fn destroy(&self);
+}
+
+/// The state of a queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum QpState {
+    /// Made.
+    Reset = 0,
+    /// Takes receives.
+    Init = 1,
+    /// Ready to receive.
+    Rtr = 2,
+    /// Ready to send.
+    Rts = 3,
+    /// Everything flushes.
+    Err = 4,
+}
+
+impl QpState {
+    pub(crate) fn from_u8(v: u8) -> Self {
+        match v {
+            0 => Self::Reset,
+            1 => Self::Init,
+            2 => Self::Rtr,
+            3 => Self::Rts,
+            _ => Self::Err,
+        }
+    }
+}
+
+impl fmt::Display for QpState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reset => "RESET",
+            Self::Init => "INIT",
+            Self::Rtr => "RTR",
+            Self::Rts => "RTS",
+            Self::Err => "ERR",
+        })
+    }
+}
+
+/// How big a queue pair's queues are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QpCaps {
+    /// Work requests in the send queue.
+    pub max_send_wr: u32,
+    /// Receives in the receive queue.
+    pub max_recv_wr: u32,
+    /// Scatter/gather elements of a send work request.
+    pub max_send_sge: u32,
+    /// Scatter/gather elements of a receive.
+    pub max_recv_sge: u32,
+}
+
+impl Default for QpCaps {
+    fn default() -> Self {
+        Self {
+            max_send_wr: 1024,
+            max_recv_wr: 64,
+            max_send_sge: 4,
+            max_recv_sge: 4,
+        }
+    }
+}
+
+/// Attributes of RESET → INIT.
+#[derive(Debug, Clone, Copy)]
+pub struct InitAttr {
+    /// What the peer may do through this queue pair (`REMOTE_READ`, `REMOTE_WRITE`).
+    pub access: Access,
+}
+
+/// What a peer must know of a queue pair, to be sent over the control connection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct QpEndpoint {
+    /// Queue pair number.
+    pub qpn: u32,
+    /// First packet sequence number (24 bits).
+    pub psn: u32,
+    /// A secret that binds a soft stream to this queue pair.
+    pub token: [u8; 16],
+}
+
+impl fmt::Debug for QpEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The token is a secret, not for logs.
+        f.debug_struct("QpEndpoint")
+            .field("qpn", &self.qpn)
+            .field("psn", &self.psn)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The soft device's ways to a peer on the same host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SoftPath {
+    /// The source's memory is mapped; memory without a file falls back on `process_vm_readv`.
+    Arena,
+    /// `process_vm_readv` for all memory.
+    ProcessVm,
+}
+
+impl fmt::Display for SoftPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Arena => "arena",
+            Self::ProcessVm => "process_vm",
+        })
+    }
+}
+
+/// How the two queue pairs are joined. On one host one side dials and the other awaits; over TCP
+/// the caller connects two streams, and one side's `requester` is the other's `responder`.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Link {
+    /// Dials the peer's Unix socket. The peer's queue pair must be at least in INIT.
+    SoftDial {
+        /// The peer's context.
+        peer: DeviceAddr,
+        /// The path.
+        path: SoftPath,
+        /// When to give up.
+        deadline: Instant,
+    },
+    /// The peer dials. Does not wait for it: what is posted earlier waits in the queue.
+    SoftAwait {
+        /// The path that the peer must dial.
+        path: SoftPath,
+    },
+    /// Connected TCP streams, made and authenticated by the caller.
+    SoftTcp {
+        /// Carries this side's requests.
+        requester: TcpStream,
+        /// Carries the peer's requests.
+        responder: TcpStream,
+    },
+}
+
+/// Attributes of INIT → RTR.
+#[derive(Debug)]
+pub struct RtrAttr {
+    /// The peer's queue pair.
+    pub remote: QpEndpoint,
+    /// The way to it.
+    pub link: Link,
+    /// How long a peer is told to wait for a receive, as the verbs code (0 to 31; 12 is 640 us).
+    pub min_rnr_timer: u8,
+}
+
+/// Attributes of RTR → RTS.
+#[derive(Debug, Clone, Copy)]
+pub struct RtsAttr {
+    /// Time for an answer, as the verbs code: 4.096 us × 2^timeout (0 to 31, 0 is for ever).
+    pub timeout: u8,
+    /// Tries after the first (0 to 7). `timeout` × (`retry_cnt` + 1) without progress ends in
+    /// `RetryExc`.
+    pub retry_cnt: u8,
+    /// Tries after the first where the peer had no receive (0 to 7, 7 is for ever).
+    pub rnr_retry: u8,
+}
+
+impl Default for RtsAttr {
+    fn default() -> Self {
+        Self {
+            timeout: 14,
+            retry_cnt: 7,
+            rnr_retry: 7,
+        }
+    }
+}
+
+/// State: made.
+#[derive(Debug)]
+pub struct Reset;
+/// State: takes receives, has an endpoint.
+#[derive(Debug)]
+pub struct Init;
+/// State: ready to receive.
+#[derive(Debug)]
+pub struct Rtr;
+/// State: ready to send.
+#[derive(Debug)]
+pub struct Rts;
+
+/// A queue pair. Dropping it destroys it: afterwards nothing moves through it in either direction,
+/// and its completions that nobody has polled are gone.
+#[derive(Debug)]
+pub struct QueuePair<S> {
+    inner: Owner,
+    state: PhantomData<fn() -> S>,
+}
+
+/// Destroys the queue pair when the last state of it goes.
+#[derive(Debug)]
+struct Owner {
+    qp: Arc<dyn QpBackend>,
+    // Keeps the device open.
+    _device: Arc<dyn DeviceBackend>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.qp.destroy();
+    }
+}
+
+impl<S> QueuePair<S> {
+    /// The queue pair number.
+    #[must_use]
+    pub fn qp_num(&self) -> u32 {
+        self.inner.qp.qp_num()
+    }
+
+    /// The state it is in; [`QpState::Err`] after an error, whatever the type says.
+    #[must_use]
+    pub fn state(&self) -> QpState {
+        self.inner.qp.state()
+    }
+
+    /// Moves it to ERR: everything posted flushes, and when the call returns no WRITE of the peer
+    /// lands through it any more.
+    pub fn to_error(&self) {
+        self.inner.qp.to_error();
+    }
+
+    fn into_state<T>(self) -> QueuePair<T> {
+        QueuePair {
+            inner: self.inner,
+            state: PhantomData,
+        }
+    }
+}
+
+impl QueuePair<Reset> {
+    pub(crate) fn new(qp: Arc<dyn QpBackend>, device: Arc<dyn DeviceBackend>) -> Self {
+        Self {
+            inner: Owner {
+                qp,
+                _device: device,
+            },
+            state: PhantomData,
+        }
+    }
+
+    /// RESET → INIT.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Transition`].
+    pub fn init(self, attr: InitAttr) -> Result<QueuePair<Init>, Error> {
+        self.inner.qp.init(&attr)?;
+        Ok(self.into_state())
+    }
+}
+
+impl QueuePair<Init> {
+    /// What the peer must know of it.
+    #[must_use]
+    pub fn endpoint(&self) -> QpEndpoint {
+        self.inner.qp.endpoint()
+    }
+
+    /// INIT → RTR: joins it to the peer's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Transition`] names the attribute at fault; [`Error::Path`] and
+    /// [`Error::DialDeadline`] where the peer cannot be reached.
+    pub fn rtr(self, attr: RtrAttr) -> Result<QueuePair<Rtr>, Error> {
+        self.inner.qp.rtr(attr)?;
+        Ok(self.into_state())
+    }
+
+    /// Posts a receive. Same as [`QueuePair::<Rts>::post_recv`].
+    ///
+    /// # Errors
+    ///
+    /// See there.
+    pub fn post_recv(
+        &self,
+        wr_id: u64,
+        sges: &[Sge],
+        table: &Arc<RegionTable>,
+    ) -> Result<(), PostError> {
+        self.inner.qp.post_recv(wr_id, sges, table)
+    }
+}
+
+impl QueuePair<Rtr> {
+    /// RTR → RTS.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Transition`].
+    pub fn rts(self, attr: RtsAttr) -> Result<QueuePair<Rts>, Error> {
+        self.inner.qp.rts(&attr)?;
+        Ok(self.into_state())
+    }
+
+    /// Posts a receive. Same as [`QueuePair::<Rts>::post_recv`].
+    ///
+    /// # Errors
+    ///
+    /// See there.
+    pub fn post_recv(
+        &self,
+        wr_id: u64,
+        sges: &[Sge],
+        table: &Arc<RegionTable>,
+    ) -> Result<(), PostError> {
+        self.inner.qp.post_recv(wr_id, sges, table)
+    }
+}
+
+impl QueuePair<Rts> {
+    /// Posts a chain. The chain may be reused at once; the table is held until the last of the
+    /// work requests has ended. In ERR the work requests are taken and flushed.
+    ///
+    /// A send-queue slot is free again when the completion of its work request, or of a later
+    /// signalled one, has been polled: signal at least once per queue depth.
+    ///
+    /// # Errors
+    ///
+    /// [`PostError`] says how many were posted before the first that was not, and why.
+    pub fn post_send(&self, chain: &SendChain, table: &Arc<RegionTable>) -> Result<(), PostError> {
+        self.inner.qp.post_send(chain, table)
+    }
+
+    /// Posts a receive.
+    ///
+    /// # Errors
+    ///
+    /// [`PostError`] with `posted` 0.
+    pub fn post_recv(
+        &self,
+        wr_id: u64,
+        sges: &[Sge],
+        table: &Arc<RegionTable>,
+    ) -> Result<(), PostError> {
+        self.inner.qp.post_recv(wr_id, sges, table)
+    }
+
+    /// How many work requests the send queue takes now.
+    #[must_use]
+    pub fn send_credits(&self) -> u32 {
+        self.inner.qp.send_credits()
+    }
+}

@@ -1,0 +1,293 @@
+//! An open software device: its keys, its segments, its queue pairs and its responder thread.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+
+use crate::cq::lock;
+use crate::device::{
+    CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
+};
+use crate::error::{Error, os};
+use crate::memory::Memory;
+use crate::qp::{QpBackend, QpCaps, SoftPath};
+use crate::region::{Access, RegionKey, SegmentSpan};
+use crate::soft::cq::SoftCq;
+use crate::soft::keys::{KeyInfo, KeyTable};
+use crate::soft::link;
+use crate::soft::qp::{SoftQp, SoftQpHandle};
+use crate::soft::segment::{MapCache, Segments};
+use crate::soft::server::{self, Command, Mailbox};
+use crate::soft::{SoftConfig, fill_random};
+
+/// The key table behind a lock that the responder thread holds while it copies. A plain lock would
+/// be taken again by that thread before a waiter wakes; so it lets waiters go first.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    table: Mutex<KeyTable>,
+    waiting: AtomicU32,
+}
+
+impl Keys {
+    /// For registering and deregistering.
+    fn change(&self) -> MutexGuard<'_, KeyTable> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let guard = lock(&self.table);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        guard
+    }
+
+    /// For one slice of the responder's work.
+    pub(crate) fn slice(&self) -> MutexGuard<'_, KeyTable> {
+        while self.waiting.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        lock(&self.table)
+    }
+}
+
+pub(crate) struct SoftShared {
+    pub(crate) config: SoftConfig,
+    info: DeviceInfo,
+    /// Its guid, here on the heap, is what a peer tries `process_vm_readv` on.
+    pub(crate) address: DeviceAddr,
+    pub(crate) keys: Keys,
+    pub(crate) key_slots: u32,
+    pub(crate) key_fd: Arc<OwnedFd>,
+    segments: Mutex<Segments>,
+    pub(crate) maps: MapCache,
+    tokens: Mutex<HashMap<[u8; 16], Weak<SoftQp>>>,
+    pub(crate) mailbox: Mailbox,
+    next_pd: AtomicU32,
+    next_qpn: AtomicU32,
+}
+
+impl fmt::Debug for SoftShared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Tokens and keys are not for logs.
+        f.debug_struct("SoftShared")
+            .field("name", &self.address.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SoftShared {
+    pub(crate) fn segment_source(&self, id: u32) -> Option<Arc<OwnedFd>> {
+        lock(&self.segments).source(id)
+    }
+
+    pub(crate) fn segment_readable(&self, id: u32) -> Option<Arc<OwnedFd>> {
+        lock(&self.segments).readable(id)
+    }
+
+    pub(crate) fn readable_segments(&self) -> Vec<(u32, Arc<OwnedFd>)> {
+        lock(&self.segments).all_readable()
+    }
+
+    /// The queue pair that has the token.
+    pub(crate) fn by_token(&self, token: &[u8; 16]) -> Option<Arc<SoftQp>> {
+        lock(&self.tokens).get(token).and_then(Weak::upgrade)
+    }
+
+    pub(crate) fn forget_token(&self, token: &[u8; 16]) {
+        lock(&self.tokens).remove(token);
+    }
+
+    /// Where this context's guid lies.
+    pub(crate) fn probe_addr(&self) -> u64 {
+        self.address.guid.as_ptr() as u64
+    }
+}
+
+fn random<const N: usize>() -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
+    fill_random(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[derive(Debug)]
+pub(crate) struct SoftDevice {
+    shared: Arc<SoftShared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl SoftDevice {
+    pub(crate) fn open(config: SoftConfig) -> Result<Self, Error> {
+        let guid: [u8; 16] = random()?;
+        let hex: String = guid.iter().map(|b| format!("{b:02x}")).collect();
+        let name = format!("kvxfer/{hex}");
+        let boot = "/proc/sys/kernel/random/boot_id";
+        let host = fs::read_to_string(boot)
+            .map_err(os("read boot_id"))?
+            .trim()
+            .to_owned();
+        let address = DeviceAddr {
+            kind: DeviceKind::Soft,
+            host,
+            name,
+            guid,
+            pid: std::process::id(),
+        };
+        let (table, key_fd) = KeyTable::new(config.max_mr)?;
+        let key_slots = table.slots();
+        let first = u32::from_le_bytes(random()?);
+        let shared = Arc::new(SoftShared {
+            info: DeviceInfo {
+                name: "soft".to_owned(),
+                kind: DeviceKind::Soft,
+                max_qp_wr: config.max_qp_wr,
+                max_sge: config.max_sge,
+                max_msg_sz: config.max_msg_sz,
+                max_cqe: config.max_cqe,
+                max_mr: config.max_mr,
+            },
+            config,
+            address,
+            keys: Keys {
+                table: Mutex::new(table),
+                waiting: AtomicU32::new(0),
+            },
+            key_slots,
+            key_fd: Arc::new(key_fd),
+            segments: Mutex::default(),
+            maps: MapCache::default(),
+            tokens: Mutex::default(),
+            mailbox: Mailbox::new()?,
+            next_pd: AtomicU32::new(1),
+            next_qpn: AtomicU32::new(first),
+        });
+        let thread = server::start(Arc::clone(&shared))?;
+        Ok(Self {
+            shared,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+}
+
+impl Drop for SoftDevice {
+    fn drop(&mut self) {
+        self.shared.mailbox.send(Command::Stop);
+        if let Some(thread) = lock(&self.thread).take()
+            // The last handle may go on the thread itself, with a receive's regions.
+            && thread.thread().id() != std::thread::current().id()
+        {
+            // A panic of the thread has been printed; there is nobody to tell here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl DeviceBackend for SoftDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    fn address(&self) -> &DeviceAddr {
+        &self.shared.address
+    }
+
+    fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
+        link::probe(&self.shared, peer, path)
+    }
+
+    fn alloc_pd(&self) -> u32 {
+        self.shared.next_pd.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error> {
+        let (addr, len) = (memory.addr(), memory.len());
+        let readable = access.contains(Access::REMOTE_READ);
+        let segment = match memory.fd() {
+            Some(f) => lock(&self.shared.segments).add(f.fd, f.offset, len, readable)?,
+            None => SegmentSpan::NONE,
+        };
+        let info = KeyInfo {
+            rkey: 0,
+            addr,
+            len,
+            access,
+            pd,
+            segment,
+        };
+        let rkey = self.shared.keys.change().insert(info);
+        match rkey {
+            Some(rkey) => Ok(RegionKey { rkey, segment }),
+            None => {
+                lock(&self.shared.segments).remove(segment.id, readable);
+                Err(Error::TooManyRegions {
+                    max: self.shared.info.max_mr,
+                })
+            }
+        }
+    }
+
+    fn deregister(&self, key: &RegionKey) {
+        // Taking the lock waits for a copy by the responder; afterwards there is no key to copy by.
+        let info = self.shared.keys.change().remove(key.rkey);
+        if let Some(info) = info {
+            let readable = info.access.contains(Access::REMOTE_READ);
+            lock(&self.shared.segments).remove(info.segment.id, readable);
+        }
+    }
+
+    fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error> {
+        let max = self.shared.info.max_cqe;
+        if depth == 0 || depth > max {
+            let what = "completion queue depth";
+            return Err(Error::Limit {
+                what,
+                asked: depth.into(),
+                max: max.into(),
+            });
+        }
+        Ok(Arc::new(SoftCq::new(
+            depth,
+            self.shared.config.poll_budget,
+        )?))
+    }
+
+    fn create_qp(
+        &self,
+        pd: u32,
+        caps: &QpCaps,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+    ) -> Result<Arc<dyn QpBackend>, Error> {
+        let cq = |cq: &CompletionQueue, what| -> Result<Arc<SoftCq>, Error> {
+            Arc::clone(&cq.inner)
+                .into_any()
+                .downcast()
+                .map_err(|_| Error::ForeignHandle { what })
+        };
+        let send_cq = cq(send_cq, "send completion queue")?;
+        let recv_cq = cq(recv_cq, "receive completion queue")?;
+        // 24 bits, as on the wire, and never 0.
+        let qpn = self.shared.next_qpn.fetch_add(1, Ordering::Relaxed) % 0xff_fffe + 1;
+        let psn = u32::from_le_bytes(random()?) & 0xff_ffff;
+        let token = random()?;
+        let shared = Arc::clone(&self.shared);
+        let qp = SoftQp::new(
+            shared,
+            qpn,
+            psn,
+            token,
+            pd,
+            *caps,
+            Arc::clone(&send_cq),
+            recv_cq,
+        );
+        let qp = Arc::new(qp);
+        send_cq.add(Arc::clone(&qp));
+        lock(&self.shared.tokens).insert(token, Arc::downgrade(&qp));
+        Ok(Arc::new(SoftQpHandle(qp)))
+    }
+}
+
+/// The descriptor of the key table, for a stream's opening.
+pub(crate) fn key_fd(shared: &SoftShared) -> std::os::fd::BorrowedFd<'_> {
+    shared.key_fd.as_fd()
+}

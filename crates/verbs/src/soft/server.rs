@@ -1,0 +1,378 @@
+//! The responder thread: it takes connections on the context's Unix socket and serves all
+//! responder halves, one slice each in turn. Idle, it sleeps.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
+};
+
+use crate::SoftPath;
+use crate::cq::lock;
+use crate::error::{Error, os};
+use crate::soft::context::{SoftShared, key_fd};
+use crate::soft::frame::{HELLO, Hello, Role};
+use crate::soft::link::path_of;
+use crate::soft::link::{Incoming, answer};
+use crate::soft::process_vm::{PeerProcess, allow};
+use crate::soft::qp::SoftQp;
+use crate::soft::responder::Next;
+use crate::soft::stream::{Stream, not_now};
+
+/// Bytes one half may move before the next one's turn.
+const TURN: u64 = 1 << 20;
+/// Streams that have been accepted and have not said what they are for.
+const MAX_OPENING: usize = 256;
+const OPENING_TIME: Duration = Duration::from_secs(5);
+
+const LISTENER: u64 = 0;
+const MAILBOX: u64 = 1;
+const FIRST: u64 = 2;
+
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Begin to serve this queue pair's responder half.
+    Serve(Arc<SoftQp>),
+    /// A receive was posted, or the half was stopped.
+    Run(u32),
+    Stop,
+}
+
+/// How other threads talk to the responder thread.
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    commands: Mutex<Vec<Command>>,
+    event: EventFd,
+}
+
+impl Mailbox {
+    pub(crate) fn new() -> Result<Self, Error> {
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let event = event.map_err(|e| os("eventfd")(e.into()))?;
+        Ok(Self {
+            commands: Mutex::default(),
+            event,
+        })
+    }
+
+    pub(crate) fn send(&self, command: Command) {
+        lock(&self.commands).push(command);
+        // Fails only when the counter is full, and then it is readable already.
+        let _ = self.event.write(1);
+    }
+}
+
+struct Opening {
+    stream: Stream,
+    buf: [u8; HELLO],
+    got: usize,
+    fds: VecDeque<OwnedFd>,
+    since: Instant,
+}
+
+struct Half {
+    qp: Arc<SoftQp>,
+    queued: bool,
+    at: Option<Instant>,
+}
+
+struct Server {
+    shared: Arc<SoftShared>,
+    epoll: Epoll,
+    listener: OwnedFd,
+    opening: HashMap<u64, Opening>,
+    halves: HashMap<u64, Half>,
+    /// Halves with work, in turn.
+    ready: VecDeque<u64>,
+    next_id: u64,
+}
+
+fn nix_os(op: &'static str) -> impl Fn(nix::Error) -> Error {
+    move |e| Error::Os {
+        op,
+        source: e.into(),
+    }
+}
+
+/// Binds the socket and starts the thread.
+pub(crate) fn start(shared: Arc<SoftShared>) -> Result<JoinHandle<()>, Error> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener =
+        socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(nix_os("socket"))?;
+    let addr = UnixAddr::new_abstract(shared.address.name.as_bytes()).map_err(nix_os("bind"))?;
+    bind(listener.as_raw_fd(), &addr).map_err(nix_os("bind"))?;
+    listen(&listener, Backlog::MAXCONN).map_err(nix_os("listen"))?;
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(nix_os("epoll_create1"))?;
+    let readable = |id| EpollEvent::new(EpollFlags::EPOLLIN, id);
+    epoll
+        .add(&listener, readable(LISTENER))
+        .map_err(nix_os("epoll_ctl"))?;
+    epoll
+        .add(&shared.mailbox.event, readable(MAILBOX))
+        .map_err(nix_os("epoll_ctl"))?;
+    let server = Server {
+        shared,
+        epoll,
+        listener,
+        opening: HashMap::new(),
+        halves: HashMap::new(),
+        ready: VecDeque::new(),
+        next_id: FIRST,
+    };
+    std::thread::Builder::new()
+        .name("kvxfer-soft".to_owned())
+        .spawn(move || server.run())
+        .map_err(os("spawn the responder thread"))
+}
+
+impl Server {
+    fn run(mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let n = match self.epoll.wait(&mut events, self.timeout()) {
+                Ok(n) => n,
+                Err(nix::Error::EINTR) => 0,
+                Err(e) => {
+                    tracing::error!(error = %e, "the responder thread ends: epoll_wait");
+                    return;
+                }
+            };
+            for event in events.iter().take(n) {
+                match event.data() {
+                    LISTENER => self.accept(),
+                    MAILBOX => {
+                        if self.commands() {
+                            return;
+                        }
+                    }
+                    id if self.opening.contains_key(&id) => self.open(id),
+                    id => self.queue(id),
+                }
+            }
+            self.timers();
+            for _ in 0..self.ready.len() {
+                let Some(id) = self.ready.pop_front() else {
+                    break;
+                };
+                self.turn(id);
+            }
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        if !self.ready.is_empty() {
+            return EpollTimeout::ZERO;
+        }
+        let waits = self.halves.values().filter_map(|h| h.at);
+        let opens = self.opening.values().map(|o| o.since + OPENING_TIME);
+        let Some(at) = waits.chain(opens).min() else {
+            return EpollTimeout::NONE;
+        };
+        // Rounded up, so that the time has come when the wait ends.
+        let left = at.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    fn timers(&mut self) {
+        if self.opening.is_empty() && self.halves.values().all(|h| h.at.is_none()) {
+            return;
+        }
+        let now = Instant::now();
+        self.opening.retain(|_, o| now < o.since + OPENING_TIME);
+        let due: Vec<u64> = self
+            .halves
+            .iter()
+            .filter(|(_, h)| h.at.is_some_and(|t| t <= now))
+            .map(|h| *h.0)
+            .collect();
+        for id in due {
+            self.queue(id);
+        }
+    }
+
+    fn queue(&mut self, id: u64) {
+        if let Some(half) = self.halves.get_mut(&id)
+            && !half.queued
+        {
+            half.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    fn turn(&mut self, id: u64) {
+        let Some(half) = self.halves.get_mut(&id) else {
+            return;
+        };
+        half.queued = false;
+        half.at = None;
+        match half.qp.run_responder(TURN) {
+            Next::Wait => {}
+            Next::Again => self.queue(id),
+            Next::At(at) => half.at = Some(at),
+            Next::Gone => {
+                self.halves.remove(&id);
+            }
+        }
+    }
+
+    /// `true` when it is time to end.
+    fn commands(&mut self) -> bool {
+        let _ = self.shared.mailbox.event.read();
+        let commands = std::mem::take(&mut *lock(&self.shared.mailbox.commands));
+        for command in commands {
+            match command {
+                Command::Stop => return true,
+                Command::Serve(qp) => self.serve(qp),
+                Command::Run(qpn) => {
+                    let ids = self.halves.iter().filter(|(_, h)| h.qp.qpn == qpn);
+                    for id in ids.map(|h| *h.0).collect::<Vec<_>>() {
+                        self.queue(id);
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    fn serve(&mut self, qp: Arc<SoftQp>) {
+        let id = self.id();
+        // Edge-triggered: a half runs until its socket has nothing more, so no event is lost, and
+        // a half that waits for something else is not woken for bytes it will not take.
+        let flags = EpollFlags::EPOLLIN
+            | EpollFlags::EPOLLOUT
+            | EpollFlags::EPOLLRDHUP
+            | EpollFlags::EPOLLET;
+        if let Err(e) = qp.watch_responder(&self.epoll, EpollEvent::new(flags, id)) {
+            // Mostly a queue pair that has been stopped meanwhile.
+            tracing::debug!(error = %e, "cannot watch a peer's stream");
+            return;
+        }
+        self.halves.insert(
+            id,
+            Half {
+                qp,
+                queued: false,
+                at: None,
+            },
+        );
+        self.queue(id);
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let raw = match accept4(self.listener.as_raw_fd(), flags) {
+                Ok(raw) => raw,
+                Err(nix::Error::EAGAIN) => return,
+                Err(nix::Error::EINTR | nix::Error::ECONNABORTED) => continue,
+                Err(e) => {
+                    // Out of descriptors: not a busy loop.
+                    tracing::warn!(error = %e, "cannot accept a peer");
+                    std::thread::sleep(Duration::from_millis(10));
+                    return;
+                }
+            };
+            // SAFETY: the kernel has just made this descriptor for us.
+            let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+            if self.opening.len() >= MAX_OPENING {
+                continue;
+            }
+            let id = self.id();
+            let stream = Stream::new(fd, true);
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, id);
+            if self.epoll.add(stream.as_fd(), event).is_ok() {
+                let fds = VecDeque::new();
+                let since = Instant::now();
+                self.opening.insert(
+                    id,
+                    Opening {
+                        stream,
+                        buf: [0; HELLO],
+                        got: 0,
+                        fds,
+                        since,
+                    },
+                );
+            }
+        }
+    }
+
+    /// Reads the opening of a stream and acts on it.
+    fn open(&mut self, id: u64) {
+        let Some(o) = self.opening.get_mut(&id) else {
+            return;
+        };
+        let room = o.buf.get_mut(o.got..).unwrap_or_default();
+        match o.stream.recv(room, &mut o.fds) {
+            Ok(n) if n > 0 => o.got += n,
+            Err(e) if not_now(&e) => return,
+            _ => {
+                self.opening.remove(&id);
+                return;
+            }
+        }
+        if o.got < HELLO {
+            return;
+        }
+        let Some(o) = self.opening.remove(&id) else {
+            return;
+        };
+        // It is watched anew, in another way, or not at all.
+        let _ = self.epoll.delete(o.stream.as_fd());
+        if let Err(why) = self.opened(o) {
+            tracing::debug!(why, "refused a peer's stream");
+        }
+    }
+
+    fn opened(&self, mut o: Opening) -> Result<(), &'static str> {
+        let hello = Hello::decode(&o.buf).ok_or("not this protocol")?;
+        if hello.target_guid != self.shared.address.guid {
+            return Err("meant for another context");
+        }
+        let process = PeerProcess::of(o.stream.as_fd()).map_err(|_| "not to be trusted")?;
+        // There is one reader that a process can name, so only a path that needs it asks.
+        if path_of(hello.path) == Some(SoftPath::ProcessVm) {
+            allow(&process);
+        }
+        let keys = o.fds.pop_front().ok_or("no key table")?;
+        let qp = match hello.role {
+            Role::Probe => {
+                let welcome = answer(&self.shared, None, &hello);
+                let _ = o.stream.send(&welcome.encode(), Some(key_fd(&self.shared)));
+                return Ok(());
+            }
+            Role::ToResponder | Role::ToRequester => self.shared.by_token(&hello.target),
+            Role::Welcome | Role::Refused => return Err("not an opening"),
+        };
+        let Some(qp) = qp else {
+            let mut refusal = answer(&self.shared, None, &hello);
+            refusal.role = Role::Refused;
+            let _ = o.stream.send(&refusal.encode(), None);
+            return Err("no such queue pair");
+        };
+        let welcome = answer(&self.shared, Some(&qp), &hello);
+        let sent = o.stream.send(&welcome.encode(), Some(key_fd(&self.shared)));
+        if sent.ok() != Some(HELLO) {
+            return Err("it takes no answer");
+        }
+        qp.offer(Incoming {
+            hello,
+            stream: o.stream,
+            keys,
+            process,
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,283 @@
+//! What the tests share: memory, and pairs of connected queue pairs.
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "every binary uses a part"
+)]
+
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvxfer_verbs::{
+    Access, Completion, CompletionQueue, Context, FdSpan, InitAttr, Link, Memory, MemoryKind,
+    MemoryRegion, ProtectionDomain, QpCaps, QueuePair, RegionTable, RtrAttr, Rts, RtsAttr,
+    SoftConfig, SoftPath, open_soft,
+};
+
+pub fn all() -> Access {
+    Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE
+}
+
+pub const WAIT: Duration = Duration::from_secs(20);
+
+/// Memory of a memfd, or anonymous.
+#[derive(Debug)]
+pub struct TestMemory {
+    addr: u64,
+    len: u64,
+    fd: Option<OwnedFd>,
+}
+
+// SAFETY: the mapping is made in `new`, is unmapped only in `drop`, and is touched only through
+// raw pointers.
+unsafe impl Memory for TestMemory {
+    fn addr(&self) -> u64 {
+        self.addr
+    }
+    fn len(&self) -> u64 {
+        self.len
+    }
+    fn kind(&self) -> MemoryKind {
+        MemoryKind::Host
+    }
+    fn fd(&self) -> Option<FdSpan<'_>> {
+        self.fd.as_ref().map(|fd| FdSpan {
+            fd: fd.as_fd(),
+            offset: 0,
+        })
+    }
+}
+
+impl Drop for TestMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`.
+        unsafe { libc::munmap(self.addr as *mut libc::c_void, self.len as usize) };
+    }
+}
+
+impl TestMemory {
+    pub fn memfd(len: usize, seals: i32) -> Arc<Self> {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: a C string and flags.
+        let raw = unsafe { libc::memfd_create(c"test".as_ptr(), flags) };
+        assert!(raw >= 0);
+        // SAFETY: a new descriptor.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(raw) });
+        file.set_len(len as u64).unwrap();
+        // SAFETY: takes an int.
+        let rc = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+        assert_eq!(rc, 0);
+        Self::map(len, Some(file.into()))
+    }
+
+    pub fn sealed(len: usize) -> Arc<Self> {
+        Self::memfd(len, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
+    }
+
+    pub fn anonymous(len: usize) -> Arc<Self> {
+        Self::map(len, None)
+    }
+
+    fn map(len: usize, fd: Option<OwnedFd>) -> Arc<Self> {
+        let (flags, raw) = match &fd {
+            Some(fd) => (libc::MAP_SHARED, fd.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, raw, 0) };
+        assert_ne!(p, libc::MAP_FAILED);
+        Arc::new(Self {
+            addr: p as u64,
+            len: len as u64,
+            fd,
+        })
+    }
+
+    pub fn put(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.len as usize);
+        let dst = (self.addr + offset as u64) as *mut u8;
+        // SAFETY: inside the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), dst, bytes.len()) };
+    }
+
+    pub fn get(&self, offset: usize, len: usize) -> Vec<u8> {
+        assert!(offset + len <= self.len as usize);
+        let mut out = vec![0; len];
+        let src = (self.addr + offset as u64) as *const u8;
+        // SAFETY: inside the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(src, out.as_mut_ptr(), len) };
+        out
+    }
+}
+
+pub fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(31).wrapping_add((i >> 8) as u8) ^ seed)
+        .collect()
+}
+
+/// How a pair is joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    Arena,
+    ProcessVm,
+    Tcp,
+}
+
+pub const EVERY: [How; 3] = [How::Arena, How::ProcessVm, How::Tcp];
+
+pub struct Side {
+    pub ctx: Context,
+    pub pd: ProtectionDomain,
+    pub send_cq: CompletionQueue,
+    pub recv_cq: CompletionQueue,
+    pub qp: QueuePair<Rts>,
+}
+
+impl Side {
+    pub fn region(&self, mem: &Arc<TestMemory>, access: Access) -> MemoryRegion {
+        self.pd
+            .register(Arc::clone(mem) as Arc<dyn Memory>, access)
+            .unwrap()
+    }
+}
+
+#[derive(Clone)]
+pub struct Options {
+    pub config: SoftConfig,
+    pub caps: QpCaps,
+    pub access: Access,
+    pub rts: RtsAttr,
+    pub min_rnr_timer: u8,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            config: SoftConfig::default(),
+            caps: QpCaps::default(),
+            access: all(),
+            rts: RtsAttr::default(),
+            min_rnr_timer: 12,
+        }
+    }
+}
+
+pub fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (a, listener.accept().unwrap().0)
+}
+
+pub fn pair(how: How) -> (Side, Side) {
+    pair_with(how, &Options::default())
+}
+
+pub fn pair_with(how: How, o: &Options) -> (Side, Side) {
+    let a = open_soft(o.config.clone()).unwrap();
+    let b = open_soft(o.config.clone()).unwrap();
+    join(how, o, &a, &b)
+}
+
+pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
+    let make = |ctx: &Context| {
+        let pd = ctx.alloc_pd().unwrap();
+        let send_cq = ctx.create_cq(4096).unwrap();
+        let recv_cq = ctx.create_cq(4096).unwrap();
+        let qp = pd.create_qp(o.caps, &send_cq, &recv_cq).unwrap();
+        let qp = qp.init(InitAttr { access: o.access }).unwrap();
+        (pd, send_cq, recv_cq, qp)
+    };
+    let (pa, sa, ra, qa) = make(a);
+    let (pb, sb, rb, qb) = make(b);
+    let (ea, eb) = (qa.endpoint(), qb.endpoint());
+    let path = if how == How::ProcessVm {
+        SoftPath::ProcessVm
+    } else {
+        SoftPath::Arena
+    };
+    let (la, lb) = match how {
+        How::Tcp => {
+            let (a1, b1) = tcp_pair();
+            let (a2, b2) = tcp_pair();
+            (
+                Link::SoftTcp {
+                    requester: a1,
+                    responder: a2,
+                },
+                Link::SoftTcp {
+                    requester: b2,
+                    responder: b1,
+                },
+            )
+        }
+        _ => (
+            Link::SoftDial {
+                peer: b.address(),
+                path,
+                deadline: Instant::now() + WAIT,
+            },
+            Link::SoftAwait { path },
+        ),
+    };
+    let up = |qp: QueuePair<kvxfer_verbs::Init>, remote, link| {
+        let qp = qp
+            .rtr(RtrAttr {
+                remote,
+                link,
+                min_rnr_timer: o.min_rnr_timer,
+            })
+            .unwrap();
+        qp.rts(o.rts).unwrap()
+    };
+    let qa = up(qa, eb, la);
+    let qb = up(qb, ea, lb);
+    (
+        Side {
+            ctx: a.clone(),
+            pd: pa,
+            send_cq: sa,
+            recv_cq: ra,
+            qp: qa,
+        },
+        Side {
+            ctx: b.clone(),
+            pd: pb,
+            send_cq: sb,
+            recv_cq: rb,
+            qp: qb,
+        },
+    )
+}
+
+/// Polls until `n` completions have come.
+pub fn reap(cq: &CompletionQueue, n: usize) -> Vec<Completion> {
+    let mut out = Vec::new();
+    let end = Instant::now() + WAIT;
+    while out.len() < n {
+        let before = out.len();
+        let poll = cq.poll(&mut out, n - before).unwrap();
+        assert!(
+            Instant::now() < end,
+            "{} of {n} completions after {WAIT:?}",
+            out.len()
+        );
+        if !poll.more && out.len() == before && cq.arm().unwrap() {
+            let mut fds = [nix::poll::PollFd::new(
+                cq.as_fd(),
+                nix::poll::PollFlags::POLLIN,
+            )];
+            nix::poll::poll(&mut fds, 5000u16).unwrap();
+        }
+    }
+    out
+}
+
+pub fn table(regions: &[&MemoryRegion]) -> Arc<RegionTable> {
+    Arc::new(regions.iter().map(|r| (*r).clone()).collect())
+}

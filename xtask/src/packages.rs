@@ -1,0 +1,39 @@
+//! Debian packages that a step needs.
+
+use crate::command::quiet;
+
+/// Makes sure that `program` can be started, installing `package` with apt-get if it cannot and we
+/// are root.
+///
+/// # Errors
+///
+/// Why the program is not there, for people to read.
+pub(crate) fn need(program: &str, package: &str) -> Result<(), String> {
+    if quiet(program, &["--version"]).is_some() {
+        return Ok(());
+    }
+    if !is_root() {
+        return Err(format!("{program} is missing: apt-get install {package}"));
+    }
+    println!("installing {package}, for {program} is missing");
+    let install = ["install", "-y", "--no-install-recommends", package];
+    let installed = quiet("apt-get", &install) == Some(true)
+        || (quiet("apt-get", &["update"]) == Some(true)
+            && quiet("apt-get", &install) == Some(true));
+    if installed && quiet(program, &["--version"]).is_some() {
+        Ok(())
+    } else {
+        Err(format!(
+            "{program} is missing and apt-get install {package} failed"
+        ))
+    }
+}
+
+fn is_root() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .and_then(|ids| ids.split_ascii_whitespace().nth(1))
+        == Some("0")
+}

@@ -1,0 +1,276 @@
+//! `cargo xtask test`: every check there is, in the order in which they fail fastest.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::command::{self, quiet};
+use crate::documents;
+use crate::packages;
+use crate::tally::{self, Tally};
+
+/// How a step ended. A step that runs no tests counts as one check.
+enum Outcome {
+    Passed(Tally),
+    Failed(Tally),
+    Skipped(String),
+}
+
+struct Step {
+    name: &'static str,
+    took: Duration,
+    outcome: Outcome,
+}
+
+struct Session<'a> {
+    root: &'a Path,
+    long: bool,
+    /// On a build machine a missing tool is a failure: there it would go unseen.
+    strict: bool,
+    steps: Vec<Step>,
+}
+
+const ONE: Tally = Tally {
+    passed: 1,
+    failed: 0,
+    skipped: 0,
+};
+const NONE: Tally = Tally {
+    passed: 0,
+    failed: 0,
+    skipped: 0,
+};
+
+/// Runs everything; `true` if nothing failed.
+pub(crate) fn run(root: &Path, long: bool) -> anyhow::Result<bool> {
+    let ci = std::env::var("CI").unwrap_or_default();
+    let mut session = Session {
+        root,
+        long,
+        strict: !matches!(ci.as_str(), "" | "0" | "false"),
+        steps: Vec::new(),
+    };
+    session.all()?;
+    Ok(session.summary())
+}
+
+impl Session<'_> {
+    fn all(&mut self) -> anyhow::Result<()> {
+        let root = self.root;
+        self.step("documents", |_| {
+            let problems = documents::problems(root);
+            for problem in &problems {
+                eprintln!("{problem}");
+            }
+            Ok(passed_if(problems.is_empty()))
+        })?;
+        self.step("format", |s| {
+            s.component("fmt", "rustfmt", &["fmt", "--all", "--check"])
+        })?;
+        self.step("clippy", |s| {
+            let args = [
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ];
+            s.component("clippy", "clippy", &args)
+        })?;
+        self.step("build", |s| {
+            // As the tests are built, so that everything is built once; with the examples, which
+            // tests run.
+            s.cargo(&["test", "--workspace", "--no-run"])
+        })?;
+        if matches!(
+            self.steps.last(),
+            Some(Step {
+                outcome: Outcome::Failed(_),
+                ..
+            })
+        ) {
+            for name in ["tests", "doc tests", "docs"] {
+                self.step(name, |_| Ok(Outcome::Skipped("the build failed".into())))?;
+            }
+            return Ok(());
+        }
+        self.step("tests", Self::tests)?;
+        self.step("doc tests", |s| {
+            let ended = command::show(&mut s.command(&["test", "--workspace", "--doc"]), root)?;
+            Ok(tested(&ended))
+        })?;
+        self.step("docs", |s| {
+            let mut command = Command::new(command::cargo());
+            command.args(["doc", "--workspace", "--no-deps"]);
+            command.env("RUSTDOCFLAGS", "-D warnings");
+            let ended = command::show(&mut command, s.root)?;
+            Ok(passed_if(ended.success))
+        })?;
+        if root.join("fuzz/Cargo.toml").exists() {
+            self.step("fuzz targets", |s| {
+                if let Err(why) = packages::need("c++", "g++") {
+                    return Ok(s.missing(why));
+                }
+                s.cargo(&["check", "--manifest-path", "fuzz/Cargo.toml", "--bins"])
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Unit, property, simulation and process tests.
+    fn tests(&mut self) -> anyhow::Result<Outcome> {
+        let cargo = command::cargo();
+        let nextest = Command::new(&cargo).args(["nextest", "--version"]).output();
+        let nextest = nextest.is_ok_and(|output| output.status.success());
+        let mut args = if nextest {
+            vec!["nextest", "run", "--workspace", "--no-fail-fast"]
+        } else {
+            println!("cargo-nextest is not installed: cargo test runs the same tests");
+            // The doc tests have a step of their own.
+            vec![
+                "test",
+                "--workspace",
+                "--lib",
+                "--bins",
+                "--tests",
+                "--no-fail-fast",
+            ]
+        };
+        match (self.long, nextest) {
+            (true, true) => args.extend(["--run-ignored", "all"]),
+            (true, false) => args.extend(["--", "--include-ignored"]),
+            (false, _) => {}
+        }
+        let mut command = self.command(&args);
+        let ended = command::show(&mut command, self.root)?;
+        Ok(tested(&ended))
+    }
+
+    fn step(
+        &mut self,
+        name: &'static str,
+        work: impl FnOnce(&mut Self) -> anyhow::Result<Outcome>,
+    ) -> anyhow::Result<()> {
+        println!("==> {name}");
+        let start = Instant::now();
+        let outcome = work(self)?;
+        let took = start.elapsed();
+        let step = Step {
+            name,
+            took,
+            outcome,
+        };
+        println!("{}", step.line());
+        self.steps.push(step);
+        Ok(())
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(command::cargo());
+        command.args(args);
+        if self.long {
+            command.env("PROPTEST_CASES", "4096");
+            command.env("KVXFER_LONG_TESTS", "1");
+        }
+        command
+    }
+
+    fn cargo(&mut self, args: &[&str]) -> anyhow::Result<Outcome> {
+        let ended = command::show(&mut self.command(args), self.root)?;
+        Ok(passed_if(ended.success))
+    }
+
+    /// A step that needs a part of the Rust toolchain which not everybody has.
+    fn component(
+        &mut self,
+        subcommand: &str,
+        component: &str,
+        args: &[&str],
+    ) -> anyhow::Result<Outcome> {
+        let cargo = command::cargo();
+        let there = quiet(&cargo.to_string_lossy(), &[subcommand, "--version"]) == Some(true)
+            || quiet("rustup", &["component", "add", component]) == Some(true);
+        if there {
+            return self.cargo(args);
+        }
+        let why = format!("{component} is missing: rustup component add {component}");
+        Ok(self.missing(why))
+    }
+
+    fn missing(&self, why: String) -> Outcome {
+        if self.strict {
+            eprintln!("{why}");
+            Outcome::Failed(NONE)
+        } else {
+            Outcome::Skipped(why)
+        }
+    }
+
+    /// Prints what happened; the last line is for machines.
+    fn summary(&self) -> bool {
+        println!("==> summary");
+        let mut sum = Tally::default();
+        let mut good = true;
+        for step in &self.steps {
+            println!("{}", step.line());
+            match &step.outcome {
+                Outcome::Passed(tally) => sum.add(*tally),
+                Outcome::Failed(tally) => {
+                    good = false;
+                    sum.add(*tally);
+                    // A step that fell before a test could fail is a failure of its own.
+                    sum.failed += u64::from(tally.failed == 0);
+                }
+                Outcome::Skipped(_) => {}
+            }
+        }
+        let took: Duration = self.steps.iter().map(|step| step.took).sum();
+        println!("{:>9.1} s in all", took.as_secs_f64());
+        if sum.skipped > 0 {
+            println!(
+                "{} tests not run: cargo xtask test --long runs them",
+                sum.skipped
+            );
+        }
+        println!("{} passed, {} failed", sum.passed, sum.failed);
+        good
+    }
+}
+
+impl Step {
+    fn line(&self) -> String {
+        let (word, more) = match &self.outcome {
+            Outcome::Passed(t) if *t == ONE => ("ok", String::new()),
+            Outcome::Passed(t) => (
+                "ok",
+                format!(": {} passed, {} not run", t.passed, t.skipped),
+            ),
+            Outcome::Failed(t) if *t == NONE => ("FAILED", String::new()),
+            Outcome::Failed(t) => (
+                "FAILED",
+                format!(": {} passed, {} failed", t.passed, t.failed),
+            ),
+            Outcome::Skipped(why) => ("skipped", format!(": {why}")),
+        };
+        let seconds = self.took.as_secs_f64();
+        format!("{seconds:>9.1} s  {:<12} {word}{more}", self.name)
+    }
+}
+
+fn passed_if(good: bool) -> Outcome {
+    if good {
+        Outcome::Passed(ONE)
+    } else {
+        Outcome::Failed(NONE)
+    }
+}
+
+fn tested(ended: &command::Ended) -> Outcome {
+    let tally = tally::count(&ended.lines);
+    if ended.success {
+        Outcome::Passed(tally)
+    } else {
+        Outcome::Failed(tally)
+    }
+}
