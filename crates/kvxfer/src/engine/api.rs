@@ -1,0 +1,418 @@
+//! The handle that an engine's author holds.
+
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::Inner;
+use super::connect::{Metadata, connect};
+use super::instance::Instance;
+use super::net;
+use super::runtime::Runtime;
+use crate::blocks::GroupBlocks;
+use crate::config::Config;
+use crate::error::Error;
+use crate::event::{Event, PeerName};
+use crate::expects::ExpectSpec;
+use crate::ids::{EngineId, Generation, Rank, RequestId};
+use crate::layout::{KvFormat, KvPlacement};
+use crate::plan::PlanError;
+use crate::ticket::{LeaseRef, MAX_TTL, Ticket, TicketError, TicketKind};
+use crate::transfer::Cause;
+use crate::wire::Role;
+
+/// Shuts the engine down when the last handle goes.
+#[derive(Debug)]
+struct Owner {
+    inner: Arc<Inner>,
+    /// Whether the runtime is this engine's own.
+    runs: bool,
+    tags: AtomicU64,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.inner.shut_down();
+        if self.runs {
+            self.inner.runtime.shut_down();
+        }
+    }
+}
+
+/// One rank of an inference engine: its KV memory, registered, and what it exchanges with peers.
+///
+/// Clones are the same engine; when the last one goes, offers are retracted, expectations and
+/// transfers end, and sessions are closed. All calls may be made from any thread. Those that submit
+/// work never block on the network: [`connect`](Self::connect) alone does, for as long as it is
+/// told.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    owner: Arc<Owner>,
+}
+
+impl Engine {
+    /// An engine over this memory. Registers the memory, and starts the workers.
+    ///
+    /// # Errors
+    ///
+    /// A setting out of its range, a secret that cannot be read, a placement that does not fit the
+    /// format, memory that the device does not register, threads that cannot be started.
+    pub fn new(config: Config, format: KvFormat, placement: KvPlacement) -> Result<Self, Error> {
+        config.check()?;
+        let runtime = Runtime::new(&config)?;
+        let inner = Inner::new(Arc::clone(&runtime), config, format, placement, None);
+        if inner.is_err() {
+            runtime.shut_down();
+        }
+        Ok(Self::owned(inner?, true))
+    }
+
+    pub(crate) fn owned(inner: Arc<Inner>, runs: bool) -> Self {
+        Self {
+            owner: Arc::new(Owner {
+                inner,
+                runs,
+                tags: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.owner.inner
+    }
+
+    /// The engine's name.
+    #[must_use]
+    pub fn id(&self) -> &EngineId {
+        &self.inner().id
+    }
+
+    /// This life of it.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.inner().generation
+    }
+
+    /// This rank's position.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.inner().rank()
+    }
+
+    /// The configured lease (`lease_ttl`): how long offered blocks are held unless their readers
+    /// release them earlier.
+    #[must_use]
+    pub fn lease_ttl(&self) -> Duration {
+        self.inner().config.lease_ttl
+    }
+
+    /// Takes sessions, and their data streams, at `HOST:PORT`, `HOST` (at the configured port) or
+    /// `HOST:0` (at a port that the system chooses). Returns the address in use.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Resolve`], [`Error::Listen`] (the port is busy), [`Error::Listening`],
+    /// [`Error::Unauthenticated`].
+    pub fn listen(&self, address: &str) -> Result<SocketAddr, Error> {
+        let inner = self.inner();
+        inner.runtime.listen(inner, address, inner.config.port)
+    }
+
+    /// Connects to the rank that listens at `address` and brings queue pairs up, by `deadline`
+    /// from now. The session is kept up from then on: it reconnects by itself until the instance
+    /// and its clones are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Resolve`], [`Error::Unreachable`], [`Error::Session`] (not kvxfer, another
+    /// version, a wrong secret, …), [`Error::Mismatch`] with every field in which the layouts differ,
+    /// [`Error::NoPath`] with the reason for each path, [`Error::Deadline`].
+    pub fn connect(&self, address: &str, deadline: Duration) -> Result<Instance, Error> {
+        connect(self.inner(), address, None, Role::Engine, deadline)
+    }
+
+    /// What a peer needs to connect to this rank, as bytes that an engine's own control plane can
+    /// carry: who it is and where it listens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotListening`], [`Error::NoAddress`].
+    pub fn metadata(&self) -> Result<Vec<u8>, Error> {
+        let inner = self.inner();
+        let address = self.address()?;
+        Metadata {
+            engine: inner.id.clone(),
+            generation: inner.generation,
+            rank: inner.rank(),
+            address,
+        }
+        .to_bytes()
+    }
+
+    /// Connects to the rank whose [`metadata`](Self::metadata) this is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Metadata`], and as [`connect`](Self::connect).
+    pub fn connect_with(&self, metadata: &[u8], deadline: Duration) -> Result<Instance, Error> {
+        let metadata = Metadata::from_bytes(metadata)?;
+        let wanted = Some(metadata.engine);
+        connect(
+            self.inner(),
+            &metadata.address,
+            wanted,
+            Role::Engine,
+            deadline,
+        )
+    }
+
+    /// The instance behind a session that the peer has opened, while it stands: a producer can
+    /// push to a consumer that has connected to it.
+    #[must_use]
+    pub fn instance_of(&self, peer: &PeerName) -> Option<Instance> {
+        let peer = self.inner().peer_named(peer)?;
+        Some(Instance::accepted(Arc::clone(self.inner()), peer))
+    }
+
+    /// Where peers reach this rank.
+    fn address(&self) -> Result<String, Error> {
+        let inner = self.inner();
+        let at = inner.runtime.listens_on().ok_or(Error::NotListening)?;
+        let ip = match inner.config.host_ip {
+            Some(ip) => ip,
+            None if at.ip().is_unspecified() => {
+                net::outward(at).map_err(|source| Error::NoAddress {
+                    listening: at,
+                    source,
+                })?
+            }
+            None => at.ip(),
+        };
+        Ok(SocketAddr::new(ip, at.port()).to_string())
+    }
+
+    // ---- READ mode, producer -----------------------------------------------------------------
+
+    /// Holds the blocks of a request for `readers` readers, for at most `ttl`. The ticket is for
+    /// whoever decodes; relay it. The blocks must not be changed until [`Event::Released`] says
+    /// that they are free.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lease`]: already on offer, no readers, a block twice, no free slot;
+    /// [`Error::NoSuchBlock`]; [`Error::WrongRole`].
+    pub fn offer(
+        &self,
+        request: &RequestId,
+        groups: &[GroupBlocks],
+        readers: u32,
+        ttl: Duration,
+    ) -> Result<Ticket, Error> {
+        let inner = self.inner();
+        if !inner.config.kv_role.produces() {
+            return Err(Error::WrongRole {
+                role: "kv_consumer",
+                operation: "offer",
+            });
+        }
+        self.check(request, groups)?;
+        check_ttl(ttl)?;
+        let nonce = Inner::nonce()?;
+        let lease: LeaseRef = inner.books.with(inner, |books, now| {
+            let offered = books
+                .leases
+                .offer(now, request, nonce, groups, readers, ttl)?;
+            inner.lease_table.flip(offered.lease.slot, offered.flip)?;
+            Ok::<_, Error>(offered.lease)
+        })?;
+        Ok(self.ticket(
+            TicketKind::Offer,
+            request,
+            nonce,
+            groups,
+            Some(lease),
+            readers,
+            ttl,
+        ))
+    }
+
+    /// Takes an offer back: its blocks are free with the [`Event::Released`] that follows, and a
+    /// pull that has not finished fails. `false`: there was no such offer.
+    pub fn retract(&self, request: &RequestId) -> bool {
+        let inner = self.inner();
+        inner
+            .books
+            .with(inner, |books, _| books.leases.retract(request))
+    }
+
+    // ---- WRITE mode, consumer ----------------------------------------------------------------
+
+    /// Lets `senders` producers write the blocks of a request, by `deadline` from now. The blocks
+    /// must not be used until [`Event::Received`], or after a failure until [`Event::Released`].
+    /// The ticket goes by itself to a producer that asks for it
+    /// ([`Instance::begin_push`]); it can be relayed as well.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Expect`]: already expected, a block that another expectation holds, no senders;
+    /// [`Error::NoSuchBlock`]; [`Error::WrongRole`].
+    pub fn expect(
+        &self,
+        request: &RequestId,
+        groups: &[GroupBlocks],
+        senders: u32,
+        deadline: Duration,
+    ) -> Result<Ticket, Error> {
+        self.expect_tagged(request, groups, senders, deadline, 0)
+    }
+
+    /// The same; `tag` comes back with the events.
+    ///
+    /// # Errors
+    ///
+    /// As [`expect`](Self::expect).
+    pub fn expect_tagged(
+        &self,
+        request: &RequestId,
+        groups: &[GroupBlocks],
+        senders: u32,
+        deadline: Duration,
+        tag: u64,
+    ) -> Result<Ticket, Error> {
+        let inner = self.inner();
+        if !inner.config.kv_role.consumes() {
+            return Err(Error::WrongRole {
+                role: "kv_producer",
+                operation: "expect",
+            });
+        }
+        self.check(request, groups)?;
+        check_ttl(deadline)?;
+        let nonce = Inner::nonce()?;
+        let ticket = self.ticket(
+            TicketKind::Expect,
+            request,
+            nonce,
+            groups,
+            None,
+            senders,
+            deadline,
+        );
+        inner.books.with(inner, |books, now| {
+            let deadline = now.saturating_add(deadline);
+            let spec = ExpectSpec {
+                request,
+                nonce,
+                groups,
+                senders,
+                deadline,
+                tag,
+            };
+            books.expects.expect(now, spec)?;
+            books.announce(inner, &ticket);
+            Ok::<_, Error>(())
+        })?;
+        Ok(ticket)
+    }
+
+    /// Wants an expected request no more. Its outcome is a failure with [`Cause::Cancelled`].
+    /// `false`: it was not expected.
+    pub fn cancel_expect(&self, request: &RequestId) -> bool {
+        let inner = self.inner();
+        inner.books.with(inner, |books, now| {
+            books.expects.cancel(now, request, Cause::Cancelled)
+        })
+    }
+
+    // ---- events ------------------------------------------------------------------------------
+
+    /// Appends what has happened since the last call; returns how many events that were.
+    pub fn poll_events(&self, events: &mut Vec<Event>) -> usize {
+        self.inner().events.drain(events)
+    }
+
+    /// The same, and waits for an event for at most `timeout` where there is none.
+    pub fn wait_events(&self, events: &mut Vec<Event>, timeout: Duration) -> usize {
+        self.inner().events.wait(events, timeout)
+    }
+
+    /// Readable while there are events to poll: for an event loop of the engine's own.
+    #[must_use]
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.inner().events.fd()
+    }
+
+    /// A number that no earlier call has given: for tags and request names.
+    #[must_use]
+    pub fn unique(&self) -> u64 {
+        self.owner.tags.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn check(&self, request: &RequestId, groups: &[GroupBlocks]) -> Result<(), Error> {
+        Inner::check_request(request)?;
+        let desc = self.inner().placement.desc();
+        let known = self.inner().format.groups().len();
+        for group in groups {
+            if usize::try_from(group.group).map_or(true, |at| at >= known) {
+                return Err(Error::Plan(PlanError::UnknownGroup {
+                    group: group.group,
+                    groups: u32::try_from(known).unwrap_or(u32::MAX),
+                }));
+            }
+            // A group that this rank keeps nothing of has no blocks to be out of range.
+            let Some(num_blocks) = desc.num_blocks(group.group) else {
+                continue;
+            };
+            if let Some(&block) = group.blocks.iter().find(|block| **block >= num_blocks) {
+                return Err(Error::NoSuchBlock {
+                    group: group.group,
+                    block,
+                    num_blocks,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of a ticket, in its order"
+    )]
+    fn ticket(
+        &self,
+        kind: TicketKind,
+        request: &RequestId,
+        nonce: crate::ids::Nonce,
+        groups: &[GroupBlocks],
+        lease: Option<LeaseRef>,
+        parties: u32,
+        ttl: Duration,
+    ) -> Ticket {
+        let inner = self.inner();
+        Ticket {
+            kind,
+            engine: inner.id.clone(),
+            generation: inner.generation,
+            rank: inner.rank(),
+            addr: self.address().ok(),
+            request: request.clone(),
+            nonce,
+            groups: groups.to_vec(),
+            lease,
+            format: inner.fingerprint(),
+            parties,
+            ttl,
+        }
+    }
+}
+
+/// A ticket that nobody could decode is not made.
+fn check_ttl(ttl: Duration) -> Result<(), Error> {
+    if ttl > MAX_TTL {
+        let ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        return Err(TicketError::Ttl { ms }.into());
+    }
+    Ok(())
+}

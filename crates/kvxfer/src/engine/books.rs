@@ -1,0 +1,329 @@
+//! What an engine has offered and what it expects: the ledgers of [`crate::leases`] and
+//! [`crate::expects`], and the thread that keeps their time.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tracing::{debug, error};
+
+use super::peer::Peer;
+use crate::engine::Inner;
+use crate::event::{Event, ReleaseReason};
+use crate::expects::{ExpectOutput, Expects, PushRefusal};
+use crate::ids::{Nonce, RequestId};
+use crate::leases::{LeaseOutput, Leases};
+use crate::ticket::Ticket;
+use crate::time::Time;
+use crate::transfer::{Cause, PeerKey, Refusal};
+use crate::wire::{Announce, Blob, Message, Revoke};
+
+/// Producers that asked for a ticket before its expectation stood; further ones are refused.
+const MAX_WANTED: usize = 4096;
+/// What a push without a ticket names as its try.
+pub(crate) const NO_TICKET: Nonce = Nonce(0);
+/// The longest sleep of the time keeper; also how soon it notices that its engine is gone.
+const NAP: Duration = Duration::from_secs(1);
+
+/// The ledgers. One lock for both: their outputs are carried out in order while it is held.
+#[derive(Debug)]
+pub(crate) struct Ledgers {
+    pub(crate) leases: Leases,
+    pub(crate) expects: Expects,
+    /// The tickets of expectations that stand, for producers that ask.
+    pub(crate) tickets: HashMap<RequestId, Ticket>,
+    /// Producers that asked before.
+    wanted: Vec<(RequestId, PeerKey)>,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Books {
+    ledgers: Mutex<Ledgers>,
+    changed: Condvar,
+}
+
+impl Books {
+    pub(crate) fn new(slots: u32, grace: Duration) -> Self {
+        Self {
+            ledgers: Mutex::new(Ledgers {
+                leases: Leases::new(slots),
+                expects: Expects::new(grace),
+                tickets: HashMap::new(),
+                wanted: Vec::new(),
+                stopping: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ledgers> {
+        // The ledgers are valid between calls, so a panic elsewhere does not spoil them.
+        self.ledgers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something with the ledgers and carries out what follows from it.
+    pub(crate) fn with<R>(
+        &self,
+        engine: &Arc<Inner>,
+        act: impl FnOnce(&mut Ledgers, Time) -> R,
+    ) -> R {
+        let mut ledgers = self.lock();
+        let before = ledgers.next_timeout();
+        let answer = act(&mut ledgers, engine.now());
+        ledgers.carry_out(engine);
+        let earlier = match (before, ledgers.next_timeout()) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(before), Some(after)) => after < before,
+        };
+        drop(ledgers);
+        if earlier {
+            self.changed.notify_one();
+        }
+        answer
+    }
+
+    /// Ends the time keeper.
+    pub(crate) fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// The time keeper's body.
+    pub(crate) fn keep_time(&self, engine: &Weak<Inner>) {
+        let mut ledgers = self.lock();
+        while !ledgers.stopping {
+            let Some(engine) = engine.upgrade() else {
+                return;
+            };
+            let now = engine.now();
+            ledgers.leases.on_time(now);
+            ledgers.expects.on_time(now);
+            ledgers.carry_out(&engine);
+            let nap = ledgers
+                .next_timeout()
+                .map_or(NAP, |at| at.since(now).min(NAP));
+            drop(engine);
+            // Rounded up: waking before the time would be waking for nothing.
+            let nap = nap + Duration::from_micros(50);
+            ledgers = self
+                .changed
+                .wait_timeout(ledgers, nap)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+impl Ledgers {
+    fn next_timeout(&self) -> Option<Time> {
+        match (self.leases.next_timeout(), self.expects.next_timeout()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    fn carry_out(&mut self, engine: &Arc<Inner>) {
+        while let Some(output) = self.leases.poll_output() {
+            match output {
+                LeaseOutput::Flip { slot, word } => {
+                    if let Err(error) = engine.lease_table.flip(slot, word) {
+                        // Slots are numbered within the table.
+                        error!(slot, %error, "lease slot not turned over");
+                    }
+                }
+                LeaseOutput::Released {
+                    request,
+                    nonce,
+                    reason,
+                    ..
+                } => {
+                    engine.events.push(Event::Released {
+                        request,
+                        nonce,
+                        reason,
+                    });
+                }
+            }
+        }
+        while let Some(output) = self.expects.poll_output() {
+            match output {
+                ExpectOutput::Received {
+                    request,
+                    nonce,
+                    tag,
+                } => {
+                    self.tickets.remove(&request);
+                    engine.events.push(Event::Received {
+                        request,
+                        nonce,
+                        tag,
+                    });
+                }
+                ExpectOutput::Failed {
+                    request,
+                    nonce,
+                    tag,
+                    cause,
+                    groups,
+                    memory,
+                } => {
+                    self.tickets.remove(&request);
+                    engine.events.push(Event::Failed {
+                        request,
+                        nonce,
+                        tag,
+                        invalid_blocks: groups,
+                        first_cause: cause,
+                        memory,
+                    });
+                }
+                ExpectOutput::Revoke {
+                    peer,
+                    request,
+                    nonce,
+                } => {
+                    if let Some(peer) = engine.peer(peer) {
+                        peer.link.send(revoke(request, nonce, &Cause::Revoked));
+                    }
+                }
+                ExpectOutput::ForceReset { peer } => match engine.peer(peer) {
+                    Some(peer) => {
+                        peer.fail(Cause::LaneReset);
+                        peer.drop_lanes();
+                    }
+                    // Its queue pairs are being taken down, or are gone: `peer_drained` follows, or
+                    // has come before.
+                    None if engine.is_draining(peer) => {}
+                    None => self.expects.peer_reset(peer),
+                },
+                ExpectOutput::Released { request, nonce, .. } => {
+                    let reason = ReleaseReason::Drained;
+                    engine.events.push(Event::Released {
+                        request,
+                        nonce,
+                        reason,
+                    });
+                }
+            }
+        }
+    }
+
+    /// An expectation stands: producers that asked for it get their tickets.
+    pub(crate) fn announce(&mut self, engine: &Inner, ticket: &Ticket) {
+        self.tickets.insert(ticket.request.clone(), ticket.clone());
+        let asked: Vec<PeerKey> = self
+            .wanted
+            .extract_if(.., |(request, _)| *request == ticket.request)
+            .map(|(_, peer)| peer)
+            .collect();
+        for key in asked {
+            if let Some(peer) = engine.peer(key) {
+                self.answer(&peer, ticket);
+            }
+        }
+    }
+
+    /// A producer asks whether it may push.
+    pub(crate) fn push_started(
+        &mut self,
+        now: Time,
+        peer: &Arc<Peer>,
+        request: RequestId,
+        nonce: Option<Nonce>,
+    ) {
+        self.expects.on_time(now);
+        match self.tickets.get(&request) {
+            Some(ticket) if nonce.is_none_or(|nonce| nonce == ticket.nonce) => {
+                let ticket = ticket.clone();
+                self.answer(peer, &ticket);
+            }
+            Some(_) => refuse(peer, request, nonce, Refusal::Late),
+            None if nonce.is_some() => refuse(peer, request, nonce, Refusal::Late),
+            None if self.wanted.len() >= MAX_WANTED => refuse(peer, request, nonce, Refusal::Busy),
+            None => self.wanted.push((request, peer.key)),
+        }
+    }
+
+    /// A producer's push has closed.
+    pub(crate) fn push_closed(
+        &mut self,
+        now: Time,
+        peer: PeerKey,
+        request: &RequestId,
+        nonce: Nonce,
+    ) -> Result<(), PushRefusal> {
+        if nonce != NO_TICKET {
+            return self.expects.push_closed(now, request, nonce, peer);
+        }
+        // The push was given up before the ticket reached it. If it still waits for one, nobody
+        // does any more. Otherwise its ticket is on its way and the peer is bound, perhaps to its
+        // next push: the peer's answer to the ticket says whether it is closed.
+        let asked = |(wanted, key): &(RequestId, PeerKey)| *key == peer && wanted == request;
+        if let Some(at) = self.wanted.iter().position(asked) {
+            self.wanted.remove(at);
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, peer: &Arc<Peer>, ticket: &Ticket) {
+        let (request, nonce) = (ticket.request.clone(), ticket.nonce);
+        match self.expects.announce(&request, nonce, peer.key) {
+            Ok(()) => match ticket.to_bytes() {
+                Ok(bytes) => peer.link.send(
+                    Announce {
+                        ticket: Blob(bytes),
+                    }
+                    .into(),
+                ),
+                // Checked when it was made.
+                Err(error) => error!(%request, %error, "ticket does not encode"),
+            },
+            Err(refusal) => refuse(peer, request, Some(nonce), reason(refusal)),
+        }
+    }
+
+    /// A peer is gone: it asks for nothing any more.
+    pub(crate) fn forget_peer(&mut self, peer: PeerKey) {
+        self.wanted.retain(|(_, key)| *key != peer);
+    }
+
+    pub(crate) fn shut_down(&mut self, now: Time) {
+        self.leases.retract_all();
+        self.expects.cancel_all(now, &Cause::ShuttingDown);
+    }
+}
+
+/// What a refused producer is told.
+pub(crate) fn reason(refusal: PushRefusal) -> Refusal {
+    match refusal {
+        PushRefusal::UnknownRequest => Refusal::UnknownRequest,
+        PushRefusal::WrongNonce | PushRefusal::Late => Refusal::Late,
+        PushRefusal::SendersFull { .. } | PushRefusal::NotASender => Refusal::NotAuthorised,
+    }
+}
+
+fn refuse(peer: &Peer, request: RequestId, nonce: Option<Nonce>, reason: Refusal) {
+    debug!(%request, ?reason, peer = %peer.name.engine, "push refused");
+    peer.link.send(revoke(
+        request,
+        nonce.unwrap_or(NO_TICKET),
+        &Cause::Refused { reason },
+    ));
+}
+
+/// Tells a producer to stop a push.
+pub(crate) fn revoke(request: RequestId, nonce: Nonce, cause: &Cause) -> Message {
+    Revoke {
+        request,
+        nonce,
+        cause: pack_cause(cause),
+    }
+    .into()
+}
+
+/// A cause as it travels; one that cannot be encoded travels as nothing and is read as `Aborted`.
+pub(crate) fn pack_cause(cause: &Cause) -> Blob {
+    Blob::pack("cause", cause).unwrap_or_default()
+}

@@ -1,0 +1,622 @@
+//! From an authenticated session to queue pairs that carry transfers: descriptions are exchanged,
+//! layouts compared, a path is chosen, queue pairs are joined.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+use tracing::info;
+
+use kvxfer_verbs::{DeviceAddr, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
+
+use super::link::Link;
+use super::net;
+use super::notices::Inbox;
+use super::peer::{Peer, Standing};
+use super::worker::Joined;
+use crate::bench::BenchSeat;
+use crate::engine::Inner;
+use crate::error::Error;
+use crate::event::PeerName;
+use crate::ids::EngineId;
+use crate::layout::{KvFormat, PlacementDesc, Side};
+use crate::plan::{CompileError, Compiled, PlanLimits, Role as PlanRole};
+use crate::session::Session;
+use crate::transfer::{Cause, PeerKey};
+use crate::transport::{Choice, PathInfo, soft_path};
+use crate::wire::{
+    Blob, Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, Role, SessionId,
+    Side as End, StreamHalf, StreamKey, StreamOpening, limits,
+};
+
+/// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
+/// their own; these only end what nobody waits for.
+const RTS: RtsAttr = RtsAttr {
+    timeout: 18,
+    retry_cnt: 7,
+    rnr_retry: 7,
+};
+const MIN_RNR_TIMER: u8 = 12;
+
+/// What the driver is to do, in this order.
+#[derive(Debug)]
+pub(crate) enum Step {
+    Accept,
+    Send(Message),
+    Refuse(Refusal, Error),
+}
+
+/// A queue pair in INIT.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) qp: QueuePair<Init>,
+    pub(crate) inbox: Option<Inbox>,
+}
+
+/// A queue pair on its way up.
+#[derive(Debug)]
+struct Joining {
+    made: Made,
+    remote: QpEndpoint,
+    requester: Option<TcpStream>,
+    responder: Option<TcpStream>,
+}
+
+/// What is known of the peer before it is one.
+#[derive(Debug)]
+struct Known {
+    describe: Describe,
+    device: DeviceAddr,
+    pull: Option<Compiled>,
+    push: Option<Compiled>,
+}
+
+/// The state of one session's set-up.
+#[derive(Debug)]
+pub(crate) struct Bringup {
+    end: End,
+    /// Where a client's data streams go: where its control connection went.
+    address: Option<SocketAddr>,
+    deadline: Instant,
+    role: Role,
+    /// The peer's key, once queue pairs are made for it.
+    key: PeerKey,
+    session: Option<(SessionId, StreamKey)>,
+    known: Option<Known>,
+    path: Option<PathInfo>,
+    /// A client's queue pairs that wait for the answer.
+    offered: Vec<Made>,
+    /// A server's queue pairs that wait for their streams.
+    joining: Vec<Joining>,
+    lanes: Vec<Joined>,
+    peer: Option<Arc<Peer>>,
+    up: Option<Sender<Arc<Peer>>>,
+    /// The engine that the client wants to have reached.
+    wanted: Option<EngineId>,
+    bench: Option<BenchSeat>,
+}
+
+impl Bringup {
+    /// `up` hears of the peer when transfers can run.
+    pub(crate) fn client(
+        role: Role,
+        address: SocketAddr,
+        wanted: Option<EngineId>,
+        deadline: Instant,
+        up: Sender<Arc<Peer>>,
+    ) -> Self {
+        Self {
+            up: Some(up),
+            address: Some(address),
+            wanted,
+            ..Self::new(End::Client, role, deadline)
+        }
+    }
+
+    pub(crate) fn server(deadline: Instant) -> Self {
+        Self::new(End::Server, Role::Engine, deadline)
+    }
+
+    fn new(end: End, role: Role, deadline: Instant) -> Self {
+        Self {
+            end,
+            address: None,
+            deadline,
+            role,
+            key: PeerKey(0),
+            session: None,
+            known: None,
+            path: None,
+            offered: Vec::new(),
+            joining: Vec::new(),
+            lanes: Vec::new(),
+            peer: None,
+            up: None,
+            wanted: None,
+            bench: None,
+        }
+    }
+
+    /// The peer, once transfers can run.
+    pub(crate) fn peer(&self) -> Option<&Arc<Peer>> {
+        self.peer.as_ref()
+    }
+
+    /// Both sides have proved themselves.
+    pub(crate) fn authenticated(
+        &mut self,
+        engine: &Arc<Inner>,
+        link: &Arc<Link>,
+        session: &Session,
+    ) -> Result<Vec<Step>, Error> {
+        self.role = session.role();
+        if let (Some(id), Some(key)) = (session.session_id(), session.stream_key()) {
+            if self.end == End::Server
+                && let Some(gate) = session.stream_gate()
+            {
+                engine.runtime.open_door(id, gate, Arc::clone(link));
+            }
+            self.session = Some((id, key));
+        }
+        match (self.end, self.role) {
+            // What a bench client's counterpart looks like is known when the client has said it.
+            (End::Server, Role::Bench) => Ok(Vec::new()),
+            (End::Server, Role::Probe) => {
+                let refusal = Refusal::RoleNotServed { role: Role::Probe };
+                Ok(vec![refuse(refusal)])
+            }
+            _ => Ok(vec![Step::Send(self.describe(engine)?.into())]),
+        }
+    }
+
+    fn describe(&self, engine: &Inner) -> Result<Describe, Error> {
+        Ok(Describe {
+            wanted: self.wanted.clone(),
+            ..engine.describe()?
+        })
+    }
+
+    /// The peer has said who it is. A bench client gets an engine of its own.
+    pub(crate) fn described(
+        &mut self,
+        engine: &mut Arc<Inner>,
+        describe: Describe,
+    ) -> Result<Vec<Step>, Error> {
+        let bad = |detail: String| Ok(vec![refuse(Refusal::BadDescription { detail })]);
+        let format: KvFormat = match describe.format.unpack("format") {
+            Ok(format) => format,
+            Err(error) => return bad(error.to_string()),
+        };
+        let placement: PlacementDesc = match describe.placement.unpack("placement") {
+            Ok(placement) => placement,
+            Err(error) => return bad(error.to_string()),
+        };
+        let device: DeviceAddr = match describe.device.unpack("device address") {
+            Ok(device) => device,
+            Err(error) => return bad(error.to_string()),
+        };
+        let lengths: Vec<u64> = describe.memories.iter().map(|m| m.len).collect();
+        if lengths != placement.memory_len() {
+            return bad("memories are not of the lengths that the placement says".to_owned());
+        }
+        if let Err(error) = placement.validate(&format) {
+            return bad(error.to_string());
+        }
+        let mut steps = Vec::new();
+        if (self.end, self.role) == (End::Server, Role::Bench) {
+            match engine.bench_engine(&describe, &format, &placement) {
+                Ok(seat) => {
+                    *engine = Arc::clone(seat.engine());
+                    self.bench = Some(seat);
+                }
+                Err(refusal) => return Ok(vec![refuse(refusal)]),
+            }
+            steps.push(Step::Send(self.describe(engine)?.into()));
+        }
+        let (pull, push) = match plans(engine, &describe, &format, &placement) {
+            Ok(plans) => plans,
+            Err(step) => return Ok(vec![step]),
+        };
+        self.known = Some(Known {
+            describe,
+            device,
+            pull,
+            push,
+        });
+        steps.push(Step::Accept);
+        if self.end == End::Client {
+            steps.push(self.offer(engine)?);
+        }
+        Ok(steps)
+    }
+
+    /// Chooses the path and makes the queue pairs.
+    fn offer(&mut self, engine: &Arc<Inner>) -> Result<Step, Error> {
+        let path = match self.choose(engine) {
+            Ok(path) => path,
+            Err(error) => {
+                let detail = cut(error.to_string());
+                return Ok(Step::Refuse(Refusal::NoPath { detail }, error));
+            }
+        };
+        let theirs = self
+            .known
+            .as_ref()
+            .map_or(0, |known| known.describe.facts.qp_per_transfer);
+        let count = engine.config.qp_per_transfer;
+        if count != theirs {
+            info!(
+                ours = count,
+                theirs, "qp_per_transfer differs: the connecting side's is used"
+            );
+        }
+        self.key = PeerKey(engine.runtime.next_id());
+        self.offered = engine
+            .runtime
+            .queue_pairs(engine, self.key, count, self.notices(engine))?;
+        let endpoints = pack_endpoints(&self.offered)?;
+        let offer = QpOffer {
+            offer: 1,
+            replaces: None,
+            path: path.path,
+            candidates: path.candidates.clone(),
+            endpoints,
+        };
+        self.path = Some(path);
+        Ok(Step::Send(offer.into()))
+    }
+
+    /// Whether both sides tell the end of a push on the data plane.
+    fn notices(&self, engine: &Inner) -> bool {
+        let theirs = self
+            .known
+            .as_ref()
+            .is_some_and(|k| k.describe.facts.enable_notification);
+        engine.config.enable_notification && theirs
+    }
+
+    fn choose(&self, engine: &Inner) -> Result<PathInfo, Error> {
+        let Some(known) = &self.known else {
+            return Err(Error::ShuttingDown);
+        };
+        Choice {
+            context: engine.runtime.context(),
+            peer: &known.device,
+            local_shareable: engine.shareable(),
+            peer_shareable: known.describe.fd_backed,
+            allowed: &engine.config.path,
+        }
+        .choose()
+    }
+
+    /// A server takes the path that the client has chosen, if it may.
+    pub(crate) fn offered(
+        &mut self,
+        engine: &Arc<Inner>,
+        offer: QpOffer,
+    ) -> Result<Vec<Step>, Error> {
+        let none = |candidates| {
+            let answer = QpAnswer {
+                offer: offer.offer,
+                path: None,
+                candidates,
+                endpoints: Vec::new(),
+            };
+            vec![Step::Send(answer.into())]
+        };
+        if self.end == End::Client || self.path.is_some() {
+            // One set of queue pairs a session, offered by the client.
+            return Ok(none(Vec::new()));
+        }
+        let mut candidates = offer.candidates.clone();
+        if !engine.config.path.allows(offer.path) {
+            for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
+                candidate.why_not = Some("the peer's configuration does not allow it".to_owned());
+            }
+            return Ok(none(candidates));
+        }
+        let remote = unpack_endpoints(&offer.endpoints)?;
+        if remote.is_empty() {
+            // A peer without queue pairs could never be drained.
+            return Ok(none(candidates));
+        }
+        let count = u32::try_from(remote.len()).unwrap_or(u32::MAX);
+        self.key = PeerKey(engine.runtime.next_id());
+        let qps = engine
+            .runtime
+            .queue_pairs(engine, self.key, count, self.notices(engine))?;
+        let endpoints = pack_endpoints(&qps)?;
+        let answer = QpAnswer {
+            offer: offer.offer,
+            path: Some(offer.path),
+            candidates: offer.candidates.clone(),
+            endpoints,
+        };
+        self.path = Some(PathInfo {
+            path: offer.path,
+            reason: "chosen by the peer that connected".to_owned(),
+            candidates: offer.candidates,
+        });
+        let mut steps = vec![Step::Send(answer.into())];
+        match soft_path(offer.path) {
+            Some(path) => {
+                for (made, remote) in qps.into_iter().zip(remote) {
+                    self.lanes
+                        .push(join(made, remote, QpLink::SoftAwait { path })?);
+                }
+                steps.push(Step::Send(Ready {}.into()));
+            }
+            None if offer.path == PathKind::Tcp => {
+                let joining = qps.into_iter().zip(remote).map(|(made, remote)| Joining {
+                    made,
+                    remote,
+                    requester: None,
+                    responder: None,
+                });
+                self.joining = joining.collect();
+            }
+            None => return Err(Error::PathNotHere { path: offer.path }),
+        }
+        Ok(steps)
+    }
+
+    /// A server's data stream has come and was admitted.
+    pub(crate) fn stream(
+        &mut self,
+        _engine: &Arc<Inner>,
+        opening: StreamOpening,
+        stream: TcpStream,
+    ) -> Result<Vec<Step>, Error> {
+        let at = usize::try_from(opening.qp)
+            .ok()
+            .and_then(|at| self.joining.get_mut(at));
+        let Some(joining) = at else {
+            return Ok(Vec::new());
+        };
+        // What the dialler requests on, this side responds on.
+        match opening.half {
+            StreamHalf::Requester => joining.responder = Some(stream),
+            StreamHalf::Responder => joining.requester = Some(stream),
+        }
+        if !self
+            .joining
+            .iter()
+            .all(|j| j.requester.is_some() && j.responder.is_some())
+        {
+            return Ok(Vec::new());
+        }
+        for joining in std::mem::take(&mut self.joining) {
+            if let (Some(requester), Some(responder)) = (joining.requester, joining.responder) {
+                let link = QpLink::SoftTcp {
+                    requester,
+                    responder,
+                };
+                self.lanes.push(join(joining.made, joining.remote, link)?);
+            }
+        }
+        Ok(vec![Step::Send(Ready {}.into())])
+    }
+
+    /// The server has answered a client's offer: the queue pairs are joined.
+    pub(crate) fn answered(
+        &mut self,
+        _engine: &Arc<Inner>,
+        answer: QpAnswer,
+    ) -> Result<Vec<Step>, Error> {
+        let Some(path) = answer.path else {
+            let forced = self.path.as_ref().map(|p| p.path);
+            return Err(Error::NoPath {
+                forced,
+                candidates: answer.candidates,
+            });
+        };
+        let remote = unpack_endpoints(&answer.endpoints)?;
+        for (i, (made, remote)) in std::mem::take(&mut self.offered)
+            .into_iter()
+            .zip(remote)
+            .enumerate()
+        {
+            let link = match (soft_path(path), &self.known) {
+                (Some(path), Some(known)) => QpLink::SoftDial {
+                    peer: known.device.clone(),
+                    path,
+                    deadline: self.deadline,
+                },
+                (None, _) if path == PathKind::Tcp => {
+                    let sequence = 2 * i as u64;
+                    let requester = self.dial(i, StreamHalf::Requester, sequence)?;
+                    let responder = self.dial(i, StreamHalf::Responder, sequence + 1)?;
+                    QpLink::SoftTcp {
+                        requester,
+                        responder,
+                    }
+                }
+                _ => return Err(Error::PathNotHere { path }),
+            };
+            self.lanes.push(join(made, remote, link)?);
+        }
+        Ok(vec![Step::Send(Ready {}.into())])
+    }
+
+    fn dial(&self, qp: usize, half: StreamHalf, sequence: u64) -> Result<TcpStream, Error> {
+        let (Some(address), Some((session, key))) = (self.address, &self.session) else {
+            return Err(Error::ShuttingDown);
+        };
+        let name = address.to_string();
+        let mut stream = net::connect(&name, &[address], self.deadline)?;
+        let qp = u32::try_from(qp).unwrap_or(u32::MAX);
+        let opening = StreamOpening {
+            session: *session,
+            qp,
+            half,
+            sequence,
+        };
+        let mut answer = [0; crate::wire::STREAM_ANSWER_LEN];
+        stream
+            .write_all(&opening.encode(key))
+            .and_then(|()| net::read_exact_by(&stream, &mut answer, self.deadline))
+            .map_err(|source| Error::Stream {
+                address: name.clone(),
+                source,
+            })?;
+        if !opening.verify_answer(key, &answer) {
+            return Err(Error::StreamNotAuthentic { address: name });
+        }
+        Ok(stream)
+    }
+
+    /// Transfers can run: the peer comes into being.
+    pub(crate) fn established(
+        &mut self,
+        engine: &Arc<Inner>,
+        link: &Arc<Link>,
+    ) -> Result<Vec<Step>, Error> {
+        let (Some(known), Some(path)) = (self.known.take(), self.path.take()) else {
+            return Err(Error::ShuttingDown);
+        };
+        let runtime = &engine.runtime;
+        let key = self.key;
+        let spread = runtime.spread(key, self.lanes.len());
+        let mut workers = spread.clone();
+        workers.sort_unstable();
+        workers.dedup();
+        info!(
+            peer = %known.describe.engine,
+            path = %path.path,
+            reason = %path.reason,
+            queue_pairs = self.lanes.len(),
+            "peer is up"
+        );
+        let describe = known.describe;
+        let peer = Arc::new(Peer {
+            key,
+            name: PeerName {
+                engine: describe.engine,
+                rank: describe.rank,
+            },
+            generation: describe.generation,
+            remote: describe.memories,
+            lease_table: describe.leases,
+            regions: Arc::clone(&engine.regions),
+            path,
+            notices: engine.config.enable_notification && describe.facts.enable_notification,
+            facts: describe.facts,
+            same_host: known.device.host == runtime.context().address().host,
+            standing: Standing::new(workers.len()),
+            workers,
+            lanes: self.lanes.len(),
+            pull: known.pull,
+            push: known.push,
+            limits: PlanLimits {
+                max_msg_bytes: runtime.max_msg_bytes(),
+                max_sge: runtime.max_sge(),
+            },
+            link: Arc::clone(link),
+            engine: Arc::downgrade(engine),
+            all_workers: runtime.workers().to_vec(),
+        });
+        runtime.add_lanes(&peer, std::mem::take(&mut self.lanes), &spread);
+        engine.peer_up(&peer);
+        if let Some(bench) = &mut self.bench {
+            bench.serve(&peer)?;
+        }
+        if let Some(up) = self.up.take() {
+            // Whoever connected may have given up waiting.
+            let _ = up.send(Arc::clone(&peer));
+        }
+        self.peer = Some(peer);
+        Ok(Vec::new())
+    }
+
+    /// The session is over. Returns whether transfers could run.
+    pub(crate) fn end(&mut self, engine: &Arc<Inner>, cause: &Cause) -> bool {
+        if let Some((session, _)) = &self.session {
+            engine.runtime.close_door(session);
+        }
+        self.bench = None;
+        let Some(peer) = self.peer.take() else {
+            return false;
+        };
+        engine.peer_down(&peer, cause);
+        true
+    }
+}
+
+fn refuse(refusal: Refusal) -> Step {
+    let error = Error::Refused {
+        refusal: refusal.clone(),
+    };
+    Step::Refuse(refusal, error)
+}
+
+/// A text that fits into a refusal.
+fn cut(text: String) -> String {
+    text.chars().take(limits::TEXT / 4).collect()
+}
+
+/// The plans for both directions, as far as the two roles allow them.
+#[expect(clippy::result_large_err, reason = "once a session")]
+fn plans(
+    engine: &Inner,
+    describe: &Describe,
+    format: &KvFormat,
+    placement: &PlacementDesc,
+) -> Result<(Option<Compiled>, Option<Compiled>), Step> {
+    let ours = engine.config.kv_role;
+    let theirs = describe.kv_role;
+    let pulls = ours.consumes() && theirs.produces();
+    let pushes = ours.produces() && theirs.consumes();
+    if !pulls && !pushes {
+        return Err(refuse(Refusal::SameRole { role: ours }));
+    }
+    let here = Side {
+        format: &engine.format,
+        placement: engine.placement.desc(),
+    };
+    let there = Side { format, placement };
+    let compile = |wanted: bool, producer: &Side<'_>, consumer: &Side<'_>, role| {
+        if !wanted {
+            return Ok(None);
+        }
+        Compiled::compile(producer, consumer, role)
+            .map(Some)
+            .map_err(|error| {
+                let detail = cut(error.to_string());
+                let error = match error {
+                    CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
+                    other => Error::Compile(other),
+                };
+                Step::Refuse(Refusal::FormatMismatch { detail }, error)
+            })
+    };
+    let pull = compile(pulls, &there, &here, PlanRole::Pull)?;
+    let push = compile(pushes, &here, &there, PlanRole::Push)?;
+    Ok((pull, push))
+}
+
+fn join(made: Made, remote: QpEndpoint, link: QpLink) -> Result<Joined, Error> {
+    let attr = RtrAttr {
+        remote,
+        link,
+        min_rnr_timer: MIN_RNR_TIMER,
+    };
+    Ok(Joined {
+        qp: made.qp.rtr(attr)?.rts(RTS)?,
+        inbox: made.inbox,
+    })
+}
+
+fn pack_endpoints(qps: &[Made]) -> Result<Vec<Blob>, Error> {
+    qps.iter()
+        .map(|made| Ok(Blob::pack("endpoint", &made.qp.endpoint())?))
+        .collect()
+}
+
+fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, Error> {
+    endpoints
+        .iter()
+        .map(|blob| Ok(blob.unpack("endpoint")?))
+        .collect()
+}

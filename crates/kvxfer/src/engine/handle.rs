@@ -1,0 +1,285 @@
+//! The handle of one transfer: a future that can also be polled, waited on and cancelled.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crate::blocks::GroupBlocks;
+use crate::event::MemoryState;
+use crate::transfer::{Cause, TransferId};
+
+/// How a transfer ended. It comes once, by the transfer's deadline.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// Every byte is in place. For a pull, the producer's lease was found live after the last byte.
+    Done,
+    /// Something went wrong first.
+    Failed(Failure),
+}
+
+/// Why a transfer failed, and what that means for its memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The first cause; its echoes (flushed work) are not reported.
+    pub first_cause: Cause,
+    /// Destination blocks whose content is not known to be whole, by group.
+    pub invalid_blocks: Vec<GroupBlocks>,
+    /// Whether the transfer's local memory may be used again now.
+    pub memory: MemoryState,
+}
+
+impl Outcome {
+    /// Whether the transfer is done.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        matches!(self, Outcome::Done)
+    }
+
+    /// The failure, if it is one.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Outcome::Done => None,
+            Outcome::Failed(failure) => Some(failure),
+        }
+    }
+}
+
+/// What a transfer consisted of and where its time went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TransferReport {
+    /// Work requests: after merging and chunking.
+    pub operations: u64,
+    /// Runs of blocks that were contiguous on both sides and were merged.
+    pub merged_runs: u64,
+    /// Bytes of all operations; moved, if the transfer is done.
+    pub bytes: u64,
+    /// Checking and planning, in the caller's thread.
+    pub prepare: Duration,
+    /// From submission to the last work request posted (by the owner's clock).
+    pub post: Duration,
+    /// From submission to the outcome.
+    pub wire: Duration,
+    /// Whether the end of a push was told on the data plane.
+    pub data_plane_notice: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    outcome: Option<Outcome>,
+    report: TransferReport,
+    released: bool,
+    waker: Option<Waker>,
+}
+
+/// The part of a transfer that its worker and its handles share.
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is valid at every step, so a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn finish(&self, outcome: Outcome, report: TransferReport) {
+        let mut state = self.lock();
+        if state.outcome.is_some() {
+            return;
+        }
+        state.released = match &outcome {
+            Outcome::Done => true,
+            Outcome::Failed(failure) => failure.memory == MemoryState::Released,
+        };
+        state.outcome = Some(outcome);
+        state.report = report;
+        let waker = state.waker.take();
+        drop(state);
+        self.changed.notify_all();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn release(&self) {
+        self.lock().released = true;
+        self.changed.notify_all();
+    }
+}
+
+/// A running transfer. Dropping the handle detaches it: the transfer goes on, and its end is
+/// still told as an event.
+#[must_use = "a dropped handle detaches the transfer; its outcome then comes only as an event"]
+pub struct Transfer {
+    pub(crate) id: TransferId,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) canceller: Arc<dyn Fn(TransferId) + Send + Sync>,
+}
+
+impl std::fmt::Debug for Transfer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Transfer")
+            .field("id", &self.id)
+            .field("outcome", &self.outcome())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Transfer {
+    /// The outcome, if it has come.
+    #[must_use]
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.shared.lock().outcome.clone()
+    }
+
+    /// Waits for the outcome for at most `timeout`. The transfer itself ends by its own deadline,
+    /// whatever is waited here.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> Option<Outcome> {
+        self.wait_until(timeout, |state| state.outcome.is_some())
+            .outcome
+            .clone()
+    }
+
+    /// Waits until the transfer's local memory may be used again, for at most `timeout`; says
+    /// whether it may.
+    #[must_use]
+    pub fn wait_released(&self, timeout: Duration) -> bool {
+        self.wait_until(timeout, |state| state.released).released
+    }
+
+    /// Whether the transfer's local memory may be used again.
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        self.shared.lock().released
+    }
+
+    /// What the transfer consisted of and where its time went; zeros before the outcome.
+    #[must_use]
+    pub fn report(&self) -> TransferReport {
+        self.shared.lock().report
+    }
+
+    /// Ends the transfer with [`Cause::Cancelled`] unless its outcome has come already. What is
+    /// posted cannot be recalled, so the memory may be quarantined for a while.
+    pub fn cancel(&self) {
+        (self.canceller)(self.id);
+    }
+
+    fn wait_until(
+        &self,
+        timeout: Duration,
+        done: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'_, State> {
+        // A timeout too large for the clock means: no limit but the transfer's own deadline.
+        let until = Instant::now().checked_add(timeout);
+        let mut state = self.shared.lock();
+        while !done(&state) {
+            let left = match until {
+                Some(until) => until.saturating_duration_since(Instant::now()),
+                None => Duration::from_secs(3600),
+            };
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state
+    }
+}
+
+impl Future for Transfer {
+    type Output = Outcome;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let mut state = self.shared.lock();
+        if let Some(outcome) = &state.outcome {
+            return Poll::Ready(outcome.clone());
+        }
+        match &mut state.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn transfer() -> (Transfer, Arc<Shared>) {
+        let shared = Arc::new(Shared::default());
+        let transfer = Transfer {
+            id: TransferId(7),
+            shared: Arc::clone(&shared),
+            canceller: Arc::new(|_| {}),
+        };
+        (transfer, shared)
+    }
+
+    #[test]
+    fn the_first_outcome_stays() {
+        let (transfer, shared) = transfer();
+        assert_eq!(transfer.outcome(), None);
+        assert_eq!(transfer.wait(Duration::ZERO), None);
+        shared.finish(Outcome::Done, TransferReport::default());
+        let failure = Failure {
+            first_cause: Cause::Cancelled,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Quarantined,
+        };
+        shared.finish(Outcome::Failed(failure), TransferReport::default());
+        assert_eq!(transfer.outcome(), Some(Outcome::Done));
+        assert!(transfer.is_released());
+    }
+
+    #[test]
+    fn quarantine_ends_with_release() {
+        let (transfer, shared) = transfer();
+        let failure = Failure {
+            first_cause: Cause::Cancelled,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Quarantined,
+        };
+        shared.finish(Outcome::Failed(failure), TransferReport::default());
+        assert!(!transfer.wait_released(Duration::ZERO));
+        let other = Arc::clone(&shared);
+        let releaser = std::thread::spawn(move || other.release());
+        assert!(transfer.wait_released(Duration::from_secs(60)));
+        releaser.join().expect("the releaser does not panic");
+    }
+
+    #[test]
+    fn a_future_is_woken_by_the_outcome() {
+        struct Flag(std::sync::atomic::AtomicBool);
+        impl std::task::Wake for Flag {
+            fn wake(self: Arc<Self>) {
+                self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+            }
+        }
+        let (mut transfer, shared) = transfer();
+        let flag = Arc::new(Flag(false.into()));
+        let waker = Waker::from(Arc::clone(&flag));
+        let mut cx = Context::from_waker(&waker);
+        assert!(Pin::new(&mut transfer).poll(&mut cx).is_pending());
+        shared.finish(Outcome::Done, TransferReport::default());
+        assert!(flag.0.load(std::sync::atomic::Ordering::SeqCst));
+        assert_eq!(
+            Pin::new(&mut transfer).poll(&mut cx),
+            Poll::Ready(Outcome::Done)
+        );
+    }
+}

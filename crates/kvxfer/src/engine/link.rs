@@ -1,0 +1,388 @@
+//! The thread of one control connection: it moves bytes between a socket and a
+//! [`Session`](crate::session::Session), and does what the session's events ask for.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use tracing::{debug, info, warn};
+
+use super::Clock;
+use super::bringup::{Bringup, Step};
+use super::wake::Wake;
+use crate::engine::Inner;
+use crate::error::Error;
+use crate::session::{Closed, Event as SessionEvent, Session, SessionError};
+use crate::transfer::Cause;
+use crate::wire::{ErrorCode, GoodbyeReason, Message, StreamOpening};
+
+/// How long the last words of a session may take to leave.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+const READ_CHUNK: usize = 64 * 1024;
+
+#[derive(Debug)]
+enum Order {
+    Send(Box<Message>),
+    Stream(StreamOpening, TcpStream),
+    Reset(Cause),
+    Close(GoodbyeReason),
+}
+
+/// How other threads reach a link.
+#[derive(Debug)]
+pub(crate) struct Link {
+    orders: Mutex<VecDeque<Order>>,
+    wake: Wake,
+    over: AtomicBool,
+}
+
+impl Link {
+    pub(crate) fn new() -> Result<Self, Error> {
+        Ok(Self {
+            orders: Mutex::default(),
+            wake: Wake::new()?,
+            over: AtomicBool::new(false),
+        })
+    }
+
+    fn orders(&self) -> MutexGuard<'_, VecDeque<Order>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, order: Order) {
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        self.orders().push_back(order);
+        self.wake.wake();
+    }
+
+    /// Sends a message, unless the session is over.
+    pub(crate) fn send(&self, message: Message) {
+        self.order(Order::Send(Box::new(message)));
+    }
+
+    /// Hands over a data stream that the peer has dialled.
+    pub(crate) fn stream(&self, opening: StreamOpening, stream: TcpStream) {
+        self.order(Order::Stream(opening, stream));
+    }
+
+    /// Ends the session because of `cause`.
+    pub(crate) fn reset(&self, cause: Cause) {
+        self.order(Order::Reset(cause));
+    }
+
+    /// Ends the session in good order.
+    pub(crate) fn close(&self, reason: GoodbyeReason) {
+        self.order(Order::Close(reason));
+    }
+}
+
+/// How a session went.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// Whether transfers could run.
+    pub(crate) established: bool,
+    pub(crate) error: Error,
+    pub(crate) cause: Cause,
+    /// Whether there is no point in trying again.
+    pub(crate) wanted: bool,
+}
+
+/// One session over one socket.
+pub(crate) struct Driver {
+    engine: Arc<Inner>,
+    link: Arc<Link>,
+    session: Session,
+    socket: TcpStream,
+    /// The peer's address, for messages.
+    name: String,
+    clock: Clock,
+    bringup: Bringup,
+    /// Why this side ends the session, where the session itself does not know.
+    cause: Option<Cause>,
+    error: Option<Error>,
+    wanted: bool,
+}
+
+impl Driver {
+    pub(crate) fn new(
+        engine: Arc<Inner>,
+        link: Arc<Link>,
+        session: Session,
+        socket: TcpStream,
+        name: String,
+        bringup: Bringup,
+    ) -> Result<Self, Error> {
+        socket
+            .set_nonblocking(true)
+            .map_err(|source| Error::Unreachable {
+                address: name.clone(),
+                source,
+            })?;
+        let clock = engine.clock();
+        Ok(Self {
+            engine,
+            link,
+            session,
+            socket,
+            name,
+            clock,
+            bringup,
+            cause: None,
+            error: None,
+            wanted: false,
+        })
+    }
+
+    /// Runs the session to its end. `input` is what was read of the connection before.
+    pub(crate) fn run(mut self, input: &[u8]) -> Ended {
+        self.session.start(self.clock.now());
+        if !input.is_empty() {
+            self.session.on_bytes(self.clock.now(), input);
+        }
+        let mut buffer = vec![0; READ_CHUNK];
+        let mut closed = None;
+        let mut last_words: Option<Instant> = None;
+        loop {
+            self.read(&mut buffer);
+            if self
+                .session
+                .next_timeout()
+                .is_some_and(|at| at <= self.clock.now())
+            {
+                self.session.on_time(self.clock.now());
+            }
+            self.take_orders();
+            while let Some(event) = self.session.poll_event() {
+                match event {
+                    SessionEvent::Closed(how) => closed = Some(how),
+                    event => self.event(event),
+                }
+            }
+            self.write();
+            if closed.is_some() {
+                // The peer may not read any more: its last words get a moment, no more.
+                let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+                if self.session.is_finished() || Instant::now() >= until {
+                    break;
+                }
+            }
+            self.sleep(closed.is_some());
+        }
+        self.link.over.store(true, Ordering::Release);
+        self.ended(closed)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) {
+        // Bounded, so that a peer that never stops sending does not keep time from passing.
+        for _ in 0..16 {
+            if self.session.is_closed() {
+                return;
+            }
+            match self.socket.read(buffer) {
+                Ok(0) => return self.session.on_eof(self.clock.now()),
+                Ok(n) => {
+                    let bytes = buffer.get(..n).unwrap_or_default();
+                    self.session.on_bytes(self.clock.now(), bytes);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return self.session.on_io_error(self.clock.now(), error.kind()),
+            }
+        }
+    }
+
+    fn write(&mut self) {
+        while !self.session.transmit().is_empty() {
+            match self.socket.write(self.session.transmit()) {
+                Ok(n) => self.session.transmitted(n),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    self.session.on_io_error(self.clock.now(), error.kind());
+                    // Nothing more can leave.
+                    let left = self.session.queued();
+                    return self.session.transmitted(left);
+                }
+            }
+        }
+    }
+
+    fn sleep(&self, closing: bool) {
+        let mut timeout = self
+            .session
+            .next_timeout()
+            .map(|at| at.since(self.clock.now()));
+        if closing {
+            timeout = Some(LAST_WORDS / 4);
+        }
+        let mut flags = PollFlags::empty();
+        // After its end a session reads nothing, and a readable socket would keep it from sleeping.
+        flags.set(PollFlags::POLLIN, !closing);
+        flags.set(PollFlags::POLLOUT, self.session.queued() > 0);
+        let sockets = [(self.socket.as_fd(), flags)];
+        let others = if flags.is_empty() {
+            &[][..]
+        } else {
+            &sockets[..]
+        };
+        self.link
+            .wake
+            .sleep(others, timeout, || self.link.orders().is_empty());
+    }
+
+    fn take_orders(&mut self) {
+        loop {
+            let Some(order) = self.link.orders().pop_front() else {
+                return;
+            };
+            match order {
+                Order::Send(message) => self.send(&message),
+                Order::Stream(opening, stream) => {
+                    let step = self.bringup.stream(&self.engine, opening, stream);
+                    self.step(step);
+                }
+                Order::Reset(cause) => {
+                    self.cause.get_or_insert(cause);
+                    self.session.close(GoodbyeReason::Replaced);
+                }
+                Order::Close(reason) => {
+                    self.wanted = true;
+                    self.session.close(reason);
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        if self.session.is_closed() {
+            return;
+        }
+        if let Err(error) = self.session.send(message) {
+            warn!(peer = %self.name, kind = %message.kind(), %error, "message not sent");
+            // What is lost here would leave the peer waiting: it is better off without the session.
+            self.session
+                .cut_off(ErrorCode::Internal, &error.to_string());
+        }
+    }
+
+    fn event(&mut self, event: SessionEvent) {
+        match event {
+            SessionEvent::Authenticated {
+                role,
+                session,
+                by_secret,
+                ..
+            } => {
+                debug!(peer = %self.name, %role, %session, by_secret, "authenticated");
+                let step = self
+                    .bringup
+                    .authenticated(&self.engine, &self.link, &self.session);
+                self.step(step);
+            }
+            SessionEvent::PeerDescribed(describe) => {
+                let step = self.bringup.described(&mut self.engine, *describe);
+                self.step(step);
+            }
+            SessionEvent::QpOffer(offer) => {
+                let step = self.bringup.offered(&self.engine, offer);
+                self.step(step);
+            }
+            SessionEvent::QpAnswer(answer) => {
+                let step = self.bringup.answered(&self.engine, answer);
+                self.step(step);
+            }
+            SessionEvent::Established => {
+                let step = self.bringup.established(&self.engine, &self.link);
+                self.step(step);
+            }
+            SessionEvent::Message(message) => self.message(message),
+            SessionEvent::Stalled { silent } => {
+                warn!(peer = %self.name, ?silent, "peer is stalled");
+            }
+            SessionEvent::Resumed { silent } => {
+                info!(peer = %self.name, ?silent, "peer is heard again");
+            }
+            _ => {}
+        }
+    }
+
+    fn step(&mut self, step: Result<Vec<Step>, Error>) {
+        match step {
+            Ok(steps) => {
+                for step in steps {
+                    match step {
+                        Step::Accept => self.session.accept(),
+                        Step::Send(message) => self.send(&message),
+                        Step::Refuse(reason, error) => {
+                            self.error.get_or_insert(error);
+                            self.session.refuse(reason);
+                        }
+                    }
+                }
+            }
+            Err(error) => {
+                warn!(peer = %self.name, %error, "session not set up");
+                self.session
+                    .cut_off(ErrorCode::Internal, &error.to_string());
+                self.error.get_or_insert(error);
+            }
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        let Some(peer) = self.bringup.peer() else {
+            return;
+        };
+        if let Err(lie) = self.engine.on_message(peer, message) {
+            self.session.cut_off(ErrorCode::Lie, &lie);
+        }
+    }
+
+    fn ended(mut self, closed: Option<Closed>) -> Ended {
+        let closed = closed.unwrap_or(Closed::Local(GoodbyeReason::Finished));
+        let cause = self.cause.take().unwrap_or_else(|| cause_of(&closed));
+        let session_error = match closed {
+            Closed::Failed(error) => error,
+            Closed::Goodbye(_) | Closed::Local(_) => SessionError::PeerClosed {
+                state: self.session.state(),
+                mid_frame: false,
+            },
+        };
+        let error = self.error.take().unwrap_or(Error::Session {
+            peer: self.name.clone(),
+            source: session_error,
+        });
+        let established = self.bringup.end(&self.engine, &cause);
+        Ended {
+            established,
+            error,
+            cause,
+            wanted: self.wanted,
+        }
+    }
+}
+
+/// What the end of a session means for the transfers that ran over it.
+fn cause_of(closed: &Closed) -> Cause {
+    match closed {
+        Closed::Local(_) => Cause::ShuttingDown,
+        Closed::Goodbye(GoodbyeReason::Replaced) => Cause::LaneReset,
+        Closed::Goodbye(_) => Cause::PeerClosed,
+        Closed::Failed(error) => match error {
+            SessionError::PeerClosed { .. } | SessionError::ConnectionLost { .. } => {
+                Cause::PeerDead
+            }
+            SessionError::PeerStalled { silent } => Cause::PeerStalled {
+                silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
+            },
+            _ => Cause::PeerUnreachable,
+        },
+    }
+}

@@ -1,0 +1,504 @@
+//! The engine: memory that is registered, requests that are offered and expected, and the peers
+//! that they are exchanged with.
+
+mod api;
+mod books;
+mod bringup;
+mod connect;
+mod events;
+mod handle;
+mod link;
+mod net;
+mod notices;
+mod peer;
+mod runtime;
+mod scratch;
+mod wake;
+mod worker;
+
+mod instance;
+mod push;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+use tracing::{debug, info};
+
+use kvxfer_verbs::{Access, RegionTable};
+
+pub use api::Engine;
+pub use handle::{Failure, Outcome, Transfer, TransferReport};
+pub use instance::{Instance, PeerFacts, PullOptions};
+pub use push::{Push, PushOptions};
+
+pub(crate) use connect::connect;
+pub(crate) use peer::Peer;
+pub(crate) use runtime::{Runtime, spawn};
+
+use books::Books;
+use events::EventQueue;
+use link::Link;
+use push::Pushes;
+use scratch::{Landings, LeaseTable};
+use worker::{Command, Live};
+
+use crate::bench::BenchSeat;
+use crate::config::Config;
+use crate::error::Error;
+use crate::event::{Event, PeerName};
+use crate::expects::PushProgress;
+use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
+use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
+use crate::leases::ReleaseAnswer;
+use crate::ticket::Ticket;
+use crate::time::Time;
+use crate::transfer::{Cause, Notice, PeerKey, TransferId};
+use crate::wire::{
+    Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, PushAborted,
+    PushClosed, PushDone, Refusal, Release, RemoteSpan, limits,
+};
+
+/// Names of peers that are remembered; beyond that, only of those that are here.
+const MAX_LIVES: usize = 4096;
+/// Lease checks that can be under way at once.
+const LANDINGS: u32 = 1024;
+
+/// The clock that the state machines are given: nanoseconds since the runtime began.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clock(Instant);
+
+impl Clock {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time(u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+/// The peers of an engine.
+#[derive(Debug, Default)]
+struct Roster {
+    up: HashMap<PeerKey, Arc<Peer>>,
+    /// Lost ones whose queue pairs are not gone yet.
+    draining: HashSet<PeerKey>,
+    /// The last generation met under each name.
+    lives: HashMap<PeerName, Generation>,
+    /// Control connections, to be closed when the engine goes.
+    links: Vec<Weak<Link>>,
+}
+
+/// What an engine's handles and threads share.
+pub(crate) struct Inner {
+    pub(crate) runtime: Arc<Runtime>,
+    pub(crate) config: Config,
+    pub(crate) id: EngineId,
+    pub(crate) generation: Generation,
+    pub(crate) format: KvFormat,
+    fingerprint: [u8; 32],
+    pub(crate) placement: KvPlacement,
+    /// The placement's memories, then the landing slots.
+    pub(crate) regions: Arc<RegionTable>,
+    pub(crate) scratch: Landings,
+    pub(crate) scratch_region: u32,
+    pub(crate) lease_table: LeaseTable,
+    lease_regions: RegionTable,
+    pub(crate) books: Arc<Books>,
+    pub(crate) pushes: Pushes,
+    pub(crate) events: EventQueue,
+    roster: Mutex<Roster>,
+    /// Where a bandwidth test's own messages go.
+    pub(crate) bench_inbox: Option<Sender<Vec<u8>>>,
+    /// Whether bandwidth tests must have this engine's format.
+    pub(crate) bench_held: AtomicBool,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("id", &self.id)
+            .field("generation", &self.generation)
+            .field("rank", &self.rank())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    /// Registers the memory and starts the time keeper.
+    pub(crate) fn new(
+        runtime: Arc<Runtime>,
+        config: Config,
+        format: KvFormat,
+        placement: KvPlacement,
+        bench_inbox: Option<Sender<Vec<u8>>>,
+    ) -> Result<Arc<Self>, Error> {
+        placement.desc().validate(&format)?;
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(Error::random)?;
+        let generation = Generation(random);
+        let id = match &config.engine_id {
+            Some(id) => EngineId(id.as_str().into()),
+            None => EngineId(format!("engine-{generation}").into()),
+        };
+        let access = remote_access(config.kv_role);
+        let pd = runtime.pd();
+        let mut regions = placement
+            .memory()
+            .iter()
+            .map(|memory| pd.register(Arc::clone(memory), access))
+            .collect::<Result<Vec<_>, _>>()?;
+        let scratch = Landings::new(LANDINGS)?;
+        let scratch_region = u32::try_from(regions.len()).unwrap_or(u32::MAX);
+        regions.push(pd.register(scratch.memory(), Access::LOCAL_WRITE)?);
+        let lease_table = LeaseTable::new(config.lease_slots)?;
+        let lease_regions = RegionTable::new(vec![
+            pd.register(lease_table.memory(), Access::REMOTE_READ)?,
+        ]);
+        let fingerprint = format.fingerprint().0;
+        let books = Arc::new(Books::new(config.lease_slots, config.drain_grace));
+        let inner = Arc::new(Self {
+            runtime,
+            id,
+            generation,
+            format,
+            fingerprint,
+            placement,
+            regions: Arc::new(RegionTable::new(regions)),
+            scratch,
+            scratch_region,
+            lease_table,
+            lease_regions,
+            books,
+            pushes: Pushes::default(),
+            events: EventQueue::new()?,
+            roster: Mutex::default(),
+            bench_inbox,
+            bench_held: AtomicBool::new(false),
+            config,
+        });
+        let (weak, books) = (Arc::downgrade(&inner), Arc::clone(&inner.books));
+        // The time keeper holds the books alone, and asks each time whether their engine still is.
+        spawn("kvx-books", move || books.keep_time(&weak))?;
+        Ok(inner)
+    }
+
+    pub(crate) fn clock(&self) -> Clock {
+        self.runtime.clock
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.runtime.clock.now()
+    }
+
+    pub(crate) fn rank(&self) -> Rank {
+        self.placement.desc().topology().rank
+    }
+
+    pub(crate) fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// The access that peers' queue pairs need: a producer's lease slots are read, whatever else.
+    pub(crate) fn remote_access(&self) -> Access {
+        remote_access(self.config.kv_role)
+    }
+
+    /// Whether all memory has a file that a peer on this host could map.
+    pub(crate) fn shareable(&self) -> bool {
+        self.placement
+            .memory()
+            .iter()
+            .all(|memory| memory.fd().is_some())
+    }
+
+    /// What peers are told.
+    pub(crate) fn describe(&self) -> Result<Describe, Error> {
+        let span = |region: &kvxfer_verbs::MemoryRegion| RemoteSpan {
+            addr: region.addr(),
+            len: region.len(),
+            rkey: region.rkey(),
+        };
+        let memories = self.placement.memory().len();
+        let config = &self.config;
+        Ok(Describe {
+            engine: self.id.clone(),
+            generation: self.generation,
+            rank: self.rank(),
+            kv_role: config.kv_role,
+            wanted: None,
+            fingerprint: Fingerprint(self.fingerprint),
+            format: Blob::pack("format", &self.format)?,
+            placement: Blob::pack("placement", self.placement.desc())?,
+            memories: self
+                .regions
+                .regions()
+                .iter()
+                .take(memories)
+                .map(span)
+                .collect(),
+            leases: self.lease_regions.regions().first().map(span),
+            scratch: None,
+            device: Blob::pack("device address", &self.runtime.context().address())?,
+            facts: ConfigFacts {
+                qp_per_transfer: config.qp_per_transfer,
+                max_send_wr: self.runtime.send_wr(),
+                max_msg_sge: self.runtime.max_sge(),
+                max_msg_bytes: self.runtime.max_msg_bytes(),
+                enable_notification: config.enable_notification,
+                num_worker_threads: config.num_worker_threads,
+                listen_port: self
+                    .runtime
+                    .listens_on()
+                    .map_or(0, |address| address.port()),
+            },
+            fd_backed: self.shareable(),
+        })
+    }
+
+    // ---- peers -------------------------------------------------------------------------------
+
+    fn roster(&self) -> MutexGuard<'_, Roster> {
+        self.roster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn peer(&self, key: PeerKey) -> Option<Arc<Peer>> {
+        self.roster().up.get(&key).cloned()
+    }
+
+    /// The peer of that name, if a session with it stands; the newest where there are several.
+    pub(crate) fn peer_named(&self, name: &PeerName) -> Option<Arc<Peer>> {
+        let roster = self.roster();
+        roster
+            .up
+            .values()
+            .filter(|peer| peer.name == *name)
+            .max_by_key(|peer| peer.key)
+            .cloned()
+    }
+
+    pub(crate) fn is_draining(&self, key: PeerKey) -> bool {
+        self.roster().draining.contains(&key)
+    }
+
+    /// Remembers a control connection, to be closed with the engine.
+    pub(crate) fn adopt(&self, link: &Arc<Link>) {
+        let mut roster = self.roster();
+        roster.links.retain(|link| link.strong_count() > 0);
+        roster.links.push(Arc::downgrade(link));
+    }
+
+    pub(crate) fn peer_up(&self, peer: &Arc<Peer>) {
+        let old = {
+            let mut roster = self.roster();
+            roster.up.insert(peer.key, Arc::clone(peer));
+            if roster.lives.len() >= MAX_LIVES && !roster.lives.contains_key(&peer.name) {
+                let Roster { up, lives, .. } = &mut *roster;
+                let here: HashSet<&PeerName> = up.values().map(|peer| &peer.name).collect();
+                lives.retain(|name, _| here.contains(name));
+            }
+            roster.lives.insert(peer.name.clone(), peer.generation)
+        };
+        let (name, generation) = (peer.name.clone(), peer.generation);
+        match old {
+            Some(old) if old != generation => {
+                self.events.push(Event::PeerRestarted {
+                    peer: name,
+                    old,
+                    new: generation,
+                });
+            }
+            _ => self.events.push(Event::PeerUp {
+                peer: name,
+                generation,
+            }),
+        }
+    }
+
+    /// A session is over: everything that ran over it ends.
+    pub(crate) fn peer_down(self: &Arc<Self>, peer: &Arc<Peer>, cause: &Cause) {
+        {
+            let mut roster = self.roster();
+            roster.up.remove(&peer.key);
+            if !peer.is_gone() {
+                roster.draining.insert(peer.key);
+            }
+        }
+        info!(peer = %peer.name.engine, %cause, "peer is down");
+        peer.lose(cause.clone());
+        self.pushes.peer_lost(peer.key);
+        self.books.with(self, |books, now| {
+            books.forget_peer(peer.key);
+            books.expects.peer_lost(now, peer.key, cause);
+        });
+        self.events.push(Event::PeerDown {
+            peer: peer.name.clone(),
+            generation: peer.generation,
+            cause: cause.clone(),
+        });
+    }
+
+    /// The last queue pair to a peer is gone: nothing that it posted can land any more.
+    pub(crate) fn peer_drained(self: &Arc<Self>, key: PeerKey) {
+        self.roster().draining.remove(&key);
+        self.books
+            .with(self, |books, _| books.expects.peer_reset(key));
+    }
+
+    // ---- messages ----------------------------------------------------------------------------
+
+    /// A peer's message. The error says why the peer cannot be trusted any more.
+    pub(crate) fn on_message(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        message: Message,
+    ) -> Result<(), String> {
+        match message {
+            Message::Release(Release { request, nonce }) => {
+                let answer = self.books.with(self, |books, _| {
+                    books.leases.release(&request, nonce, peer.key)
+                });
+                if answer == ReleaseAnswer::Unknown {
+                    debug!(%request, ?nonce, "release of a request that is not on offer");
+                }
+            }
+            Message::PushStart(start) => self.books.with(self, |books, now| {
+                books.push_started(now, peer, start.request, start.nonce);
+            }),
+            Message::Announce(announce) => {
+                let ticket =
+                    Ticket::from_bytes(&announce.ticket.0).map_err(|error| error.to_string())?;
+                if ticket.generation != peer.generation {
+                    return Err("ticket of another engine".to_owned());
+                }
+                self.pushes.announced(peer, ticket);
+            }
+            Message::PushDone(PushDone { request, nonce, .. }) => {
+                let counted = self.books.with(self, |books, now| {
+                    books.expects.push_done(now, &request, nonce, peer.key)
+                });
+                match counted {
+                    Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => {}
+                    Ok(PushProgress::Repeated) => debug!(%request, "push done twice"),
+                    Err(refusal) => debug!(%request, %refusal, "push not counted"),
+                }
+            }
+            Message::PushAborted(PushAborted { request, nonce, .. })
+            | Message::PushClosed(PushClosed { request, nonce, .. }) => {
+                let closed = self.books.with(self, |books, now| {
+                    books.push_closed(now, peer.key, &request, nonce)
+                });
+                if let Err(refusal) = closed {
+                    debug!(%request, %refusal, "closed push is not known");
+                }
+            }
+            Message::Revoke(revoke) => {
+                let cause = revoke
+                    .cause
+                    .unpack::<Cause>("cause")
+                    .unwrap_or(Cause::Revoked);
+                self.pushes
+                    .revoked(peer, &revoke.request, revoke.nonce, cause);
+            }
+            Message::Bench(bench) => match &self.bench_inbox {
+                // A test that has ended hears nothing more.
+                Some(inbox) => drop(inbox.send(bench.payload.0)),
+                None => return Err("benchmark message outside a benchmark".to_owned()),
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What the other side of a transfer is told of its end.
+    pub(crate) fn notice(&self, live: &Live, notice: Notice) -> Message {
+        let (request, nonce) = (live.request.clone(), live.nonce);
+        let sender = self.rank();
+        match notice {
+            Notice::Release => Release { request, nonce }.into(),
+            Notice::PushDone => PushDone {
+                request,
+                nonce,
+                sender,
+                bytes: live.report.bytes,
+            }
+            .into(),
+            Notice::PushAborted { cause } => PushClosed {
+                request,
+                nonce,
+                sender,
+                cause: books::pack_cause(&cause),
+            }
+            .into(),
+        }
+    }
+
+    pub(crate) fn push_ended(&self, id: TransferId) {
+        self.pushes.ended(id);
+    }
+
+    /// The engine of a bandwidth-test client: its layout, on memory of its own.
+    pub(crate) fn bench_engine(
+        self: &Arc<Self>,
+        describe: &Describe,
+        format: &KvFormat,
+        placement: &PlacementDesc,
+    ) -> Result<BenchSeat, Refusal> {
+        BenchSeat::new(self, describe, format, placement)
+    }
+
+    /// Ends everything that is under way.
+    pub(crate) fn shut_down(self: &Arc<Self>) {
+        self.books.with(self, books::Ledgers::shut_down);
+        self.books.stop();
+        let (links, peers) = {
+            let roster = self.roster();
+            let links: Vec<Arc<Link>> = roster.links.iter().filter_map(Weak::upgrade).collect();
+            (links, roster.up.values().cloned().collect::<Vec<_>>())
+        };
+        for link in links {
+            link.close(GoodbyeReason::ShuttingDown);
+        }
+        for peer in peers {
+            peer.lose(Cause::ShuttingDown);
+        }
+    }
+
+    /// A random try of a request.
+    pub(crate) fn nonce() -> Result<Nonce, Error> {
+        let mut bytes = [0; 8];
+        getrandom::fill(&mut bytes).map_err(Error::random)?;
+        // Not `NO_TICKET`.
+        Ok(Nonce(u64::from_le_bytes(bytes).max(1)))
+    }
+
+    pub(crate) fn check_request(request: &RequestId) -> Result<(), Error> {
+        let len = request.0.len();
+        if len == 0 || len > crate::ticket::MAX_NAME_BYTES.min(limits::REQUEST_ID) {
+            return Err(Error::RequestName { len });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn command(&self, owner: u16, command: Command) {
+        if let Some(worker) = self.runtime.worker(owner) {
+            worker.send(command);
+        }
+    }
+}
+
+/// The access that peers need to the memory of a producer, a consumer, or both.
+fn remote_access(role: KvRole) -> Access {
+    let mut access = Access::NONE;
+    if role.produces() {
+        access = access | Access::REMOTE_READ;
+    }
+    if role.consumes() {
+        access = access | Access::LOCAL_WRITE | Access::REMOTE_WRITE;
+    }
+    access
+}

@@ -1,0 +1,200 @@
+//! TCP with deadlines: resolving, connecting, reading exactly, and which addresses are local.
+
+use std::io::{self, Read, Write};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket,
+};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, poll};
+
+use super::wake::poll_timeout;
+use crate::error::Error;
+
+/// Further away than anything waits for, and still a time that the clock can hold.
+const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The time after `timeout`; one that no clock can hold means: no limit.
+pub(crate) fn after(timeout: Duration) -> Instant {
+    Instant::now() + timeout.min(FOR_EVER)
+}
+
+/// The addresses of `address` (`HOST`, `HOST:PORT` or `[V6]:PORT`), with `port` where it has none.
+pub(crate) fn resolve(address: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+    let error = |source| Error::Resolve {
+        address: address.to_owned(),
+        source,
+    };
+    let with_port = address
+        .to_socket_addrs()
+        .or_else(|first| (address, port).to_socket_addrs().map_err(|_| first));
+    // A bare IPv6 address reads as a host with a port that is none; brackets decide it.
+    let bare_v6 = address.parse::<Ipv6Addr>().is_ok();
+    let found: Vec<SocketAddr> = if bare_v6 {
+        (address, port).to_socket_addrs().map_err(error)?.collect()
+    } else {
+        with_port.map_err(error)?.collect()
+    };
+    if found.is_empty() {
+        let nothing = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+        return Err(Error::Resolve {
+            address: address.to_owned(),
+            source: nothing,
+        });
+    }
+    Ok(found)
+}
+
+/// Connects to the first of `addresses` that answers, by `deadline`.
+pub(crate) fn connect(
+    name: &str,
+    addresses: &[SocketAddr],
+    deadline: Instant,
+) -> Result<TcpStream, Error> {
+    let mut last = io::Error::new(io::ErrorKind::TimedOut, "the deadline passed first");
+    for address in addresses {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(address, left) {
+            Ok(stream) => {
+                // Control frames are small and waited for.
+                if let Err(source) = stream.set_nodelay(true) {
+                    return Err(Error::Unreachable {
+                        address: name.to_owned(),
+                        source,
+                    });
+                }
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(Error::Unreachable {
+        address: name.to_owned(),
+        source: last,
+    })
+}
+
+/// Listens on the first of `addresses` that can be had.
+pub(crate) fn listen(name: &str, addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
+    TcpListener::bind(addresses).map_err(|source| Error::Listen {
+        address: name.to_owned(),
+        source,
+    })
+}
+
+/// The address that this host has towards others, for somebody who listens on all of them. Nothing
+/// is sent: connecting a datagram socket only asks the routing table. The addresses asked for are
+/// set apart for documentation (RFC 5737, RFC 3849).
+pub(crate) fn outward(listening: SocketAddr) -> io::Result<IpAddr> {
+    let (any, far): (IpAddr, IpAddr) = match listening {
+        SocketAddr::V4(_) => (
+            Ipv4Addr::UNSPECIFIED.into(),
+            Ipv4Addr::new(192, 0, 2, 1).into(),
+        ),
+        SocketAddr::V6(_) => {
+            let far = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+            (Ipv6Addr::UNSPECIFIED.into(), far.into())
+        }
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect((far, 9))?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// Reads exactly `into`, by `deadline`, from a blocking stream.
+pub(crate) fn read_exact_by(
+    mut stream: &TcpStream,
+    into: &mut [u8],
+    deadline: Instant,
+) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // Zero would mean no timeout.
+        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        match stream.read(rest) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => done += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `bytes`, by `deadline`, to a blocking stream.
+pub(crate) fn write_all_by(
+    mut stream: &TcpStream,
+    bytes: &[u8],
+    deadline: Instant,
+) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    stream.set_write_timeout(Some(left.max(Duration::from_millis(1))))?;
+    stream.write_all(bytes)
+}
+
+/// Waits for something to read, for at most `timeout`.
+pub(crate) fn wait_readable(socket: &impl AsFd, timeout: Duration) {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    // A failed poll is a short wait.
+    let _ = poll(&mut fds, poll_timeout(Some(timeout)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_with_and_without_ports() {
+        let one = |s: &str| {
+            resolve(s, 7301)
+                .expect("a literal address")
+                .remove(0)
+                .to_string()
+        };
+        assert_eq!(one("127.0.0.1"), "127.0.0.1:7301");
+        assert_eq!(one("127.0.0.1:9"), "127.0.0.1:9");
+        assert_eq!(one("::1"), "[::1]:7301");
+        assert_eq!(one("[::1]:9"), "[::1]:9");
+        assert!(matches!(
+            resolve("127.0.0.1:port", 1),
+            Err(Error::Resolve { .. })
+        ));
+    }
+
+    #[test]
+    fn a_silent_peer_is_a_timeout_and_a_closed_one_an_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("its address");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let stream = connect("test", &[address], deadline).expect("a listener");
+        let (peer, _) = listener.accept().expect("the connection");
+        let mut byte = [0];
+        let soon = Instant::now() + Duration::from_millis(20);
+        let error = read_exact_by(&stream, &mut byte, soon).expect_err("nothing was sent");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(peer);
+        let error = read_exact_by(&stream, &mut byte, deadline).expect_err("closed");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn nobody_listening_is_unreachable() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("its address");
+        drop(listener);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let error = connect("x:1", &[address], deadline).expect_err("the port was closed");
+        assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    }
+}

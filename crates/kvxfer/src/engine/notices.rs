@@ -1,0 +1,128 @@
+//! Notices on the data plane (`enable_notification`): the end of a push is told with a SEND on one
+//! of its own queue pairs, after all of its completions. It carries the `PushDone` of the control
+//! connection; one that cannot be sent goes there instead.
+
+use std::sync::Arc;
+
+use kvxfer_hipmem::{ArenaOptions, HostArena, HostMemory, HugePages};
+use kvxfer_verbs::{Access, Init, ProtectionDomain, QueuePair, RegionTable, Rts, Sge};
+
+use crate::error::Error;
+use crate::wire::{Message, MessageKind};
+
+/// Bytes of the largest notice: a request's name and some numbers.
+const NOTICE_BYTES: u32 = 2048;
+/// Receives that each queue pair has posted. A sender that outruns them is held back by the device.
+pub(crate) const RECEIVES: u32 = 16;
+/// Receives' ids are the topmost, which no batch of a lane has.
+const FIRST_ID: u64 = u64::MAX - 0xffff;
+
+fn slots(pd: &ProtectionDomain, count: u32, access: Access) -> Result<Slots, Error> {
+    let bytes = u64::from(count) * u64::from(NOTICE_BYTES);
+    let options = ArenaOptions {
+        huge: HugePages::Never,
+        prefault: true,
+    };
+    let memory = HostArena::with_options(bytes, options)?.memory().clone();
+    let region = pd.register(memory.as_memory(), access)?;
+    Ok(Slots {
+        memory,
+        table: Arc::new(RegionTable::new(vec![region])),
+    })
+}
+
+#[derive(Debug)]
+struct Slots {
+    memory: HostMemory,
+    table: Arc<RegionTable>,
+}
+
+fn offset(slot: u32) -> u64 {
+    u64::from(slot) * u64::from(NOTICE_BYTES)
+}
+
+/// The receives of one queue pair.
+#[derive(Debug)]
+pub(crate) struct Inbox(Slots);
+
+impl Inbox {
+    /// Posts all receives of a queue pair that has yet to be joined.
+    pub(crate) fn new(pd: &ProtectionDomain, qp: &QueuePair<Init>) -> Result<Self, Error> {
+        let inbox = Self(slots(pd, RECEIVES, Access::LOCAL_WRITE)?);
+        for slot in 0..RECEIVES {
+            qp.post_recv(
+                FIRST_ID + u64::from(slot),
+                &[sge(slot, NOTICE_BYTES)],
+                &inbox.0.table,
+            )?;
+        }
+        Ok(inbox)
+    }
+
+    /// The receive that a completion's id means.
+    pub(crate) fn slot(wr_id: u64) -> Option<u32> {
+        wr_id
+            .checked_sub(FIRST_ID)
+            .and_then(|slot| u32::try_from(slot).ok())
+    }
+
+    /// Reads what has landed in a receive and posts it again.
+    pub(crate) fn take(&self, qp: &QueuePair<Rts>, slot: u32, len: u32) -> Result<Message, Error> {
+        let mut bytes = vec![0; len.min(NOTICE_BYTES) as usize];
+        self.0.memory.read(offset(slot), &mut bytes)?;
+        qp.post_recv(
+            FIRST_ID + u64::from(slot),
+            &[sge(slot, NOTICE_BYTES)],
+            &self.0.table,
+        )?;
+        Ok(Message::decode(MessageKind::PushDone as u8, &bytes)?)
+    }
+}
+
+fn sge(slot: u32, len: u32) -> Sge {
+    Sge {
+        region: 0,
+        len,
+        offset: offset(slot),
+    }
+}
+
+/// A worker's notices that are on their way out.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    slots: Slots,
+    free: Vec<u32>,
+}
+
+impl Outbox {
+    const SLOTS: u32 = 64;
+
+    pub(crate) fn new(pd: &ProtectionDomain) -> Result<Self, Error> {
+        Ok(Self {
+            slots: slots(pd, Self::SLOTS, Access::NONE)?,
+            free: (0..Self::SLOTS).collect(),
+        })
+    }
+
+    pub(crate) fn table(&self) -> &Arc<RegionTable> {
+        &self.slots.table
+    }
+
+    /// Puts a notice where the device can read it. `None`: it is too long, or no slot is free.
+    pub(crate) fn put(&mut self, notice: &[u8]) -> Option<(u32, Sge)> {
+        let len = u32::try_from(notice.len())
+            .ok()
+            .filter(|len| *len <= NOTICE_BYTES)?;
+        let slot = self.free.pop()?;
+        if self.slots.memory.write(offset(slot), notice).is_err() {
+            // Slots lie inside their memory.
+            self.free.push(slot);
+            return None;
+        }
+        Some((slot, sge(slot, len)))
+    }
+
+    pub(crate) fn give(&mut self, slot: u32) {
+        self.free.push(slot);
+    }
+}

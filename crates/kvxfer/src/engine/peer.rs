@@ -1,0 +1,223 @@
+//! One life of one remote rank: what is known of it, and how its queue pairs are taken down.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use kvxfer_verbs::RegionTable;
+
+use super::link::Link;
+use super::worker::{Command, WorkerHandle};
+use crate::blocks::GroupPairs;
+use crate::engine::Inner;
+use crate::event::PeerName;
+use crate::ids::Generation;
+use crate::plan::{Compiled, PlanLimits};
+use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
+use crate::transport::PathInfo;
+use crate::wire::{ConfigFacts, RemoteSpan};
+
+/// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
+const CHUNKS_PER_LANE: u64 = 4;
+/// A run is not cut smaller, and not left larger than this: a work request cannot be recalled, and
+/// the soft device carries one out in one go.
+const MIN_CHUNK: u64 = 256 << 10;
+const MAX_CHUNK: u64 = 8 << 20;
+
+#[derive(Debug, Default)]
+struct Fate {
+    /// Why the peer is lost.
+    lost: Option<Cause>,
+    /// Whether its queue pairs are being taken down, or are gone.
+    dropping: bool,
+    gone: bool,
+    /// Ledgers that wait for it.
+    waiting: Vec<(u16, DrainToken)>,
+}
+
+/// A peer with whom a session stands or stood. A peer that reconnects is a new `Peer`.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) key: PeerKey,
+    pub(crate) name: PeerName,
+    pub(crate) generation: Generation,
+    /// Its memories, as the plans number them.
+    pub(crate) remote: Vec<RemoteSpan>,
+    /// Its lease slots, if it offers.
+    pub(crate) lease_table: Option<RemoteSpan>,
+    /// The memories of this side, as the plans number them.
+    pub(crate) regions: Arc<RegionTable>,
+    pub(crate) path: PathInfo,
+    /// What it told of itself that plans do not need.
+    pub(crate) facts: ConfigFacts,
+    /// Whether it runs on this host.
+    pub(crate) same_host: bool,
+    /// The workers that have lanes to it; never empty.
+    pub(crate) workers: Vec<u16>,
+    /// How many lanes there are.
+    pub(crate) lanes: usize,
+    /// Plans for reading from it, and for writing to it, where the roles allow.
+    pub(crate) pull: Option<Compiled>,
+    pub(crate) push: Option<Compiled>,
+    /// Whether both sides tell the end of a push on the data plane.
+    pub(crate) notices: bool,
+    /// The device's limits.
+    pub(crate) limits: PlanLimits,
+    pub(crate) link: Arc<Link>,
+    pub(crate) engine: Weak<Inner>,
+    pub(crate) all_workers: Vec<WorkerHandle>,
+    pub(crate) standing: Standing,
+}
+
+/// Whether a peer still stands, and how far its queue pairs are taken down.
+#[derive(Debug)]
+pub(crate) struct Standing {
+    fate: Mutex<Fate>,
+    /// Workers whose lanes to the peer are not gone.
+    workers: AtomicUsize,
+}
+
+impl Standing {
+    /// Of a peer that this many workers have lanes to.
+    pub(crate) fn new(workers: usize) -> Self {
+        Self {
+            fate: Mutex::default(),
+            workers: AtomicUsize::new(workers),
+        }
+    }
+}
+
+impl Peer {
+    fn fate(&self) -> MutexGuard<'_, Fate> {
+        // Valid at every step, so a panic elsewhere does not spoil it.
+        self.standing
+            .fate
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker that owns a transfer: one that has lanes, for it reads the lease slot itself.
+    pub(crate) fn owner(&self, id: TransferId) -> u16 {
+        let count = self.workers.len().max(1) as u64;
+        let at = usize::try_from(id.0 % count).unwrap_or(0);
+        self.workers.get(at).copied().unwrap_or(0)
+    }
+
+    /// The limits of a plan over these pairs: a merged run is cut so that every lane gets some of it.
+    pub(crate) fn limits(&self, compiled: &Compiled, pairs: &[GroupPairs]) -> PlanLimits {
+        let bytes = pairs.iter().fold(0u64, |sum, group| {
+            let block = compiled.block_bytes(group.group).unwrap_or(0);
+            sum.saturating_add(block.saturating_mul(group.pairs.len() as u64))
+        });
+        let share = bytes / (self.lanes.max(1) as u64 * CHUNKS_PER_LANE);
+        let chunk = share
+            .clamp(MIN_CHUNK, MAX_CHUNK)
+            .next_multiple_of(MIN_CHUNK);
+        PlanLimits {
+            max_msg_bytes: self.limits.max_msg_bytes.min(chunk),
+            ..self.limits
+        }
+    }
+
+    /// How many workers have lanes.
+    pub(crate) fn worker_count(&self) -> u16 {
+        u16::try_from(self.workers.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether its queue pairs are gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.fate().gone
+    }
+
+    /// Why the peer is lost, if it is.
+    pub(crate) fn lost(&self) -> Option<Cause> {
+        self.fate().lost.clone()
+    }
+
+    /// The peer cannot be used any more: its session ends, for `cause` unless another came first.
+    pub(crate) fn fail(&self, cause: Cause) {
+        self.link.reset(cause);
+    }
+
+    /// The session is over. Tells every worker, and takes the queue pairs down. The first cause
+    /// stays; returns whether this was it.
+    pub(crate) fn lose(self: &Arc<Self>, cause: Cause) -> bool {
+        {
+            let mut fate = self.fate();
+            if fate.lost.is_some() {
+                return false;
+            }
+            fate.lost = Some(cause.clone());
+        }
+        for worker in &self.all_workers {
+            worker.send(Command::PeerLost {
+                peer: self.key,
+                cause: cause.clone(),
+            });
+        }
+        self.drop_lanes();
+        true
+    }
+
+    /// A ledger wants to know when nothing posted to the peer can touch memory any more.
+    pub(crate) fn drain(self: &Arc<Self>, worker: u16, token: DrainToken) {
+        let gone = {
+            let mut fate = self.fate();
+            if !fate.gone {
+                fate.waiting.push((worker, token));
+            }
+            fate.gone
+        };
+        if gone {
+            self.answer(worker, token);
+        } else {
+            // Queue pairs cannot be rebuilt inside a session yet: it is set up anew.
+            self.fail(Cause::LaneReset);
+            self.drop_lanes();
+        }
+    }
+
+    /// Takes the queue pairs down without waiting for anybody.
+    pub(crate) fn drop_lanes(self: &Arc<Self>) {
+        if std::mem::replace(&mut self.fate().dropping, true) {
+            return;
+        }
+        let mut told = HashSet::new();
+        for &worker in &self.workers {
+            if let Some(handle) = self.all_workers.get(usize::from(worker))
+                && told.insert(worker)
+            {
+                handle.send(Command::DropLanes {
+                    peer: Arc::clone(self),
+                });
+            }
+        }
+    }
+
+    /// A worker has destroyed its queue pairs to the peer.
+    pub(crate) fn worker_drained(&self) {
+        if self.standing.workers.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return;
+        }
+        let waiting = {
+            let mut fate = self.fate();
+            fate.gone = true;
+            std::mem::take(&mut fate.waiting)
+        };
+        for (worker, token) in waiting {
+            self.answer(worker, token);
+        }
+        if let Some(engine) = self.engine.upgrade() {
+            engine.peer_drained(self.key);
+        }
+    }
+
+    fn answer(&self, worker: u16, token: DrainToken) {
+        if let Some(handle) = self.all_workers.get(usize::from(worker)) {
+            handle.send(Command::PeerDrained {
+                peer: self.key,
+                token,
+            });
+        }
+    }
+}

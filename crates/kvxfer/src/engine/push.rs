@@ -1,0 +1,574 @@
+//! Pushes: a producer writes a request layer by layer, and may begin before the consumer expects
+//! it.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tracing::debug;
+
+use super::Inner;
+use super::books::NO_TICKET;
+use super::handle::{Shared, Transfer, TransferReport};
+use super::instance::{in_ticket, transfer, zip};
+use super::peer::Peer;
+use super::worker::{Command, Live};
+use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::error::Error;
+use crate::ids::{Nonce, RequestId};
+use crate::plan::{LayerScope, Plan};
+use crate::recent::Recent;
+use crate::ticket::Ticket;
+use crate::transfer::{Cause, Kind, PeerKey, Refusal, Spec, TransferId};
+use crate::wire::{PushClosed, PushStart};
+
+/// Settings of one push.
+#[derive(Debug, Clone, Default)]
+pub struct PushOptions {
+    /// Comes back with the events.
+    pub tag: u64,
+    /// How long the push may take from its beginning, prefill included; `None`: the configured
+    /// `transfer_timeout`.
+    pub deadline: Option<Duration>,
+    /// The consumer's ticket, if it has come by another way.
+    pub ticket: Option<Ticket>,
+}
+
+/// Blocks that wait for the ticket.
+#[derive(Debug)]
+enum Waiting {
+    Pairs(LayerScope, Vec<GroupPairs>),
+    InOrder(LayerScope, Vec<GroupBlocks>),
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The consumer has not sent the ticket.
+    Asked {
+        waiting: Vec<Waiting>,
+        committed: bool,
+    },
+    /// Layers go straight to the worker.
+    Open(Arc<Ticket>),
+    /// Committed, aborted, or failed; and whether its ticket had come.
+    Ended { opened: bool },
+}
+
+impl Stage {
+    fn end(&mut self) {
+        let opened = matches!(self, Stage::Open(_) | Stage::Ended { opened: true });
+        *self = Stage::Ended { opened };
+    }
+}
+
+/// A push as the engine and its handle share it.
+#[derive(Debug)]
+struct Pushing {
+    id: TransferId,
+    owner: u16,
+    request: RequestId,
+    peer: Arc<Peer>,
+    /// The try that it was begun for, where the ticket came by another way.
+    asked_for: Option<Nonce>,
+    stage: Mutex<Stage>,
+}
+
+/// The pushes of an engine that have not ended.
+#[derive(Debug, Default)]
+pub(crate) struct Pushes {
+    table: Mutex<Table>,
+}
+
+/// How many tries are remembered that a push was opened for, or refused.
+const REMEMBERED: usize = 4096;
+
+#[derive(Debug)]
+struct Table {
+    by_id: HashMap<TransferId, Arc<Pushing>>,
+    /// One push of a request to a peer at a time: the consumer counts senders, not pushes.
+    by_request: HashMap<(PeerKey, RequestId), TransferId>,
+    /// A try is for one push: its end counts as the end of all that this side writes for it.
+    used: Recent,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            by_id: HashMap::new(),
+            by_request: HashMap::new(),
+            used: Recent::new(REMEMBERED),
+        }
+    }
+}
+
+impl Table {
+    fn of(&self, peer: PeerKey, request: &RequestId) -> Option<Arc<Pushing>> {
+        let id = self.by_request.get(&(peer, request.clone()))?;
+        self.by_id.get(id).cloned()
+    }
+}
+
+impl Pushes {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn of(&self, peer: PeerKey, request: &RequestId) -> Option<Arc<Pushing>> {
+        self.lock().of(peer, request)
+    }
+
+    /// Takes a new push, unless an earlier one of the request has not ended.
+    fn begin(&self, push: &Arc<Pushing>) -> Result<(), Error> {
+        let mut table = self.lock();
+        let Table {
+            by_id, by_request, ..
+        } = &mut *table;
+        match by_request.entry((push.peer.key, push.request.clone())) {
+            Entry::Occupied(_) => Err(Error::PushUnderWay {
+                request: push.request.clone(),
+            }),
+            Entry::Vacant(free) => {
+                free.insert(push.id);
+                by_id.insert(push.id, Arc::clone(push));
+                Ok(())
+            }
+        }
+    }
+
+    /// The consumer has sent a ticket.
+    pub(crate) fn announced(&self, peer: &Arc<Peer>, ticket: Ticket) {
+        let ticket = Arc::new(ticket);
+        let (push, used) = {
+            let mut table = self.lock();
+            let used = table.used.contains(&ticket.request, ticket.nonce);
+            table.used.push(&ticket.request, ticket.nonce);
+            (table.of(peer.key, &ticket.request), used)
+        };
+        match push {
+            Some(push) if used => push.too_late(),
+            Some(push) => push.open(&ticket),
+            // Its end has been told, perhaps on the data plane, which this connection may overtake.
+            None if used => {}
+            None => {
+                debug!(request = %ticket.request, "ticket for a push that has ended");
+                close(peer, &ticket.request, ticket.nonce);
+            }
+        }
+    }
+
+    /// The consumer wants a push no more, or never did.
+    pub(crate) fn revoked(
+        &self,
+        peer: &Arc<Peer>,
+        request: &RequestId,
+        nonce: Nonce,
+        cause: Cause,
+    ) {
+        let mut known = false;
+        if let Some(push) = self.of(peer.key, request) {
+            let used = self.lock().used.contains(request, nonce);
+            let stage = push.stage();
+            let meant = match &*stage {
+                Stage::Open(ticket) => ticket.nonce == nonce,
+                // What an earlier push was opened for is not what this one waits for.
+                Stage::Asked { .. } => push.asked_for.map_or(!used, |asked| asked == nonce),
+                // Which try it was of is not kept; one that has ended has closed, or will.
+                Stage::Ended { .. } => true,
+            };
+            drop(stage);
+            if meant {
+                known = true;
+                push.send(Command::Fail {
+                    id: push.id,
+                    cause: cause.clone(),
+                });
+            }
+        }
+        if !known {
+            close(peer, request, nonce);
+        }
+    }
+
+    /// The workers fail the transfers themselves; what waits for tickets is dropped.
+    pub(crate) fn peer_lost(&self, peer: PeerKey) {
+        let of_peer = |push: &&Arc<Pushing>| push.peer.key == peer;
+        let lost: Vec<Arc<Pushing>> = self
+            .lock()
+            .by_id
+            .values()
+            .filter(of_peer)
+            .cloned()
+            .collect();
+        for push in lost {
+            push.stage().end();
+        }
+    }
+
+    /// Nothing of the push is posted, and the consumer has been told so.
+    pub(crate) fn ended(&self, id: TransferId) {
+        let push = {
+            let mut table = self.lock();
+            let push = table.by_id.remove(&id);
+            if let Some(push) = &push {
+                table
+                    .by_request
+                    .remove(&(push.peer.key, push.request.clone()));
+            }
+            push
+        };
+        if let Some(push) = push {
+            push.stage().end();
+        }
+    }
+}
+
+/// Says that nothing of a push is under way.
+pub(crate) fn close(peer: &Peer, request: &RequestId, nonce: Nonce) {
+    let sender = peer
+        .engine
+        .upgrade()
+        .map(|engine| engine.rank())
+        .unwrap_or_default();
+    let cause = super::books::pack_cause(&Cause::Revoked);
+    peer.link.send(
+        PushClosed {
+            request: request.clone(),
+            nonce,
+            sender,
+            cause,
+        }
+        .into(),
+    );
+}
+
+impl Pushing {
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, command: Command) {
+        if let Some(worker) = self.peer.all_workers.get(usize::from(self.owner)) {
+            worker.send(command);
+        }
+    }
+
+    /// The only ticket that has come is of a try that an earlier push has ended.
+    fn too_late(&self) {
+        let mut stage = self.stage();
+        if let Stage::Asked { .. } = &*stage {
+            let cause = Cause::Refused {
+                reason: Refusal::Late,
+            };
+            self.send(Command::Fail { id: self.id, cause });
+            stage.end();
+        }
+    }
+
+    /// The ticket is here: what waited goes out.
+    fn open(&self, ticket: &Arc<Ticket>) {
+        let mut stage = self.stage();
+        let (waiting, committed) = match &mut *stage {
+            Stage::Asked { waiting, committed } => (std::mem::take(waiting), *committed),
+            Stage::Ended { opened: false } => (Vec::new(), false),
+            Stage::Open(_) | Stage::Ended { opened: true } => return,
+        };
+        // The worker says which try has ended: it alone knows whether it has said so before.
+        self.send(Command::Ticket {
+            id: self.id,
+            nonce: ticket.nonce,
+            request: self.request.clone(),
+            peer: Arc::clone(&self.peer),
+        });
+        if matches!(&*stage, Stage::Ended { .. }) {
+            *stage = Stage::Ended { opened: true };
+            return;
+        }
+        for layer in waiting {
+            let begun = Instant::now();
+            let plan = match &layer {
+                Waiting::Pairs(scope, pairs) => self.plan(ticket, *scope, pairs),
+                Waiting::InOrder(scope, src) => self.plan_in_order(ticket, *scope, src),
+            };
+            match plan {
+                Ok(plan) => self.add(plan, begun),
+                Err(error) => {
+                    debug!(request = %self.request, %error, "push does not fit its ticket");
+                    let cause = Cause::Refused {
+                        reason: Refusal::OutOfRange,
+                    };
+                    self.send(Command::Fail { id: self.id, cause });
+                    *stage = Stage::Ended { opened: true };
+                    return;
+                }
+            }
+        }
+        if committed {
+            self.send(Command::Commit { id: self.id });
+            *stage = Stage::Ended { opened: true };
+        } else {
+            *stage = Stage::Open(Arc::clone(ticket));
+        }
+    }
+
+    fn plan(
+        &self,
+        ticket: &Ticket,
+        scope: LayerScope,
+        pairs: &[GroupPairs],
+    ) -> Result<Plan, Error> {
+        for group in pairs {
+            let dst = || group.pairs.iter().map(|pair| pair.dst);
+            in_ticket(ticket, group.group, group.pairs.len(), dst)?;
+        }
+        self.compile(scope, pairs)
+    }
+
+    fn plan_in_order(
+        &self,
+        ticket: &Ticket,
+        scope: LayerScope,
+        src: &[GroupBlocks],
+    ) -> Result<Plan, Error> {
+        let empty = GroupBlocks::default();
+        let pairs = src
+            .iter()
+            .map(|src| {
+                let dst = ticket
+                    .groups
+                    .iter()
+                    .find(|g| g.group == src.group)
+                    .unwrap_or(&empty);
+                zip(src.group, &src.blocks, dst)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        self.compile(scope, &pairs)
+    }
+
+    fn compile(&self, scope: LayerScope, pairs: &[GroupPairs]) -> Result<Plan, Error> {
+        let Some(compiled) = &self.peer.push else {
+            return Err(Error::WrongRole {
+                role: "kv_producer",
+                operation: "be pushed to",
+            });
+        };
+        Ok(compiled.plan(pairs, scope, self.peer.limits(compiled, pairs))?)
+    }
+
+    /// Hands a plan to the worker; checking and planning began at `begun`.
+    fn add(&self, plan: Plan, begun: Instant) {
+        let runs = plan.report().runs;
+        self.send(Command::AddJob {
+            id: self.id,
+            source: Arc::new(plan),
+            runs,
+            prepare: begun.elapsed(),
+        });
+    }
+
+    fn layer(&self, layer: Waiting) -> Result<(), Error> {
+        let mut stage = self.stage();
+        match &mut *stage {
+            Stage::Asked {
+                committed: true, ..
+            }
+            | Stage::Ended { .. } => Err(Error::PushEnded {
+                request: self.request.clone(),
+                operation: "layer",
+            }),
+            Stage::Asked { waiting, .. } => {
+                // What is wrong whatever the ticket says is said now.
+                if let Waiting::Pairs(scope, pairs) = &layer {
+                    self.compile(*scope, pairs)?;
+                }
+                waiting.push(layer);
+                Ok(())
+            }
+            Stage::Open(ticket) => {
+                let ticket = Arc::clone(ticket);
+                let begun = Instant::now();
+                // Planned under the lock: layers reach the worker in the order of the calls, and
+                // before the commit.
+                let plan = match &layer {
+                    Waiting::Pairs(scope, pairs) => self.plan(&ticket, *scope, pairs)?,
+                    Waiting::InOrder(scope, src) => self.plan_in_order(&ticket, *scope, src)?,
+                };
+                self.add(plan, begun);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A push under way. Dropping it without [`commit`](Self::commit) aborts it.
+#[derive(Debug)]
+pub struct Push {
+    pushing: Arc<Pushing>,
+    engine: Arc<Inner>,
+    shared: Arc<Shared>,
+    over: bool,
+}
+
+impl Push {
+    pub(crate) fn begin(
+        engine: &Arc<Inner>,
+        peer: Arc<Peer>,
+        request: &RequestId,
+        options: PushOptions,
+    ) -> Result<Self, Error> {
+        if !engine.config.kv_role.produces() {
+            return Err(Error::WrongRole {
+                role: "kv_consumer",
+                operation: "push",
+            });
+        }
+        if peer.push.is_none() {
+            return Err(Error::WrongRole {
+                role: "kv_producer",
+                operation: "be pushed to",
+            });
+        }
+        let id = TransferId(engine.runtime.next_id());
+        let owner = peer.owner(id);
+        let now = engine.now();
+        let shared = Arc::new(Shared::default());
+        let nonce = options.ticket.as_ref().map(|ticket| ticket.nonce);
+        let live = Box::new(Live {
+            engine: Arc::clone(engine),
+            peer: Arc::clone(&peer),
+            shared: Arc::clone(&shared),
+            request: request.clone(),
+            nonce: nonce.unwrap_or(NO_TICKET),
+            tag: options.tag,
+            lease: None,
+            push: true,
+            submitted: now,
+            jobs: Vec::new(),
+            report: TransferReport::default(),
+        });
+        let spec = Spec {
+            id,
+            peer: peer.key,
+            kind: Kind::Push,
+            deadline: now
+                .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
+            workers: peer.worker_count(),
+        };
+        let stage = Stage::Asked {
+            waiting: Vec::new(),
+            committed: false,
+        };
+        let pushing = Arc::new(Pushing {
+            id,
+            owner,
+            request: request.clone(),
+            peer: Arc::clone(&peer),
+            asked_for: nonce,
+            stage: Mutex::new(stage),
+        });
+        engine.pushes.begin(&pushing)?;
+        engine.command(owner, Command::Submit { spec, live });
+        // Even with a ticket: the consumer keeps account of who may write.
+        peer.link.send(
+            PushStart {
+                request: request.clone(),
+                nonce,
+            }
+            .into(),
+        );
+        Ok(Self {
+            pushing,
+            engine: Arc::clone(engine),
+            shared,
+            over: false,
+        })
+    }
+
+    /// Writes one layer's blocks; `layer` counts over the whole model. May be called several times
+    /// for a layer, with other blocks (chunked prefill).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Plan`], [`Error::NotInTicket`], [`Error::PushEnded`]. What does not fit a ticket
+    /// that has yet to come ends the push later, with
+    /// [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
+    pub fn layer(&self, layer: u32, pairs: &[GroupPairs]) -> Result<(), Error> {
+        self.pushing
+            .layer(Waiting::Pairs(LayerScope::Layer(layer), pairs.to_vec()))
+    }
+
+    /// The same for a producer that does not know the consumer's blocks: its own, as many as the
+    /// ticket holds for the group and in the ticket's order.
+    ///
+    /// # Errors
+    ///
+    /// As [`layer`](Self::layer), and [`Error::UnequalLengths`].
+    pub fn layer_in_order(&self, layer: u32, src: &[GroupBlocks]) -> Result<(), Error> {
+        self.pushing
+            .layer(Waiting::InOrder(LayerScope::Layer(layer), src.to_vec()))
+    }
+
+    /// Writes all layers' blocks at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`layer`](Self::layer).
+    pub fn all_layers(&self, pairs: &[GroupPairs]) -> Result<(), Error> {
+        self.pushing
+            .layer(Waiting::Pairs(LayerScope::All, pairs.to_vec()))
+    }
+
+    /// Says that nothing follows. The transfer is done when every byte has been confirmed; the
+    /// consumer is told after that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PushEnded`]: it has failed already; its event says why.
+    pub fn commit(mut self) -> Result<Transfer, Error> {
+        self.over = true;
+        {
+            let mut stage = self.pushing.stage();
+            match &mut *stage {
+                Stage::Asked { committed, .. } => *committed = true,
+                Stage::Open(_) => {
+                    self.pushing.send(Command::Commit {
+                        id: self.pushing.id,
+                    });
+                    stage.end();
+                }
+                Stage::Ended { .. } => {}
+            }
+        }
+        let shared = Arc::clone(&self.shared);
+        Ok(transfer(
+            &self.engine,
+            self.pushing.id,
+            self.pushing.owner,
+            shared,
+        ))
+    }
+
+    /// Gives the push up. The consumer's expectation fails; its memory is free when nothing of the
+    /// push is under way. The transfer's outcome is a failure with [`Cause::Cancelled`].
+    pub fn abort(mut self) -> Transfer {
+        self.give_up();
+        let shared = Arc::clone(&self.shared);
+        transfer(&self.engine, self.pushing.id, self.pushing.owner, shared)
+    }
+
+    fn give_up(&mut self) {
+        self.over = true;
+        self.pushing.stage().end();
+        self.pushing.send(Command::Abort {
+            id: self.pushing.id,
+        });
+    }
+}
+
+impl Drop for Push {
+    fn drop(&mut self) {
+        if !self.over {
+            self.give_up();
+        }
+    }
+}

@@ -1,0 +1,507 @@
+//! What all engines of a process share with each other: the device, the workers, the listening
+//! port. An engine and the engines of its bandwidth-test clients stand on one runtime.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+
+use kvxfer_verbs::{
+    CompletionQueue, Context, InitAttr, ProtectionDomain, QpCaps, SoftConfig, open_soft,
+};
+
+use super::bringup::{Bringup, Made};
+use super::link::{Driver, Link};
+use super::net;
+use super::notices::{Inbox, Outbox, RECEIVES};
+use super::peer::Peer;
+use super::worker::{Command, Joined, Live, Seat, Worker, WorkerHandle};
+use crate::config::Config;
+use crate::engine::{Clock, Inner};
+use crate::error::Error;
+use crate::session::{Session, SessionConfig};
+use crate::transfer::{BatchSize, PeerKey, SchedulerConfig, TransfersConfig};
+use crate::wire::{
+    ConnectionKind, HandshakeNonce, PREAMBLE_LEN, Role, STREAM_OPENING_LEN, Secret, SessionId,
+    Sniff, StreamGate, StreamOpening, sniff,
+};
+
+/// Send queue entries where the configuration says auto.
+const AUTO_SEND_WR: u32 = 1024;
+/// Gather entries where the configuration says auto; more is rarely merged.
+const AUTO_SGE: u32 = 4;
+/// Connections that may be between accept and authentication at a time.
+const MAX_ARRIVING: usize = 64;
+/// Connections that may be open at a time.
+const MAX_CONNECTIONS: usize = 1024;
+/// The pause after a connection that could not be taken.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// How often the listener looks whether it is to stop.
+const ACCEPT_NAP: Duration = Duration::from_millis(250);
+
+/// Where the data streams of a session are taken in.
+#[derive(Debug)]
+struct Door {
+    gate: StreamGate,
+    link: Arc<Link>,
+}
+
+#[derive(Debug)]
+struct Listener {
+    address: SocketAddr,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Runtime {
+    context: Context,
+    pd: ProtectionDomain,
+    cqs: Vec<CompletionQueue>,
+    workers: Vec<WorkerHandle>,
+    threads: Mutex<Vec<JoinHandle<Vec<Live>>>>,
+    pub(crate) clock: Clock,
+    pub(crate) secret: Option<Secret>,
+    config: Config,
+    send_wr: u32,
+    ids: AtomicU64,
+    doors: Mutex<HashMap<SessionId, Door>>,
+    listener: Mutex<Option<Listener>>,
+    pub(crate) stopping: AtomicBool,
+    /// Bytes that bandwidth tests of peers have made this process allocate.
+    pub(crate) bench_bytes: AtomicU64,
+    /// Connections that have not proved themselves.
+    arriving: AtomicUsize,
+    connections: AtomicUsize,
+}
+
+impl Runtime {
+    pub(crate) fn new(config: &Config) -> Result<Arc<Self>, Error> {
+        let secret = match &config.secret_file {
+            Some(path) => {
+                let loaded = Secret::from_file(path)?;
+                for warning in &loaded.warnings {
+                    warn!(%warning, "secret");
+                }
+                Some(loaded.secret)
+            }
+            None => None,
+        };
+        let context = open_soft(SoftConfig::default())?;
+        let pd = context.alloc_pd()?;
+        let info = context.device().clone();
+        let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
+        let send_wr = auto(config.max_send_wr, AUTO_SEND_WR, info.max_qp_wr);
+        let depth = auto(config.max_cqe_num, 1 << 16, info.max_cqe);
+        let clock = Clock::new();
+        let count = u16::try_from(config.num_worker_threads).unwrap_or(u16::MAX);
+        let seats = (0..count)
+            .map(|index| Seat::new(index, clock))
+            .collect::<Result<Vec<_>, _>>()?;
+        let workers: Vec<WorkerHandle> = seats.iter().map(|seat| seat.handle.clone()).collect();
+        let cqs = (0..count)
+            .map(|_| context.create_cq(depth))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut threads = Vec::new();
+        for ((index, seat), cq) in (0..count).zip(seats).zip(&cqs) {
+            let scheduler = SchedulerConfig {
+                batch: match u32::try_from(config.post_batch_size) {
+                    Ok(fixed) => BatchSize::Fixed(fixed),
+                    Err(_) => BatchSize::Auto,
+                },
+                // The share of this worker: each keeps its own count.
+                peer_bytes: (config.max_inflight_bytes.0 / u64::from(count)).max(1),
+                cq_entries: depth,
+                ..SchedulerConfig::default()
+            };
+            let transfers = TransfersConfig {
+                owner: index,
+                drain_grace: config.drain_grace,
+                ..TransfersConfig::default()
+            };
+            let worker = Worker::new(
+                seat,
+                workers.clone(),
+                cq.clone(),
+                Outbox::new(&pd)?,
+                scheduler,
+                transfers,
+            );
+            threads.push(spawn("kvx-worker", move || worker.run())?);
+        }
+        Ok(Arc::new(Self {
+            context,
+            pd,
+            cqs,
+            workers,
+            threads: Mutex::new(threads),
+            clock,
+            secret,
+            config: config.clone(),
+            send_wr,
+            ids: AtomicU64::new(1),
+            doors: Mutex::default(),
+            listener: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            bench_bytes: AtomicU64::new(0),
+            arriving: AtomicUsize::new(0),
+            connections: AtomicUsize::new(0),
+        }))
+    }
+
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub(crate) fn pd(&self) -> &ProtectionDomain {
+        &self.pd
+    }
+
+    pub(crate) fn workers(&self) -> &[WorkerHandle] {
+        &self.workers
+    }
+
+    /// A number that is unique in this process's runtime.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn send_wr(&self) -> u32 {
+        self.send_wr
+    }
+
+    pub(crate) fn max_msg_bytes(&self) -> u64 {
+        self.context.device().max_msg_sz
+    }
+
+    pub(crate) fn max_sge(&self) -> u32 {
+        let max = self.context.device().max_sge;
+        match self.config.max_msg_sge {
+            0 => AUTO_SGE.min(max),
+            asked => asked.min(max),
+        }
+    }
+
+    pub(crate) fn worker(&self, index: u16) -> Option<&WorkerHandle> {
+        self.workers.get(usize::from(index))
+    }
+
+    /// Which worker gets which of a peer's queue pairs.
+    pub(crate) fn spread(&self, key: PeerKey, lanes: usize) -> Vec<u16> {
+        let count = self.workers.len().max(1) as u64;
+        (0..lanes as u64)
+            .map(|lane| u16::try_from((key.0 + lane) % count).unwrap_or(0))
+            .collect()
+    }
+
+    /// Queue pairs in INIT, the i-th completing at the i-th worker of the spread that the peer's
+    /// key will give; with receives where the peer sends notices.
+    pub(crate) fn queue_pairs(
+        &self,
+        engine: &Inner,
+        key: PeerKey,
+        count: u32,
+        notices: bool,
+    ) -> Result<Vec<Made>, Error> {
+        let caps = QpCaps {
+            max_send_wr: self.send_wr,
+            max_recv_wr: RECEIVES,
+            max_send_sge: self.max_sge(),
+            max_recv_sge: 1,
+        };
+        let access = engine.remote_access();
+        self.spread(key, count as usize)
+            .into_iter()
+            .map(|worker| {
+                let cq = self
+                    .cqs
+                    .get(usize::from(worker))
+                    .ok_or(Error::ShuttingDown)?;
+                let qp = self.pd.create_qp(caps, cq, cq)?.init(InitAttr { access })?;
+                let inbox = if notices {
+                    Some(Inbox::new(&self.pd, &qp)?)
+                } else {
+                    None
+                };
+                Ok(Made { qp, inbox })
+            })
+            .collect()
+    }
+
+    pub(crate) fn add_lanes(&self, peer: &Arc<Peer>, lanes: Vec<Joined>, spread: &[u16]) {
+        for (lane, worker) in lanes.into_iter().zip(spread) {
+            if let Some(worker) = self.worker(*worker) {
+                let (peer, lane) = (Arc::clone(peer), Box::new(lane));
+                worker.send(Command::AddLane {
+                    peer,
+                    lane,
+                    send_wr: self.send_wr,
+                });
+            }
+        }
+    }
+
+    // ---- sessions ----------------------------------------------------------------------------
+
+    pub(crate) fn session_config(&self, role: Role) -> SessionConfig {
+        SessionConfig {
+            secret: self.secret.clone(),
+            role,
+            allow_bench: self.config.allow_bench,
+            handshake_timeout: self.config.connect_timeout,
+            establish_timeout: self.config.connect_timeout.max(Duration::from_secs(10)),
+            heartbeat_interval: self.config.heartbeat_interval,
+            stall_after: self.config.heartbeat_timeout,
+            dead_after: self.config.heartbeat_timeout * 3,
+            ..SessionConfig::default()
+        }
+    }
+
+    pub(crate) fn open_door(&self, session: SessionId, gate: StreamGate, link: Arc<Link>) {
+        let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        doors.insert(session, Door { gate, link });
+    }
+
+    pub(crate) fn close_door(&self, session: &SessionId) {
+        self.doors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(session);
+    }
+
+    /// Listens, for sessions and for their data streams.
+    pub(crate) fn listen(
+        self: &Arc<Self>,
+        engine: &Arc<Inner>,
+        name: &str,
+        port: u16,
+    ) -> Result<SocketAddr, Error> {
+        let mut place = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(listener) = &*place {
+            return Err(Error::Listening {
+                address: listener.address,
+            });
+        }
+        let addresses = net::resolve(name, port)?;
+        if self.secret.is_none()
+            && !self.config.allow_unauthenticated
+            && let Some(&address) = addresses.iter().find(|a| !a.ip().is_loopback())
+        {
+            return Err(Error::Unauthenticated { address });
+        }
+        let failed = |source| Error::Listen {
+            address: name.to_owned(),
+            source,
+        };
+        let socket = net::listen(name, &addresses)?;
+        let address = socket.local_addr().map_err(failed)?;
+        socket.set_nonblocking(true).map_err(failed)?;
+        let (runtime, engine) = (Arc::clone(self), Arc::downgrade(engine));
+        let thread = spawn("kvx-listen", move || {
+            while !runtime.stopping.load(Ordering::Acquire) {
+                let Some(engine) = engine.upgrade() else {
+                    return;
+                };
+                accept(&runtime, &engine, &socket);
+                drop(engine);
+                net::wait_readable(&socket, ACCEPT_NAP);
+            }
+        })?;
+        info!(%address, "listening");
+        *place = Some(Listener { address, thread });
+        Ok(address)
+    }
+
+    pub(crate) fn listens_on(&self) -> Option<SocketAddr> {
+        let place = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        place.as_ref().map(|listener| listener.address)
+    }
+
+    /// Ends the threads. The engines have been told before.
+    pub(crate) fn shut_down(&self) {
+        self.stopping.store(true, Ordering::Release);
+        for worker in &self.workers {
+            worker.send(Command::Shutdown);
+        }
+        let listener = self
+            .listener
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let workers =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut left = Vec::new();
+        for worker in workers {
+            left.extend(join(worker));
+        }
+        // What never ended ends here: with the last worker, nothing touches memory any more.
+        drop(left);
+        if let Some(listener) = listener {
+            join(listener.thread);
+        }
+    }
+}
+
+/// Waits for a thread; not for this one: the last handle of an engine may be dropped on a thread of
+/// its own.
+fn join<R>(thread: JoinHandle<R>) -> Option<R> {
+    if thread.thread().id() == std::thread::current().id() {
+        return None;
+    }
+    let result = thread.join();
+    if result.is_err() {
+        warn!("a thread of the engine had panicked");
+    }
+    result.ok()
+}
+
+pub(crate) fn spawn<R: Send + 'static>(
+    name: &'static str,
+    body: impl FnOnce() -> R + Send + 'static,
+) -> Result<JoinHandle<R>, Error> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map_err(|source| Error::Spawn { name, source })
+}
+
+/// Takes all connections that wait.
+fn accept(runtime: &Arc<Runtime>, engine: &Arc<Inner>, socket: &TcpListener) {
+    loop {
+        let stream = match socket.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                // One connection's trouble, or no descriptors left: the next one may do better. The
+                // connection may still wait, and would be tried again at once.
+                debug!(%error, "accept");
+                std::thread::sleep(ACCEPT_PAUSE);
+                return;
+            }
+        };
+        if runtime.connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS
+            || runtime.arriving.load(Ordering::Acquire) >= MAX_ARRIVING
+        {
+            runtime.connections.fetch_sub(1, Ordering::AcqRel);
+            warn!("connection refused: too many");
+            continue;
+        }
+        runtime.arriving.fetch_add(1, Ordering::AcqRel);
+        let (runtime, engine) = (Arc::clone(runtime), Arc::clone(engine));
+        let counts = Arc::clone(&runtime);
+        let served = spawn("kvx-link", move || {
+            serve(&runtime, engine, stream);
+            runtime.connections.fetch_sub(1, Ordering::AcqRel);
+        });
+        if let Err(error) = served {
+            counts.arriving.fetch_sub(1, Ordering::AcqRel);
+            counts.connections.fetch_sub(1, Ordering::AcqRel);
+            warn!(%error, "connection refused");
+        }
+    }
+}
+
+/// Serves one accepted connection to its end.
+fn serve(runtime: &Arc<Runtime>, engine: Arc<Inner>, stream: TcpStream) {
+    let name = stream
+        .peer_addr()
+        .map_or_else(|_| "?".to_owned(), |a| a.to_string());
+    let deadline = Instant::now() + runtime.config.connect_timeout;
+    let mut preamble = [0; PREAMBLE_LEN];
+    let first = stream
+        .set_nodelay(true)
+        .and_then(|()| net::read_exact_by(&stream, &mut preamble, deadline));
+    runtime.arriving.fetch_sub(1, Ordering::AcqRel);
+    if let Err(error) = first {
+        debug!(peer = %name, %error, "connection without a preamble");
+        return;
+    }
+    match sniff(&preamble) {
+        Ok(Sniff::Is(ConnectionKind::Stream)) => {
+            if let Err(error) = take_stream(runtime, stream, &preamble, deadline) {
+                debug!(peer = %name, %error, "data stream refused");
+            }
+        }
+        // A session says itself what is wrong with a preamble.
+        _ => {
+            if let Err(error) = serve_session(runtime, engine, stream, name.clone(), &preamble) {
+                debug!(peer = %name, %error, "session not served");
+            }
+        }
+    }
+}
+
+fn serve_session(
+    runtime: &Arc<Runtime>,
+    engine: Arc<Inner>,
+    stream: TcpStream,
+    name: String,
+    preamble: &[u8],
+) -> Result<(), Error> {
+    let nonce = random_nonce()?;
+    let config = runtime.session_config(Role::Engine);
+    let deadline = Instant::now() + config.establish_timeout;
+    let session = Session::server(config, nonce);
+    let link = Arc::new(Link::new()?);
+    engine.adopt(&link);
+    let driver = Driver::new(
+        engine,
+        link,
+        session,
+        stream,
+        name.clone(),
+        Bringup::server(deadline),
+    )?;
+    let ended = driver.run(preamble);
+    if ended.established {
+        debug!(peer = %name, cause = %ended.cause, "session over");
+    } else {
+        warn!(peer = %name, error = %crate::error::chain(&ended.error), "session not established");
+    }
+    Ok(())
+}
+
+pub(crate) fn random_nonce() -> Result<HandshakeNonce, Error> {
+    HandshakeNonce::random().map_err(Error::random)
+}
+
+fn take_stream(
+    runtime: &Runtime,
+    stream: TcpStream,
+    preamble: &[u8; PREAMBLE_LEN],
+    deadline: Instant,
+) -> Result<(), Error> {
+    let address = || {
+        stream
+            .peer_addr()
+            .map_or_else(|_| "?".to_owned(), |a| a.to_string())
+    };
+    let mut bytes = [0; STREAM_OPENING_LEN];
+    let (head, rest) = bytes.split_at_mut(PREAMBLE_LEN);
+    head.copy_from_slice(preamble);
+    net::read_exact_by(&stream, rest, deadline).map_err(|source| Error::Stream {
+        address: address(),
+        source,
+    })?;
+    let opening = StreamOpening::decode(&bytes)?;
+    let (opening, answer, link) = {
+        let mut doors = runtime.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        let door = doors
+            .get_mut(&opening.session)
+            .ok_or_else(|| Error::StreamNotAuthentic { address: address() })?;
+        let (opening, answer) = door
+            .gate
+            .admit(&bytes)
+            .map_err(|_| Error::StreamNotAuthentic { address: address() })?;
+        (opening, answer, Arc::clone(&door.link))
+    };
+    net::write_all_by(&stream, &answer, deadline).map_err(|source| Error::Stream {
+        address: address(),
+        source,
+    })?;
+    link.stream(opening, stream);
+    Ok(())
+}

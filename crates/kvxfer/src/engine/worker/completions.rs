@@ -1,0 +1,186 @@
+//! What completions mean.
+
+use std::sync::Arc;
+
+use tracing::{debug, error, warn};
+
+use kvxfer_verbs::{Completion, WcStatus};
+
+use super::{Single, Worker};
+use crate::engine::notices::Inbox;
+use crate::engine::peer::Peer;
+use crate::error::chain;
+use crate::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, LocalOperation, TransferId};
+
+/// Completions taken in one poll.
+pub(super) const POLL_BATCH: usize = 64;
+
+impl Worker {
+    pub(super) fn poll(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.clear();
+        let more = match self.cq.poll(&mut completions, POLL_BATCH) {
+            Ok(poll) => poll.more,
+            Err(error) => {
+                self.device_failed(&error);
+                false
+            }
+        };
+        let any = !completions.is_empty();
+        let mut failed: Vec<LaneId> = Vec::new();
+        for completion in &completions {
+            // A completion of a queue pair that is gone has nobody to go to.
+            let Some(&lane) = self.lane_of.get(&completion.qp_num) else {
+                continue;
+            };
+            if let Some(slot) = Inbox::slot(completion.wr_id) {
+                self.received(lane, slot, completion);
+                continue;
+            }
+            let result = match completion.status {
+                WcStatus::Success => Ok(()),
+                status => {
+                    failed.push(lane);
+                    Err(self.cause_of(lane, status, completion.vendor_err))
+                }
+            };
+            self.scheduler.complete(lane, completion.wr_id, result);
+        }
+        failed.dedup();
+        for lane in failed {
+            self.look_at_peer_of(lane);
+        }
+        self.completions = completions;
+        while let Some(single) = self.scheduler.poll_single() {
+            self.single_done(single.token, single.result);
+        }
+        any | more
+    }
+
+    /// Sets the session with a peer up anew when its last lane here has failed: what is left to do
+    /// for it has nowhere to go.
+    fn look_at_peer_of(&self, lane: LaneId) {
+        let Some(at) = self.lanes.get(&lane) else {
+            return;
+        };
+        let cause = |lane| self.scheduler.lane_failure(lane).cloned();
+        let causes: Option<Vec<Cause>> =
+            self.scheduler.peer_lanes(at.peer.key).map(cause).collect();
+        if let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) {
+            at.peer.fail(cause);
+        }
+    }
+
+    /// The device itself failed: every queue pair of this worker is lost with it.
+    pub(super) fn device_failed(&mut self, error: &kvxfer_verbs::Error) {
+        error!(%error, "completion queue failed");
+        let errno = match error {
+            kvxfer_verbs::Error::Os { source, .. } => source.raw_os_error().unwrap_or(0),
+            _ => 0,
+        };
+        let cause = Cause::LocalDevice {
+            operation: LocalOperation::Poll,
+            errno,
+        };
+        let peers: Vec<Arc<Peer>> = self.lanes.values().map(|at| Arc::clone(&at.peer)).collect();
+        for peer in peers {
+            peer.fail(cause.clone());
+        }
+    }
+
+    fn cause_of(&self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
+        if vendor == kvxfer_verbs::vendor::PEER_GONE {
+            // The control connection knows better than the data path how the peer went.
+            let known = self.lanes.get(&lane).and_then(|at| at.peer.lost());
+            return known.unwrap_or(Cause::PeerDead);
+        }
+        Cause::Completion {
+            status: completion_status(status),
+            vendor,
+        }
+    }
+
+    fn single_done(&mut self, token: u64, result: Result<(), Cause>) {
+        match self.singles.remove(&token) {
+            Some(Single::Lease {
+                id,
+                engine,
+                landing,
+            }) => {
+                let lease = self.live.get(&id).and_then(|live| live.lease);
+                let shown = lease.is_some_and(|lease| engine.scratch.shows(landing, lease.word));
+                engine.scratch.give(landing);
+                self.check_done(id, shown, result);
+            }
+            Some(Single::Notice {
+                slot,
+                peer,
+                message,
+            }) => {
+                self.outbox.give(slot);
+                if let Err(cause) = result {
+                    debug!(%cause, "notice goes by the control connection");
+                    peer.link.send(*message);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn check_done(&mut self, id: TransferId, shown: bool, result: Result<(), Cause>) {
+        let Some(live) = self.live.get(&id) else {
+            return;
+        };
+        let answer = match result {
+            // The lane failed, not the lease: another one may do better before the deadline.
+            Err(_) if live.peer.lost().is_none() => return self.waiting_checks.push_back(id),
+            Err(cause) => LeaseAnswer::Gone { cause },
+            Ok(()) if shown => LeaseAnswer::Live,
+            Ok(()) => LeaseAnswer::Gone {
+                cause: Cause::LeaseExpired,
+            },
+        };
+        self.transfers.lease_answer(self.clock.now(), id, answer);
+    }
+
+    /// A receive has completed: a notice has come, or the queue pair is flushed.
+    fn received(&self, lane: LaneId, slot: u32, completion: &Completion) {
+        let Some((at, inbox)) = self
+            .lanes
+            .get(&lane)
+            .and_then(|at| Some((at, at.inbox.as_ref()?)))
+        else {
+            return;
+        };
+        let Some(len) = completion.byte_len() else {
+            return;
+        };
+        let told = inbox
+            .take(&at.qp, slot, len)
+            .map_err(|error| chain(&error))
+            .and_then(|notice| {
+                let engine = at.peer.engine.upgrade();
+                engine.map_or(Ok(()), |engine| engine.on_message(&at.peer, notice))
+            });
+        if let Err(lie) = told {
+            warn!(peer = %at.peer.name.engine, %lie, "notice");
+            at.peer.fail(Cause::PeerUnreachable);
+        }
+    }
+}
+
+/// The verbs' status in the words of causes.
+fn completion_status(status: WcStatus) -> CompletionStatus {
+    match status {
+        WcStatus::LocLen => CompletionStatus::LocalLength,
+        WcStatus::LocQpOp => CompletionStatus::LocalQpOperation,
+        WcStatus::LocProt => CompletionStatus::LocalProtection,
+        WcStatus::WrFlush => CompletionStatus::Flush,
+        WcStatus::RemInvReq => CompletionStatus::RemoteInvalidRequest,
+        WcStatus::RemAccess => CompletionStatus::RemoteAccess,
+        WcStatus::RemOp => CompletionStatus::RemoteOperation,
+        WcStatus::RetryExc => CompletionStatus::RetryExceeded,
+        WcStatus::RnrRetryExc => CompletionStatus::RnrRetryExceeded,
+        other => CompletionStatus::Other(other.as_raw()),
+    }
+}

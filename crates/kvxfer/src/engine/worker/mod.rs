@@ -1,0 +1,443 @@
+//! A worker thread: it owns queue pairs (lanes) and transfers, and drives the state machines of
+//! [`crate::transfer`] over them.
+
+mod completions;
+mod outputs;
+mod posting;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use nix::poll::PollFlags;
+use tracing::{debug, warn};
+
+use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
+
+use super::handle::{Failure, Outcome, Shared, TransferReport};
+use super::notices::{Inbox, Outbox};
+use super::peer::Peer;
+use super::push::close;
+use super::wake::Wake;
+use super::{Clock, Inner};
+use crate::error::Error;
+use crate::event::MemoryState;
+use crate::ids::{Nonce, RequestId};
+use crate::plan::{OpSource, Plan};
+use crate::ticket::LeaseRef;
+use crate::time::Time;
+use crate::transfer::{
+    Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
+    Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
+};
+use crate::wire::Message;
+
+/// How long a lease check waits for a free credit or landing slot before it looks again.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// What a transfer is to the engine that started it.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) engine: Arc<Inner>,
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) request: RequestId,
+    pub(crate) nonce: Nonce,
+    pub(crate) tag: u64,
+    /// The lease to look at after the last byte; a pull's.
+    pub(crate) lease: Option<LeaseRef>,
+    pub(crate) push: bool,
+    pub(crate) submitted: Time,
+    /// What it has been split into.
+    pub(crate) jobs: Vec<Arc<Job>>,
+    pub(crate) report: TransferReport,
+}
+
+impl Drop for Live {
+    /// Whoever waits for the transfer hears of its end even if its worker never did: the engine has
+    /// gone, or a command has come after the worker's end.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // A worker that panics leaves others at work: nothing can be said of the memory.
+            return self.abandon(MemoryState::Quarantined);
+        }
+        self.abandon(MemoryState::Released);
+        self.shared.release();
+    }
+}
+
+impl Live {
+    fn abandon(&self, memory: MemoryState) {
+        let failure = Failure {
+            first_cause: Cause::ShuttingDown,
+            invalid_blocks: Vec::new(),
+            memory,
+        };
+        self.shared.finish(Outcome::Failed(failure), self.report);
+    }
+}
+
+/// What other threads ask of a worker.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// A queue pair to a peer.
+    AddLane {
+        peer: Arc<Peer>,
+        lane: Box<Joined>,
+        send_wr: u32,
+    },
+    /// The peer is gone: its transfers fail.
+    PeerLost { peer: PeerKey, cause: Cause },
+    /// Take the peer's queue pairs down, and say so to the peer when nothing moves on them.
+    DropLanes { peer: Arc<Peer> },
+    /// Nothing posted to the peer can touch memory any more; answers a drain.
+    PeerDrained { peer: PeerKey, token: DrainToken },
+    /// A new transfer, owned by this worker.
+    Submit { spec: Spec, live: Box<Live> },
+    /// More operations of a push.
+    AddJob {
+        id: TransferId,
+        source: Arc<Plan>,
+        runs: u64,
+        prepare: Duration,
+    },
+    /// The consumer's ticket for a push has come.
+    Ticket {
+        id: TransferId,
+        nonce: Nonce,
+        request: RequestId,
+        peer: Arc<Peer>,
+    },
+    /// A push has all its operations.
+    Commit { id: TransferId },
+    /// The producer gives its push up.
+    Abort { id: TransferId },
+    /// The transfer is to fail for this reason.
+    Fail { id: TransferId, cause: Cause },
+    /// The engine wants the transfer no more.
+    Cancel { id: TransferId },
+    /// Another worker's transfer has work for this one's lanes.
+    Start(Arc<Job>),
+    /// And no more of it.
+    Stop(JobId),
+    /// What another worker has done of one of this one's jobs.
+    Report(JobReport),
+    /// End the thread.
+    Shutdown,
+}
+
+/// How other threads reach a worker.
+#[derive(Debug, Clone)]
+pub(crate) struct WorkerHandle {
+    commands: Sender<Command>,
+    wake: Arc<Wake>,
+}
+
+impl WorkerHandle {
+    pub(crate) fn send(&self, command: Command) {
+        // A worker that has ended has ended its transfers; there is nobody left to tell.
+        if self.commands.send(command).is_ok() {
+            self.wake.wake();
+        }
+    }
+}
+
+/// The ends of a worker before its thread runs.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    index: u16,
+    clock: Clock,
+    pub(crate) handle: WorkerHandle,
+    commands: Receiver<Command>,
+}
+
+impl Seat {
+    pub(crate) fn new(index: u16, clock: Clock) -> Result<Self, Error> {
+        let (sender, commands) = unbounded();
+        let wake = Arc::new(Wake::new()?);
+        let handle = WorkerHandle {
+            commands: sender,
+            wake,
+        };
+        Ok(Self {
+            index,
+            clock,
+            handle,
+            commands,
+        })
+    }
+}
+
+/// A queue pair that is ready to send.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    pub(crate) qp: QueuePair<Rts>,
+    /// Its receives, if the peer sends notices on it.
+    pub(crate) inbox: Option<Inbox>,
+}
+
+/// A queue pair on this worker.
+#[derive(Debug)]
+struct LaneQp {
+    qp: QueuePair<Rts>,
+    /// Where the peer's notices land, if it sends any.
+    inbox: Option<Inbox>,
+    peer: Arc<Peer>,
+}
+
+/// A work request of the worker's own that is under way.
+#[derive(Debug)]
+enum Single {
+    /// The read of a producer's lease slot, and where it lands.
+    Lease {
+        id: TransferId,
+        /// Whose landing slot it is; the transfer may be forgotten before the check comes back.
+        engine: Arc<Inner>,
+        landing: u32,
+    },
+    /// A notice, which goes by the control connection if it fails.
+    Notice {
+        slot: u32,
+        peer: Arc<Peer>,
+        message: Box<Message>,
+    },
+}
+
+pub(crate) struct Worker {
+    index: u16,
+    clock: Clock,
+    commands: Receiver<Command>,
+    wake: Arc<Wake>,
+    others: Vec<WorkerHandle>,
+    cq: CompletionQueue,
+    scheduler: Scheduler,
+    transfers: Transfers,
+    /// Peers with lanes or transfers here.
+    peers: HashMap<PeerKey, Arc<Peer>>,
+    lanes: HashMap<LaneId, LaneQp>,
+    lane_of: HashMap<u32, LaneId>,
+    dropping: Vec<(Arc<Peer>, Vec<LaneId>)>,
+    live: HashMap<TransferId, Box<Live>>,
+    waiting_checks: VecDeque<TransferId>,
+    singles: HashMap<u64, Single>,
+    outbox: Outbox,
+    next_token: u64,
+    batch: Batch,
+    chain: SendChain,
+    sges: Vec<Sge>,
+    completions: Vec<Completion>,
+    stopping: bool,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        seat: Seat,
+        others: Vec<WorkerHandle>,
+        cq: CompletionQueue,
+        outbox: Outbox,
+        scheduler: SchedulerConfig,
+        transfers: TransfersConfig,
+    ) -> Self {
+        Self {
+            index: seat.index,
+            clock: seat.clock,
+            commands: seat.commands,
+            wake: seat.handle.wake,
+            others,
+            cq,
+            scheduler: Scheduler::new(scheduler),
+            transfers: Transfers::new(transfers),
+            peers: HashMap::new(),
+            lanes: HashMap::new(),
+            lane_of: HashMap::new(),
+            dropping: Vec::new(),
+            live: HashMap::new(),
+            waiting_checks: VecDeque::new(),
+            singles: HashMap::new(),
+            outbox,
+            next_token: 0,
+            batch: Batch::new(),
+            chain: SendChain::new(),
+            sges: Vec::new(),
+            completions: Vec::with_capacity(completions::POLL_BATCH),
+            stopping: false,
+        }
+    }
+
+    /// The thread's body; returns after [`Command::Shutdown`], with the transfers that are to be
+    /// dropped when all workers have ended: until then their memory may be touched.
+    pub(crate) fn run(mut self) -> Vec<Live> {
+        while !self.stopping {
+            let mut busy = self.take_commands();
+            busy |= self.post();
+            busy |= self.poll();
+            self.finish_drops();
+            self.transfers.on_time(self.clock.now());
+            busy |= self.settle();
+            if !busy {
+                self.sleep();
+            }
+        }
+        self.lanes.clear();
+        self.live.drain().map(|(_, live)| *live).collect()
+    }
+
+    fn take_commands(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(command) = self.commands.try_recv() {
+            any = true;
+            self.command(command);
+        }
+        any
+    }
+
+    fn command(&mut self, command: Command) {
+        let now = self.clock.now();
+        match command {
+            Command::AddLane {
+                peer,
+                lane,
+                send_wr,
+            } => {
+                let Joined { qp, inbox } = *lane;
+                let lane = self.scheduler.add_lane(peer.key, LaneLimits { send_wr });
+                self.lane_of.insert(qp.qp_num(), lane);
+                self.peers.insert(peer.key, Arc::clone(&peer));
+                self.lanes.insert(lane, LaneQp { qp, inbox, peer });
+            }
+            Command::PeerLost { peer, cause } => self.transfers.peer_lost(now, peer, &cause),
+            Command::DropLanes { peer } => self.drop_lanes(peer),
+            Command::PeerDrained { peer, token } => self.transfers.peer_drained(peer, token),
+            Command::Submit { spec, live } => self.submit(now, spec, live),
+            Command::AddJob {
+                id,
+                source,
+                runs,
+                prepare,
+            } => {
+                if let Some(live) = self.live.get_mut(&id) {
+                    live.report.operations += source.ops();
+                    live.report.merged_runs += runs;
+                    live.report.prepare += prepare;
+                }
+                // The transfer may have ended meanwhile: its outcome has said so.
+                if let Err(error) = self.transfers.add_job(now, id, source) {
+                    debug!(?id, %error, "operations of a push that has ended");
+                }
+            }
+            Command::Ticket {
+                id,
+                nonce,
+                request,
+                peer,
+            } => match self.live.get_mut(&id) {
+                Some(live) => live.nonce = nonce,
+                // It ended before its try had a name: the consumer could not tell which was meant.
+                None => close(&peer, &request, nonce),
+            },
+            Command::Commit { id } => {
+                if let Err(error) = self.transfers.commit(now, id) {
+                    debug!(?id, %error, "commit of a push that has ended");
+                }
+            }
+            Command::Abort { id } => {
+                if let Err(error) = self.transfers.abort(now, id) {
+                    debug!(?id, %error, "abort of a push that has ended");
+                }
+            }
+            Command::Fail { id, cause } => {
+                if let Err(error) = self.transfers.fail(now, id, cause) {
+                    debug!(?id, %error, "failure of a transfer that has ended");
+                }
+            }
+            Command::Cancel { id } => {
+                if let Err(error) = self.transfers.cancel(now, id) {
+                    debug!(?id, %error, "cancel of a transfer that has ended");
+                }
+            }
+            Command::Start(job) => self.scheduler.start(job),
+            Command::Stop(job) => self.scheduler.stop(job),
+            Command::Report(report) => self.transfers.job_report(now, &report),
+            Command::Shutdown => self.stopping = true,
+        }
+    }
+
+    fn submit(&mut self, now: Time, spec: Spec, live: Box<Live>) {
+        let id = spec.id;
+        let lost = live.peer.lost();
+        let peer = spec.peer;
+        if lost.is_none() {
+            self.peers
+                .entry(peer)
+                .or_insert_with(|| Arc::clone(&live.peer));
+        }
+        self.live.insert(id, live);
+        if let Err(error) = self.transfers.submit(now, spec) {
+            warn!(?id, %error, "transfer refused");
+            let cause = Cause::Refused {
+                reason: Refusal::Busy,
+            };
+            let outcome = Outcome::Failed(Failure {
+                first_cause: cause,
+                invalid_blocks: Vec::new(),
+                memory: MemoryState::Released,
+            });
+            self.end(id, outcome);
+        } else if let Some(cause) = lost {
+            // The peer went while the command was on its way; its loss has been told already.
+            self.transfers.peer_lost(now, peer, &cause);
+        }
+    }
+
+    fn drop_lanes(&mut self, peer: Arc<Peer>) {
+        let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
+        let cause = peer.lost().unwrap_or(Cause::LaneReset);
+        for lane in &lanes {
+            if let Some(at) = self.lanes.get(lane) {
+                at.qp.to_error();
+            }
+            self.scheduler.lane_failed(*lane, cause.clone());
+        }
+        self.dropping.push((peer, lanes));
+    }
+
+    fn finish_drops(&mut self) {
+        let mut at = 0;
+        while let Some((_, lanes)) = self.dropping.get(at) {
+            if !lanes.iter().all(|lane| self.scheduler.lane_drained(*lane)) {
+                at += 1;
+                continue;
+            }
+            let (peer, lanes) = self.dropping.swap_remove(at);
+            for lane in lanes {
+                if let Some(gone) = self.lanes.remove(&lane) {
+                    self.lane_of.remove(&gone.qp.qp_num());
+                    // Destroyed before the lane's work is reported as drained.
+                    drop(gone);
+                }
+                self.scheduler.remove_lane(lane);
+            }
+            self.peers.remove(&peer.key);
+            peer.worker_drained();
+        }
+    }
+
+    fn sleep(&mut self) {
+        match self.cq.arm() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => self.device_failed(&error),
+        }
+        let now = self.clock.now();
+        let mut timeout = self.transfers.next_timeout().map(|at| at.since(now));
+        if !self.waiting_checks.is_empty() {
+            timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));
+        }
+        let commands = &self.commands;
+        self.wake
+            .sleep(&[(self.cq.as_fd(), PollFlags::POLLIN)], timeout, || {
+                commands.is_empty()
+            });
+    }
+}

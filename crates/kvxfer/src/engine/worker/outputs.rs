@@ -1,0 +1,231 @@
+//! What the state machines ask for, and how transfers end.
+
+use std::sync::Arc;
+
+use super::{Command, Worker};
+use crate::blocks::GroupBlocks;
+use crate::engine::handle::{Failure, Outcome};
+use crate::engine::peer::Peer;
+use crate::event::{Event, MemoryState, ReleaseReason};
+use crate::transfer::{
+    self, Cause, DrainToken, Incomplete, Job, JobId, Notice, Output, PeerKey, TransferId,
+};
+
+impl Worker {
+    pub(super) fn settle(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let mut more = false;
+            while let Some(report) = self.scheduler.poll_report() {
+                more = true;
+                if report.owner == self.index {
+                    self.transfers.job_report(self.clock.now(), &report);
+                } else if let Some(owner) = self.others.get(usize::from(report.owner)) {
+                    owner.send(Command::Report(report));
+                }
+            }
+            while let Some(output) = self.transfers.poll_output() {
+                more = true;
+                self.output(output);
+            }
+            if !more {
+                return any;
+            }
+            any = true;
+        }
+    }
+
+    fn output(&mut self, output: Output) {
+        match output {
+            Output::StartJob(job) => self.start(job),
+            Output::StopJob { job, peer } => self.stop_job(peer, job),
+            Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
+            Output::SendNotice { id, notice, .. } => self.notice(id, notice),
+            Output::ForceDrain { peer, token } => self.force_drain(peer, token),
+            Output::Outcome { id, outcome } => self.outcome(id, outcome),
+            Output::Released { id } => self.released(id),
+        }
+    }
+
+    fn start(&mut self, job: Arc<Job>) {
+        if let Some(live) = self.live.get_mut(&job.transfer) {
+            if live.push {
+                live.report.bytes += job.bytes();
+            }
+            live.jobs.push(Arc::clone(&job));
+        }
+        self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job)));
+    }
+
+    /// Gives a command to every worker that has lanes of the transfer's peer.
+    fn on_lanes_of(&mut self, id: TransferId, command: impl Fn() -> Command) {
+        let Some(live) = self.live.get(&id) else {
+            return;
+        };
+        let peer = Arc::clone(&live.peer);
+        self.broadcast(&peer, command);
+    }
+
+    fn stop_job(&mut self, key: PeerKey, job: JobId) {
+        if let Some(peer) = self.peer(key) {
+            self.broadcast(&peer, || Command::Stop(job));
+        }
+    }
+
+    /// The peer of some transfer here, also when this worker's lanes to it are gone: other workers
+    /// may have theirs still.
+    fn peer(&self, key: PeerKey) -> Option<Arc<Peer>> {
+        let of_live = || self.live.values().map(|live| &live.peer);
+        let peer = self.peers.get(&key);
+        peer.or_else(|| of_live().find(|peer| peer.key == key))
+            .map(Arc::clone)
+    }
+
+    fn broadcast(&mut self, peer: &Peer, command: impl Fn() -> Command) {
+        for &worker in &peer.workers {
+            if worker == self.index {
+                self.command(command());
+            } else if let Some(other) = self.others.get(usize::from(worker)) {
+                other.send(command());
+            }
+        }
+    }
+
+    fn force_drain(&mut self, key: PeerKey, token: DrainToken) {
+        match self.peer(key) {
+            Some(peer) => peer.drain(self.index, token),
+            // No lanes to it, and no transfers with it.
+            None => self.transfers.peer_drained(key, token),
+        }
+    }
+
+    fn notice(&mut self, id: TransferId, notice: Notice) {
+        let Some(live) = self.live.get(&id) else {
+            return;
+        };
+        let peer = Arc::clone(&live.peer);
+        let on_data_plane = peer.notices && notice == Notice::PushDone;
+        let message = live.engine.notice(live, notice);
+        if !on_data_plane || !self.post_notice(&peer, &message) {
+            return peer.link.send(message);
+        }
+        if let Some(live) = self.live.get_mut(&id) {
+            live.report.data_plane_notice = true;
+        }
+    }
+
+    pub(super) fn outcome(&mut self, id: TransferId, outcome: transfer::Outcome) {
+        let Some(live) = self.live.get_mut(&id) else {
+            return;
+        };
+        // A push leaves its own blocks as they were; the consumer hears of its own.
+        let invalid = |incomplete: &Incomplete| match live.push {
+            true => Vec::new(),
+            false => by_group(&incomplete.blocks()),
+        };
+        let outcome = match outcome {
+            transfer::Outcome::Done { .. } => Outcome::Done,
+            transfer::Outcome::Failed {
+                cause,
+                incomplete,
+                memory,
+                ..
+            } => Outcome::Failed(Failure {
+                first_cause: cause,
+                invalid_blocks: invalid(&incomplete),
+                memory,
+            }),
+            transfer::Outcome::Cancelled { memory, incomplete } => Outcome::Failed(Failure {
+                first_cause: Cause::Cancelled,
+                invalid_blocks: invalid(&incomplete),
+                memory,
+            }),
+        };
+        self.end(id, outcome);
+    }
+
+    /// Tells the outcome, and forgets the transfer unless its memory is still to be released.
+    pub(super) fn end(&mut self, id: TransferId, outcome: Outcome) {
+        let now = self.clock.now();
+        let Some(live) = self.live.get_mut(&id) else {
+            return;
+        };
+        live.report.wire = now.since(live.submitted);
+        let posted = live
+            .jobs
+            .iter()
+            .map(|job| job.posted_at())
+            .max()
+            .unwrap_or(live.submitted);
+        live.report.post = posted.since(live.submitted);
+        let (request, nonce, tag) = (live.request.clone(), live.nonce, live.tag);
+        let (event, quarantined) = match &outcome {
+            Outcome::Done if live.push => {
+                let sent = Event::Sent {
+                    request,
+                    nonce,
+                    tag,
+                };
+                (sent, false)
+            }
+            Outcome::Done => {
+                let received = Event::Received {
+                    request,
+                    nonce,
+                    tag,
+                };
+                (received, false)
+            }
+            Outcome::Failed(failure) => {
+                let failed = Event::Failed {
+                    request,
+                    nonce,
+                    tag,
+                    invalid_blocks: failure.invalid_blocks.clone(),
+                    first_cause: failure.first_cause.clone(),
+                    memory: failure.memory,
+                };
+                (failed, failure.memory == MemoryState::Quarantined)
+            }
+        };
+        if live.push && !quarantined {
+            // Before anybody hears: whoever does may begin the request's next push.
+            live.engine.push_ended(id);
+        }
+        // The handle first: whoever has the event finds the outcome and the report there.
+        live.shared.finish(outcome, live.report);
+        live.engine.events.push(event);
+        if !quarantined {
+            self.live.remove(&id);
+        }
+    }
+
+    fn released(&mut self, id: TransferId) {
+        if let Some(live) = self.live.get(&id) {
+            if live.push {
+                live.engine.push_ended(id);
+            }
+            live.shared.release();
+            live.engine.events.push(Event::Released {
+                request: live.request.clone(),
+                nonce: live.nonce,
+                reason: ReleaseReason::Drained,
+            });
+        }
+        self.live.remove(&id);
+    }
+}
+
+/// Sorted (group, block) pairs as one list a group.
+fn by_group(blocks: &[(u32, u32)]) -> Vec<GroupBlocks> {
+    blocks
+        .chunk_by(|a, b| a.0 == b.0)
+        .filter_map(|chunk| {
+            let group = chunk.first()?.0;
+            Some(GroupBlocks {
+                group,
+                blocks: chunk.iter().map(|(_, block)| *block).collect(),
+            })
+        })
+        .collect()
+}

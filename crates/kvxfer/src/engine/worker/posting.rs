@@ -1,0 +1,226 @@
+//! What a worker posts: batches of its jobs, and work requests of its own.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use tracing::error;
+
+use kvxfer_verbs::{PostCause, Remote, SendOp, Sge};
+
+use super::{Single, Worker};
+use crate::engine::peer::Peer;
+use crate::leases::SLOT_BYTES;
+use crate::plan::Piece;
+use crate::transfer::{
+    Batch, Cause, Direction, LaneId, LeaseAnswer, PeerKey, PostFailure, Refusal, TransferId,
+};
+use crate::wire::Message;
+
+/// Batches posted between two polls, so that completions and deadlines are seen in time.
+const POST_BATCHES: usize = 64;
+
+impl Worker {
+    pub(super) fn post(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..POST_BATCHES {
+            let Some(lane) = self.scheduler.next_lane() else {
+                break;
+            };
+            let mut batch = std::mem::take(&mut self.batch);
+            if self.scheduler.next_batch(lane, &mut batch) {
+                any = true;
+                self.post_batch(lane, &batch);
+            }
+            batch.clear();
+            self.batch = batch;
+        }
+        any | self.post_checks()
+    }
+
+    fn post_batch(&mut self, lane: LaneId, batch: &Batch) {
+        let (Some(at), Some(job)) = (self.lanes.get(&lane), batch.job()) else {
+            return;
+        };
+        self.chain.clear();
+        for wr in batch.iter() {
+            let Some(span) = at.peer.remote.get(wr.remote_region as usize) else {
+                // Compiled plans name only memories that the peer described.
+                let _ = self.scheduler.post_failed(
+                    lane,
+                    0,
+                    Cause::Post {
+                        errno: Errno::EINVAL as i32,
+                    },
+                );
+                return;
+            };
+            let remote = Remote {
+                addr: span.addr.wrapping_add(wr.remote_offset),
+                rkey: span.rkey,
+            };
+            let op = match job.dir {
+                Direction::Read => SendOp::Read(remote),
+                Direction::Write => SendOp::Write(remote),
+            };
+            let sge = |p: &Piece| Sge {
+                region: p.region,
+                len: p.len,
+                offset: p.offset,
+            };
+            if let [piece] = wr.pieces {
+                self.chain.push(wr.wr_id, op, wr.signaled, &[sge(piece)]);
+            } else {
+                self.sges.clear();
+                self.sges.extend(wr.pieces.iter().map(sge));
+                self.chain.push(wr.wr_id, op, wr.signaled, &self.sges);
+            }
+        }
+        let posted = at.qp.post_send(&self.chain, &at.peer.regions);
+        match posted {
+            Ok(()) if job.exhausted() => job.note_posted(self.clock.now()),
+            Ok(()) => {}
+            Err(failed) => self.post_failed(lane, failed.posted, &failed.cause),
+        }
+    }
+
+    pub(super) fn post_failed(&mut self, lane: LaneId, posted: usize, cause: &PostCause) {
+        error!(%lane, %cause, "the device did not take a work request");
+        let reset = self.scheduler.post_failed(
+            lane,
+            posted,
+            Cause::Post {
+                errno: Errno::EINVAL as i32,
+            },
+        );
+        if reset == PostFailure::ResetLane
+            && let Some(at) = self.lanes.get(&lane)
+        {
+            at.qp.to_error();
+        }
+    }
+
+    /// Reads the lease slots of pulls that have all their data.
+    fn post_checks(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..self.waiting_checks.len() {
+            let Some(id) = self.waiting_checks.pop_front() else {
+                break;
+            };
+            match self.post_check(id) {
+                Some(true) => any = true,
+                Some(false) => self.waiting_checks.push_back(id),
+                None => {}
+            }
+        }
+        any
+    }
+
+    /// A lane of the peer that takes a work request of the worker's own.
+    fn free_lane(&self, peer: PeerKey) -> Option<LaneId> {
+        let scheduler = &self.scheduler;
+        // A failed lane keeps the credits of what it had sent.
+        scheduler.peer_lanes(peer).find(|lane| {
+            scheduler.lane_failure(*lane).is_none() && scheduler.lane_credits(*lane) > 0
+        })
+    }
+
+    /// `None`: the check is over; `Some(false)`: nothing is free now.
+    fn post_check(&mut self, id: TransferId) -> Option<bool> {
+        let now = self.clock.now();
+        let live = self.live.get(&id)?;
+        let answer = |cause| LeaseAnswer::Gone { cause };
+        let peer = Arc::clone(&live.peer);
+        let place = live
+            .lease
+            .and_then(|lease| Some((lease, peer.lease_table?)));
+        let span = place.and_then(|(lease, table)| {
+            let offset = u64::from(lease.slot).checked_mul(SLOT_BYTES as u64)?;
+            table
+                .contains(offset, SLOT_BYTES as u64)
+                .then_some((table, offset))
+        });
+        let Some((table, offset)) = span else {
+            let cause = Cause::Refused {
+                reason: Refusal::OutOfRange,
+            };
+            self.transfers.lease_answer(now, id, answer(cause));
+            return None;
+        };
+        let Some(lane) = self.free_lane(peer.key) else {
+            return Some(false);
+        };
+        let Some(landing) = live.engine.scratch.take() else {
+            return Some(false);
+        };
+        let token = self.next_token;
+        let Some(wr_id) = self.scheduler.reserve_single(lane, token) else {
+            live.engine.scratch.give(landing);
+            return Some(false);
+        };
+        self.next_token += 1;
+        let remote = Remote {
+            addr: table.addr.wrapping_add(offset),
+            rkey: table.rkey,
+        };
+        let sge = Sge {
+            region: live.engine.scratch_region,
+            len: SLOT_BYTES as u32,
+            offset: u64::from(landing) * SLOT_BYTES as u64,
+        };
+        self.chain.clear();
+        self.chain.push(wr_id, SendOp::Read(remote), true, &[sge]);
+        let engine = Arc::clone(&live.engine);
+        self.singles.insert(
+            token,
+            Single::Lease {
+                id,
+                engine,
+                landing,
+            },
+        );
+        let posted = self
+            .lanes
+            .get(&lane)
+            .map(|at| at.qp.post_send(&self.chain, &peer.regions));
+        if let Some(Err(failed)) = posted {
+            self.post_failed(lane, failed.posted, &failed.cause);
+        }
+        Some(true)
+    }
+
+    /// Sends a notice on a queue pair of the peer. `false`: nothing is free, or it is too long.
+    pub(super) fn post_notice(&mut self, peer: &Arc<Peer>, message: &Message) -> bool {
+        let Ok(notice) = message.encode() else {
+            return false;
+        };
+        let Some(lane) = self.free_lane(peer.key) else {
+            return false;
+        };
+        let Some((slot, sge)) = self.outbox.put(&notice) else {
+            return false;
+        };
+        let token = self.next_token;
+        let Some(wr_id) = self.scheduler.reserve_single(lane, token) else {
+            self.outbox.give(slot);
+            return false;
+        };
+        self.next_token += 1;
+        self.chain.clear();
+        self.chain.push(wr_id, SendOp::Send, true, &[sge]);
+        let single = Single::Notice {
+            slot,
+            peer: Arc::clone(peer),
+            message: Box::new(message.clone()),
+        };
+        self.singles.insert(token, single);
+        let table = Arc::clone(self.outbox.table());
+        let posted = self
+            .lanes
+            .get(&lane)
+            .map(|at| at.qp.post_send(&self.chain, &table));
+        if let Some(Err(failed)) = posted {
+            self.post_failed(lane, failed.posted, &failed.cause);
+        }
+        true
+    }
+}

@@ -1,0 +1,358 @@
+//! The crate's error: one variant an operation, with what it was given.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::bench::WrongByte;
+use crate::config::ConfigError;
+use crate::event::Class;
+use crate::ids::{EngineId, Generation, RequestId};
+use crate::layout::LayoutError;
+use crate::layout::LayoutMismatch;
+use crate::plan::{CompileError, PlanError};
+use crate::session::SessionError;
+use crate::ticket::TicketError;
+use crate::transfer::Cause;
+use crate::wire::{Candidate, PathKind, Refusal, SecretError, WireError};
+
+/// Why a call on an engine failed. What goes wrong later, while blocks move, is a
+/// [`Cause`] in the transfer's outcome.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call failed.
+    #[error("{call}: {}", io::Error::from_raw_os_error(*errno))]
+    Os {
+        /// The call.
+        call: &'static str,
+        /// Its errno.
+        errno: i32,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the {name} thread")]
+    Spawn {
+        /// What it was for.
+        name: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The device refused.
+    #[error(transparent)]
+    Verbs(#[from] kvxfer_verbs::Error),
+    /// The device did not take a receive.
+    #[error(transparent)]
+    Post(#[from] kvxfer_verbs::PostError),
+    /// Memory could not be had or was used out of bounds.
+    #[error(transparent)]
+    Memory(#[from] kvxfer_hipmem::Error),
+    /// A setting is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The secret cannot be used.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// A format or a placement is wrong.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The two sides' layouts do not fit each other.
+    #[error(transparent)]
+    Mismatch(#[from] LayoutMismatch),
+    /// The two sides' layouts cannot be joined for another reason.
+    #[error(transparent)]
+    Compile(CompileError),
+    /// This side will not work with the peer.
+    #[error("refused the peer: {refusal}")]
+    Refused {
+        /// Why.
+        refusal: Refusal,
+    },
+    /// A data stream to the peer could not be opened.
+    #[error("cannot open a data stream to {address}")]
+    Stream {
+        /// The peer's address.
+        address: String,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// Whoever listens at the peer's address could not prove itself on a data stream.
+    #[error("a data stream to {address} was answered by somebody else than the peer")]
+    StreamNotAuthentic {
+        /// The peer's address.
+        address: String,
+    },
+    /// The block pairs are wrong.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The ticket is wrong.
+    #[error(transparent)]
+    Ticket(#[from] TicketError),
+    /// An offer cannot be made or ended.
+    #[error(transparent)]
+    Lease(#[from] crate::leases::OfferError),
+    /// An expectation cannot be made or ended.
+    #[error(transparent)]
+    Expect(#[from] crate::expects::ExpectError),
+    /// A transfer cannot be taken.
+    #[error(transparent)]
+    Submit(#[from] crate::transfer::TransferError),
+    /// Bytes from outside, or for the wire, are wrong.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The session with a peer did not come about, or ended.
+    #[error("session with {peer}")]
+    Session {
+        /// The peer's address.
+        peer: String,
+        /// Why.
+        source: SessionError,
+    },
+    /// An address is not `host:port`, or its host has no address.
+    #[error("cannot resolve {address}; give HOST:PORT")]
+    Resolve {
+        /// The address as given.
+        address: String,
+        /// The resolver's words.
+        source: io::Error,
+    },
+    /// Nothing answers at the address.
+    #[error("cannot reach {address}; is the engine up, and is this its port?")]
+    Unreachable {
+        /// The address.
+        address: String,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The engine listens already.
+    #[error("the engine listens on {address} already")]
+    Listening {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// Listening to the network needs a secret, or the operator's word that none is wanted.
+    #[error(
+        "{address} can be reached from other hosts, and there is no secret: give a secret file \
+         (--secret-file, KVXFER_SECRET_FILE) or allow it (--allow-unauthenticated)"
+    )]
+    Unauthenticated {
+        /// The address asked for.
+        address: SocketAddr,
+    },
+    /// No path leads to the peer, or not the one that was asked for.
+    #[error("no usable path to the peer{}", no_path(*forced, candidates))]
+    NoPath {
+        /// The path asked for.
+        forced: Option<PathKind>,
+        /// What was looked at.
+        candidates: Vec<Candidate>,
+    },
+    /// The path asked for is not one that this version has.
+    #[error("this device has no {path} path")]
+    PathNotHere {
+        /// The path.
+        path: PathKind,
+    },
+    /// The engine does not listen, so nobody can connect to it.
+    #[error("the engine does not listen: call listen first")]
+    NotListening,
+    /// The engine listens on all addresses of the host, and none of them is known to be reached.
+    #[error(
+        "listening on {listening}, and no address of this host is known to peers: set host_ip (KVXFER_HOST_IP)"
+    )]
+    NoAddress {
+        /// Where it listens.
+        listening: SocketAddr,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// A request's name is empty or too long.
+    #[error("request name of {len} bytes, from 1 to 512 are allowed")]
+    RequestName {
+        /// Its length.
+        len: usize,
+    },
+    /// A block id that the placement does not have.
+    #[error("block {block} of group {group} does not exist: there are {num_blocks}")]
+    NoSuchBlock {
+        /// The group.
+        group: u32,
+        /// The block.
+        block: u32,
+        /// How many blocks the group has here.
+        num_blocks: u32,
+    },
+    /// The deadline passed first.
+    #[error("{what} did not finish within {after:?}")]
+    Deadline {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// The peer is not there now. The session reconnects by itself.
+    #[error("peer is not connected: {cause}")]
+    NotConnected {
+        /// Why it was lost.
+        cause: Cause,
+    },
+    /// The ticket was made by another engine or rank than this instance leads to.
+    #[error("ticket of {ticket}, this instance leads to {here}")]
+    WrongInstance {
+        /// Who made the ticket.
+        ticket: String,
+        /// Who the instance leads to.
+        here: String,
+    },
+    /// The ticket is of an earlier life of the engine.
+    #[error(
+        "ticket is of {engine}'s generation {ticket}, the engine now runs generation {now}: it has restarted, and the blocks are gone"
+    )]
+    OldGeneration {
+        /// The engine.
+        engine: EngineId,
+        /// The ticket's generation.
+        ticket: Generation,
+        /// The generation met.
+        now: Generation,
+    },
+    /// An offer was given where an expectation is needed, or the other way round.
+    #[error("ticket of request {request} is an {got}, an {wanted} is needed")]
+    WrongTicket {
+        /// The request.
+        request: RequestId,
+        /// What it is.
+        got: &'static str,
+        /// What is needed.
+        wanted: &'static str,
+    },
+    /// A pair names a block that the ticket does not hold.
+    #[error("block {block} of group {group} is not in the ticket of request {request}")]
+    NotInTicket {
+        /// The request.
+        request: RequestId,
+        /// The group.
+        group: u32,
+        /// The peer's block.
+        block: u32,
+    },
+    /// Two lists that go together are not of one length.
+    #[error("{src} source blocks for {dst} destination blocks in group {group}")]
+    UnequalLengths {
+        /// The group.
+        group: u32,
+        /// Source blocks.
+        src: usize,
+        /// Destination blocks.
+        dst: usize,
+    },
+    /// The engine's `kv_role` does not do this.
+    #[error("an engine of kv_role {role} cannot {operation}")]
+    WrongRole {
+        /// The role.
+        role: &'static str,
+        /// What was asked of it.
+        operation: &'static str,
+    },
+    /// Another push of the request to the same peer has not ended.
+    #[error(
+        "an earlier push of request {request} to this peer has not ended; wait for its outcome and its memory"
+    )]
+    PushUnderWay {
+        /// The request.
+        request: RequestId,
+    },
+    /// The push has been committed or aborted.
+    #[error("push of request {request} has ended: {operation} comes too late")]
+    PushEnded {
+        /// The request.
+        request: RequestId,
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// Metadata bytes do not describe an engine.
+    #[error("metadata does not describe an engine")]
+    Metadata {
+        /// The decoder's words.
+        source: WireError,
+    },
+    /// A bandwidth test moved a wrong byte.
+    #[error("wrong byte after a transfer: {0}")]
+    BenchWrong(WrongByte),
+    /// The peer answered the benchmark with a failure.
+    #[error("the target refused: {text}")]
+    BenchRefused {
+        /// Its words.
+        text: String,
+    },
+    /// The peer's answer is not one that the benchmark's protocol allows.
+    #[error("the target answered {got} where {wanted} was due")]
+    BenchProtocol {
+        /// What came.
+        got: &'static str,
+        /// What was due.
+        wanted: &'static str,
+    },
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+impl Error {
+    pub(crate) fn random(error: getrandom::Error) -> Self {
+        Error::Os {
+            call: "getrandom",
+            errno: error.raw_os_error().unwrap_or(0),
+        }
+    }
+
+    /// What an engine can do about it.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        match self {
+            Error::NotConnected { cause } => cause.class(),
+            Error::Unreachable { .. } | Error::Deadline { .. } => Class::Retry,
+            Error::Session {
+                source: SessionError::Busy,
+                ..
+            } => Class::Retry,
+            Error::OldGeneration { .. } => Class::Recompute,
+            _ => Class::Fatal,
+        }
+    }
+}
+
+/// An error and what it came from, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
+}
+
+fn no_path(forced: Option<PathKind>, candidates: &[Candidate]) -> String {
+    let mut text = match forced {
+        Some(path) => format!(" ({path} was asked for)"),
+        None => String::new(),
+    };
+    for candidate in candidates {
+        if let Some(why_not) = &candidate.why_not {
+            text.push_str(&format!("; {}: {why_not}", candidate.path));
+        }
+    }
+    text
+}

@@ -1,0 +1,735 @@
+//! A consumer's expectations: blocks that other engines may write. Pure: messages and time go in,
+//! [`ExpectOutput`]s come out.
+//!
+//! # Who may write
+//! A peer may write only after it was *bound* to the expectation: by announcing the ticket to it
+//! on its control connection ([`Expects::announce`]), or, when the ticket reached it through a
+//! router, by asking first ([`Expects::push_started`]). At most `senders` peers are bound. So when
+//! all of them have said that they are done nobody is left who could write, and when an
+//! expectation fails the peers that could still write are known by name.
+//!
+//! A push that outlives its queue pairs (one side reset them) must ask with `push_started` again
+//! before it is posted on new ones: its expectation may have ended in between.
+//!
+//! # How it ends
+//! The outcome comes once: [`Received`](ExpectOutput::Received), or
+//! [`Failed`](ExpectOutput::Failed) by deadline, cancel, abort or a lost peer. After a failure the
+//! memory is quarantined while a bound peer may still write: each is sent a
+//! [`Revoke`](ExpectOutput::Revoke) and must answer that it has closed its push, which it does
+//! only when nothing of it is under way. One that does not answer within the grace is cut off
+//! ([`ForceReset`](ExpectOutput::ForceReset)): this side resets its own queue pairs to it, after
+//! which nothing of that peer can land. When the last one is closed or cut off comes
+//! [`Released`](ExpectOutput::Released), once.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::time::Duration;
+
+use crate::block_set::{BlockSet, BlocksError, check_groups};
+use crate::blocks::GroupBlocks;
+use crate::event::MemoryState;
+use crate::ids::{Nonce, RequestId};
+use crate::recent::Recent;
+use crate::ticket::MAX_PARTIES;
+use crate::time::Time;
+use crate::transfer::{Cause, PeerKey};
+
+/// How many ended expectations are remembered to tell a late message from a wrong one.
+const REMEMBERED: usize = 4096;
+
+/// What to do, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpectOutput {
+    /// All senders are done: the blocks are complete and the owner's. The outcome.
+    Received {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+        /// As given with it.
+        tag: u64,
+    },
+    /// It failed. The outcome; no block of it may be trusted.
+    Failed {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+        /// As given with it.
+        tag: u64,
+        /// Why, first of all.
+        cause: Cause,
+        /// Its blocks.
+        groups: Vec<GroupBlocks>,
+        /// `Quarantined` when a `Released` will follow.
+        memory: MemoryState,
+    },
+    /// Tell the peer to stop pushing, to drain, and to answer with closed.
+    Revoke {
+        /// The peer.
+        peer: PeerKey,
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+    },
+    /// Reset all own queue pairs to the peer, then call [`Expects::peer_reset`].
+    ForceReset {
+        /// The peer.
+        peer: PeerKey,
+    },
+    /// The memory of a failed expectation is the owner's again.
+    Released {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+        /// Its blocks.
+        groups: Vec<GroupBlocks>,
+    },
+}
+
+/// What is expected.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpectSpec<'a> {
+    /// The request.
+    pub request: &'a RequestId,
+    /// The try.
+    pub nonce: Nonce,
+    /// The blocks that may be written.
+    pub groups: &'a [GroupBlocks],
+    /// How many peers send a part each.
+    pub senders: u32,
+    /// When the outcome is due.
+    pub deadline: Time,
+    /// Comes back with the outcome.
+    pub tag: u64,
+}
+
+/// Why an expectation was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExpectError {
+    /// Nobody would ever send it, or too many.
+    #[error(
+        "request {request} is expected from {senders} senders, from 1 to {MAX_PARTIES} are allowed"
+    )]
+    Senders {
+        /// The request.
+        request: RequestId,
+        /// The number given.
+        senders: u32,
+    },
+    /// Its deadline has passed.
+    #[error("request {request} is expected by a deadline that has passed")]
+    NoTime {
+        /// The request.
+        request: RequestId,
+    },
+    /// The block lists are unusable.
+    #[error("blocks expected for request {request}")]
+    Blocks {
+        /// The request.
+        request: RequestId,
+        /// What is wrong with them.
+        source: BlocksError,
+    },
+    /// A block still belongs to another expectation, standing or quarantined.
+    #[error(
+        "block {block} of cache group {group}, expected for request {request}, still belongs to another expectation"
+    )]
+    BlockInUse {
+        /// The request.
+        request: RequestId,
+        /// The group's index.
+        group: u32,
+        /// The block's id.
+        block: u32,
+    },
+    /// Another try of the request is expected.
+    #[error(
+        "request {request} is already expected with nonce {held:?}, not {given:?}; cancel it first"
+    )]
+    OtherNonce {
+        /// The request.
+        request: RequestId,
+        /// The nonce that stands.
+        held: Nonce,
+        /// The nonce given.
+        given: Nonce,
+    },
+    /// The same try is expected with other blocks or senders.
+    #[error(
+        "request {request} with nonce {nonce:?} is already expected with other blocks or senders"
+    )]
+    Differs {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+    },
+    /// The same try was expected before and has ended.
+    #[error(
+        "request {request} with nonce {nonce:?} was expected before and has ended; a new try needs a new nonce"
+    )]
+    Ended {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+    },
+}
+
+/// Why a peer's message was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum PushRefusal {
+    /// No such request is expected.
+    #[error("no such request is expected")]
+    UnknownRequest,
+    /// The request is expected, but not this try of it.
+    #[error("another try of the request is expected")]
+    WrongNonce,
+    /// The expectation has ended.
+    #[error("the expectation has ended")]
+    Late,
+    /// As many senders as the expectation has are bound already.
+    #[error("the expectation has all its {senders} senders")]
+    SendersFull {
+        /// Its number of senders.
+        senders: u32,
+    },
+    /// The peer is not one of the senders.
+    #[error("the peer is not a sender of this request")]
+    NotASender,
+}
+
+/// What a sender's "done" did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PushProgress {
+    /// Counted; so many senders are still to come.
+    Waiting {
+        /// Senders that are not done.
+        left: u32,
+    },
+    /// It was the last: the outcome is out.
+    Complete,
+    /// This sender had said so before.
+    Repeated,
+}
+
+/// How far a bound peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writer {
+    /// It may write.
+    Open,
+    /// It will write no more.
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The outcome is to come, by this time.
+    Standing(Time),
+    /// Failed; open writers were told, and are cut off at this time, if they were not yet.
+    Draining(Option<Time>),
+}
+
+#[derive(Debug)]
+struct Expectation {
+    request: RequestId,
+    nonce: Nonce,
+    tag: u64,
+    groups: Vec<GroupBlocks>,
+    senders: u32,
+    /// The bound peers; at most `senders`, usually a handful.
+    writers: Vec<(PeerKey, Writer)>,
+    phase: Phase,
+}
+
+impl Expectation {
+    fn writer(&mut self, peer: PeerKey) -> Option<&mut Writer> {
+        self.writers
+            .iter_mut()
+            .find(|(p, _)| *p == peer)
+            .map(|(_, w)| w)
+    }
+
+    fn open_writers(&self) -> impl Iterator<Item = PeerKey> {
+        self.writers
+            .iter()
+            .filter(|(_, w)| *w == Writer::Open)
+            .map(|(p, _)| *p)
+    }
+
+    fn timer(&self) -> Option<Time> {
+        match self.phase {
+            Phase::Standing(deadline) => Some(deadline),
+            Phase::Draining(cut_off) => cut_off,
+        }
+    }
+}
+
+/// The expectations of one consumer rank.
+#[derive(Debug)]
+pub struct Expects {
+    grace: Duration,
+    next_key: u64,
+    all: HashMap<u64, Expectation>,
+    /// Both standing and draining ones: a new try may stand while an old one drains.
+    by_try: HashMap<(RequestId, Nonce), u64>,
+    standing: HashMap<RequestId, u64>,
+    timers: BTreeSet<(Time, u64)>,
+    /// Blocks that a peer may write: of every standing or draining expectation.
+    held: BlockSet,
+    /// Peers whose reset was asked for and has not been reported.
+    resetting: HashSet<PeerKey>,
+    ended: Recent,
+    outputs: VecDeque<ExpectOutput>,
+}
+
+impl Expects {
+    /// No expectations; a revoked peer has `grace` to answer before it is cut off.
+    #[must_use]
+    pub fn new(grace: Duration) -> Expects {
+        Expects {
+            grace,
+            next_key: 0,
+            all: HashMap::new(),
+            by_try: HashMap::new(),
+            standing: HashMap::new(),
+            timers: BTreeSet::new(),
+            held: BlockSet::default(),
+            resetting: HashSet::new(),
+            ended: Recent::new(REMEMBERED),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Lets peers write the blocks of a request until a deadline. Expecting the same
+    /// again is fine and changes nothing; `Ok(false)` says that it stood already.
+    ///
+    /// # Errors
+    /// It makes no sense, contradicts an expectation that stands or has ended, or wants a block
+    /// that another one holds. Nothing is changed then.
+    pub fn expect(&mut self, now: Time, want: ExpectSpec<'_>) -> Result<bool, ExpectError> {
+        let ExpectSpec {
+            request,
+            nonce,
+            groups,
+            senders,
+            deadline,
+            tag,
+        } = want;
+        if senders == 0 || senders > MAX_PARTIES {
+            return Err(ExpectError::Senders {
+                request: request.clone(),
+                senders,
+            });
+        }
+        if let Some(held) = self.standing.get(request).and_then(|key| self.all.get(key)) {
+            return if held.nonce != nonce {
+                Err(ExpectError::OtherNonce {
+                    request: request.clone(),
+                    held: held.nonce,
+                    given: nonce,
+                })
+            } else if held.groups != groups || held.senders != senders {
+                Err(ExpectError::Differs {
+                    request: request.clone(),
+                    nonce,
+                })
+            } else {
+                Ok(false)
+            };
+        }
+        // A try that still drains has ended too, as far as its outcome goes.
+        if self.ended.contains(request, nonce)
+            || self.by_try.contains_key(&(request.clone(), nonce))
+        {
+            return Err(ExpectError::Ended {
+                request: request.clone(),
+                nonce,
+            });
+        }
+        if deadline <= now {
+            return Err(ExpectError::NoTime {
+                request: request.clone(),
+            });
+        }
+        check_groups(groups).map_err(|source| ExpectError::Blocks {
+            request: request.clone(),
+            source,
+        })?;
+        self.hold(request, groups)?;
+
+        let key = self.next_key;
+        self.next_key += 1;
+        self.by_try.insert((request.clone(), nonce), key);
+        self.standing.insert(request.clone(), key);
+        self.timers.insert((deadline, key));
+        self.all.insert(
+            key,
+            Expectation {
+                request: request.clone(),
+                nonce,
+                tag,
+                groups: groups.to_vec(),
+                senders,
+                writers: Vec::new(),
+                phase: Phase::Standing(deadline),
+            },
+        );
+        Ok(true)
+    }
+
+    fn hold(&mut self, request: &RequestId, groups: &[GroupBlocks]) -> Result<(), ExpectError> {
+        for (at, group) in groups.iter().enumerate() {
+            if let Err(block) = self.held.insert_all(group.group, &group.blocks) {
+                for earlier in &groups[..at] {
+                    self.held.remove_all(earlier.group, &earlier.blocks);
+                }
+                return Err(ExpectError::BlockInUse {
+                    request: request.clone(),
+                    group: group.group,
+                    block,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Binds a peer, before the ticket is sent to it. Announcing again (after a reconnect) is fine.
+    ///
+    /// # Errors
+    /// The try does not stand, or has all its senders.
+    pub fn announce(
+        &mut self,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<(), PushRefusal> {
+        self.bind(request, nonce, peer)
+    }
+
+    /// A peer that has the ticket from elsewhere asks whether it may begin to write. It may when
+    /// this succeeds; a peer that the ticket was announced to need not ask.
+    ///
+    /// # Errors
+    /// It may not; tell it why.
+    pub fn push_started(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<(), PushRefusal> {
+        self.on_time(now);
+        self.bind(request, nonce, peer)
+    }
+
+    fn bind(
+        &mut self,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<(), PushRefusal> {
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        if matches!(expectation.phase, Phase::Draining(_)) {
+            return Err(PushRefusal::Late);
+        }
+        match expectation.writer(peer).copied() {
+            Some(Writer::Open) => Ok(()),
+            // It said that it is done; beginning again would write into finished blocks.
+            Some(Writer::Closed) => Err(PushRefusal::Late),
+            None if expectation.writers.len() >= expectation.senders as usize => {
+                Err(PushRefusal::SendersFull {
+                    senders: expectation.senders,
+                })
+            }
+            None => {
+                expectation.writers.push((peer, Writer::Open));
+                Ok(())
+            }
+        }
+    }
+
+    /// A sender has written everything and seen all completions. When it comes after the
+    /// expectation failed it is refused, and counts as closed.
+    ///
+    /// # Errors
+    /// The reason to tell the sender: its push did not count.
+    pub fn push_done(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<PushProgress, PushRefusal> {
+        self.on_time(now);
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        let draining = matches!(expectation.phase, Phase::Draining(_));
+        let senders = expectation.senders;
+        let writer = expectation.writer(peer).ok_or(PushRefusal::NotASender)?;
+        let before = std::mem::replace(writer, Writer::Closed);
+        if draining {
+            self.release_if_drained(key);
+            return Err(PushRefusal::Late);
+        }
+        if before == Writer::Closed {
+            return Ok(PushProgress::Repeated);
+        }
+        let done = expectation
+            .writers
+            .iter()
+            .filter(|(_, w)| *w == Writer::Closed)
+            .count();
+        let left = senders.saturating_sub(u32::try_from(done).unwrap_or(u32::MAX));
+        if left > 0 {
+            return Ok(PushProgress::Waiting { left });
+        }
+        let expectation = self.remove(key);
+        self.outputs.push_back(ExpectOutput::Received {
+            request: expectation.request,
+            nonce: expectation.nonce,
+            tag: expectation.tag,
+        });
+        Ok(PushProgress::Complete)
+    }
+
+    /// A peer has closed its push: nothing of it is under way and none will come. The answer to a
+    /// revoke; unasked, it means that the producer aborted, and the expectation fails.
+    ///
+    /// # Errors
+    /// The message does not fit any expectation; nothing was changed.
+    pub fn push_closed(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<(), PushRefusal> {
+        self.on_time(now);
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        let writer = expectation.writer(peer).ok_or(PushRefusal::NotASender)?;
+        let before = std::mem::replace(writer, Writer::Closed);
+        match (expectation.phase, before) {
+            (Phase::Draining(_), _) => self.release_if_drained(key),
+            (Phase::Standing(_), Writer::Open) => self.fail(now, key, Cause::Aborted),
+            // It was done before, and what it wrote is complete.
+            (Phase::Standing(_), Writer::Closed) => {}
+        }
+        Ok(())
+    }
+
+    /// The owner wants the request no more. False when no try of it stands.
+    pub fn cancel(&mut self, now: Time, request: &RequestId, cause: Cause) -> bool {
+        let Some(key) = self.standing.get(request).copied() else {
+            return false;
+        };
+        self.fail(now, key, cause);
+        true
+    }
+
+    /// Cancels everything that stands: the engine is shutting down.
+    pub fn cancel_all(&mut self, now: Time, cause: &Cause) {
+        let mut keys: Vec<u64> = self.standing.values().copied().collect();
+        keys.sort_unstable();
+        for key in keys {
+            self.fail(now, key, cause.clone());
+        }
+    }
+
+    /// A peer is dead, restarted or out of reach: its pushes cannot be completed. What it may
+    /// still have under way ends with the reset that is asked for here.
+    pub fn peer_lost(&mut self, now: Time, peer: PeerKey, cause: &Cause) {
+        let mut failing = Vec::new();
+        let mut pending = false;
+        for (&key, expectation) in &mut self.all {
+            let phase = expectation.phase;
+            if expectation.writer(peer) == Some(&mut Writer::Open) {
+                pending = true;
+                if matches!(phase, Phase::Standing(_)) {
+                    failing.push(key);
+                }
+            }
+        }
+        if !pending {
+            return;
+        }
+        // Before the failures: they then know that a revoke would not be answered.
+        let ask = self.resetting.insert(peer);
+        failing.sort_unstable();
+        for key in failing {
+            self.fail(now, key, cause.clone());
+        }
+        if ask {
+            self.outputs.push_back(ExpectOutput::ForceReset { peer });
+        }
+    }
+
+    /// All own queue pairs to the peer have been reset: nothing that it has posted can land any
+    /// more. Must be called before new queue pairs to it are set up. Expectations that stand keep
+    /// it bound, for it may push again over the new ones.
+    pub fn peer_reset(&mut self, peer: PeerKey) {
+        self.resetting.remove(&peer);
+        let mut drained = Vec::new();
+        for (&key, expectation) in &mut self.all {
+            if matches!(expectation.phase, Phase::Draining(_))
+                && let Some(writer) = expectation.writer(peer)
+            {
+                *writer = Writer::Closed;
+                drained.push(key);
+            }
+        }
+        drained.sort_unstable();
+        for key in drained {
+            self.release_if_drained(key);
+        }
+    }
+
+    /// Fails what has reached its deadline and cuts off who has used up the grace.
+    pub fn on_time(&mut self, now: Time) {
+        while let Some(&(time, key)) = self.timers.first() {
+            if time > now {
+                break;
+            }
+            match self.expectation(key).phase {
+                Phase::Standing(_) => self.fail(now, key, Cause::DeadlinePassed),
+                Phase::Draining(_) => self.cut_off(key),
+            }
+        }
+    }
+
+    /// When [`on_time`](Self::on_time) next has something to do.
+    #[must_use]
+    pub fn next_timeout(&self) -> Option<Time> {
+        self.timers.first().map(|(time, _)| *time)
+    }
+
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<ExpectOutput> {
+        self.outputs.pop_front()
+    }
+
+    /// Expectations whose outcome is to come.
+    #[must_use]
+    pub fn standing(&self) -> usize {
+        self.standing.len()
+    }
+
+    /// Expectations that failed and whose memory is quarantined.
+    #[must_use]
+    pub fn draining(&self) -> usize {
+        self.all.len() - self.standing.len()
+    }
+
+    fn find(&self, request: &RequestId, nonce: Nonce) -> Result<u64, PushRefusal> {
+        if let Some(key) = self.by_try.get(&(request.clone(), nonce)) {
+            Ok(*key)
+        } else if self.ended.contains(request, nonce) {
+            Err(PushRefusal::Late)
+        } else if self.standing.contains_key(request) {
+            Err(PushRefusal::WrongNonce)
+        } else {
+            Err(PushRefusal::UnknownRequest)
+        }
+    }
+
+    fn expectation(&mut self, key: u64) -> &mut Expectation {
+        self.all
+            .get_mut(&key)
+            .expect("a key in an index is removed together with its expectation")
+    }
+
+    /// Gives the outcome and starts the drain.
+    fn fail(&mut self, now: Time, key: u64, cause: Cause) {
+        let cut_off = now.saturating_add(self.grace);
+        let expectation = self.expectation(key);
+        let timer = expectation.timer();
+        let (request, nonce) = (expectation.request.clone(), expectation.nonce);
+        let open: Vec<PeerKey> = expectation.open_writers().collect();
+        let memory = if open.is_empty() {
+            MemoryState::Released
+        } else {
+            MemoryState::Quarantined
+        };
+        let failed = ExpectOutput::Failed {
+            request: request.clone(),
+            nonce,
+            tag: expectation.tag,
+            cause,
+            groups: expectation.groups.clone(),
+            memory,
+        };
+        expectation.phase = Phase::Draining(Some(cut_off));
+        if let Some(time) = timer {
+            self.timers.remove(&(time, key));
+        }
+        self.timers.insert((cut_off, key));
+        self.standing.remove(&request);
+        self.outputs.push_back(failed);
+        if open.is_empty() {
+            self.remove(key);
+            return;
+        }
+        for peer in open {
+            if !self.resetting.contains(&peer) {
+                self.outputs.push_back(ExpectOutput::Revoke {
+                    peer,
+                    request: request.clone(),
+                    nonce,
+                });
+            }
+        }
+    }
+
+    /// Asks for the reset of every peer that has not closed, once for each peer.
+    fn cut_off(&mut self, key: u64) {
+        let expectation = self.expectation(key);
+        let timer = expectation.timer();
+        expectation.phase = Phase::Draining(None);
+        let open: Vec<PeerKey> = expectation.open_writers().collect();
+        if let Some(time) = timer {
+            self.timers.remove(&(time, key));
+        }
+        for peer in open {
+            if self.resetting.insert(peer) {
+                self.outputs.push_back(ExpectOutput::ForceReset { peer });
+            }
+        }
+    }
+
+    fn release_if_drained(&mut self, key: u64) {
+        if self.expectation(key).open_writers().next().is_some() {
+            return;
+        }
+        let expectation = self.remove(key);
+        self.outputs.push_back(ExpectOutput::Released {
+            request: expectation.request,
+            nonce: expectation.nonce,
+            groups: expectation.groups,
+        });
+    }
+
+    /// Takes an expectation out of every index.
+    fn remove(&mut self, key: u64) -> Expectation {
+        let expectation = self.all.remove(&key).expect("only a live key is removed");
+        if let Some(time) = expectation.timer() {
+            self.timers.remove(&(time, key));
+        }
+        let request = &expectation.request;
+        self.by_try.remove(&(request.clone(), expectation.nonce));
+        if self.standing.get(request) == Some(&key) {
+            self.standing.remove(request);
+        }
+        for group in &expectation.groups {
+            self.held.remove_all(group.group, &group.blocks);
+        }
+        self.ended.push(request, expectation.nonce);
+        expectation
+    }
+}

@@ -1,0 +1,38 @@
+//! What a KV cache looks like: the format that a model and an engine agree on, and where one rank
+//! keeps its part.
+//!
+//! A [`KvFormat`] says what a block *is*: cache groups (layers that share a block table), and for
+//! each layer its tensors, each a list of axes with whole-model extents. A [`KvPlacement`] says
+//! where one rank keeps its part: memory, offset, block stride, and one stride for each axis. The
+//! two are apart because formats are compared between engines and placements are not: a stride, a
+//! base or a number of blocks may differ freely.
+//!
+//! No device code: a scheduler process can use everything here but `KvPlacement`'s memory.
+
+mod axis;
+mod compare;
+mod dtype;
+mod error;
+mod fingerprint;
+mod format;
+mod identity;
+pub mod models;
+mod overlap;
+mod placement;
+mod uniform;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use axis::common_split;
+pub use axis::{Axis, AxisKind, Coordinate};
+pub use compare::{Difference, LayoutMismatch, Severity, Side, compare};
+pub use dtype::DType;
+pub use error::LayoutError;
+pub use fingerprint::Fingerprint;
+pub use format::{
+    CacheGroup, GroupKind, KvFormat, LayerFormat, Scaling, TensorFormat, TensorRole, limits,
+};
+pub use identity::ModelIdentity;
+pub use placement::{KvPlacement, LayerWindow, PlacedTensor, PlacementDesc, Shard, Topology};
+pub use uniform::{Packing, Uniform};

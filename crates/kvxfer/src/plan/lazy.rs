@@ -1,0 +1,268 @@
+//! A request's plan: what its blocks cost, and operations by index.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::compile::{Class, Inner, Role, TensorPair};
+use super::request::MAX_PIECES;
+use super::source::{Op, OpSource, Piece};
+
+/// The operations of a request, worked out as they are asked for. It holds one entry for each
+/// merged run of block pairs, not for each operation.
+#[derive(Debug)]
+pub struct Plan {
+    pub(super) inner: Arc<Inner>,
+    pub(super) sections: Vec<Section>,
+    pub(super) units: Vec<Unit>,
+    pub(super) pieces: Vec<UnitPiece>,
+    /// For each unit the first and last pair it touches, as indices into its section's pairs.
+    pub(super) touched: Vec<(u32, u32)>,
+    /// Remote block in the high half, local block in the low one; sorted by remote block within a
+    /// group.
+    pub(super) pairs: Vec<u64>,
+    pub(super) report: PlanReport,
+}
+
+/// What a plan comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PlanReport {
+    /// Block pairs asked for, over all groups.
+    pub blocks: u64,
+    /// Stretches of pairs whose blocks are consecutive on both sides.
+    pub runs: u64,
+    /// Operations.
+    pub operations: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// One geometry's operations: every unit for the first tensor, then for the next one, and so on.
+#[derive(Debug)]
+pub(super) struct Section {
+    /// The plan's index of its first operation.
+    pub(super) first_op: u64,
+    /// Operations of one tensor.
+    pub(super) per_tensor: u64,
+    pub(super) group: u32,
+    pub(super) class: usize,
+    /// In `Inner::tensors`.
+    pub(super) tensors: Range<usize>,
+    /// In `Plan::units`.
+    pub(super) units: Range<usize>,
+    /// In `Plan::pairs`.
+    pub(super) pairs: Range<usize>,
+    /// Whether the units are those of one block, to be repeated for each pair.
+    pub(super) repeated: bool,
+}
+
+/// One operation, but for the tensor (and the block, where units are repeated): offsets count from
+/// the tensor's block 0 (or from the block).
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Unit {
+    pub(super) remote: u64,
+    /// The first piece's local offset.
+    pub(super) local: u64,
+    pub(super) len: u32,
+    /// How many pieces there are; where it is one, it is (`local`, `len`).
+    pub(super) count: u32,
+    /// Otherwise where they begin in `Plan::pieces`.
+    pub(super) pieces: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct UnitPiece {
+    pub(super) local: u64,
+    pub(super) len: u32,
+}
+
+impl Plan {
+    /// What the plan comes to.
+    #[must_use]
+    pub const fn report(&self) -> PlanReport {
+        self.report
+    }
+
+    /// How many entries the plan holds: what it costs, beside what it comes to.
+    #[cfg(test)]
+    pub(super) fn held_entries(&self) -> usize {
+        self.sections.len() + self.units.len() + self.pieces.len() + self.pairs.len()
+    }
+
+    fn class(&self, section: &Section) -> &Class {
+        &self.inner.classes[section.class]
+    }
+
+    /// The section that holds operation `op`, which must be one of the plan's.
+    fn section_at(&self, op: u64) -> usize {
+        self.sections.partition_point(|s| s.first_op <= op) - 1
+    }
+}
+
+impl Section {
+    pub(super) fn ops(&self) -> u64 {
+        self.per_tensor * self.tensors.len() as u64
+    }
+}
+
+/// A unit's operations at one place, into the sink.
+struct Emitter<'a, 's> {
+    pieces: &'a [UnitPiece],
+    scratch: [Piece; MAX_PIECES],
+    sink: &'s mut dyn FnMut(&Op<'_>),
+}
+
+impl Emitter<'_, '_> {
+    #[inline]
+    fn units(&mut self, units: &[Unit], tensor: &TensorPair, remote_base: u64, local_base: u64) {
+        for unit in units {
+            let used = if unit.count == 1 {
+                self.scratch[0] = Piece {
+                    region: tensor.local_region,
+                    len: unit.len,
+                    offset: local_base + unit.local,
+                };
+                1
+            } else {
+                self.fill(unit, tensor.local_region, local_base)
+            };
+            (self.sink)(&Op {
+                remote_region: tensor.remote_region,
+                remote_offset: remote_base + unit.remote,
+                len: u64::from(unit.len),
+                local: &self.scratch[..used],
+            });
+        }
+    }
+
+    fn fill(&mut self, unit: &Unit, region: u32, local_base: u64) -> usize {
+        let pieces = &self.pieces[unit.pieces..unit.pieces + unit.count as usize];
+        for (out, piece) in self.scratch.iter_mut().zip(pieces) {
+            *out = Piece {
+                region,
+                len: piece.len,
+                offset: local_base + piece.local,
+            };
+        }
+        pieces.len()
+    }
+}
+
+/// An index that is known to be below a length in memory.
+fn index(n: u64) -> usize {
+    usize::try_from(n).expect("below the length of a slice")
+}
+
+impl OpSource for Plan {
+    fn ops(&self) -> u64 {
+        self.report.operations
+    }
+
+    fn bytes(&self) -> u64 {
+        self.report.bytes
+    }
+
+    fn emit(&self, range: Range<u64>, sink: &mut dyn FnMut(&Op<'_>)) {
+        let end = range.end.min(self.report.operations);
+        let mut at = range.start;
+        if at >= end {
+            return;
+        }
+        let mut out = Emitter {
+            pieces: &self.pieces,
+            scratch: [Piece::default(); MAX_PIECES],
+            sink,
+        };
+        for section in &self.sections[self.section_at(at)..] {
+            if at >= end {
+                break;
+            }
+            let from = at - section.first_op;
+            let to = section.ops().min(end - section.first_op);
+            at = section.first_op + to;
+            self.emit_section(section, from, to, &mut out);
+        }
+    }
+
+    fn blocks_of(&self, op: u64, out: &mut Vec<(u32, u32)>) {
+        if op >= self.report.operations {
+            return;
+        }
+        let section = &self.sections[self.section_at(op)];
+        let at = (op - section.first_op) % section.per_tensor;
+        let (first, last) = if section.repeated {
+            let pair = index(at / section.units.len() as u64);
+            (pair, pair)
+        } else {
+            let (first, last) = self.touched[section.units.start + index(at)];
+            (first as usize, last as usize)
+        };
+        let pairs = &self.pairs[section.pairs.clone()];
+        for pair in &pairs[first..=last] {
+            let (remote, local) = unpack(*pair);
+            let block = match self.inner.role {
+                Role::Pull => local,
+                Role::Push => remote,
+            };
+            out.push((section.group, block));
+        }
+    }
+}
+
+impl Plan {
+    /// Operations `from..to` of a section, which are not none.
+    fn emit_section(&self, section: &Section, from: u64, to: u64, out: &mut Emitter<'_, '_>) {
+        let units = &self.units[section.units.clone()];
+        let pairs = &self.pairs[section.pairs.clone()];
+        let tensors = &self.inner.tensors[section.tensors.clone()];
+        let class = self.class(section);
+        // The only divisions are here, once for a call.
+        let mut left = to - from;
+        let first = index(from / section.per_tensor);
+        let mut skip = from % section.per_tensor;
+        for tensor in &tensors[first..] {
+            let take = left.min(section.per_tensor - skip);
+            if section.repeated {
+                let each = units.len() as u64;
+                let mut unit = index(skip % each);
+                let mut take = take;
+                for pair in &pairs[index(skip / each)..] {
+                    if take == 0 {
+                        break;
+                    }
+                    let end = index((unit as u64).saturating_add(take).min(each));
+                    let (remote, local) = unpack(*pair);
+                    out.units(
+                        &units[unit..end],
+                        tensor,
+                        tensor.remote_base + u64::from(remote) * class.remote_stride,
+                        tensor.local_base + u64::from(local) * class.local_stride,
+                    );
+                    take -= (end - unit) as u64;
+                    unit = 0;
+                }
+            } else {
+                let units = &units[index(skip)..index(skip + take)];
+                out.units(units, tensor, tensor.remote_base, tensor.local_base);
+            }
+            left -= take;
+            skip = 0;
+            if left == 0 {
+                break;
+            }
+        }
+    }
+}
+
+/// A pair in one number that sorts by remote block, then by local block.
+pub(super) fn pack(remote: u32, local: u32) -> u64 {
+    u64::from(remote) << 32 | u64::from(local)
+}
+
+/// Remote block, local block.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the halves are what is wanted"
+)]
+pub(super) const fn unpack(pair: u64) -> (u32, u32) {
+    ((pair >> 32) as u32, pair as u32)
+}

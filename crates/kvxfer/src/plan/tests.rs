@@ -1,0 +1,311 @@
+//! Plans whose operations are known, and requests that are refused.
+
+use super::*;
+use crate::blocks::{BlockPair, GroupPairs};
+use crate::layout::{
+    Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, KvPlacement, LayerFormat,
+    ModelIdentity, Packing, PlacementDesc, Side, TensorFormat, TensorRole, Topology, models,
+};
+
+const NO_LIMITS: PlanLimits = PlanLimits {
+    max_msg_bytes: u64::MAX,
+    max_sge: 4,
+};
+
+fn uniform(format: &KvFormat, topology: Topology, blocks: u32) -> PlacementDesc {
+    let blocks = vec![blocks; format.groups().len()];
+    KvPlacement::uniform(format, topology, &blocks, Packing::OneMemory, 64)
+        .and_then(|u| u.describe(format))
+        .expect("valid")
+}
+
+fn compiled(format: &KvFormat, producer_blocks: u32, consumer_blocks: u32, role: Role) -> Compiled {
+    let topology = Topology::single(format);
+    let (p, c) = (
+        uniform(format, topology, producer_blocks),
+        uniform(format, topology, consumer_blocks),
+    );
+    let side = |placement| Side { format, placement };
+    Compiled::compile(&side(&p), &side(&c), role).expect("the same format")
+}
+
+fn pairs(group: u32, pairs: &[(u32, u32)]) -> GroupPairs {
+    let pairs = pairs.iter().map(|&(src, dst)| BlockPair { src, dst });
+    GroupPairs {
+        group,
+        pairs: pairs.collect(),
+    }
+}
+
+/// Every operation as (remote offset, [(local offset, length)]).
+fn listed(plan: &Plan) -> Vec<(u64, Vec<(u64, u32)>)> {
+    let mut out = Vec::new();
+    plan.emit(0..plan.ops(), &mut |op| {
+        let pieces = op.local.iter().map(|p| (p.offset, p.len)).collect();
+        out.push((op.remote_offset, pieces));
+    });
+    out
+}
+
+#[test]
+fn runs_become_one_operation_and_scattered_locals_become_pieces() {
+    let format = KvFormat::opaque(100, 1).expect("valid");
+    let compiled = compiled(&format, 50, 50, Role::Pull);
+    let request = [pairs(0, &[(7, 1), (5, 10), (6, 11), (9, 3), (20, 0)])];
+    let plan = compiled
+        .plan(&request, LayerScope::All, NO_LIMITS)
+        .expect("valid");
+    assert_eq!(
+        listed(&plan),
+        [
+            // Blocks 5, 6, 7: the third is elsewhere at the consumer.
+            (500, vec![(1000, 200), (100, 100)]),
+            (900, vec![(300, 100)]),
+            (2000, vec![(0, 100)]),
+        ]
+    );
+    assert_eq!(
+        plan.report(),
+        PlanReport {
+            blocks: 5,
+            runs: 4,
+            operations: 3,
+            bytes: 500
+        }
+    );
+    // One piece an operation.
+    let one_piece = PlanLimits {
+        max_sge: 1,
+        ..NO_LIMITS
+    };
+    let plan = compiled
+        .plan(&request, LayerScope::All, one_piece)
+        .expect("valid");
+    assert_eq!(plan.ops(), 4);
+}
+
+#[test]
+fn regions_over_two_gib_are_cut() {
+    let block = 5_u64 << 30;
+    let format = KvFormat::opaque(block, 1).expect("valid");
+    let compiled = compiled(&format, 2, 2, Role::Push);
+    let plan = compiled
+        .plan(&[pairs(0, &[(0, 1)])], LayerScope::All, NO_LIMITS)
+        .expect("valid");
+    let lengths: Vec<u64> = listed(&plan)
+        .iter()
+        .map(|(_, pieces)| pieces.iter().map(|p| u64::from(p.1)).sum())
+        .collect();
+    assert_eq!(lengths, [MAX_CHUNK, MAX_CHUNK, block - 2 * MAX_CHUNK]);
+}
+
+#[test]
+fn a_plan_is_no_larger_for_more_layers() {
+    let sizes: Vec<(usize, u64)> = ["llama-3.1-8b", "llama-3.1-70b"]
+        .into_iter()
+        .map(|name| {
+            let format = models::builtin(name, 16, DType::Bf16).expect("built in");
+            let list: Vec<(u32, u32)> = (0..100).map(|i| (2 * i, 199 - 2 * i)).collect();
+            let plan = compiled(&format, 200, 200, Role::Pull)
+                .plan(&[pairs(0, &list)], LayerScope::All, NO_LIMITS)
+                .expect("valid");
+            (plan.held_entries(), plan.ops())
+        })
+        .collect();
+    assert_eq!(sizes[0].1, 100 * 32 * 2);
+    assert_eq!(sizes[1].1, 100 * 80 * 2);
+    assert_eq!(sizes[0].0, sizes[1].0);
+    assert!(sizes[0].0 < 400);
+}
+
+#[test]
+fn nothing_asked_for_is_a_plan_of_nothing() {
+    let format = KvFormat::opaque(100, 3).expect("valid");
+    let compiled = compiled(&format, 5, 5, Role::Pull);
+    for request in [vec![], vec![pairs(0, &[])]] {
+        for scope in [LayerScope::All, LayerScope::Layer(1)] {
+            let plan = compiled.plan(&request, scope, NO_LIMITS).expect("valid");
+            assert_eq!(plan.report(), PlanReport::default());
+            plan.emit(0..u64::MAX, &mut |op| panic!("{op:?}"));
+        }
+    }
+}
+
+#[test]
+fn requests_that_cannot_be_are_refused() {
+    let format = KvFormat::opaque(100, 2).expect("valid");
+    let compiled = compiled(&format, 5, 7, Role::Pull);
+    let refused = |request: &[GroupPairs], scope, limits| {
+        compiled
+            .plan(request, scope, limits)
+            .expect_err("refused")
+            .to_string()
+    };
+    let all = |request: &[GroupPairs]| refused(request, LayerScope::All, NO_LIMITS);
+    assert_eq!(
+        all(&[pairs(0, &[(0, 0), (5, 6)])]),
+        "producer block 5 of group 0 is out of range; there are 5"
+    );
+    assert_eq!(
+        all(&[pairs(0, &[(4, 7), (0, 0)])]),
+        "consumer block 7 of group 0 is out of range; there are 7"
+    );
+    assert_eq!(
+        all(&[pairs(0, &[(0, u32::MAX), (1, u32::MAX)])]),
+        "consumer block 4294967295 of group 0 is out of range; there are 7"
+    );
+    assert_eq!(
+        all(&[pairs(0, &[(0, 3), (1, 4), (2, 3)])]),
+        "destination block 3 of group 0 is listed twice"
+    );
+    assert_eq!(all(&[pairs(1, &[])]), "group 1 of 1");
+    assert_eq!(
+        all(&[pairs(0, &[]), pairs(0, &[])]),
+        "group 0 is listed twice"
+    );
+    assert_eq!(
+        refused(&[], LayerScope::Layer(2), NO_LIMITS),
+        "layer 2 is not among this rank's layers 0..2"
+    );
+    let zero = PlanLimits {
+        max_sge: 0,
+        ..NO_LIMITS
+    };
+    assert!(refused(&[], LayerScope::All, zero).contains("at least 1"));
+    // The same source twice is fine: two requests may share a prefix.
+    assert!(
+        compiled
+            .plan(&[pairs(0, &[(1, 0), (1, 1)])], LayerScope::All, NO_LIMITS)
+            .is_ok()
+    );
+}
+
+#[test]
+fn duplicates_far_apart_are_found_too() {
+    let format = KvFormat::opaque(1, 1).expect("valid");
+    let compiled = compiled(&format, 10, u32::MAX, Role::Pull);
+    let far = u32::MAX - 1;
+    let error = compiled.plan(
+        &[pairs(0, &[(0, far), (1, 0), (2, far)])],
+        LayerScope::All,
+        NO_LIMITS,
+    );
+    assert_eq!(
+        error.expect_err("refused"),
+        PlanError::DuplicateDestination {
+            group: 0,
+            block: far
+        }
+    );
+}
+
+fn two_groups() -> KvFormat {
+    let group = |name: &str, layer| CacheGroup {
+        name: name.into(),
+        kind: GroupKind::Full,
+        block_tokens: 1,
+        layers: vec![LayerFormat {
+            layer,
+            draft: false,
+            tensors: vec![TensorFormat {
+                name: "bytes".into(),
+                role: TensorRole::Opaque,
+                dtype: DType::Uint8,
+                axes: vec![Axis::new(AxisKind::Opaque, 8)],
+                sharded: None,
+                scaling: None,
+            }],
+        }],
+    };
+    let model = ModelIdentity::new("test", None);
+    KvFormat::new(model, vec![group("a", 0), group("b", 1)]).expect("valid")
+}
+
+#[test]
+fn a_layer_moves_in_the_groups_that_have_it() {
+    let compiled = compiled(&two_groups(), 4, 4, Role::Push);
+    let both = [pairs(0, &[(0, 1)]), pairs(1, &[(2, 3)])];
+    let plan = compiled
+        .plan(&both, LayerScope::Layer(1), NO_LIMITS)
+        .expect("valid");
+    assert_eq!(plan.ops(), 1);
+    let mut blocks = Vec::new();
+    plan.blocks_of(0, &mut blocks);
+    assert_eq!(blocks, [(1, 3)]);
+    assert_eq!(
+        compiled
+            .plan(&both[..1], LayerScope::Layer(1), NO_LIMITS)
+            .expect_err("refused"),
+        PlanError::LayerNotInGroups { layer: 1 }
+    );
+}
+
+#[test]
+fn a_block_of_a_shared_pool_has_one_group() {
+    let format = two_groups();
+    let topology = Topology::single(&format);
+    let producer = uniform(&format, topology, 4);
+    let consumer = PlacementDesc::new(
+        &format,
+        topology,
+        producer.tensors().to_vec(),
+        vec![0, 0],
+        producer.memory_len().to_vec(),
+    )
+    .expect("valid");
+    let side = |placement| Side {
+        format: &format,
+        placement,
+    };
+    let compiled =
+        Compiled::compile(&side(&producer), &side(&consumer), Role::Pull).expect("matches");
+    let plan = |a, b| {
+        let request = [pairs(0, &[(0, a)]), pairs(1, &[(0, b)])];
+        compiled.plan(&request, LayerScope::All, NO_LIMITS)
+    };
+    assert!(plan(1, 2).is_ok());
+    assert!(matches!(
+        plan(2, 2),
+        Err(PlanError::DuplicateDestination { block: 2, .. })
+    ));
+}
+
+#[test]
+fn unequal_sides_are_refused_with_the_field_named() {
+    let format = models::builtin("llama-3.1-8b", 16, DType::Bf16).expect("built in");
+    let other = models::builtin("llama-3.1-8b", 64, DType::Bf16).expect("built in");
+    let (p, c) = (
+        uniform(&format, Topology::single(&format), 4),
+        uniform(&other, Topology::single(&other), 4),
+    );
+    let producer = Side {
+        format: &format,
+        placement: &p,
+    };
+    let consumer = Side {
+        format: &other,
+        placement: &c,
+    };
+    let error = Compiled::compile(&producer, &consumer, Role::Pull).expect_err("refused");
+    let CompileError::Mismatch(mismatch) = error else {
+        panic!("{error}");
+    };
+    let fields: Vec<&str> = mismatch
+        .differences
+        .iter()
+        .map(|d| d.field.as_str())
+        .collect();
+    assert_eq!(fields, ["groups[0].block_tokens"]);
+    // A placement that is not for its format is neither a mismatch nor a panic.
+    let wrong = Side {
+        format: &other,
+        placement: &p,
+    };
+    assert!(matches!(
+        Compiled::compile(&producer, &wrong, Role::Pull),
+        Err(CompileError::Placement {
+            side: SideName::Consumer,
+            ..
+        })
+    ));
+}

@@ -1,0 +1,338 @@
+//! Why a transfer did not succeed, and what an engine can do about it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What an engine can do after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Class {
+    /// The same call may succeed: the data is still there as far as anyone knows.
+    Retry,
+    /// The data cannot be had from there any more: prefill again.
+    Recompute,
+    /// A mistake in a program or a configuration, or a device that refuses: trying again is no use.
+    Fatal,
+}
+
+/// How a work request ended, in the words of the verbs (`IBV_WC_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum CompletionStatus {
+    /// A local length error: a message longer than the port or the receive takes.
+    LocalLength,
+    /// A local queue pair operation error.
+    LocalQpOperation,
+    /// The local key, its bounds or its access do not allow the request.
+    LocalProtection,
+    /// The queue pair was in the error state: an echo of another failure.
+    Flush,
+    /// A memory window could not be bound.
+    MemoryWindowBind,
+    /// The responder answered with an unexpected opcode.
+    BadResponse,
+    /// The local side may not touch the buffer the responder's data is for.
+    LocalAccess,
+    /// The responder found the request invalid.
+    RemoteInvalidRequest,
+    /// The remote key, its bounds, its access or its generation do not allow the request.
+    RemoteAccess,
+    /// The responder could not complete the request.
+    RemoteOperation,
+    /// The peer did not acknowledge within all retries.
+    RetryExceeded,
+    /// The peer had no receive posted within all retries.
+    RnrRetryExceeded,
+    /// The peer cancelled the operation.
+    RemoteAborted,
+    /// The device failed.
+    DeviceFatal,
+    /// No response within the device's own limit.
+    ResponseTimeout,
+    /// A status that this version has no name for, as the device gave it.
+    Other(u32),
+}
+
+/// Why a peer refused a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It knows no such request.
+    UnknownRequest,
+    /// The request was of an earlier try, or already ended.
+    Late,
+    /// The ticket or the keys belong to an earlier life of the engine.
+    OldGeneration,
+    /// The blocks are outside what was agreed.
+    OutOfRange,
+    /// The two formats do not fit.
+    FormatMismatch,
+    /// This side may not ask for that.
+    NotAuthorised,
+    /// It has reached a limit; later it may accept.
+    Busy,
+}
+
+/// The first cause of a failure. Echoes (flushes) are counted elsewhere and never stand here.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A work request completed in error.
+    #[error("work request failed: {status} (vendor error {vendor:#x})")]
+    Completion {
+        /// The device's status.
+        status: CompletionStatus,
+        /// The device's own code; 0 when it has none.
+        vendor: u32,
+    },
+    /// The device did not take a work request.
+    #[error("posting a work request: errno {errno}")]
+    Post {
+        /// The errno.
+        errno: i32,
+    },
+    /// The local device or the memory it works on failed in an operation other than posting.
+    #[error("{operation}: errno {errno}")]
+    LocalDevice {
+        /// What was tried.
+        operation: LocalOperation,
+        /// The errno.
+        errno: i32,
+    },
+    /// The queue pair went to the error state and no request was named for it.
+    #[error("queue pair failed")]
+    LaneFailed,
+    /// This side reset the queue pair, to drain it or because it was no longer wanted.
+    #[error("queue pair reset by this side")]
+    LaneReset,
+    /// The peer's process ended.
+    #[error("peer is dead")]
+    PeerDead,
+    /// The peer is there and does not answer.
+    #[error("peer is stalled: silent for {silent_ms} ms")]
+    PeerStalled {
+        /// How long it has been silent, in milliseconds.
+        silent_ms: u64,
+    },
+    /// The peer came back as a new generation.
+    #[error("peer restarted")]
+    PeerRestarted,
+    /// The peer cannot be reached.
+    #[error("peer is unreachable")]
+    PeerUnreachable,
+    /// The peer closed the connection in good order.
+    #[error("peer closed the connection")]
+    PeerClosed,
+    /// The deadline passed first.
+    #[error("deadline passed")]
+    DeadlinePassed,
+    /// The engine cancelled it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The producer's lease ran out before the data was complete.
+    #[error("lease expired")]
+    LeaseExpired,
+    /// The producer took the blocks back.
+    #[error("retracted by the producer")]
+    Retracted,
+    /// The producer aborted the push.
+    #[error("push aborted by the producer")]
+    Aborted,
+    /// The consumer no longer wants the push.
+    #[error("revoked by the consumer")]
+    Revoked,
+    /// The peer refused.
+    #[error("refused by the peer: {reason}")]
+    Refused {
+        /// Its reason.
+        reason: Refusal,
+    },
+    /// No path to the peer can carry the transfer.
+    #[error("no usable path to the peer")]
+    NoPath,
+    /// The engine is shutting down.
+    #[error("engine is shutting down")]
+    ShuttingDown,
+    /// The workers said that all was over, and operations were missing: a defect of this library.
+    #[error("{missing} operations were never confirmed")]
+    LostWork {
+        /// How many.
+        missing: u64,
+    },
+}
+
+/// What was tried on the local device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum LocalOperation {
+    /// Registering memory.
+    Register,
+    /// Creating or changing a queue pair.
+    QueuePair,
+    /// Polling a completion queue.
+    Poll,
+    /// Mapping the peer's memory.
+    Map,
+}
+
+impl Cause {
+    /// What an engine can do about it.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        use CompletionStatus as S;
+        match self {
+            Self::Completion { status, .. } => match status {
+                S::RetryExceeded | S::RnrRetryExceeded | S::ResponseTimeout | S::Flush => {
+                    Class::Retry
+                }
+                // The keys or the memory behind them are gone at the peer.
+                S::RemoteAccess | S::RemoteOperation | S::RemoteAborted => Class::Recompute,
+                _ => Class::Fatal,
+            },
+            Self::LaneFailed
+            | Self::LaneReset
+            | Self::PeerStalled { .. }
+            | Self::PeerUnreachable
+            | Self::PeerClosed
+            | Self::Cancelled => Class::Retry,
+            Self::PeerDead
+            | Self::PeerRestarted
+            | Self::DeadlinePassed
+            | Self::LeaseExpired
+            | Self::Retracted
+            | Self::Aborted
+            | Self::Revoked => Class::Recompute,
+            Self::Refused { reason } => match reason {
+                Refusal::Busy => Class::Retry,
+                Refusal::UnknownRequest | Refusal::Late | Refusal::OldGeneration => {
+                    Class::Recompute
+                }
+                Refusal::OutOfRange | Refusal::FormatMismatch | Refusal::NotAuthorised => {
+                    Class::Fatal
+                }
+            },
+            Self::Post { .. }
+            | Self::LocalDevice { .. }
+            | Self::NoPath
+            | Self::ShuttingDown
+            | Self::LostWork { .. } => Class::Fatal,
+        }
+    }
+
+    /// Whether this only echoes another failure of the same queue pair.
+    #[must_use]
+    pub fn is_flush(&self) -> bool {
+        matches!(
+            self,
+            Self::Completion {
+                status: CompletionStatus::Flush,
+                ..
+            }
+        )
+    }
+}
+
+impl fmt::Display for CompletionStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = match self {
+            Self::LocalLength => "local length error",
+            Self::LocalQpOperation => "local queue pair operation error",
+            Self::LocalProtection => "local protection error",
+            Self::Flush => "flushed",
+            Self::MemoryWindowBind => "memory window bind error",
+            Self::BadResponse => "bad response",
+            Self::LocalAccess => "local access error",
+            Self::RemoteInvalidRequest => "remote invalid request",
+            Self::RemoteAccess => "remote access error",
+            Self::RemoteOperation => "remote operation error",
+            Self::RetryExceeded => "transport retries exceeded",
+            Self::RnrRetryExceeded => "receiver-not-ready retries exceeded",
+            Self::RemoteAborted => "remote aborted",
+            Self::DeviceFatal => "device fatal error",
+            Self::ResponseTimeout => "response timeout",
+            Self::Other(code) => return write!(f, "status {code}"),
+        };
+        f.write_str(words)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::UnknownRequest => "unknown request",
+            Self::Late => "too late",
+            Self::OldGeneration => "of an earlier life of the engine",
+            Self::OutOfRange => "outside the agreed blocks",
+            Self::FormatMismatch => "formats do not fit",
+            Self::NotAuthorised => "not authorised",
+            Self::Busy => "busy",
+        })
+    }
+}
+
+impl fmt::Display for LocalOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Register => "registering memory",
+            Self::QueuePair => "changing a queue pair",
+            Self::Poll => "polling a completion queue",
+            Self::Map => "mapping the peer's memory",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_flush_is_an_echo() {
+        assert!(
+            Cause::Completion {
+                status: CompletionStatus::Flush,
+                vendor: 0
+            }
+            .is_flush()
+        );
+        assert!(
+            !Cause::Completion {
+                status: CompletionStatus::RemoteAccess,
+                vendor: 0
+            }
+            .is_flush()
+        );
+        assert!(!Cause::LaneReset.is_flush());
+    }
+
+    #[test]
+    fn classes() {
+        let remote = Cause::Completion {
+            status: CompletionStatus::RemoteAccess,
+            vendor: 3,
+        };
+        assert_eq!(remote.class(), Class::Recompute);
+        assert_eq!(
+            remote.to_string(),
+            "work request failed: remote access error (vendor error 0x3)"
+        );
+        assert_eq!(Cause::PeerUnreachable.class(), Class::Retry);
+        assert_eq!(
+            Cause::Refused {
+                reason: Refusal::FormatMismatch
+            }
+            .class(),
+            Class::Fatal
+        );
+    }
+
+    #[test]
+    fn a_cause_travels() {
+        let cause = Cause::Completion {
+            status: CompletionStatus::Other(99),
+            vendor: 1,
+        };
+        let bytes = rmp_serde::to_vec(&cause).expect("a cause encodes");
+        let back: Cause = rmp_serde::from_slice(&bytes).expect("and decodes");
+        assert_eq!(back, cause);
+    }
+}

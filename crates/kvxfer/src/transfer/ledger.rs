@@ -1,0 +1,675 @@
+//! The ledger of the worker that owns transfers: every one ends once, by its deadline, and its
+//! memory is released once, when nothing posted can touch it.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::record::{
+    DrainToken, End, JobRecord, Kind, LeaseAnswer, MemoryState, Notice, Outcome, Output, Progress,
+    Record, Spec, State,
+};
+use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
+use crate::plan::source::OpSource;
+use crate::time::Time;
+
+/// The limits of a ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransfersConfig {
+    /// The tag that the reports of this ledger's jobs bear; unique in the engine.
+    pub owner: u16,
+    /// The most transfers whose memory is not yet free.
+    pub max_live: usize,
+    /// The most jobs of one peer that are started at a time; others wait in order.
+    pub jobs_per_peer: usize,
+    /// How long the outcome of a transfer that failed or was cancelled waits for its posted work to
+    /// drain, so that it can say `Released`; never past its deadline.
+    pub settle: Duration,
+    /// How long after its outcome a transfer may stay quarantined before its peer's queue pairs are
+    /// drained by force.
+    pub drain_grace: Duration,
+}
+
+impl Default for TransfersConfig {
+    fn default() -> Self {
+        Self {
+            owner: 0,
+            max_live: 65_536,
+            jobs_per_peer: 64,
+            settle: Duration::from_millis(100),
+            drain_grace: Duration::from_secs(1),
+        }
+    }
+}
+
+/// A peer's jobs, from the owner's side.
+#[derive(Debug, Default)]
+struct PeerJobs {
+    started: usize,
+    waiting: VecDeque<(TransferId, JobId)>,
+    /// The newest drain that was asked for and not answered.
+    draining: Option<u64>,
+}
+
+/// The transfers that one worker owns.
+///
+/// Events go in with the time they are handled at; after each, everything that
+/// [`poll_output`](Self::poll_output) gives is to be carried out in order. When
+/// [`next_timeout`](Self::next_timeout) comes, call [`on_time`](Self::on_time).
+///
+/// A transfer that fails or is cancelled stops its jobs and waits, up to
+/// [`settle`](TransfersConfig::settle) and never past its deadline, for every scheduler to say that
+/// nothing of it is posted. Then its outcome says `Released`. If that takes longer, the outcome says
+/// `Quarantined` and [`Output::Released`] comes later; if it takes
+/// [`drain_grace`](TransfersConfig::drain_grace) more, the peer's queue pairs are drained by force.
+#[derive(Debug)]
+pub struct Transfers {
+    cfg: TransfersConfig,
+    records: HashMap<TransferId, Record>,
+    timers: BTreeSet<(Time, TransferId)>,
+    peers: HashMap<PeerKey, PeerJobs>,
+    out: VecDeque<Output>,
+    next_job: u64,
+    last_token: u64,
+}
+
+impl Transfers {
+    /// An empty ledger.
+    #[must_use]
+    pub fn new(cfg: TransfersConfig) -> Self {
+        Self {
+            cfg,
+            records: HashMap::new(),
+            timers: BTreeSet::new(),
+            peers: HashMap::new(),
+            out: VecDeque::new(),
+            // Ids of different owners never meet.
+            next_job: u64::from(cfg.owner) << 48,
+            last_token: 0,
+        }
+    }
+
+    /// How many transfers are not over: running, or ended with their memory quarantined.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.records.len()
+    }
+
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// When [`on_time`](Self::on_time) is to be called next.
+    #[must_use]
+    pub fn next_timeout(&self) -> Option<Time> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// Takes a new transfer. A pull starts, a push waits for jobs. One without operations is done at
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Duplicate`] and [`TransferError::TooMany`]; nothing has changed then.
+    pub fn submit(&mut self, now: Time, spec: Spec) -> Result<(), TransferError> {
+        let Spec {
+            id,
+            peer,
+            kind,
+            deadline,
+            workers,
+        } = spec;
+        if self.records.contains_key(&id) {
+            return Err(TransferError::Duplicate { id });
+        }
+        if self.records.len() >= self.cfg.max_live {
+            return Err(TransferError::TooMany {
+                limit: self.cfg.max_live,
+            });
+        }
+        let source = match &kind {
+            Kind::Pull { source, .. } => Some(Arc::clone(source)),
+            Kind::Push => None,
+        };
+        let record = Record {
+            peer,
+            sealed: source.is_some(),
+            kind,
+            state: State::Active,
+            deadline,
+            timer: None,
+            workers: workers.max(1),
+            jobs: Vec::new(),
+            peer_lost: false,
+        };
+        self.records.insert(id, record);
+        self.set_timer(id, Some(deadline));
+        if deadline <= now {
+            if let Some(source) = source {
+                self.new_job(id, source);
+            }
+            self.on_time(now);
+            self.start_waiting(peer);
+            return Ok(());
+        }
+        if let Some(source) = source {
+            self.new_job(id, source);
+            self.start_waiting(peer);
+            self.advance(id);
+        }
+        Ok(())
+    }
+
+    /// Adds a job (a layer's operations, say) to a push.
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Unknown`], [`NotAPush`](TransferError::NotAPush),
+    /// [`Committed`](TransferError::Committed) and [`Ended`](TransferError::Ended); nothing has
+    /// changed then.
+    pub fn add_job(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        source: Arc<dyn OpSource>,
+    ) -> Result<JobId, TransferError> {
+        self.on_time(now);
+        let peer = self.open_push(id)?.peer;
+        let job = self.new_job(id, source);
+        self.start_waiting(peer);
+        self.advance(id);
+        Ok(job)
+    }
+
+    /// Says that a push gets no more jobs: it is done when those it has are.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_job`](Self::add_job).
+    pub fn commit(&mut self, now: Time, id: TransferId) -> Result<(), TransferError> {
+        self.on_time(now);
+        self.open_push(id)?.sealed = true;
+        self.advance(id);
+        Ok(())
+    }
+
+    /// Gives a push up. Its outcome is `Cancelled`, and the other side hears `PushAborted`.
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Unknown`], [`NotAPush`](TransferError::NotAPush) and
+    /// [`Ended`](TransferError::Ended). A committed push can still be aborted.
+    pub fn abort(&mut self, now: Time, id: TransferId) -> Result<(), TransferError> {
+        if !matches!(self.running(id)?.kind, Kind::Push) {
+            return Err(TransferError::NotAPush { id });
+        }
+        self.stop(now, id, Cause::Aborted, None, true);
+        Ok(())
+    }
+
+    /// Cancels a transfer. Its outcome is `Cancelled`.
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Unknown`] and [`TransferError::Ended`].
+    pub fn cancel(&mut self, now: Time, id: TransferId) -> Result<(), TransferError> {
+        self.running(id)?;
+        self.stop(now, id, Cause::Cancelled, None, true);
+        Ok(())
+    }
+
+    /// Makes a transfer fail for a reason from elsewhere (the consumer revoked, no path is left, the
+    /// engine shuts down).
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Unknown`] and [`TransferError::Ended`].
+    pub fn fail(&mut self, now: Time, id: TransferId, cause: Cause) -> Result<(), TransferError> {
+        self.running(id)?;
+        self.stop(now, id, cause, None, false);
+        Ok(())
+    }
+
+    /// Takes a scheduler's report. Reports of transfers and jobs that are over are ignored.
+    pub fn job_report(&mut self, now: Time, report: &JobReport) {
+        let id = report.transfer;
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        let (peer, workers) = (record.peer, record.workers);
+        let Some(job) = record.job_mut(report.job) else {
+            return;
+        };
+        if job.progress != Progress::Started {
+            return;
+        }
+        job.ops_done += report.ops_done;
+        job.quiescent += u16::from(report.quiescent);
+        let over = job.quiescent >= workers;
+        // Every operation is claimed once and confirmed once: all confirmed means none posted,
+        // whether or not every scheduler has noticed that yet.
+        let drained = job.complete() || over;
+        if drained {
+            job.progress = Progress::Drained;
+        }
+        let missing = job.job.ops().saturating_sub(job.ops_done);
+        if drained {
+            self.job_left(peer);
+        }
+        match &report.error {
+            Some(error) => {
+                let at = Some((report.job, error.op));
+                self.stop(now, id, error.cause.clone(), at, false);
+            }
+            None if over && missing > 0 => {
+                self.stop(now, id, Cause::LostWork { missing }, None, false);
+            }
+            None => {}
+        }
+        self.advance(id);
+    }
+
+    /// Takes what the read of a lease slot showed. Ignored unless one was asked for.
+    pub fn lease_answer(&mut self, now: Time, id: TransferId, answer: LeaseAnswer) {
+        if !self
+            .records
+            .get(&id)
+            .is_some_and(|r| matches!(r.state, State::CheckingLease))
+        {
+            return;
+        }
+        match answer {
+            LeaseAnswer::Live => self.done(id),
+            LeaseAnswer::Gone { cause } => self.stop(now, id, cause, None, false),
+        }
+    }
+
+    /// Says that a peer is lost: its transfers fail with `cause`, and what is posted to it is
+    /// drained by force at once.
+    pub fn peer_lost(&mut self, now: Time, peer: PeerKey, cause: &Cause) {
+        for id in self.transfers_of(peer) {
+            if let Some(record) = self.records.get_mut(&id) {
+                record.peer_lost = true;
+            }
+            self.stop(now, id, cause.clone(), None, false);
+        }
+        for id in self.transfers_of(peer) {
+            self.force_drain(id);
+        }
+    }
+
+    /// Answers [`Output::ForceDrain`]: nothing posted to the peer before it can touch memory any
+    /// more.
+    pub fn peer_drained(&mut self, peer: PeerKey, token: DrainToken) {
+        if let Some(p) = self.peers.get_mut(&peer) {
+            p.draining = p.draining.filter(|d| *d > token.0);
+        }
+        for id in self.transfers_of(peer) {
+            let Some(record) = self.records.get_mut(&id) else {
+                continue;
+            };
+            let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
+                continue;
+            };
+            // A transfer that was stopped after the drain was asked for may have posted on the
+            // queue pairs that came after it.
+            if end.before >= token.0 {
+                continue;
+            }
+            let mut left = 0;
+            for job in record
+                .jobs
+                .iter_mut()
+                .filter(|j| j.progress == Progress::Started)
+            {
+                job.progress = Progress::Drained;
+                left += 1;
+            }
+            for _ in 0..left {
+                self.job_left(peer);
+            }
+            self.advance(id);
+        }
+        self.drop_peer_if_unused(peer);
+    }
+
+    /// Does what is due at `now`.
+    pub fn on_time(&mut self, now: Time) {
+        while let Some(&(at, id)) = self.timers.first() {
+            if at > now {
+                return;
+            }
+            self.set_timer(id, None);
+            match self.records.get(&id).map(|r| &r.state) {
+                Some(State::Active | State::CheckingLease) => {
+                    self.stop(now, id, Cause::DeadlinePassed, None, false);
+                }
+                Some(State::Stopping(_)) => self.quarantine(now, id),
+                Some(State::Quarantined(_)) => self.force_drain(id),
+                None => {}
+            }
+        }
+    }
+
+    // ---- inside ------------------------------------------------------------------------------
+
+    fn running(&mut self, id: TransferId) -> Result<&mut Record, TransferError> {
+        let record = self
+            .records
+            .get_mut(&id)
+            .ok_or(TransferError::Unknown { id })?;
+        match &record.state {
+            State::Active | State::CheckingLease => Ok(record),
+            State::Stopping(end) | State::Quarantined(end) => Err(TransferError::Ended {
+                id,
+                cause: end.cause.clone(),
+            }),
+        }
+    }
+
+    fn open_push(&mut self, id: TransferId) -> Result<&mut Record, TransferError> {
+        let record = self.running(id)?;
+        if !matches!(record.kind, Kind::Push) {
+            return Err(TransferError::NotAPush { id });
+        }
+        if record.sealed {
+            return Err(TransferError::Committed { id });
+        }
+        Ok(record)
+    }
+
+    fn transfers_of(&self, peer: PeerKey) -> Vec<TransferId> {
+        let of_peer = self.records.iter().filter(|(_, r)| r.peer == peer);
+        let mut ids: Vec<TransferId> = of_peer.map(|(id, _)| *id).collect();
+        // In the order of submission, so that a run can be repeated.
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Makes a job and puts it in its peer's line; one without operations is over already.
+    fn new_job(&mut self, id: TransferId, source: Arc<dyn OpSource>) -> JobId {
+        let job_id = JobId(self.next_job);
+        self.next_job += 1;
+        let Some(record) = self.records.get_mut(&id) else {
+            return job_id;
+        };
+        let dir = match record.kind {
+            Kind::Pull { .. } => Direction::Read,
+            Kind::Push => Direction::Write,
+        };
+        let job = Job::new(
+            job_id,
+            id,
+            self.cfg.owner,
+            record.peer,
+            dir,
+            source,
+            record.workers,
+        );
+        let empty = job.ops() == 0;
+        record.jobs.push(JobRecord {
+            job: Arc::new(job),
+            progress: if empty {
+                Progress::Drained
+            } else {
+                Progress::Queued
+            },
+            ops_done: 0,
+            quiescent: 0,
+        });
+        if !empty {
+            self.peers
+                .entry(record.peer)
+                .or_default()
+                .waiting
+                .push_back((id, job_id));
+        }
+        job_id
+    }
+
+    fn start_waiting(&mut self, peer: PeerKey) {
+        let Some(p) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        while p.started < self.cfg.jobs_per_peer.max(1) {
+            let Some((id, job)) = p.waiting.pop_front() else {
+                break;
+            };
+            let Some(record) = self.records.get_mut(&id) else {
+                continue;
+            };
+            let Some(job) = record.job_mut(job) else {
+                continue;
+            };
+            if job.progress == Progress::Queued {
+                job.progress = Progress::Started;
+                p.started += 1;
+                self.out.push_back(Output::StartJob(Arc::clone(&job.job)));
+            }
+        }
+        self.drop_peer_if_unused(peer);
+    }
+
+    /// A started job of a peer is over: the next in line may start.
+    fn job_left(&mut self, peer: PeerKey) {
+        if let Some(p) = self.peers.get_mut(&peer) {
+            p.started = p.started.saturating_sub(1);
+        }
+        self.start_waiting(peer);
+    }
+
+    fn drop_peer_if_unused(&mut self, peer: PeerKey) {
+        let unused = |p: &PeerJobs| p.started == 0 && p.waiting.is_empty() && p.draining.is_none();
+        if self.peers.get(&peer).is_some_and(unused) {
+            self.peers.remove(&peer);
+        }
+    }
+
+    /// Moves a transfer on if its jobs allow it.
+    fn advance(&mut self, id: TransferId) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        match &record.state {
+            State::Active if record.complete() => {
+                let reads = record.jobs.iter().any(|j| j.job.ops() > 0);
+                if reads
+                    && matches!(
+                        record.kind,
+                        Kind::Pull {
+                            check_lease: true,
+                            ..
+                        }
+                    )
+                {
+                    record.state = State::CheckingLease;
+                    self.out.push_back(Output::CheckLease {
+                        id,
+                        peer: record.peer,
+                    });
+                } else {
+                    self.done(id);
+                }
+            }
+            State::Stopping(_) if record.drained() => self.stopped(id),
+            State::Quarantined(_) if record.drained() => {
+                self.set_timer(id, None);
+                if let Some(record) = self.records.remove(&id) {
+                    self.tell_aborted(id, &record);
+                    self.out.push_back(Output::Released { id });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn done(&mut self, id: TransferId) {
+        self.set_timer(id, None);
+        let Some(record) = self.records.remove(&id) else {
+            return;
+        };
+        let notice = match record.kind {
+            Kind::Pull { release: true, .. } => Some(Notice::Release),
+            Kind::Pull { .. } => None,
+            Kind::Push => Some(Notice::PushDone),
+        };
+        if let Some(notice) = notice {
+            self.out.push_back(Output::SendNotice {
+                id,
+                peer: record.peer,
+                notice,
+            });
+        }
+        let bytes = record.jobs.iter().map(|j| j.job.bytes()).sum();
+        self.out.push_back(Output::Outcome {
+            id,
+            outcome: Outcome::Done { bytes },
+        });
+    }
+
+    /// Stops a running transfer; the first reason stands, later ones change nothing.
+    fn stop(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        cause: Cause,
+        at: Option<(JobId, u64)>,
+        asked: bool,
+    ) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        if !matches!(record.state, State::Active | State::CheckingLease) {
+            return;
+        }
+        for job in &mut record.jobs {
+            match job.progress {
+                Progress::Queued => job.progress = Progress::Drained,
+                Progress::Started => {
+                    // The flag reaches workers that are just about to claim before the message does.
+                    job.job.stop();
+                    let peer = record.peer;
+                    self.out.push_back(Output::StopJob {
+                        job: job.job.id,
+                        peer,
+                    });
+                }
+                Progress::Drained => {}
+            }
+        }
+        record.state = State::Stopping(End {
+            cause,
+            at,
+            asked,
+            before: self.last_token,
+        });
+        if record.drained() {
+            self.stopped(id);
+        } else {
+            // Due at once when the deadline has passed: `on_time` looks again.
+            let due = record.deadline.min(now + self.cfg.settle);
+            self.set_timer(id, Some(due));
+        }
+    }
+
+    /// Ends a stopped transfer of which nothing is posted any more.
+    fn stopped(&mut self, id: TransferId) {
+        self.set_timer(id, None);
+        let Some(record) = self.records.remove(&id) else {
+            return;
+        };
+        self.tell_aborted(id, &record);
+        if let Some(outcome) = outcome(&record, MemoryState::Released) {
+            self.out.push_back(Output::Outcome { id, outcome });
+        }
+    }
+
+    /// Gives a stopped transfer's outcome although something of it may still be posted.
+    fn quarantine(&mut self, now: Time, id: TransferId) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        if let Some(outcome) = outcome(record, MemoryState::Quarantined) {
+            self.out.push_back(Output::Outcome { id, outcome });
+        }
+        let state = std::mem::replace(&mut record.state, State::Active);
+        record.state = match state {
+            State::Stopping(end) => State::Quarantined(end),
+            other => other,
+        };
+        self.set_timer(id, Some(now + self.cfg.drain_grace));
+    }
+
+    /// Asks for the peer of a stopped transfer to be drained, unless that is under way.
+    fn force_drain(&mut self, id: TransferId) {
+        let Some(record) = self.records.get(&id) else {
+            return;
+        };
+        let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
+            return;
+        };
+        let p = self.peers.entry(record.peer).or_default();
+        if p.draining.is_some_and(|token| token > end.before) {
+            return;
+        }
+        self.last_token += 1;
+        p.draining = Some(self.last_token);
+        let token = DrainToken(self.last_token);
+        self.out.push_back(Output::ForceDrain {
+            peer: record.peer,
+            token,
+        });
+    }
+
+    /// A push that will not be done says so once nothing of it is under way.
+    fn tell_aborted(&mut self, id: TransferId, record: &Record) {
+        let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
+            return;
+        };
+        if matches!(record.kind, Kind::Push) && !record.peer_lost {
+            let notice = Notice::PushAborted {
+                cause: end.cause.clone(),
+            };
+            self.out.push_back(Output::SendNotice {
+                id,
+                peer: record.peer,
+                notice,
+            });
+        }
+    }
+
+    fn set_timer(&mut self, id: TransferId, at: Option<Time>) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        if let Some(old) = std::mem::replace(&mut record.timer, at) {
+            self.timers.remove(&(old, id));
+        }
+        if let Some(at) = at {
+            self.timers.insert((at, id));
+        }
+    }
+}
+
+/// The outcome of a stopped transfer.
+fn outcome(record: &Record, memory: MemoryState) -> Option<Outcome> {
+    let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
+        return None;
+    };
+    let incomplete = record.incomplete();
+    Some(if end.asked {
+        Outcome::Cancelled { incomplete, memory }
+    } else {
+        Outcome::Failed {
+            cause: end.cause.clone(),
+            at: end.at,
+            incomplete,
+            memory,
+        }
+    })
+}
+
+#[cfg(test)]
+#[path = "ledger_tests.rs"]
+mod tests;

@@ -1,0 +1,362 @@
+use super::*;
+use crate::transfer::JobError;
+use crate::transfer::testing::even;
+
+const PEER: PeerKey = PeerKey(1);
+const T1: TransferId = TransferId(1);
+
+fn ms(n: u64) -> Time {
+    Time::from_millis(n)
+}
+
+fn ledger() -> Transfers {
+    Transfers::new(TransfersConfig {
+        jobs_per_peer: 2,
+        ..TransfersConfig::default()
+    })
+}
+
+fn pull(id: TransferId, ops: u64) -> Spec {
+    let kind = Kind::Pull {
+        source: even(ops, 10),
+        check_lease: true,
+        release: true,
+    };
+    Spec {
+        id,
+        peer: PEER,
+        kind,
+        deadline: ms(1000),
+        workers: 2,
+    }
+}
+
+fn push(id: TransferId) -> Spec {
+    Spec {
+        id,
+        peer: PEER,
+        kind: Kind::Push,
+        deadline: ms(1000),
+        workers: 1,
+    }
+}
+
+/// The outputs, in words short enough to compare.
+fn said(t: &mut Transfers) -> Vec<String> {
+    let mut said = Vec::new();
+    while let Some(output) = t.poll_output() {
+        said.push(match output {
+            Output::StartJob(job) => format!("start {}", job.id.0),
+            Output::StopJob { job, .. } => format!("stop {}", job.0),
+            Output::CheckLease { id, .. } => format!("lease {}", id.0),
+            Output::SendNotice { id, notice, .. } => format!("notice {} {notice:?}", id.0),
+            Output::ForceDrain { token, .. } => format!("drain {}", token.0),
+            Output::Released { id } => format!("released {}", id.0),
+            Output::Outcome { id, outcome } => match outcome {
+                Outcome::Done { bytes } => format!("done {} {bytes}", id.0),
+                Outcome::Failed { cause, memory, .. } => {
+                    format!("failed {} {cause} {memory:?}", id.0)
+                }
+                Outcome::Cancelled { memory, .. } => format!("cancelled {} {memory:?}", id.0),
+            },
+        });
+    }
+    said
+}
+
+fn report(job: u64, transfer: TransferId, ops_done: u64, quiescent: bool) -> JobReport {
+    JobReport {
+        job: JobId(job),
+        transfer,
+        owner: 0,
+        ops_done,
+        bytes_done: ops_done * 10,
+        error: None,
+        quiescent,
+    }
+}
+
+#[test]
+fn a_pull_is_done_after_its_lease_was_confirmed() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    assert_eq!(said(&mut t), ["start 0"]);
+    t.job_report(ms(1), &report(0, T1, 1, true));
+    assert!(said(&mut t).is_empty());
+    t.job_report(ms(2), &report(0, T1, 3, false));
+    assert_eq!(said(&mut t), ["lease 1"]);
+    t.lease_answer(ms(3), T1, LeaseAnswer::Live);
+    assert_eq!(said(&mut t), ["notice 1 Release", "done 1 40"]);
+    assert_eq!((t.live(), t.next_timeout()), (0, None));
+    // The second worker notices later that there is nothing left.
+    t.job_report(ms(4), &report(0, T1, 0, true));
+    t.lease_answer(
+        ms(4),
+        T1,
+        LeaseAnswer::Gone {
+            cause: Cause::LeaseExpired,
+        },
+    );
+    assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn a_lost_lease_makes_all_blocks_invalid() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 3)).expect("taken");
+    t.job_report(ms(1), &report(0, T1, 3, true));
+    t.lease_answer(
+        ms(2),
+        T1,
+        LeaseAnswer::Gone {
+            cause: Cause::LeaseExpired,
+        },
+    );
+    let outcome = std::iter::from_fn(|| t.poll_output()).find_map(|o| match o {
+        Output::Outcome { outcome, .. } => Some(outcome),
+        _ => None,
+    });
+    let Some(Outcome::Failed {
+        incomplete,
+        memory,
+        cause,
+        at,
+    }) = outcome
+    else {
+        panic!("{outcome:?}");
+    };
+    assert_eq!(incomplete.blocks(), [(0, 0), (0, 1), (0, 2)]);
+    assert_eq!(
+        (memory, cause, at),
+        (MemoryState::Released, Cause::LeaseExpired, None)
+    );
+}
+
+#[test]
+fn nothing_to_move_is_done_at_once() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 0)).expect("taken");
+    assert_eq!(said(&mut t), ["notice 1 Release", "done 1 0"]);
+    t.submit(ms(0), push(T1)).expect("the id is free again");
+    t.add_job(ms(0), T1, even(0, 1)).expect("open");
+    t.commit(ms(0), T1).expect("open");
+    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 0"]);
+}
+
+#[test]
+fn a_push_is_done_when_committed_and_confirmed() {
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    for _ in 0..3 {
+        t.add_job(ms(0), T1, even(2, 10)).expect("open");
+    }
+    assert_eq!(said(&mut t), ["start 0", "start 1"], "two at a time");
+    t.job_report(ms(1), &report(0, T1, 2, true));
+    assert_eq!(said(&mut t), ["start 2"]);
+    t.job_report(ms(1), &report(1, T1, 2, true));
+    t.job_report(ms(1), &report(2, T1, 2, true));
+    assert!(said(&mut t).is_empty(), "not committed");
+    t.commit(ms(2), T1).expect("open");
+    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 60"]);
+}
+
+#[test]
+fn a_failed_transfer_waits_for_its_work_to_drain() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    let cause = Cause::PeerUnreachable;
+    let error = Some(JobError {
+        op: 2,
+        cause: cause.clone(),
+    });
+    t.job_report(
+        ms(1),
+        &JobReport {
+            error,
+            ..report(0, T1, 0, true)
+        },
+    );
+    assert_eq!(said(&mut t), ["start 0", "stop 0"]);
+    assert_eq!(
+        t.cancel(ms(1), T1),
+        Err(TransferError::Ended { id: T1, cause })
+    );
+    t.job_report(ms(2), &report(0, T1, 1, true));
+    assert_eq!(said(&mut t), ["failed 1 peer is unreachable Released"]);
+    assert_eq!(t.cancel(ms(3), T1), Err(TransferError::Unknown { id: T1 }));
+}
+
+#[test]
+fn what_does_not_drain_is_quarantined_then_drained_by_force() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.cancel(ms(10), T1).expect("running");
+    assert_eq!(said(&mut t), ["start 0", "stop 0"]);
+    assert_eq!(t.next_timeout(), Some(ms(110)));
+    t.on_time(ms(110));
+    assert_eq!(said(&mut t), ["cancelled 1 Quarantined"]);
+    assert_eq!(t.next_timeout(), Some(ms(1110)));
+    t.on_time(ms(1110));
+    assert_eq!(
+        (said(&mut t), t.next_timeout()),
+        (vec!["drain 1".to_owned()], None)
+    );
+    t.peer_drained(PeerKey(9), DrainToken(1));
+    assert!(said(&mut t).is_empty());
+    t.peer_drained(PEER, DrainToken(1));
+    assert_eq!(said(&mut t), ["released 1"]);
+    t.peer_drained(PEER, DrainToken(1));
+    assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn a_deadline_ends_whatever_the_state() {
+    let t2 = TransferId(2);
+    let t3 = TransferId(3);
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.submit(ms(0), pull(t2, 4)).expect("taken");
+    t.submit(ms(0), pull(t3, 4))
+        .expect("queued behind the others");
+    t.job_report(ms(1), &report(1, t2, 4, true));
+    assert_eq!(said(&mut t), ["start 0", "start 1", "start 2", "lease 2"]);
+    t.submit(ms(0), pull(TransferId(4), 4)).expect("queued");
+    assert!(said(&mut t).is_empty());
+    t.on_time(ms(1000));
+    assert_eq!(
+        said(&mut t),
+        [
+            "stop 0",
+            "failed 1 deadline passed Quarantined",
+            "failed 2 deadline passed Released",
+            "stop 2",
+            "failed 3 deadline passed Quarantined",
+            "failed 4 deadline passed Released",
+        ]
+    );
+    t.submit(ms(1001), pull(TransferId(5), 4)).expect("taken");
+    assert_eq!(said(&mut t), ["failed 5 deadline passed Released"]);
+}
+
+#[test]
+fn a_drain_covers_only_what_was_stopped_before_it() {
+    let t2 = TransferId(2);
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.submit(ms(0), pull(t2, 4)).expect("taken");
+    t.cancel(ms(0), T1).expect("running");
+    t.on_time(ms(100));
+    t.on_time(ms(900));
+    assert!(!said(&mut t).iter().any(|s| s.starts_with("drain")));
+    // The second is stopped after the drain was asked for.
+    let mut late = pull(TransferId(3), 4);
+    late.deadline = ms(5000);
+    t.submit(ms(900), late).expect("taken");
+    t.on_time(ms(1100));
+    t.cancel(ms(1101), TransferId(3)).expect("running");
+    let all = said(&mut t);
+    assert_eq!(
+        all.iter().filter(|s| s.starts_with("drain")).count(),
+        1,
+        "{all:?}"
+    );
+    t.peer_drained(PEER, DrainToken(1));
+    let released = said(&mut t);
+    assert!(released.contains(&"released 1".to_owned()), "{released:?}");
+    assert!(!released.contains(&"released 3".to_owned()), "{released:?}");
+}
+
+#[test]
+fn a_lost_peer_fails_its_transfers_and_drains_at_once() {
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    t.add_job(ms(0), T1, even(4, 1)).expect("open");
+    t.submit(
+        ms(0),
+        Spec {
+            peer: PeerKey(2),
+            ..pull(TransferId(2), 4)
+        },
+    )
+    .expect("taken");
+    t.peer_lost(ms(5), PEER, &Cause::PeerDead);
+    assert_eq!(said(&mut t), ["start 0", "start 1", "stop 0", "drain 1"]);
+    t.peer_lost(ms(6), PEER, &Cause::PeerRestarted);
+    assert!(said(&mut t).is_empty());
+    t.peer_drained(PEER, DrainToken(1));
+    assert_eq!(
+        said(&mut t),
+        ["failed 1 peer is dead Released"],
+        "and no notice to a dead peer"
+    );
+    assert_eq!(t.live(), 1);
+}
+
+#[test]
+fn an_aborted_push_says_so_after_it_has_drained() {
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    t.add_job(ms(0), T1, even(4, 1)).expect("open");
+    t.abort(ms(1), T1).expect("running");
+    assert_eq!(said(&mut t), ["start 0", "stop 0"]);
+    t.job_report(ms(2), &report(0, T1, 1, true));
+    assert_eq!(
+        said(&mut t),
+        [
+            "notice 1 PushAborted { cause: Aborted }",
+            "cancelled 1 Released"
+        ]
+    );
+}
+
+#[test]
+fn calls_out_of_place_are_refused() {
+    let mut t = Transfers::new(TransfersConfig {
+        max_live: 2,
+        ..TransfersConfig::default()
+    });
+    t.submit(ms(0), push(T1)).expect("taken");
+    assert_eq!(
+        t.submit(ms(0), pull(T1, 1)),
+        Err(TransferError::Duplicate { id: T1 })
+    );
+    let t2 = TransferId(2);
+    t.submit(ms(0), pull(t2, 1)).expect("taken");
+    assert_eq!(
+        t.submit(ms(0), pull(TransferId(3), 1)),
+        Err(TransferError::TooMany { limit: 2 })
+    );
+    assert_eq!(t.commit(ms(0), t2), Err(TransferError::NotAPush { id: t2 }));
+    assert_eq!(t.abort(ms(0), t2), Err(TransferError::NotAPush { id: t2 }));
+    t.add_job(ms(0), T1, even(1, 1)).expect("open");
+    t.commit(ms(0), T1).expect("open");
+    assert_eq!(
+        t.commit(ms(0), T1),
+        Err(TransferError::Committed { id: T1 })
+    );
+    assert_eq!(
+        t.add_job(ms(0), T1, even(1, 1)),
+        Err(TransferError::Committed { id: T1 })
+    );
+    // The deadline counts as passed for a call that comes after it, whoever looked at the clock.
+    let ended = TransferError::Ended {
+        id: T1,
+        cause: Cause::DeadlinePassed,
+    };
+    assert_eq!(t.add_job(ms(1000), T1, even(1, 1)), Err(ended));
+}
+
+#[test]
+fn work_that_vanishes_is_a_failure() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.job_report(ms(1), &report(0, T1, 2, true));
+    t.job_report(ms(1), &report(0, T1, 1, true));
+    assert_eq!(
+        said(&mut t),
+        [
+            "start 0",
+            "failed 1 1 operations were never confirmed Released"
+        ]
+    );
+}

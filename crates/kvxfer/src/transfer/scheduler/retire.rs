@@ -1,0 +1,231 @@
+//! Completions: what each says of the work posted on its lane, and whose failure a failure is.
+
+use std::ops::Range;
+
+use super::Scheduler;
+use crate::transfer::lane::Use;
+use crate::transfer::{Cause, Job, JobError, LaneId, SingleReport};
+
+/// How often work that was lost with a lane is posted again before its job fails. Bounds the
+/// harm of an operation that takes every lane down without being named.
+const MAX_TRIES: u32 = 3;
+
+impl Scheduler {
+    /// Takes a completion of a lane. An id that names nothing posted there is counted and ignored.
+    pub fn complete(&mut self, lane: LaneId, wr_id: u64, result: Result<(), Cause>) {
+        let Some((l, (at, idx))) = self.lane(lane.0).and_then(|l| Some((l, l.find(wr_id)?))) else {
+            self.stats.stale += 1;
+            return;
+        };
+        let named = l.failure.as_ref().is_some_and(|f| f.named);
+        match result {
+            Ok(()) => {
+                // Only the last of a batch is signalled, and a queue pair in the error state
+                // completes nothing: anything else is not ours.
+                if named || l.posted.get(at).is_none_or(|b| idx + 1 != b.n) {
+                    self.stats.stale += 1;
+                    return;
+                }
+                let p = l.peer;
+                for _ in 0..=at {
+                    self.retire_confirmed(lane.0);
+                }
+                self.make_ready(p);
+            }
+            Err(cause) if named || cause.is_flush() => {
+                self.stats.echoes += 1;
+                self.fail_lane(lane.0, Cause::LaneFailed, false);
+                for _ in 0..at {
+                    self.retire_flushed(lane.0, None);
+                }
+                self.retire_flushed(lane.0, Some(idx + 1));
+            }
+            Err(cause) => {
+                // Completions of a queue pair come in order: what was posted before is done.
+                for _ in 0..at {
+                    self.retire_confirmed(lane.0);
+                }
+                self.fail_lane(lane.0, cause.clone(), true);
+                self.retire_named(lane, idx, cause);
+            }
+        }
+    }
+
+    /// Takes the oldest batch of a lane as completed well.
+    pub(super) fn retire_confirmed(&mut self, lane: u32) {
+        let Some(l) = self.lanes[lane as usize].as_mut() else {
+            return;
+        };
+        let Some(batch) = l.pop() else { return };
+        let (p, n) = (l.peer, batch.n - batch.accounted);
+        self.cq_credits += n;
+        match batch.what {
+            Use::Job {
+                slot: s, first_op, ..
+            } => {
+                self.stats.confirmed += u64::from(n);
+                self.release_bytes(p, batch.bytes);
+                let Some(slot) = self.jobs[s as usize].as_mut() else {
+                    return;
+                };
+                slot.posted -= n;
+                slot.ops_done += u64::from(n);
+                slot.bytes_done += if batch.accounted == 0 {
+                    batch.bytes
+                } else {
+                    bytes_of(
+                        &slot.job,
+                        first_op + u64::from(batch.accounted)..first_op + u64::from(batch.n),
+                    )
+                };
+                if slot.posted == 0 {
+                    self.settle(s);
+                }
+            }
+            Use::Single { token } => {
+                self.singles.push_back(SingleReport {
+                    token,
+                    lane: LaneId(lane),
+                    result: Ok(()),
+                });
+            }
+        }
+    }
+
+    /// Takes the oldest batch of a lane up to and with `idx`, which failed with `cause`: what comes
+    /// before it in the batch is done.
+    pub(super) fn retire_named(&mut self, lane: LaneId, idx: u32, cause: Cause) {
+        let Some(l) = self.lanes[lane.0 as usize].as_mut() else {
+            return;
+        };
+        let Some(front) = l.posted.front_mut() else {
+            return;
+        };
+        let batch = *front;
+        let ended = idx + 1 - batch.accounted;
+        let whole = idx + 1 == batch.n;
+        if whole {
+            l.pop();
+        } else {
+            front.accounted = idx + 1;
+            l.credits += ended;
+        }
+        let p = l.peer;
+        self.cq_credits += ended;
+        match batch.what {
+            Use::Job {
+                slot: s, first_op, ..
+            } => {
+                let confirmed = first_op + u64::from(batch.accounted)..first_op + u64::from(idx);
+                self.stats.confirmed += confirmed.end - confirmed.start;
+                if whole {
+                    self.release_bytes(p, batch.bytes);
+                }
+                if let Some(slot) = self.job_mut(s) {
+                    slot.posted -= ended;
+                    slot.ops_done += confirmed.end - confirmed.start;
+                    slot.job.fail(JobError {
+                        op: confirmed.end,
+                        cause,
+                    });
+                    slot.replay.clear();
+                    slot.bytes_done += bytes_of(&slot.job, confirmed);
+                }
+                self.settle(s);
+            }
+            Use::Single { token } => {
+                self.singles.push_back(SingleReport {
+                    token,
+                    lane,
+                    result: Err(cause),
+                });
+            }
+        }
+    }
+
+    /// Takes the oldest batch of a lane, up to `upto` of its work requests or all, as let go by the
+    /// device without being done. False when there was no batch.
+    pub(super) fn retire_flushed(&mut self, lane: u32, upto: Option<u32>) -> bool {
+        let Some(l) = self.lanes[lane as usize].as_mut() else {
+            return false;
+        };
+        let Some(front) = l.posted.front_mut() else {
+            return false;
+        };
+        let batch = *front;
+        let end = upto.unwrap_or(batch.n).min(batch.n);
+        let ended = end.saturating_sub(batch.accounted);
+        let whole = end == batch.n;
+        if whole {
+            l.pop();
+        } else {
+            front.accounted = end;
+            l.credits += ended;
+        }
+        let p = l.peer;
+        // What a completion said of one work request is not the others' failure.
+        let lane_cause = match &l.failure {
+            Some(f) if !f.named => f.cause.clone(),
+            _ => Cause::LaneFailed,
+        };
+        self.cq_credits += ended;
+        match batch.what {
+            Use::Job {
+                slot: s,
+                first_op,
+                tries,
+            } => {
+                if whole {
+                    self.release_bytes(p, batch.bytes);
+                }
+                let lost = first_op + u64::from(batch.accounted)..first_op + u64::from(end);
+                let Some(slot) = self.jobs[s as usize].as_mut() else {
+                    return true;
+                };
+                slot.posted -= ended;
+                if !slot.over() && !lost.is_empty() {
+                    // A lane that this side reset says nothing against the work on it.
+                    let tries = if lane_cause == Cause::LaneReset {
+                        tries
+                    } else {
+                        tries + 1
+                    };
+                    if tries > MAX_TRIES {
+                        slot.job.fail(JobError {
+                            op: lost.start,
+                            cause: lane_cause,
+                        });
+                        slot.replay.clear();
+                    } else {
+                        self.stats.replayed += u64::from(ended);
+                        slot.lost(lost, tries);
+                        if !slot.queued {
+                            slot.queued = true;
+                            self.peers[p as usize].jobs.push_back(s);
+                        }
+                        self.make_ready(p);
+                    }
+                }
+                self.settle(s);
+            }
+            Use::Single { token } => {
+                let result = Err(lane_cause);
+                self.singles.push_back(SingleReport {
+                    token,
+                    lane: LaneId(lane),
+                    result,
+                });
+            }
+        }
+        true
+    }
+}
+
+/// The bytes of some operations of a job. Emits them: only for the paths of failure.
+fn bytes_of(job: &Job, range: Range<u64>) -> u64 {
+    let mut bytes = 0;
+    if !range.is_empty() {
+        job.source.emit(range, &mut |op| bytes += op.len);
+    }
+    bytes
+}

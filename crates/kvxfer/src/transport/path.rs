@@ -1,0 +1,106 @@
+//! Which way leads to a peer, which others were looked at, and why they were not taken.
+
+use serde::{Deserialize, Serialize};
+
+use kvxfer_verbs::{Context, DeviceAddr, SoftPath};
+
+use crate::config::PathSet;
+use crate::error::{Error, chain};
+use crate::wire::{Candidate, PathKind};
+
+/// The paths that are looked at, the preferred first.
+const PREFERENCE: [PathKind; 4] = [
+    PathKind::Rdma,
+    PathKind::Arena,
+    PathKind::ProcessVm,
+    PathKind::Tcp,
+];
+
+/// The path in use, and how it came to be chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathInfo {
+    /// The path.
+    pub path: PathKind,
+    /// Why this one.
+    pub reason: String,
+    /// Every path that was looked at, the preferred first.
+    pub candidates: Vec<Candidate>,
+}
+
+/// The soft device's name for a path inside a host.
+pub(crate) fn soft_path(path: PathKind) -> Option<SoftPath> {
+    match path {
+        PathKind::Arena => Some(SoftPath::Arena),
+        PathKind::ProcessVm => Some(SoftPath::ProcessVm),
+        _ => None,
+    }
+}
+
+/// What one side knows of both when it chooses.
+#[derive(Debug)]
+pub(crate) struct Choice<'a> {
+    pub(crate) context: &'a Context,
+    pub(crate) peer: &'a DeviceAddr,
+    /// Whether all memory of this side, and of the peer, has a file that the other may map.
+    pub(crate) local_shareable: bool,
+    pub(crate) peer_shareable: bool,
+    /// The paths that the configuration allows.
+    pub(crate) allowed: &'a PathSet,
+}
+
+impl Choice<'_> {
+    /// Looks at every path and takes the first that is usable.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoPath`] with every candidate's reason.
+    pub(crate) fn choose(&self) -> Result<PathInfo, Error> {
+        let candidates: Vec<Candidate> = PREFERENCE
+            .into_iter()
+            .map(|path| Candidate {
+                path,
+                why_not: self.why_not(path),
+            })
+            .collect();
+        let chosen = candidates.iter().find(|c| c.usable()).map(|c| c.path);
+        let forced = self.allowed.forced();
+        let Some(path) = chosen else {
+            return Err(Error::NoPath { forced, candidates });
+        };
+        let reason = match path {
+            _ if forced.is_some() => format!("{path} was asked for"),
+            PathKind::Arena => "same host, and both sides' memory can be mapped".to_owned(),
+            PathKind::ProcessVm => "same host, memory registered by address".to_owned(),
+            PathKind::Tcp => "no faster path leads to the peer".to_owned(),
+            other => format!("{other} leads to the peer"),
+        };
+        Ok(PathInfo {
+            path,
+            reason,
+            candidates,
+        })
+    }
+
+    fn why_not(&self, path: PathKind) -> Option<String> {
+        match path {
+            _ if !self.allowed.allows(path) => {
+                Some("the configuration does not allow it".to_owned())
+            }
+            PathKind::Tcp => None,
+            PathKind::Arena if !self.local_shareable => {
+                Some("this side's memory has no file that the peer could map".to_owned())
+            }
+            PathKind::Arena if !self.peer_shareable => {
+                Some("the peer's memory has no file that could be mapped".to_owned())
+            }
+            PathKind::Arena | PathKind::ProcessVm => {
+                let soft = soft_path(path)?;
+                self.context
+                    .probe(self.peer, soft)
+                    .err()
+                    .map(|error| chain(&error))
+            }
+            _ => Some("this version has no RDMA hardware support yet".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! The messages of an authenticated session. Each has a frame type of its own; the payload is the
+//! message's fields as a MessagePack array.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
+
+use super::blob::{Blob, Fingerprint};
+use super::error::WireError;
+use super::parts::{
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan,
+    bounded, check_candidates, check_endpoints, clean, limits, text,
+};
+use super::{pack, unpack};
+
+const SMALL: usize = 16 << 10;
+const LARGE: usize = 16 << 20;
+
+macro_rules! messages {
+    ($( $(#[$doc:meta])* $code:literal $name:ident $max:expr; )*) => {
+        /// A message of an authenticated session.
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[non_exhaustive]
+        #[allow(clippy::large_enum_variant, reason = "one at a time, on its way in or out")]
+        pub enum Message { $( $(#[$doc])* $name($name), )* }
+
+        /// The kinds of messages; the value is the frame type.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        #[non_exhaustive]
+        pub enum MessageKind { $( $(#[$doc])* $name = $code, )* }
+
+        impl MessageKind {
+            /// Every kind.
+            pub const ALL: &[MessageKind] = &[$(MessageKind::$name),*];
+
+            /// The kind with this frame type.
+            #[must_use]
+            pub fn from_code(code: u8) -> Option<MessageKind> {
+                match code { $( $code => Some(MessageKind::$name), )* _ => None }
+            }
+
+            /// The message's name in the protocol.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $( MessageKind::$name => stringify!($name), )* }
+            }
+
+            /// The largest payload of this kind, in bytes.
+            #[must_use]
+            pub fn max_len(self) -> usize {
+                match self { $( MessageKind::$name => $max, )* }
+            }
+        }
+
+        impl Message {
+            /// Which kind it is.
+            #[must_use]
+            pub fn kind(&self) -> MessageKind {
+                match self { $( Message::$name(_) => MessageKind::$name, )* }
+            }
+
+            /// The payload of its frame.
+            ///
+            /// # Errors
+            ///
+            /// A field is out of bounds; a peer would refuse it.
+            pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+                self.check()?;
+                let payload = match self { $( Message::$name(m) => pack(stringify!($name), m)?, )* };
+                bounded(self.kind().name(), payload.len(), self.kind().max_len())?;
+                Ok(payload)
+            }
+
+            /// Reads and checks the payload of a frame of type `code`.
+            ///
+            /// # Errors
+            ///
+            /// An unknown type, a payload that is too large, malformed or followed by more, or a
+            /// field out of bounds.
+            pub fn decode(code: u8, payload: &[u8]) -> Result<Message, WireError> {
+                let kind = MessageKind::from_code(code).ok_or(WireError::UnknownFrame { code })?;
+                bounded(kind.name(), payload.len(), kind.max_len())?;
+                let message = match kind {
+                    $( MessageKind::$name => Message::$name(unpack(stringify!($name), payload)?), )*
+                };
+                message.check()?;
+                Ok(message)
+            }
+
+            fn check(&self) -> Result<(), WireError> {
+                match self { $( Message::$name(m) => m.check(), )* }
+            }
+        }
+
+        $( impl From<$name> for Message {
+            fn from(m: $name) -> Message { Message::$name(m) }
+        } )*
+    };
+}
+
+messages! {
+    /// Who a side is and what it has.
+    0x10 Describe LARGE;
+    /// A side will not work with its peer; it closes after this.
+    0x11 Refuse SMALL;
+    /// Queue pairs offered.
+    0x12 QpOffer LARGE;
+    /// The answer to an offer.
+    0x13 QpAnswer LARGE;
+    /// Queue pairs taken down.
+    0x14 QpReset SMALL;
+    /// The side can take transfers.
+    0x15 Ready SMALL;
+    /// A sign of life asked for.
+    0x18 Ping SMALL;
+    /// A sign of life.
+    0x19 Pong SMALL;
+    /// The reader has finished with an offer.
+    0x20 Release SMALL;
+    /// The producer asks for the ticket of a push.
+    0x27 PushStart SMALL;
+    /// The consumer expects a push.
+    0x21 Announce LARGE;
+    /// All of a push has landed.
+    0x22 PushDone SMALL;
+    /// The producer gives a push up.
+    0x23 PushAborted SMALL;
+    /// The producer will write no more of a push: the answer to Revoke.
+    0x24 PushClosed SMALL;
+    /// The consumer takes an expectation back.
+    0x25 Revoke SMALL;
+    /// The producer takes an offer back.
+    0x26 Retracted SMALL;
+    /// A benchmark's own message.
+    0x30 Bench LARGE;
+    /// The session ends in good order.
+    0x3e Goodbye SMALL;
+    /// The peer is cut off.
+    0x3f ErrorReport SMALL;
+}
+
+impl fmt::Display for MessageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Who a side is and what it has. Sent once by each side, right after authentication.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Describe {
+    /// The engine's name.
+    pub engine: EngineId,
+    /// This life of it.
+    pub generation: Generation,
+    /// This rank's position.
+    pub rank: Rank,
+    /// What the engine does with KV blocks.
+    pub kv_role: KvRole,
+    /// The engine that this side wants to have reached, if it knows.
+    pub wanted: Option<EngineId>,
+    /// The format's fingerprint: equal ones need no comparison.
+    pub fingerprint: Fingerprint,
+    /// The encoded KV format.
+    pub format: Blob,
+    /// The encoded placement.
+    pub placement: Blob,
+    /// The registered memories, in the order of the placement's indices.
+    pub memories: Vec<RemoteSpan>,
+    /// The table of lease slots, if it offers.
+    pub leases: Option<RemoteSpan>,
+    /// The scratch region, for pings.
+    pub scratch: Option<RemoteSpan>,
+    /// The encoded device address.
+    pub device: Blob,
+    /// Its settings.
+    pub facts: ConfigFacts,
+    /// Whether all of its memories are files that can be shared.
+    pub fd_backed: bool,
+}
+
+impl Describe {
+    fn check(&self) -> Result<(), WireError> {
+        text("engine id", &self.engine.0, limits::ENGINE_ID)?;
+        if let Some(wanted) = &self.wanted {
+            text("wanted engine id", &wanted.0, limits::ENGINE_ID)?;
+        }
+        bounded("format size", self.format.len(), limits::FORMAT)?;
+        bounded("placement size", self.placement.len(), limits::PLACEMENT)?;
+        bounded("number of memories", self.memories.len(), limits::MEMORIES)?;
+        bounded("device address size", self.device.len(), limits::DEVICE)?;
+        self.memories.iter().try_for_each(|m| m.check("memory"))?;
+        self.leases
+            .iter()
+            .try_for_each(|m| m.check("lease table"))?;
+        self.scratch
+            .iter()
+            .try_for_each(|m| m.check("scratch region"))
+    }
+}
+
+/// A side will not work with its peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refuse {
+    /// Why.
+    pub reason: Refusal,
+}
+
+impl Refuse {
+    fn check(&self) -> Result<(), WireError> {
+        self.reason.check()
+    }
+}
+
+/// Queue pairs offered, over a path that the offering side has chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QpOffer {
+    /// The offering side's number for this set of queue pairs.
+    pub offer: u32,
+    /// An earlier set that these replace.
+    pub replaces: Option<u32>,
+    /// The path.
+    pub path: PathKind,
+    /// The paths looked at.
+    pub candidates: Vec<Candidate>,
+    /// One encoded endpoint a queue pair.
+    pub endpoints: Vec<Blob>,
+}
+
+impl QpOffer {
+    fn check(&self) -> Result<(), WireError> {
+        check_candidates(&self.candidates)?;
+        check_endpoints(&self.endpoints)
+    }
+}
+
+/// The answer to an offer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QpAnswer {
+    /// The offer's number.
+    pub offer: u32,
+    /// The path taken; `None`: none can be used, and the candidates say why.
+    pub path: Option<PathKind>,
+    /// The paths looked at by the answering side.
+    pub candidates: Vec<Candidate>,
+    /// One encoded endpoint a queue pair offered, in the offer's order.
+    pub endpoints: Vec<Blob>,
+}
+
+impl QpAnswer {
+    fn check(&self) -> Result<(), WireError> {
+        check_candidates(&self.candidates)?;
+        check_endpoints(&self.endpoints)
+    }
+}
+
+/// A side has taken its half of a set of queue pairs down: nothing on them moves any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QpReset {
+    /// The offer's number.
+    pub offer: u32,
+    /// Whether the number is the receiver's (the set was offered by it).
+    pub offered_by_receiver: bool,
+    /// The encoded cause.
+    pub cause: Blob,
+}
+
+impl QpReset {
+    fn check(&self) -> Result<(), WireError> {
+        bounded("cause size", self.cause.len(), limits::CAUSE)
+    }
+}
+
+/// The side can take transfers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Ready {}
+
+/// Asks for a sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ping {
+    /// Counts the sender's pings.
+    pub sequence: u64,
+    /// Comes back unchanged; means something to the sender only.
+    pub echo: u64,
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pong {
+    /// The ping's number.
+    pub sequence: u64,
+    /// The ping's echo.
+    pub echo: u64,
+}
+
+macro_rules! unchecked {
+    ($($type:ident)*) => {$(
+        impl $type {
+            fn check(&self) -> Result<(), WireError> {
+                Ok(())
+            }
+        }
+    )*};
+}
+unchecked!(Ready Ping Pong Goodbye);
+
+/// The reader has finished with an offer, whether it read or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+}
+
+impl Release {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+/// The producer wants to push, and asks for the ticket: now if the request is expected, or as soon
+/// as it is. Answered with [`Announce`], or with [`Revoke`] if it may not push.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushStart {
+    /// The request.
+    pub request: RequestId,
+    /// Its try, if the producer has the ticket from elsewhere.
+    pub nonce: Option<Nonce>,
+}
+
+impl PushStart {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+/// The consumer expects a push: the ticket, straight to its producer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announce {
+    /// The encoded ticket.
+    pub ticket: Blob,
+}
+
+impl Announce {
+    fn check(&self) -> Result<(), WireError> {
+        bounded("ticket size", self.ticket.len(), limits::TICKET)
+    }
+}
+
+/// All that this sender pushes of a request has completed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushDone {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// The sender's rank.
+    pub sender: Rank,
+    /// Bytes that it wrote.
+    pub bytes: u64,
+}
+
+impl PushDone {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+macro_rules! push_ended {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct $name {
+            /// The request.
+            pub request: RequestId,
+            /// Its try.
+            pub nonce: Nonce,
+            /// The sender's rank.
+            pub sender: Rank,
+            /// The encoded cause.
+            pub cause: Blob,
+        }
+
+        impl $name {
+            fn check(&self) -> Result<(), WireError> {
+                text("request id", &self.request.0, limits::REQUEST_ID)?;
+                bounded("cause size", self.cause.len(), limits::CAUSE)
+            }
+        }
+    };
+}
+
+push_ended! {
+    /// The producer gives a push up. Some of it may have landed; more may still land until
+    /// [`PushClosed`].
+    PushAborted
+}
+push_ended! {
+    /// Nothing that this sender posted for the push can land any more.
+    PushClosed
+}
+
+/// The consumer takes an expectation back; the producer stops, drains and answers [`PushClosed`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoke {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// The encoded cause.
+    pub cause: Blob,
+}
+
+impl Revoke {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        bounded("cause size", self.cause.len(), limits::CAUSE)
+    }
+}
+
+/// The producer takes an offer back: its blocks may be recycled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retracted {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+}
+
+impl Retracted {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+/// A message between the two ends of a benchmark.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bench {
+    /// The benchmark's own encoding.
+    pub payload: Blob,
+}
+
+impl Bench {
+    fn check(&self) -> Result<(), WireError> {
+        bounded("benchmark message size", self.payload.len(), limits::BENCH)
+    }
+}
+
+/// The session ends in good order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goodbye {
+    /// Why.
+    pub reason: GoodbyeReason,
+}
+
+/// The peer is cut off, and told why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorReport {
+    /// The kind of fault.
+    pub code: ErrorCode,
+    /// The words for people.
+    pub text: String,
+}
+
+impl ErrorReport {
+    /// A report whose text is made fit to be sent.
+    #[must_use]
+    pub fn new(code: ErrorCode, text: &str) -> ErrorReport {
+        ErrorReport {
+            code,
+            text: clean(text),
+        }
+    }
+
+    fn check(&self) -> Result<(), WireError> {
+        text("error text", &self.text, limits::TEXT)
+    }
+}

@@ -1,0 +1,402 @@
+//! The parts that messages are made of, and the limits on them.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::blob::Blob;
+use super::error::WireError;
+
+/// The most of everything that a message may hold. A peer that exceeds one is cut off.
+pub mod limits {
+    /// Bytes of an engine's name.
+    pub const ENGINE_ID: usize = 256;
+    /// Bytes of a request's name.
+    pub const REQUEST_ID: usize = 1024;
+    /// Bytes of a text for people.
+    pub const TEXT: usize = 2048;
+    /// Bytes of an encoded format.
+    pub const FORMAT: usize = 4 << 20;
+    /// Bytes of an encoded placement.
+    pub const PLACEMENT: usize = 8 << 20;
+    /// Memories of one rank.
+    pub const MEMORIES: usize = 4096;
+    /// Bytes of a device address.
+    pub const DEVICE: usize = 4096;
+    /// Candidate paths in an offer.
+    pub const CANDIDATES: usize = 64;
+    /// Endpoints (queue pairs) in an offer.
+    pub const ENDPOINTS: usize = 4096;
+    /// Bytes of one endpoint.
+    pub const ENDPOINT: usize = 1024;
+    /// Bytes of a ticket.
+    pub const TICKET: usize = 8 << 20;
+    /// Bytes of an encoded cause.
+    pub const CAUSE: usize = 4096;
+    /// Bytes of a benchmark's own message.
+    pub const BENCH: usize = 8 << 20;
+}
+
+/// Refuses a size or count over `max`.
+pub(crate) fn bounded(what: &'static str, got: usize, max: usize) -> Result<(), WireError> {
+    if got > max {
+        return Err(WireError::OutOfBounds {
+            what,
+            got: got as u64,
+            max: max as u64,
+        });
+    }
+    Ok(())
+}
+
+/// Refuses a text that is too long or would play tricks on a terminal.
+pub(crate) fn text(what: &'static str, s: &str, max: usize) -> Result<(), WireError> {
+    bounded(what, s.len(), max)?;
+    if s.chars().any(char::is_control) {
+        return Err(WireError::BadText { what });
+    }
+    Ok(())
+}
+
+/// A text fit to be sent: control characters replaced, cut at the limit.
+pub(crate) fn clean(s: &str) -> String {
+    let mut out = String::new();
+    for c in s.chars() {
+        let c = if c.is_control() { ' ' } else { c };
+        if out.len() + c.len_utf8() > limits::TEXT {
+            break;
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// What an engine does with KV blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum KvRole {
+    /// It offers and pushes.
+    Producer,
+    /// It pulls and expects.
+    Consumer,
+    /// Both.
+    Both,
+}
+
+impl KvRole {
+    /// As it is written in a configuration.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            KvRole::Producer => "kv_producer",
+            KvRole::Consumer => "kv_consumer",
+            KvRole::Both => "kv_both",
+        }
+    }
+
+    /// Whether it offers and pushes.
+    #[must_use]
+    pub const fn produces(self) -> bool {
+        matches!(self, KvRole::Producer | KvRole::Both)
+    }
+
+    /// Whether it pulls and expects.
+    #[must_use]
+    pub const fn consumes(self) -> bool {
+        matches!(self, KvRole::Consumer | KvRole::Both)
+    }
+}
+
+impl fmt::Display for KvRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A range of a peer's registered memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RemoteSpan {
+    /// The peer's address of its first byte.
+    pub addr: u64,
+    /// Its length in bytes, at least one.
+    pub len: u64,
+    /// The key that opens it.
+    pub rkey: u32,
+}
+
+impl RemoteSpan {
+    pub(crate) fn check(&self, what: &'static str) -> Result<(), WireError> {
+        if self.len == 0 || self.addr.checked_add(self.len).is_none() {
+            return Err(WireError::BadSpan {
+                what,
+                addr: self.addr,
+                len: self.len,
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether `len` bytes from `offset` lie inside.
+    #[must_use]
+    pub fn contains(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.len)
+    }
+}
+
+impl fmt::Debug for RemoteSpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Keys are never logged.
+        write!(f, "RemoteSpan({:#x}+{}, rkey ..)", self.addr, self.len)
+    }
+}
+
+/// Settings of a side that its peer settles against its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct ConfigFacts {
+    /// Queue pairs per peer and rail.
+    pub qp_per_transfer: u32,
+    /// Work requests in a send queue.
+    pub max_send_wr: u32,
+    /// Gather entries of a work request.
+    pub max_msg_sge: u32,
+    /// The largest message of the device, in bytes.
+    pub max_msg_bytes: u64,
+    /// Whether it takes notices on the data plane.
+    pub enable_notification: bool,
+    /// Worker threads.
+    pub num_worker_threads: u32,
+    /// The TCP port it listens on, 0 if none: where a peer may connect back.
+    pub listen_port: u16,
+}
+
+/// A way for blocks to travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum PathKind {
+    /// Shared arenas on the same host.
+    Arena,
+    /// `process_vm_readv` on the same host.
+    ProcessVm,
+    /// Soft verbs over TCP.
+    Tcp,
+    /// RDMA hardware.
+    Rdma,
+    /// GPU links inside a node.
+    Ipc,
+    /// RDMA through pinned host memory.
+    Staged,
+}
+
+impl PathKind {
+    /// The name that the command and its JSON use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            PathKind::Arena => "arena",
+            PathKind::ProcessVm => "process-vm",
+            PathKind::Tcp => "tcp",
+            PathKind::Rdma => "rdma",
+            PathKind::Ipc => "ipc",
+            PathKind::Staged => "staged",
+        }
+    }
+}
+
+impl fmt::Display for PathKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A path that was looked at, and why it cannot be used if it cannot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Candidate {
+    /// The path.
+    pub path: PathKind,
+    /// `None`: it can be used.
+    pub why_not: Option<String>,
+}
+
+impl Candidate {
+    /// Whether it can be used.
+    #[must_use]
+    pub fn usable(&self) -> bool {
+        self.why_not.is_none()
+    }
+}
+
+pub(crate) fn check_candidates(candidates: &[Candidate]) -> Result<(), WireError> {
+    bounded(
+        "number of candidate paths",
+        candidates.len(),
+        limits::CANDIDATES,
+    )?;
+    for candidate in candidates {
+        text(
+            "reason against a path",
+            candidate.why_not.as_deref().unwrap_or(""),
+            limits::TEXT,
+        )?;
+    }
+    Ok(())
+}
+
+pub(crate) fn check_endpoints(endpoints: &[Blob]) -> Result<(), WireError> {
+    bounded("number of endpoints", endpoints.len(), limits::ENDPOINTS)?;
+    endpoints
+        .iter()
+        .try_for_each(|e| bounded("endpoint size", e.len(), limits::ENDPOINT))
+}
+
+/// Why a side, having authenticated its peer, will not work with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The KV formats or placements cannot be joined.
+    #[error("KV formats do not fit: {detail}")]
+    FormatMismatch {
+        /// The field, both values and the fix.
+        detail: String,
+    },
+    /// Another engine than the client wanted.
+    #[error("this is engine {here}, not {wanted}; check the address")]
+    WrongEngine {
+        /// The engine reached.
+        here: String,
+        /// The engine wanted.
+        wanted: String,
+    },
+    /// Both sides only produce, or only consume.
+    #[error("both sides have kv_role {role}; one must produce and one consume")]
+    SameRole {
+        /// The role of both.
+        role: KvRole,
+    },
+    /// The server does not serve this kind of client.
+    #[error("the server does not serve the {role} role{}", fix(*role))]
+    RoleNotServed {
+        /// The client's role.
+        role: super::Role,
+    },
+    /// This life of the engine is over: a later one has been met.
+    #[error("generation is retired: a later start of this engine has connected")]
+    GenerationRetired,
+    /// No path leads from one side to the other.
+    #[error("no usable path: {detail}")]
+    NoPath {
+        /// The candidates and why not.
+        detail: String,
+    },
+    /// The peer described something that cannot be true.
+    #[error("description is not valid: {detail}")]
+    BadDescription {
+        /// The field and its value.
+        detail: String,
+    },
+    /// A limit on peers, memory or sessions.
+    #[error("no room: {what} is limited to {limit}")]
+    Full {
+        /// What there is too much of.
+        what: String,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+fn fix(role: super::Role) -> &'static str {
+    match role {
+        super::Role::Bench => "; set allow_bench on the engine, or use kvxfer serve",
+        super::Role::Engine | super::Role::Probe => "",
+    }
+}
+
+impl Refusal {
+    pub(crate) fn check(&self) -> Result<(), WireError> {
+        let each = |s: &str| text("refusal", s, limits::TEXT);
+        match self {
+            Refusal::FormatMismatch { detail }
+            | Refusal::NoPath { detail }
+            | Refusal::BadDescription { detail }
+            | Refusal::Full { what: detail, .. } => each(detail),
+            Refusal::WrongEngine { here, wanted } => each(here).and(each(wanted)),
+            Refusal::SameRole { .. }
+            | Refusal::RoleNotServed { .. }
+            | Refusal::GenerationRetired => Ok(()),
+        }
+    }
+
+    /// The same refusal with texts that may be sent.
+    #[must_use]
+    pub(crate) fn cleaned(self) -> Refusal {
+        match self {
+            Refusal::FormatMismatch { detail } => Refusal::FormatMismatch {
+                detail: clean(&detail),
+            },
+            Refusal::NoPath { detail } => Refusal::NoPath {
+                detail: clean(&detail),
+            },
+            Refusal::BadDescription { detail } => Refusal::BadDescription {
+                detail: clean(&detail),
+            },
+            Refusal::Full { what, limit } => Refusal::Full {
+                what: clean(&what),
+                limit,
+            },
+            Refusal::WrongEngine { here, wanted } => Refusal::WrongEngine {
+                here: clean(&here),
+                wanted: clean(&wanted),
+            },
+            other => other,
+        }
+    }
+}
+
+/// Why a side ends a session in good order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum GoodbyeReason {
+    /// It is shutting down.
+    ShuttingDown,
+    /// It has done what it came for.
+    Finished,
+    /// It is replaced by another session between the same two.
+    Replaced,
+}
+
+impl fmt::Display for GoodbyeReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            GoodbyeReason::ShuttingDown => "shutting down",
+            GoodbyeReason::Finished => "finished",
+            GoodbyeReason::Replaced => "replaced by another session",
+        })
+    }
+}
+
+/// What a side found wrong with its peer's frames before it cut it off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ErrorCode {
+    /// Bounds, tag, sequence or encoding.
+    Protocol,
+    /// A message that its state does not allow.
+    UnexpectedMessage,
+    /// A message that lies: ranges outside regions, absurd counts, unknown names.
+    Lie,
+    /// It took too long.
+    Timeout,
+    /// Something of its own failed.
+    Internal,
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ErrorCode::Protocol => "protocol violation",
+            ErrorCode::UnexpectedMessage => "unexpected message",
+            ErrorCode::Lie => "untrue message",
+            ErrorCode::Timeout => "timeout",
+            ErrorCode::Internal => "internal error",
+        })
+    }
+}

@@ -1,0 +1,288 @@
+//! A peer in a process of its own: this test binary once more, told what to be by an environment
+//! variable and what to do by lines on its standard input. It ends with its parent.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child as Process, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use kvxfer::config::{KvRole, PathKind};
+use kvxfer::event::{Event, PeerName};
+use kvxfer::ids::{EngineId, RequestId};
+use kvxfer::ticket::Ticket;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{LONG, Log, Node, groups, pairs, recipe};
+
+const VARIABLE: &str = "KVXFER_TEST_CHILD";
+/// The test that is a child's main function.
+const ENTRY: &str = "child_entry";
+/// Marks the child's own lines among those of the test harness.
+const MARK: &str = "kvx ";
+
+/// A peer process; killed, and waited for, when dropped.
+#[derive(Debug)]
+pub(crate) struct Child {
+    process: Process,
+    orders: ChildStdin,
+    lines: Receiver<String>,
+    pub(crate) address: String,
+}
+
+/// What a child is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    pub(crate) role: KvRole,
+    pub(crate) path: PathKind,
+    pub(crate) block_bytes: u64,
+    pub(crate) blocks: u32,
+    pub(crate) listen: String,
+    pub(crate) engine_id: Option<String>,
+    pub(crate) seed: u64,
+}
+
+impl Child {
+    pub(crate) fn start(spec: &Spec) -> Child {
+        let text = format!(
+            "{}|{}|{}|{}|{}|{}|{}",
+            match spec.role {
+                KvRole::Producer => "producer",
+                KvRole::Consumer => "consumer",
+                _ => "both",
+            },
+            spec.path.name(),
+            spec.block_bytes,
+            spec.blocks,
+            spec.listen,
+            spec.engine_id.as_deref().unwrap_or(""),
+            spec.seed,
+        );
+        let mut process = Command::new(std::env::current_exe().expect("this binary"))
+            .args(["--exact", ENTRY, "--nocapture", "--test-threads=1"])
+            .env(VARIABLE, text)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a child");
+        let orders = process.stdin.take().expect("its input");
+        let output = process.stdout.take().expect("its output");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let Some(at) = line.find(MARK)
+                    && sender.send(line[at + MARK.len()..].to_owned()).is_err()
+                {
+                    return;
+                }
+            }
+        });
+        let mut child = Child {
+            process,
+            orders,
+            lines,
+            address: String::new(),
+        };
+        child.address = child.answer("listening");
+        child
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.process.id()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("the child is there");
+    }
+
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    pub(crate) fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    pub(crate) fn die(&mut self) {
+        self.signal(Signal::SIGKILL);
+        self.process.wait().expect("it ends");
+    }
+
+    pub(crate) fn tell(&mut self, order: &str) {
+        writeln!(self.orders, "{order}").expect("the child reads");
+        self.orders.flush().expect("the child reads");
+    }
+
+    /// The rest of the next line that begins so; others before it are dropped.
+    #[track_caller]
+    pub(crate) fn answer(&mut self, beginning: &str) -> String {
+        let end = Instant::now() + LONG;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    if let Some(rest) = line.strip_prefix(beginning) {
+                        return rest.trim().to_owned();
+                    }
+                }
+                Err(error) => panic!("the child has not said {beginning:?}: {error}"),
+            }
+        }
+    }
+
+    /// Has the child offer its first `blocks` blocks.
+    pub(crate) fn offer(&mut self, request: &str, blocks: u32, ttl: Duration) -> Ticket {
+        self.tell(&format!("offer {request} {blocks} {}", ttl.as_millis()));
+        Ticket::from_json(&self.answer("ticket")).expect("a ticket")
+    }
+
+    /// Has the child expect its first `blocks` blocks.
+    pub(crate) fn expect(&mut self, request: &str, blocks: u32, deadline: Duration) -> Ticket {
+        self.tell(&format!(
+            "expect {request} {blocks} {}",
+            deadline.as_millis()
+        ));
+        Ticket::from_json(&self.answer("ticket")).expect("a ticket")
+    }
+
+    /// Has the child push its first `blocks` blocks to the same ones of `peer`, `times` over.
+    pub(crate) fn push(&mut self, peer: &PeerName, request: &str, blocks: u32, times: u32) {
+        let engine = &peer.engine.0;
+        self.tell(&format!("push {request} {blocks} {times} {engine}"));
+        self.answer("pushing");
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The child's main function; returns at once in the parent.
+pub(crate) fn entry() {
+    let Ok(text) = std::env::var(VARIABLE) else {
+        return;
+    };
+    // A child that is stopped when its parent dies goes with it.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).expect("prctl");
+    let node = build(&text);
+    serve(&node);
+}
+
+fn build(text: &str) -> Node {
+    let parts: Vec<&str> = text.split('|').collect();
+    let [role, path, block_bytes, blocks, listen, engine_id, seed] = parts[..] else {
+        panic!("not a child's description: {text}");
+    };
+    let role = match role {
+        "producer" => KvRole::Producer,
+        "consumer" => KvRole::Consumer,
+        _ => KvRole::Both,
+    };
+    let path = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp]
+        .into_iter()
+        .find(|p| p.name() == path)
+        .expect("a path");
+    let number = |text: &str| text.parse::<u64>().expect("a number");
+    let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
+    let recipe = recipe(role, path, number(block_bytes), blocks).with(|config| {
+        if !engine_id.is_empty() {
+            config.engine_id = Some(engine_id.to_owned());
+        }
+    });
+    let node = recipe.node();
+    node.side.fill(number(seed)).expect("filled");
+    // Somebody who has just died may hold the address for a moment.
+    let end = Instant::now() + LONG;
+    let address = loop {
+        match node.engine.listen(listen) {
+            Ok(address) => break address,
+            Err(error) if Instant::now() > end => panic!("{error}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    say(&format!("listening {address}"));
+    node
+}
+
+fn say(line: &str) {
+    println!("{MARK}{line}");
+}
+
+fn serve(node: &Node) {
+    let mut log = Log::new(&node.engine);
+    let mut transfers = HashMap::new();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("an order");
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |text: &str| text.parse::<u32>().expect("a number");
+        match words[..] {
+            ["offer", request, blocks, ttl] => {
+                let ttl = Duration::from_millis(u64::from(number(ttl)));
+                let blocks = groups(0..number(blocks));
+                let ticket = node
+                    .engine
+                    .offer(&RequestId::from(request), &blocks, 1, ttl)
+                    .expect("an offer");
+                say(&format!("ticket {}", ticket.to_json().expect("json")));
+            }
+            ["expect", request, blocks, deadline] => {
+                let deadline = Duration::from_millis(u64::from(number(deadline)));
+                let blocks = groups(0..number(blocks));
+                let ticket = node
+                    .engine
+                    .expect(&RequestId::from(request), &blocks, 1, deadline)
+                    .expect("an expectation");
+                say(&format!("ticket {}", ticket.to_json().expect("json")));
+            }
+            ["push", request, blocks, times, peer] => {
+                let name = PeerName {
+                    engine: EngineId::from(peer),
+                    rank: node.engine.rank(),
+                };
+                log.wait(
+                    "peer",
+                    |event| matches!(event, Event::PeerUp { peer, .. } if *peer == name),
+                );
+                let to = node.engine.instance_of(&name).expect("a session");
+                let push = to.begin_push(&RequestId::from(request)).expect("a push");
+                let blocks = number(blocks);
+                for _ in 0..number(times) {
+                    push.all_layers(&pairs((0..blocks).map(|b| (b, b))))
+                        .expect("pushed");
+                }
+                let transfer = push.commit().expect("committed");
+                transfers.insert(request.to_owned(), transfer);
+                say("pushing");
+            }
+            // The event that ends a request.
+            ["outcome", request] => {
+                let of = RequestId::from(request);
+                let event = log.wait("outcome", |event| {
+                    event.request().is_some_and(|(r, _)| *r == of)
+                        && !matches!(event, Event::Released { .. })
+                });
+                let word = match event {
+                    Event::Received { .. } => "received",
+                    Event::Sent { .. } => "sent",
+                    _ => "failed",
+                };
+                say(&format!("outcome {word} {event:?}").replace('\n', " "));
+            }
+            ["released", request] => {
+                let of = RequestId::from(request);
+                log.wait(
+                    "release",
+                    |event| matches!(event, Event::Released { request, .. } if *request == of),
+                );
+                say("released");
+            }
+            ["once"] => {
+                log.assert_told_once();
+                say("once");
+            }
+            _ => panic!("not an order: {line}"),
+        }
+    }
+}
