@@ -1,0 +1,395 @@
+//! The command line. Short options of `bw` mean what they mean in perftest.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::{self, Address, Size};
+
+/// Moves KV-cache blocks between processes and says how fast, over which path, and why not faster.
+///
+/// Exit codes: 0 fine, 1 a check failed (bytes differ, below a wanted figure), 2 usage, 3 the peer
+/// or a deadline, 4 the device, its driver or memory.
+#[derive(Debug, Parser)]
+#[command(
+    name = "kvxfer",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Measure how fast blocks move, against the limit of the same path measured in the same run.
+    ///
+    /// Without HOST it starts its own target process on this machine and stops it again. Without
+    /// any option: 4K, 16K, 64K and 1M, READ and WRITE, done within half a minute.
+    Bw(Box<BwArgs>),
+    /// Be the other side of `bw`, for many clients, until SIGTERM.
+    ///
+    /// Prints `listening ADDR` when ready.
+    Serve(Box<ServeArgs>),
+}
+
+/// Options of `kvxfer bw`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BwArgs {
+    /// The server: a name or address, with a port if it is not 7301
+    #[arg(value_name = "HOST[:PORT]")]
+    pub(crate) host: Option<Address>,
+
+    #[command(flatten)]
+    pub(crate) work: Work,
+
+    /// Which way the blocks go: `read` pulls from the server, `write` pushes to it
+    #[arg(long, value_enum, default_value_t = OpChoice::Both)]
+    pub(crate) op: OpChoice,
+
+    /// How the bytes go; `auto` takes the best that can be used and says why [default: auto]
+    #[arg(long, value_enum)]
+    pub(crate) path: Option<PathChoice>,
+
+    /// Measure each row for this long, its limit not counted (30, 1.5s, 500ms) [default: 1]
+    #[arg(long, short = 'D', value_name = "TIME", value_parser = size::duration)]
+    #[arg(conflicts_with = "iters")]
+    pub(crate) duration: Option<Duration>,
+
+    /// Measure this many transfers a row
+    #[arg(long, short = 'n', value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) iters: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) tuning: Tuning,
+
+    /// Exit with 1 if a row is slower than this many gigabits a second
+    #[arg(long, value_name = "GBPS", value_parser = size::rate)]
+    pub(crate) min_gbps: Option<f64>,
+
+    #[command(flatten)]
+    pub(crate) trust: Trust,
+
+    /// Give up on the server or on a transfer after this long [default: 30]
+    #[arg(long, value_name = "TIME", value_parser = size::duration)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// One line of JSON on standard output, all else on standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Comma-separated values on standard output, all else on standard error
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) csv: bool,
+}
+
+/// What is moved: scattered blocks of given sizes, or an engine's real pattern.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Work {
+    /// Block sizes, such as 4K,64KiB,1M [default: 4K,16K,64K,1M]
+    #[arg(
+        long,
+        short = 's',
+        value_name = "LIST",
+        value_delimiter = ',',
+        num_args = 1
+    )]
+    pub(crate) size: Vec<Size>,
+
+    /// Every power of two from 2 bytes to 8 MiB
+    #[arg(long, short = 'a', conflicts_with = "size")]
+    pub(crate) all: bool,
+
+    /// Blocks a transfer, four of which run at once [default: as many as make 64 MiB, at most 4096]
+    #[arg(long, value_name = "N", conflicts_with = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) blocks: Option<u32>,
+
+    /// Where the blocks lie is drawn from this number, so that a run can be repeated
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) pattern: Pattern,
+}
+
+/// An engine's pattern of transfers.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Pattern {
+    /// Move the KV cache of this model: llama-3.1-8b, llama-3.1-70b, qwen3-235b-a22b, deepseek-v3
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["size", "all"])]
+    pub(crate) model: Option<String>,
+
+    /// Ranks that share the model's heads [default: 1]
+    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tp: Option<u32>,
+
+    /// Tokens a block [default: 16]
+    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) block_size: Option<u32>,
+
+    /// Tokens a request [default: 4096]
+    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tokens: Option<u32>,
+}
+
+/// How the engine is set up. What is not given comes from the environment, the file or the defaults.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Tuning {
+    /// The device to use, such as soft0 or mlx5_0
+    #[arg(long, short = 'd', value_name = "NAME")]
+    pub(crate) device: Option<String>,
+
+    /// Queue pairs to the peer
+    #[arg(long, short = 'q', value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) qp_per_transfer: Option<u32>,
+
+    /// Work requests a post; -1 chooses
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = batch_size)]
+    pub(crate) post_batch_size: Option<i64>,
+
+    /// Depth of a send queue (max_send_wr); 0 chooses
+    #[arg(long, short = 't', value_name = "N")]
+    pub(crate) tx_depth: Option<u32>,
+
+    /// Worker threads
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) threads: Option<u32>,
+
+    /// An engine's kv-transfer-config: JSON, or @FILE
+    #[arg(long, value_name = "JSON|@FILE")]
+    pub(crate) kv_transfer_config: Option<String>,
+
+    /// Show every setting and where it came from, and stop
+    #[arg(long)]
+    pub(crate) explain_config: bool,
+}
+
+/// Whom to trust.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Trust {
+    /// The shared secret, in a file that only its owner may read (or KVXFER_SECRET_FILE)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret_file: Option<PathBuf>,
+
+    /// Talk to anybody beyond this machine without a secret
+    #[arg(long, conflicts_with = "secret_file")]
+    pub(crate) allow_unauthenticated: bool,
+}
+
+/// Options of `kvxfer serve`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ServeArgs {
+    /// Where to listen; port 0 takes a free one [default: 127.0.0.1:7301]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Option<Address>,
+
+    #[command(flatten)]
+    pub(crate) pattern: ServePattern,
+
+    /// The most memory to give to all clients together [default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_memory: Option<Size>,
+
+    #[command(flatten)]
+    pub(crate) tuning: Tuning,
+
+    #[command(flatten)]
+    pub(crate) trust: Trust,
+
+    /// Give up on a client that does not finish connecting, or on a transfer, after this long
+    #[arg(long, value_name = "TIME", value_parser = size::duration)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// End when this process, our parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) exit_with_parent: Option<i32>,
+}
+
+/// What a server holds. Without a model it takes what the clients ask for.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ServePattern {
+    /// Hold the KV cache of this model, and refuse clients with another
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+
+    /// Ranks that share the model's heads [default: 1]
+    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tp: Option<u32>,
+
+    /// Tokens a block [default: 16]
+    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) block_size: Option<u32>,
+}
+
+/// Which operations to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OpChoice {
+    Read,
+    Write,
+    Both,
+}
+
+/// Which path to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PathChoice {
+    /// Soft device, this machine, shared arenas
+    Arena,
+    /// Soft device, this machine, memory of any kind
+    ProcessVm,
+    /// Soft device, any machine
+    Tcp,
+    /// A network card with RDMA
+    Rdma,
+    /// The best that can be used
+    Auto,
+}
+
+impl fmt::Display for OpChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Both => "both",
+        })
+    }
+}
+
+impl fmt::Display for PathChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Arena => "arena",
+            Self::ProcessVm => "process-vm",
+            Self::Tcp => "tcp",
+            Self::Rdma => "rdma",
+            Self::Auto => "auto",
+        })
+    }
+}
+
+impl BwArgs {
+    /// The block sizes to measure; none where a model says what is moved.
+    pub(crate) fn sizes(&self) -> Vec<Size> {
+        let work = &self.work;
+        if work.pattern.model.is_some() {
+            Vec::new()
+        } else if work.all {
+            (1..=23).map(|power| Size(1 << power)).collect()
+        } else if work.size.is_empty() {
+            [4 << 10, 16 << 10, 64 << 10, 1 << 20].map(Size).to_vec()
+        } else {
+            work.size.clone()
+        }
+    }
+}
+
+fn batch_size(text: &str) -> Result<i64, String> {
+    match text.parse::<i64>() {
+        Ok(n) if n == -1 || (1..=i64::from(u32::MAX)).contains(&n) => Ok(n),
+        _ => Err("say -1 (choose), or 1 and more".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn bw(args: &[&str]) -> Result<BwArgs, clap::Error> {
+        let cli = Cli::try_parse_from(["kvxfer", "bw"].iter().chain(args))?;
+        match cli.command {
+            Command::Bw(args) => Ok(*args),
+            Command::Serve(_) => panic!("bw was asked for"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_bare_bw_has_the_promised_sizes() -> Result<(), clap::Error> {
+        let args = bw(&[])?;
+        assert_eq!(args.sizes(), [4096, 16384, 65536, 1 << 20].map(Size));
+        assert_eq!(
+            (args.op, args.path, args.timeout),
+            (OpChoice::Both, None, None)
+        );
+        assert!(bw(&["--model", "llama-3.1-8b"])?.sizes().is_empty());
+        assert_eq!(bw(&["-a"])?.sizes().last(), Some(&Size(8 << 20)));
+        Ok(())
+    }
+
+    #[test]
+    fn perftests_short_options_keep_their_meaning() -> Result<(), clap::Error> {
+        let args = bw(&[
+            "node7", "-s", "4K,1M", "-n", "100", "-q", "8", "-t", "512", "-d", "mlx5_0",
+        ])?;
+        assert_eq!(
+            args.host.as_ref().map(ToString::to_string).as_deref(),
+            Some("node7:7301")
+        );
+        assert_eq!(args.sizes(), [4096, 1 << 20].map(Size));
+        assert_eq!(args.iters, Some(100));
+        assert_eq!(args.tuning.qp_per_transfer, Some(8));
+        assert_eq!(args.tuning.tx_depth, Some(512));
+        assert_eq!(args.tuning.device.as_deref(), Some("mlx5_0"));
+        assert_eq!(bw(&["-D", "5"])?.duration, Some(Duration::from_secs(5)));
+        assert_eq!(
+            bw(&["--post-batch-size", "-1"])?.tuning.post_batch_size,
+            Some(-1)
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn contradictions_are_usage_errors() {
+        for args in [
+            &["-D", "1", "-n", "1"][..],
+            &["--json", "--csv"],
+            &["-a", "-s", "4K"],
+            &["--model", "x", "-s", "4K"],
+            &["--model", "x", "-a"],
+            &["--model", "x", "--blocks", "3"],
+            &["--tp", "2"],
+            &["--tokens", "2"],
+            &["--block-size", "2"],
+            &["--secret-file", "f", "--allow-unauthenticated"],
+            &["--blocks", "0"],
+            &["-n", "0"],
+            &["-q", "0"],
+            &["--threads", "0"],
+            &["--post-batch-size", "0"],
+            &["-s", "4K,,8K"],
+            &["-s", ""],
+            &["--op", "both,read"],
+            &["--path", "shm"],
+            &["--timeout", "0"],
+            &["--min-gbps", "-1"],
+            &["a", "b"],
+            &["-x", "3"],
+        ] {
+            assert_eq!(
+                bw(args).map_err(|e| e.exit_code()).err(),
+                Some(2),
+                "{args:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! What the library's errors are to the person at the command line: cause, evidence, fix, exit code.
+
+use std::io;
+
+use kvxfer::Error;
+use kvxfer::config::PathKind;
+use kvxfer::session::{Party, SessionError};
+use kvxfer::transfer::Cause;
+use kvxfer::wire::{Refusal, WireError};
+
+use crate::problem::{Exit, Problem};
+use crate::run::Failed;
+
+/// What an error of the library is.
+pub(crate) fn library(error: &Error) -> Problem {
+    match error {
+        Error::Session { peer, source } => session(peer, source),
+        Error::NoPath { forced, candidates } => no_path(*forced, candidates),
+        Error::Unreachable { address, source } => {
+            Problem::new(Exit::Peer, format!("{address} cannot be reached"))
+                .with_evidence(format!("connecting: {source}"))
+                .with_fix(match source.kind() {
+                    io::ErrorKind::ConnectionRefused => format!(
+                        "start `kvxfer serve --listen {address}` there, or correct the port"
+                    ),
+                    _ => "check the address, the network and firewalls".to_owned(),
+                })
+        }
+        Error::Resolve { address, source } => {
+            Problem::new(Exit::Peer, format!("{address} is no host that is known"))
+                .with_evidence(source.to_string())
+                .with_fix("say HOST or HOST:PORT, with a name or number that leads to the server")
+        }
+        Error::Listen { address, source } => {
+            let problem = Problem::usage(format!("cannot listen on {address}"))
+                .with_evidence(source.to_string());
+            match source.kind() {
+                io::ErrorKind::AddrInUse => problem.with_fix(
+                    "another process listens there: end it (`ss -ltnp` shows it), or take another \
+                     port with --listen",
+                ),
+                io::ErrorKind::AddrNotAvailable => problem
+                    .with_fix("this machine has no such address: `ip address` shows those it has"),
+                io::ErrorKind::PermissionDenied => problem.with_fix("take a port above 1023"),
+                _ => problem,
+            }
+        }
+        Error::Unauthenticated { address } => unauthenticated(&address.to_string()),
+        Error::Config(kvxfer::config::ConfigError::Unauthenticated { host }) => {
+            unauthenticated(host)
+        }
+        Error::Deadline { what, after } => {
+            Problem::new(Exit::Peer, format!("{what} did not come within {after:?}"))
+                .with_fix("look whether the server is busy or stopped; --timeout waits longer")
+        }
+        Error::NotConnected { cause } => {
+            Problem::new(Exit::Peer, "the server is gone").with_evidence(cause.to_string())
+        }
+        Error::BenchWrong(wrong) => Problem::new(Exit::Check, "a byte is not what was sent")
+            .with_evidence(wrong.to_string())
+            .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
+        Error::Secret(_) => Problem::from_chain(Exit::Usage, error)
+            .with_fix("--secret-file or KVXFER_SECRET_FILE names a file with the shared secret"),
+        Error::Config(_) | Error::Layout(_) => Problem::from_chain(Exit::Usage, error),
+        Error::Memory(kvxfer_hipmem::Error::Mismatch(_))
+        | Error::Mismatch(_)
+        | Error::Compile(_) => Problem::from_chain(Exit::Check, error),
+        Error::Memory(_) => Problem::from_chain(Exit::Device, error)
+            .with_fix("say fewer --blocks or --tokens, or free some memory"),
+        Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
+            Problem::from_chain(Exit::Device, error)
+        }
+        // What is left is said by the peer, or of it.
+        _ => Problem::from_chain(Exit::Peer, error),
+    }
+}
+
+fn unauthenticated(address: &str) -> Problem {
+    Problem::usage(format!(
+        "{address} can be reached from other machines, and there is no secret"
+    ))
+    .with_fix(
+        "give both sides a secret (`openssl rand -hex 32 > FILE`, --secret-file FILE), or say \
+         --allow-unauthenticated if everybody who can reach this address may use the server",
+    )
+}
+
+fn session(peer: &str, source: &SessionError) -> Problem {
+    let new = |cause: &str| {
+        Problem::new(Exit::Peer, format!("{peer}: {cause}")).with_evidence(source.to_string())
+    };
+    match source {
+        SessionError::Wire(WireError::NotKvxfer { saw }) => {
+            Problem::new(Exit::Peer, format!("{peer} is not kvxfer"))
+                .with_evidence(format!("it answered with {saw}"))
+                .with_fix("check the address and the port; `kvxfer serve` prints its own")
+        }
+        SessionError::Wire(WireError::Framing { .. }) | SessionError::VersionMismatch { .. } => {
+            new("another version of kvxfer").with_fix("run the same version on both sides")
+        }
+        SessionError::NotAuthorised => new("another secret")
+            .with_fix("give both sides the same --secret-file (or KVXFER_SECRET_FILE)"),
+        SessionError::SecretMissing { side: Party::Us } => new("a secret is demanded").with_fix(
+            "set --secret-file or KVXFER_SECRET_FILE here, to the secret that the server has",
+        ),
+        SessionError::SecretMissing { side: Party::Peer } => new(
+            "the server has no secret, and this side has one",
+        )
+        .with_fix("start the server with the same --secret-file, or leave it out on both sides"),
+        SessionError::Busy => new("busy").with_fix("try again later"),
+        SessionError::HandshakeTimeout { .. } | SessionError::EstablishTimeout { .. } => new(
+            "no answer in time",
+        )
+        .with_fix(
+            "look whether it is kvxfer, and whether it is stopped or busy; --timeout waits longer",
+        ),
+        SessionError::Rejected { reason } => rejected(peer, reason),
+        SessionError::Refused { reason } => {
+            Problem::new(refusal_exit(reason), format!("{peer} cannot be used"))
+                .with_evidence(reason.to_string())
+        }
+        _ => new("the session ended"),
+    }
+}
+
+fn rejected(peer: &str, reason: &Refusal) -> Problem {
+    let problem = Problem::new(refusal_exit(reason), format!("{peer} refuses"))
+        .with_evidence(reason.to_string());
+    match reason {
+        Refusal::Full { .. } => problem.with_fix(
+            "say fewer --blocks or --tokens here, or give the server more with --max-memory",
+        ),
+        Refusal::FormatMismatch { .. } => problem.with_fix(
+            "give both sides the same --model, --tp and --block-size, or the server none",
+        ),
+        Refusal::RoleNotServed { .. } => {
+            problem.with_fix("start `kvxfer serve` there, or set allow_bench on the engine")
+        }
+        _ => problem,
+    }
+}
+
+fn refusal_exit(reason: &Refusal) -> Exit {
+    match reason {
+        Refusal::FormatMismatch { .. } => Exit::Check,
+        _ => Exit::Peer,
+    }
+}
+
+fn no_path(forced: Option<PathKind>, candidates: &[kvxfer::wire::Candidate]) -> Problem {
+    // Of a path that was asked for, the others' reasons are no news.
+    let told = |path| forced.is_none_or(|forced| forced == path);
+    let exit = match forced {
+        Some(PathKind::Rdma) => Exit::Device,
+        _ => Exit::Peer,
+    };
+    let cause = match forced {
+        Some(path) => format!("the {path} path cannot be used"),
+        None => "no path leads to the server".to_owned(),
+    };
+    let mut problem = Problem::new(exit, cause);
+    for candidate in candidates.iter().filter(|c| told(c.path)) {
+        if let Some(why_not) = &candidate.why_not {
+            problem = problem.with_evidence(format!("{}: {why_not}", candidate.path));
+        }
+    }
+    problem.with_fix("--path auto takes the best that can be used; --path tcp goes everywhere")
+}
+
+/// What a failed transfer is.
+pub(crate) fn transfer(failed: &Failed) -> Problem {
+    let exit = match failed.cause {
+        Cause::Post { .. } | Cause::LocalDevice { .. } => Exit::Device,
+        _ => Exit::Peer,
+    };
+    let problem = Problem::new(exit, failed.to_string()).with_evidence(failed.cause.to_string());
+    match failed.cause {
+        Cause::DeadlinePassed | Cause::PeerStalled { .. } => problem.with_fix(format!(
+            "look whether the server is busy or stopped; --timeout allows more than {:?}",
+            failed.timeout
+        )),
+        _ => problem,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::output::schema::Op;
+
+    fn exit_of(error: Error) -> (Exit, String) {
+        let problem = library(&error);
+        (problem.exit, problem.to_string())
+    }
+
+    #[test]
+    fn a_forced_path_tells_its_own_reason_alone() {
+        let candidates = [PathKind::Rdma, PathKind::Arena].map(|path| kvxfer::wire::Candidate {
+            path,
+            why_not: Some(format!("no {path} here")),
+        });
+        let error = |forced| Error::NoPath {
+            forced,
+            candidates: candidates.to_vec(),
+        };
+        let (exit, text) = exit_of(error(Some(PathKind::Rdma)));
+        assert_eq!(exit, Exit::Device);
+        assert!(
+            text.contains("no rdma here") && !text.contains("no arena here"),
+            "{text}"
+        );
+        let (exit, text) = exit_of(error(Some(PathKind::Arena)));
+        assert_eq!(exit, Exit::Peer);
+        assert!(text.contains("no arena here"), "{text}");
+        let (_, text) = exit_of(error(None));
+        assert!(
+            text.contains("no rdma here") && text.contains("no arena here"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn exit_codes_follow_the_cause() {
+        let rejected = |reason| Error::Session {
+            peer: "n:1".into(),
+            source: SessionError::Rejected { reason },
+        };
+        let full = Refusal::Full {
+            what: "memory".into(),
+            limit: 1,
+        };
+        let (exit, text) = exit_of(rejected(full));
+        assert_eq!(exit, Exit::Peer);
+        assert!(
+            text.contains("n:1") && text.contains("--max-memory"),
+            "{text}"
+        );
+        let mismatch = Refusal::FormatMismatch {
+            detail: "dtype".into(),
+        };
+        assert_eq!(exit_of(rejected(mismatch)).0, Exit::Check);
+        let gone = Error::NotConnected {
+            cause: Cause::PeerClosed,
+        };
+        assert_eq!(exit_of(gone).0, Exit::Peer);
+        let memory = kvxfer_hipmem::Error::Empty;
+        assert_eq!(exit_of(Error::Memory(memory)).0, Exit::Device);
+        let busy = Error::Listen {
+            address: "a:1".into(),
+            source: io::ErrorKind::AddrInUse.into(),
+        };
+        assert_eq!(exit_of(busy).0, Exit::Usage);
+    }
+
+    #[test]
+    fn a_failed_transfer_names_its_cause() {
+        let failed = Failed {
+            op: Op::Read,
+            timeout: Duration::from_secs(3),
+            cause: Cause::DeadlinePassed,
+        };
+        let problem = transfer(&failed);
+        assert_eq!(problem.exit, Exit::Peer);
+        let text = problem.to_string();
+        assert!(
+            text.contains("deadline passed") && text.contains("3s"),
+            "{text}"
+        );
+    }
+}

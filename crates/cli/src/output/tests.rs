@@ -1,0 +1,210 @@
+use std::time::Duration;
+
+use super::schema::{BwConfig, Candidate, Difference, Measured, Op, Pages, Row};
+use super::*;
+
+fn report() -> BwReport {
+    let candidates = vec![
+        Candidate {
+            path: "arena".into(),
+            usable: true,
+            why_not: None,
+        },
+        Candidate {
+            path: "rdma".into(),
+            usable: false,
+            why_not: Some(
+                "no device: /sys/class/infiniband is empty, \"modprobe\" may help".into(),
+            ),
+        },
+    ];
+    let arena = Measured {
+        op: Op::Read,
+        path: "arena".into(),
+        path_reason: "same host, both sides in arenas".into(),
+        candidates: candidates.clone(),
+        block_bytes: 4096,
+        blocks: 4096,
+        bytes: 16 << 20,
+        operations: 4096,
+        rates: vec![9.0e9, 11.0e9, 10.0e9],
+        limits: vec![12.0e9, 12.5e9, 12.5e9],
+        latency_ns: (1..=1000).map(|i| i * 2_000).collect(),
+        prepare_ns: vec![12_345, 12_000, 13_000],
+        post_ns: vec![400_000],
+        wire_ns: vec![900_100],
+        verified_bytes: 16 << 20,
+    };
+    let tcp = Measured {
+        op: Op::Write,
+        path: "tcp".into(),
+        path_reason: "asked for".into(),
+        rates: vec![2.0e9],
+        limits: Vec::new(),
+        latency_ns: vec![8_000_000; 7],
+        block_bytes: 1 << 20,
+        blocks: 16,
+        operations: 16,
+        ..arena.clone()
+    };
+    let rows: Vec<Row> = [arena, tcp]
+        .into_iter()
+        .filter_map(Measured::into_row)
+        .collect();
+    assert_eq!(rows.len(), 2);
+    let config = BwConfig {
+        version: "0.1.0".into(),
+        peer: None,
+        device: "soft0".into(),
+        path: "auto".into(),
+        op: "both".into(),
+        sizes: Some(vec![4096, 1 << 20]),
+        pattern: None,
+        seed: 7,
+        duration_s: Some(Duration::from_millis(1500)),
+        iters: None,
+        timeout_s: Some(Duration::from_secs(30)),
+        qp_per_transfer: 4,
+        num_worker_threads: 2,
+        post_batch_size: -1,
+        max_send_wr: 0,
+        max_cqe_num: 0,
+        max_msg_sge: 0,
+        enable_notification: false,
+        authenticated: false,
+        differences: vec![Difference {
+            key: "qp_per_transfer".into(),
+            here: 4,
+            there: 8,
+            used: Some(4),
+        }],
+        pages: Pages {
+            size: 2 << 20,
+            how: "transparent huge".into(),
+            why_not: vec!["0 reserved huge pages are free and 8 needed (vm.nr_hugepages)".into()],
+        },
+        cpus: 2,
+    };
+    BwReport::new(config, rows)
+}
+
+fn printed(format: Format) -> String {
+    let mut out = Vec::new();
+    print(&report(), format, &mut out).unwrap_or_else(|e| panic!("a vector takes all: {e}"));
+    String::from_utf8(out).unwrap_or_else(|e| panic!("not UTF-8: {e}"))
+}
+
+/// Compares with a golden file; `KVXFER_BLESS=1 cargo test` writes it anew.
+fn golden(name: &str, found: &str) {
+    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("KVXFER_BLESS").is_some() {
+        std::fs::write(&path, found).unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+    let wanted = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    assert_eq!(found, wanted, "{path}");
+}
+
+#[test]
+fn json_is_one_line_and_as_documented() {
+    let text = printed(Format::Json);
+    assert_eq!(text.matches('\n').count(), 1);
+    assert!(text.starts_with("{\"schema\":\"kvxfer.bw/1\",\"config\":{"));
+    golden("bw.json", &text);
+}
+
+#[test]
+fn every_json_field_is_in_the_document() {
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/json.md");
+    let document = std::fs::read_to_string(document).unwrap_or_default();
+    let value = serde_json::to_value(report()).unwrap_or_default();
+    let mut open = vec![value];
+    let mut seen = 0;
+    while let Some(value) = open.pop() {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    assert!(
+                        document.contains(&format!("`{name}`")),
+                        "docs/json.md lacks {name}"
+                    );
+                    seen += 1;
+                    open.push(value);
+                }
+            }
+            serde_json::Value::Array(values) => open.extend(values),
+            _ => {}
+        }
+    }
+    assert!(seen > 40, "{seen} fields seen");
+}
+
+#[test]
+fn nulls_follow_the_rules() {
+    let value = serde_json::to_value(report()).unwrap_or_default();
+    let row = |i: usize, name: &str| value["rows"][i][name].clone();
+    assert_eq!(row(0, "gb_per_s"), 10.0);
+    assert_eq!(row(0, "limit_gb_per_s"), 12.5);
+    assert_eq!(row(0, "of_limit"), 0.8);
+    assert_eq!(row(0, "p999_us"), 1998.0);
+    assert_eq!(row(0, "transfers"), 1000);
+    for name in ["limit_gb_per_s", "of_limit", "p999_us"] {
+        assert!(row(1, name).is_null(), "{name}");
+    }
+    assert!(row(0, "candidates")[0]["why_not"].is_null());
+}
+
+#[test]
+fn nothing_timed_is_no_row() {
+    let row = Measured {
+        op: Op::Read,
+        path: "arena".into(),
+        path_reason: String::new(),
+        candidates: Vec::new(),
+        block_bytes: 1,
+        blocks: 1,
+        bytes: 1,
+        operations: 1,
+        rates: vec![1.0],
+        limits: Vec::new(),
+        latency_ns: Vec::new(),
+        prepare_ns: Vec::new(),
+        post_ns: Vec::new(),
+        wire_ns: Vec::new(),
+        verified_bytes: 0,
+    };
+    assert_eq!(row.into_row(), None);
+}
+
+#[test]
+fn the_table_shows_the_same() {
+    golden("bw.txt", &printed(Format::Table));
+}
+
+#[test]
+fn csv_shows_the_same() {
+    let text = printed(Format::Csv);
+    golden("bw.csv", &text);
+    let value = serde_json::to_value(report()).unwrap_or_default();
+    let fields = value["rows"][0].as_object().map(serde_json::Map::len);
+    let header = text.lines().next().unwrap_or_default();
+    assert_eq!(Some(header.split(',').count()), fields);
+    for name in header.split(',') {
+        assert!(value["rows"][0].get(name).is_some(), "{name}");
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    struct Closed(io::ErrorKind);
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let try_print = |kind| print(&report(), Format::Json, Closed(kind));
+    assert!(try_print(io::ErrorKind::BrokenPipe).is_ok());
+    assert!(try_print(io::ErrorKind::StorageFull).is_err());
+}

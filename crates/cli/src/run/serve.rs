@@ -1,0 +1,88 @@
+//! `kvxfer serve`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use kvxfer::Engine;
+use kvxfer::bench::BenchSide;
+
+use super::case;
+use super::settings::{self, Settings};
+use crate::args::ServeArgs;
+use crate::problem::{Exit, Problem};
+use crate::signals::{self, StopSignals};
+
+/// `kvxfer serve`: the other side of `bw`, until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// A [`Problem`], or what the layers below say.
+pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    // First of all: threads started later inherit that the signals do not strike.
+    let signals = StopSignals::take()
+        .map_err(|errno| Problem::from_chain(Exit::Device, &errno))
+        .context("taking the stop signals over")?;
+    if let Some(parent) = args.exit_with_parent {
+        let there = signals::end_with_parent(parent)
+            .map_err(|errno| Problem::from_chain(Exit::Device, &errno))
+            .context("asking to end with the parent")?;
+        if !there {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    let mut flags = vec![("allow_bench", "kvxfer serve", "true".to_owned())];
+    if let Some(listen) = &args.listen {
+        flags.push(("listen", "--listen", listen.to_string()));
+    }
+    if let Some(size) = args.max_memory {
+        flags.push(("max_memory", "--max-memory", size.0.to_string()));
+    }
+    if let Some(timeout) = args.timeout {
+        // A handshake that takes longer, and a client that is silent for longer, is given up.
+        let text = || format!("{}s", timeout.as_secs_f64());
+        flags.push(("connect_timeout", "--timeout", text()));
+        flags.push(("transfer_timeout", "--timeout", text()));
+    }
+    // A parent has warned of its own settings, which these are.
+    let warn = args.exit_with_parent.is_none();
+    let settings = Settings::gather(&args.tuning, &args.trust, &flags, warn)?;
+    if args.tuning.explain_config {
+        settings.explain()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    settings::device(args.tuning.device.as_deref())?;
+    let config = settings.config;
+    config.check_listen().map_err(kvxfer::Error::from)?;
+    let side = BenchSide::new(&case::served(&args.pattern)?)?;
+    let (host, port) = config.listen_on();
+    let address = if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    };
+    let engine = Engine::new(config, side.format().clone(), side.placement().clone())?;
+    if args.pattern.model.is_some() {
+        kvxfer::bench::hold_to_format(&engine);
+    }
+    let address = engine.listen(&address)?;
+    say_ready(&format!("listening {address}\n"))?;
+    let signal = signals
+        .wait(None)
+        .map_err(|errno| Problem::from_chain(Exit::Device, &errno))
+        .context("waiting for a stop signal")?;
+    tracing::info!(?signal, "ending");
+    drop(engine);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The line that others wait for. Nobody need read it.
+fn say_ready(line: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(line.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("writing to standard output")
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,184 @@
+//! Settings from flags, environment, file and defaults.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use kvxfer::config::{Config, ConfigBuilder, Row};
+
+use crate::args::{Trust, Tuning};
+use crate::problem::{Exit, Problem};
+
+/// Names of the device that is always there.
+const SOFT: [&str; 2] = ["soft", "soft0"];
+
+/// What an engine is started with, and where each setting came from.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) config: Config,
+    rows: Vec<Row>,
+}
+
+/// A flag that gives a setting: the setting's key, what was typed, the value.
+pub(crate) type Flag<'a> = (&'static str, &'a str, String);
+
+impl Settings {
+    /// Gathers them. Warnings go to standard error, if they are wanted.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read, and [`kvxfer::config::ConfigError`].
+    pub(crate) fn gather(
+        tuning: &Tuning,
+        trust: &Trust,
+        more: &[Flag<'_>],
+        warn: bool,
+    ) -> anyhow::Result<Self> {
+        let mut builder = ConfigBuilder::new();
+        if let Some(given) = &tuning.kv_transfer_config {
+            const FLAG: &str = "--kv-transfer-config";
+            match given.strip_prefix('@') {
+                Some(path) => {
+                    let text = std::fs::read_to_string(path).map_err(|error| {
+                        Problem::usage(format!("cannot read {path}"))
+                            .with_evidence(error.to_string())
+                            .with_fix(format!("give {FLAG} a JSON text, or @FILE"))
+                    })?;
+                    builder.json(&text, path)
+                }
+                None => builder.json(given, FLAG),
+            }
+            .map_err(kvxfer::Error::from)?;
+        }
+        builder.from_process_env().map_err(kvxfer::Error::from)?;
+        let number = |value: u32| value.to_string();
+        let path = |path: &PathBuf| path.display().to_string();
+        let own: [Option<Flag<'_>>; 6] = [
+            tuning
+                .qp_per_transfer
+                .map(|n| ("qp_per_transfer", "--qp-per-transfer", number(n))),
+            tuning
+                .post_batch_size
+                .map(|n| ("post_batch_size", "--post-batch-size", n.to_string())),
+            tuning
+                .tx_depth
+                .map(|n| ("max_send_wr", "--tx-depth", number(n))),
+            tuning
+                .threads
+                .map(|n| ("num_worker_threads", "--threads", number(n))),
+            trust
+                .secret_file
+                .as_ref()
+                .map(|file| ("secret_file", "--secret-file", path(file))),
+            trust.allow_unauthenticated.then(|| {
+                (
+                    "allow_unauthenticated",
+                    "--allow-unauthenticated",
+                    "true".to_owned(),
+                )
+            }),
+        ];
+        for (key, flag, value) in own.iter().flatten().chain(more) {
+            builder
+                .flag(key, flag, value)
+                .map_err(kvxfer::Error::from)?;
+        }
+        for warning in builder.warnings().iter().filter(|_| warn) {
+            eprintln!("kvxfer: warning: {warning}");
+        }
+        Ok(Self {
+            config: builder.build().map_err(kvxfer::Error::from)?,
+            rows: builder.explain().map_err(kvxfer::Error::from)?,
+        })
+    }
+
+    /// A setting as it is written.
+    pub(crate) fn shown(&self, key: &str) -> String {
+        let row = self.rows.iter().find(|row| row.key == key);
+        row.map(|row| row.value.clone()).unwrap_or_default()
+    }
+
+    /// `--explain-config`: every setting, where it came from, and what else there is to know.
+    ///
+    /// # Errors
+    ///
+    /// Standard output does not take it.
+    pub(crate) fn explain(&self) -> anyhow::Result<()> {
+        let width = |cell: fn(&Row) -> String| {
+            let widths = self.rows.iter().map(|row| cell(row).chars().count());
+            widths.max().unwrap_or(0)
+        };
+        let value = |row: &Row| match row.value.as_str() {
+            "" => "-".to_owned(),
+            value => value.to_owned(),
+        };
+        let key_width = width(|row| row.key.clone());
+        let value_width = width(value);
+        let mut text = String::new();
+        for row in &self.rows {
+            let note = match row.note.as_str() {
+                "" => String::new(),
+                note => format!(" ({note})"),
+            };
+            let line = format!(
+                "{:key_width$}  {:value_width$}  {}{note}",
+                row.key,
+                value(row),
+                row.source
+            );
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        match std::io::stdout().lock().write_all(text.as_bytes()) {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                Err(error).context("writing to standard output")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The device that is meant. There is one that is always there, and this version drives no other.
+///
+/// # Errors
+///
+/// Any other device.
+pub(crate) fn device(name: Option<&str>) -> Result<&'static str, Problem> {
+    match name {
+        None => Ok(SOFT[0]),
+        Some(name) if SOFT.contains(&name) => Ok(SOFT[0]),
+        Some(name) => {
+            let cards: Vec<String> = std::fs::read_dir("/sys/class/infiniband")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .collect();
+            let seen = match cards.as_slice() {
+                [] => "/sys/class/infiniband has no RDMA device".to_owned(),
+                cards => format!("/sys/class/infiniband has {}", cards.join(", ")),
+            };
+            Err(
+                Problem::new(Exit::Device, format!("device {name} cannot be used"))
+                    .with_evidence(seen)
+                    .with_evidence("this version drives the software device alone: soft")
+                    .with_fix("leave --device out, or say --device soft"),
+            )
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_there_is_named_with_what_there_is() {
+        assert_eq!(device(None), Ok("soft"));
+        assert_eq!(device(Some("soft0")), Ok("soft"));
+        let problem = device(Some("mlx5_9")).expect_err("no such device");
+        assert_eq!(problem.exit, Exit::Device);
+        let text = problem.to_string();
+        assert!(text.contains("mlx5_9") && text.contains("soft"), "{text}");
+    }
+}

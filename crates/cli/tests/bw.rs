@@ -1,0 +1,452 @@
+//! `kvxfer bw` and `kvxfer serve` as people start them: real processes on this machine.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use support::{children_of, command, run, runs, serve, spawn, start, wait_until};
+
+/// A short run.
+const SMALL: [&str; 6] = ["--size", "4K,64K", "--blocks", "16", "--iters", "12"];
+
+fn bw(args: &[&str]) -> Vec<String> {
+    let parts = [&["bw"], args, &SMALL].concat();
+    parts.into_iter().map(str::to_owned).collect()
+}
+
+fn run_bw(args: &[&str]) -> support::Ended {
+    let args = bw(args);
+    run(&args.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Every field that docs/json.md promises, with the rules that hold between them.
+fn check_rows(report: &Value, path: &str, rows: usize) {
+    assert_eq!(report["schema"], "kvxfer.bw/1");
+    let all = report["rows"].as_array().expect("rows");
+    assert_eq!(all.len(), rows, "{report}");
+    for row in all {
+        let number = |name: &str| {
+            row[name]
+                .as_f64()
+                .unwrap_or_else(|| panic!("{name}: {row}"))
+        };
+        assert_eq!(row["path"], path, "{row}");
+        assert!(row["path_reason"].as_str().is_some_and(|r| !r.is_empty()));
+        let candidates = row["candidates"].as_array().expect("candidates");
+        assert_eq!(candidates.len(), 4, "{row}");
+        for candidate in candidates {
+            let why_not = &candidate["why_not"];
+            assert_eq!(candidate["usable"] == true, why_not.is_null(), "{row}");
+        }
+        assert_eq!(number("blocks"), 16.0, "{row}");
+        assert_eq!(number("bytes"), number("blocks") * number("block_bytes"));
+        // Nothing merges.
+        assert_eq!(number("operations"), number("blocks"), "{row}");
+        // All slots' first passes.
+        assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
+        assert_eq!(number("transfers"), 12.0, "{row}");
+        for positive in [
+            "gb_per_s",
+            "limit_gb_per_s",
+            "of_limit",
+            "blocks_per_s",
+            "p50_us",
+        ] {
+            assert!(number(positive) > 0.0, "{positive}: {row}");
+        }
+        assert!(number("p50_us") <= number("p99_us"), "{row}");
+        assert!(row["p999_us"].is_null(), "{row}");
+        for time in ["prepare_us", "post_us", "wire_us"] {
+            assert!(number(time) > 0.0, "{time}: {row}");
+        }
+    }
+}
+
+fn over(path: &str) {
+    let ended = run_bw(&["--json", "--path", path]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report = ended.json();
+    check_rows(&report, path, 4);
+    assert!(report["config"]["peer"].is_null());
+    assert_eq!(report["config"]["path"], path);
+    let ops: Vec<&Value> = (0..4).map(|i| &report["rows"][i]["op"]).collect();
+    assert_eq!(ops, ["read", "write", "read", "write"]);
+}
+
+#[test]
+fn every_byte_arrives_over_arena() {
+    over("arena");
+}
+
+#[test]
+fn every_byte_arrives_over_process_vm() {
+    over("process-vm");
+}
+
+#[test]
+fn every_byte_arrives_over_tcp() {
+    over("tcp");
+}
+
+#[test]
+fn an_engines_pattern_is_moved() {
+    let args = [
+        "bw",
+        "--json",
+        "--model",
+        "deepseek-v3",
+        "--tokens",
+        "64",
+        "--iters",
+        "5",
+        "--seed",
+        "9",
+    ];
+    let ended = run(&args);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report = ended.json();
+    assert_eq!(report["config"]["pattern"]["tokens"], 64);
+    assert_eq!(report["config"]["seed"], 9);
+    let row = &report["rows"][0];
+    // 61 layers, 4 blocks of 16 tokens, a latent of 576 in bf16.
+    assert_eq!(row["blocks"], 4 * 61);
+    assert_eq!(row["block_bytes"], 16 * 576 * 2);
+    assert_eq!(row["verified_bytes"], 4 * 4 * 61 * 16 * 576 * 2);
+}
+
+#[test]
+fn a_duration_a_table_and_csv() {
+    let table = run(&[
+        "bw", "--size", "4K", "--blocks", "8", "--op", "read", "-D", "50ms",
+    ]);
+    assert_eq!(table.code, Some(0), "{table:?}");
+    assert!(
+        table.stdout.contains("of limit") && table.stdout.contains("seed"),
+        "{table:?}"
+    );
+    let csv = run_bw(&["--csv"]);
+    assert_eq!(csv.code, Some(0), "{csv:?}");
+    assert_eq!(csv.stdout.lines().count(), 5, "{csv:?}");
+    assert!(csv.stdout.starts_with("op,path,"), "{csv:?}");
+}
+
+#[test]
+fn a_server_serves_two_clients_at_once_and_ends_on_sigterm() {
+    let (server, address) = serve(&["--qp-per-transfer", "3"]);
+    let args: Vec<Vec<String>> = (0..2)
+        .map(|_| bw(&[&address, "--json", "-q", "2"]))
+        .collect();
+    let clients: Vec<_> = args
+        .iter()
+        .map(|args| start(&args.iter().map(String::as_str).collect::<Vec<_>>()))
+        .collect();
+    for client in clients {
+        let ended = client.end();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        let report = ended.json();
+        check_rows(&report, "arena", 4);
+        assert_eq!(report["config"]["peer"], address);
+        // The difference is settled by the side that connects, and named.
+        let difference = &report["config"]["differences"][0];
+        assert_eq!(difference["key"], "qp_per_transfer");
+        assert_eq!(
+            (&difference["here"], &difference["there"]),
+            (&2.into(), &3.into())
+        );
+        assert_eq!(difference["used"], 2);
+    }
+    server.signal(Signal::SIGTERM);
+    let ended = server.end();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn a_server_with_a_model_refuses_another() {
+    let (_server, address) = serve(&["--model", "llama-3.1-8b", "--block-size", "32"]);
+    run_bw(&[&address]).failed(1, &[&address, "KV formats do not fit", "--model"]);
+    let same = [
+        "bw",
+        &address,
+        "--json",
+        "--model",
+        "llama-3.1-8b",
+        "--block-size",
+        "32",
+        "--tokens",
+        "64",
+        "--iters",
+        "4",
+    ];
+    let ended = run(&same);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn the_target_ends_with_its_parent() {
+    let client = start(&["bw", "--size", "4K", "--blocks", "64", "-D", "600"]);
+    let mut target = None;
+    wait_until("a target", || {
+        target = children_of(client.pid()).first().copied();
+        target.is_some()
+    });
+    let target = target.expect("a target");
+    assert!(runs(target));
+    client.signal(Signal::SIGKILL);
+    assert_eq!(client.end().code, None);
+    wait_until("the target's end", || !runs(target));
+}
+
+#[test]
+fn nothing_is_left_of_a_run() {
+    let args = bw(&["--json"]);
+    let mut client = start(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut targets = Vec::new();
+    wait_until("the end of the run", || {
+        targets.extend(children_of(client.pid()));
+        client.has_ended()
+    });
+    assert!(!targets.is_empty());
+    assert!(!targets.into_iter().any(runs));
+}
+
+/// Kills or stops the server in the middle of a run, over each path.
+fn peer_fails(signal: Signal, timeout: &str) {
+    for path in ["arena", "tcp"] {
+        let (server, address) = serve(&[]);
+        let client = start(&[
+            "bw",
+            &address,
+            "--size",
+            "64K",
+            "--blocks",
+            "64",
+            "-D",
+            "600",
+            "--path",
+            path,
+            "--op",
+            "write",
+            "--timeout",
+            timeout,
+        ]);
+        // Its measuring takes ten minutes: whenever this is, it is in the middle.
+        std::thread::sleep(Duration::from_millis(1500));
+        server.signal(signal);
+        let ended = client.end();
+        ended.failed(3, &[&address]);
+        assert!(ended.stdout.is_empty(), "{ended:?}");
+    }
+}
+
+#[test]
+fn a_killed_server_is_told_in_time() {
+    peer_fails(Signal::SIGKILL, "20");
+}
+
+#[test]
+fn a_stopped_server_is_told_in_time() {
+    peer_fails(Signal::SIGSTOP, "2");
+}
+
+#[test]
+fn a_killed_target_is_told_in_time() {
+    let client = start(&[
+        "bw",
+        "--size",
+        "4K",
+        "--blocks",
+        "64",
+        "-D",
+        "600",
+        "--timeout",
+        "20",
+    ]);
+    let mut target = None;
+    wait_until("a target", || {
+        target = children_of(client.pid()).first().copied();
+        target.is_some()
+    });
+    std::thread::sleep(Duration::from_millis(1500));
+    let target = nix::unistd::Pid::from_raw(target.expect("a target"));
+    nix::sys::signal::kill(target, Signal::SIGKILL).expect("it runs");
+    client.end().failed(3, &["the target process", "SIGKILL"]);
+}
+
+struct Secrets {
+    dir: tempfile::TempDir,
+}
+
+impl Secrets {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in ["one", "two"] {
+            let text = format!("{name}: 0123456789abcdef0123456789abcdef");
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).expect("written");
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            std::fs::set_permissions(&path, mode).expect("set");
+        }
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+}
+
+#[test]
+fn secrets_must_be_the_same() {
+    let secrets = Secrets::new();
+    let (one, two) = (secrets.path("one"), secrets.path("two"));
+    let (_server, address) = serve(&["--secret-file", &one]);
+    let ended = run_bw(&[&address, "--json", "--secret-file", &one]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.json()["config"]["authenticated"], true);
+    run_bw(&[&address, "--secret-file", &two]).failed(3, &[&address, "secret"]);
+    run_bw(&[&address]).failed(3, &[&address, "--secret-file or KVXFER_SECRET_FILE here"]);
+    let (_open, open) = serve(&[]);
+    run_bw(&[&open, "--secret-file", &one]).failed(3, &[&open, "server has no secret"]);
+    let missing = secrets.path("missing");
+    run_bw(&["--secret-file", &missing]).failed(2, &[&missing]);
+    // From the environment, and through to the target that is started.
+    let args = bw(&["--json"]);
+    let ended = spawn(
+        command(&args.iter().map(String::as_str).collect::<Vec<_>>())
+            .env("KVXFER_SECRET_FILE", &two),
+    )
+    .end();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.json()["config"]["authenticated"], true);
+}
+
+#[test]
+fn a_busy_port_is_told() {
+    let (_server, address) = serve(&[]);
+    run(&["serve", "--listen", &address]).failed(2, &[&address, "another port"]);
+}
+
+#[test]
+fn listening_to_the_network_needs_a_secret_or_leave() {
+    run(&["serve", "--listen", "0.0.0.0:0"]).failed(2, &["0.0.0.0", "--allow-unauthenticated"]);
+    let server = start(&["serve", "--listen", "0.0.0.0:0", "--allow-unauthenticated"]);
+    assert!(server.address().starts_with("0.0.0.0:"));
+}
+
+#[test]
+fn nobody_there_is_told() {
+    // A port that was free a moment ago.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound").to_string();
+    drop(listener);
+    run_bw(&[&address]).failed(3, &[&address, "kvxfer serve"]);
+}
+
+#[test]
+fn who_is_not_kvxfer_is_told() {
+    for answer in [
+        &b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"[..],
+        b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n",
+        b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let other = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("a client");
+            socket.write_all(answer).expect("answered");
+            let mut rest = Vec::new();
+            let _ = socket.read_to_end(&mut rest);
+        });
+        run_bw(&[&address, "--timeout", "20"]).failed(3, &[&address, "not kvxfer"]);
+        other.join().expect("the other ends");
+    }
+}
+
+#[test]
+fn who_never_answers_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound").to_string();
+    run_bw(&[&address, "--timeout", "500ms"]).failed(3, &[&address]);
+}
+
+#[test]
+fn too_little_memory_is_told() {
+    let (_server, address) = serve(&["--max-memory", "1M"]);
+    run_bw(&[&address]).failed(3, &[&address, "--max-memory"]);
+    // And there is nothing that holds so much.
+    let ended = run(&["bw", "--size", "1G", "--blocks", "1000000"]);
+    ended.failed(4, &["memory", "--blocks"]);
+}
+
+#[test]
+fn a_device_or_path_that_is_not_there_is_told() {
+    run_bw(&["--path", "rdma"]).failed(4, &["rdma", "--path auto"]);
+    run_bw(&["--device", "mlx5_77"]).failed(4, &["mlx5_77", "soft"]);
+}
+
+#[test]
+fn too_slow_is_exit_1_with_the_report() {
+    let ended = run_bw(&["--json", "--min-gbps", "1000000"]);
+    ended.failed(1, &["1000000 gigabits", "read of 4K"]);
+    check_rows(&ended.json(), "arena", 4);
+    assert_eq!(run_bw(&["--min-gbps", "0.000001"]).code, Some(0));
+}
+
+#[test]
+fn settings_have_an_order_and_say_where_they_come_from() {
+    let json = r#"{"kv_connector_extra_config": {"qp_per_transfer": "8", "post_batch_size": 16}}"#;
+    let args = [
+        "bw",
+        "--explain-config",
+        "--kv-transfer-config",
+        json,
+        "--threads",
+        "1",
+    ];
+    let ended = spawn(
+        command(&args)
+            .env("KVXFER_QP_PER_TRANSFER", "7")
+            .env("KVXFER_NUM_WORKER_THREADS", "9"),
+    )
+    .end();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let line = |key: &str| {
+        let line = ended.stdout.lines().find(|line| line.starts_with(key));
+        line.unwrap_or_else(|| panic!("{key}: {ended:?}"))
+            .to_owned()
+    };
+    let has = |key: &str, parts: &[&str]| {
+        let line = line(key);
+        for part in parts {
+            assert!(line.contains(part), "{part:?} is not in {line:?}");
+        }
+    };
+    has(
+        "qp_per_transfer",
+        &["7", "KVXFER_QP_PER_TRANSFER", "overrides 8"],
+    );
+    has("num_worker_threads", &["1", "--threads", "overrides 9"]);
+    has("post_batch_size", &["16", "--kv-transfer-config"]);
+    has("max_send_wr", &["0", "default"]);
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("kv.json");
+    std::fs::write(&file, json).expect("written");
+    let at = format!("@{}", file.display());
+    let ended = run_bw(&["--json", "--kv-transfer-config", &at]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.json()["config"]["qp_per_transfer"], 8);
+    assert_eq!(ended.json()["config"]["post_batch_size"], 16);
+}
+
+#[test]
+fn settings_that_cannot_be_are_usage_errors() {
+    run_bw(&["--kv-transfer-config", "{\"nonsense\": 1}"]).failed(2, &["nonsense"]);
+    run_bw(&["--kv-transfer-config", "@/nonexistent.json"]).failed(2, &["/nonexistent.json"]);
+    run_bw(&["--threads", "100000"]).failed(2, &["100000", "--threads"]);
+    run(&["bw", "--model", "gpt-2"]).failed(2, &["gpt-2", "llama-3.1-8b"]);
+    run(&["bw", "--model", "llama-3.1-8b", "--tp", "3"]).failed(2, &["tp"]);
+}

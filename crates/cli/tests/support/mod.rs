@@ -1,0 +1,190 @@
+//! The built command as processes, each waited for with a bound.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const LONG: Duration = Duration::from_secs(120);
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The exit code; none if a signal ended it.
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Ended {
+    /// The one line of JSON.
+    pub(crate) fn json(&self) -> serde_json::Value {
+        assert_eq!(self.stdout.matches('\n').count(), 1, "{self:?}");
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    /// Ended with this code, having said all of these.
+    #[track_caller]
+    pub(crate) fn failed(&self, code: i32, said: &[&str]) {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        for text in said {
+            assert!(
+                self.stderr.contains(text),
+                "{text:?} was not said: {self:?}"
+            );
+        }
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+    }
+}
+
+/// A process that is killed if it is still there at the end.
+pub(crate) struct Process {
+    child: Child,
+    stdout: Option<JoinHandle<String>>,
+    stderr: Option<JoinHandle<String>>,
+    first_line: Receiver<String>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The command, in an environment that gives it no settings.
+pub(crate) fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvxfer"));
+    command.args(args);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("KVXFER_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+pub(crate) fn start(args: &[&str]) -> Process {
+    spawn(&mut command(args))
+}
+
+pub(crate) fn spawn(command: &mut Command) -> Process {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    let (sender, first_line) = channel();
+    let stdout = child.stdout.take().expect("piped");
+    let stdout = std::thread::spawn(move || {
+        let mut text = String::new();
+        let mut out = BufReader::new(stdout);
+        let _ = out.read_line(&mut text);
+        let _ = sender.send(text.clone());
+        let _ = out.read_to_string(&mut text);
+        text
+    });
+    let mut stderr = child.stderr.take().expect("piped");
+    let stderr = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = stderr.read_to_string(&mut text);
+        text
+    });
+    Process {
+        child,
+        stdout: Some(stdout),
+        stderr: Some(stderr),
+        first_line,
+    }
+}
+
+impl Process {
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a process id")
+    }
+
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.pid());
+        nix::sys::signal::kill(pid, signal).expect("the process is there");
+    }
+
+    /// Where a server listens.
+    pub(crate) fn address(&self) -> String {
+        let line = self.first_line.recv_timeout(LONG).expect("a line in time");
+        let address = line.strip_prefix("listening ").map(str::trim_end);
+        address
+            .unwrap_or_else(|| panic!("it said {line:?}"))
+            .to_owned()
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
+    }
+
+    /// Waits for the end.
+    pub(crate) fn end(mut self) -> Ended {
+        let until = Instant::now() + LONG;
+        let status = loop {
+            match self.child.try_wait().expect("a child") {
+                Some(status) => break status,
+                None if Instant::now() > until => {
+                    let _ = self.child.kill();
+                    panic!("still running after {LONG:?}");
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let text = |reader: Option<JoinHandle<String>>| {
+            reader
+                .and_then(|reader| reader.join().ok())
+                .unwrap_or_default()
+        };
+        Ended {
+            code: status.code(),
+            stdout: text(self.stdout.take()),
+            stderr: text(self.stderr.take()),
+        }
+    }
+}
+
+pub(crate) fn run(args: &[&str]) -> Ended {
+    start(args).end()
+}
+
+/// A server that serves on a free port.
+pub(crate) fn serve(args: &[&str]) -> (Process, String) {
+    let server = start(&[&["serve", "--listen", "127.0.0.1:0"], args].concat());
+    let address = server.address();
+    (server, address)
+}
+
+/// Waits until something holds.
+pub(crate) fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    let until = Instant::now() + LONG;
+    let mut holds = holds;
+    while !holds() {
+        assert!(Instant::now() < until, "{what} did not come about");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The processes whose parent this is.
+pub(crate) fn children_of(pid: i32) -> Vec<i32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let text = text.unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+/// Whether a process runs: a zombie that nobody waits for does not.
+pub(crate) fn runs(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+    !state.starts_with(['Z', 'X'])
+}
