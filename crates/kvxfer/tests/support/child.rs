@@ -8,13 +8,14 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{KvRole, PathKind};
+use kvxfer::engine::{Instance, PullOptions, Push};
 use kvxfer::event::{Event, PeerName};
 use kvxfer::ids::{EngineId, RequestId};
 use kvxfer::ticket::Ticket;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{LONG, Log, Node, groups, pairs, recipe};
+use super::{LONG, Log, Node, groups, pairs, recipe, until};
 
 const VARIABLE: &str = "KVXFER_TEST_CHILD";
 /// The test that is a child's main function.
@@ -101,8 +102,13 @@ impl Child {
         self.signal(Signal::SIGCONT);
     }
 
-    pub(crate) fn die(&mut self) {
+    pub(crate) fn kill(&self) {
         self.signal(Signal::SIGKILL);
+    }
+
+    /// Kills it and waits until it is gone.
+    pub(crate) fn die(&mut self) {
+        self.kill();
         self.process.wait().expect("it ends");
     }
 
@@ -148,6 +154,27 @@ impl Child {
         let engine = &peer.engine.0;
         self.tell(&format!("push {request} {blocks} {times} {engine}"));
         self.answer("pushing");
+    }
+
+    /// Has the child begin the same push once over, and not commit it.
+    pub(crate) fn begin(&mut self, peer: &PeerName, request: &str, blocks: u32) {
+        let engine = &peer.engine.0;
+        self.tell(&format!("begin {request} {blocks} {engine}"));
+        self.answer("begun");
+    }
+
+    /// Has the child pull the first `blocks` blocks of a ticket, `times` over.
+    pub(crate) fn pull(&mut self, peer: &PeerName, ticket: &Ticket, blocks: u32, times: u32) {
+        let engine = &peer.engine.0;
+        let ticket = ticket.to_json().expect("json");
+        self.tell(&format!("pull {times} {blocks} {engine} {ticket}"));
+        self.answer("pulling");
+    }
+
+    /// How a request has ended for the child: `received`, `sent` or `failed`, and the event.
+    pub(crate) fn outcome(&mut self, request: &str) -> String {
+        self.tell(&format!("outcome {request}"));
+        self.answer("outcome")
     }
 }
 
@@ -210,9 +237,35 @@ fn say(line: &str) {
     println!("{MARK}{line}");
 }
 
+/// The session that a peer has opened, when it stands.
+fn way_to(node: &Node, peer: &str) -> Instance {
+    let name = PeerName {
+        engine: EngineId::from(peer),
+        rank: node.engine.rank(),
+    };
+    let mut found = None;
+    until("a session", || {
+        found = node.engine.instance_of(&name);
+        found.is_some()
+    });
+    found.expect("a session")
+}
+
+fn begin(node: &Node, peer: &str, request: &str) -> Push {
+    let mut push = None;
+    until("a push", || {
+        push = way_to(node, peer)
+            .begin_push(&RequestId::from(request))
+            .ok();
+        push.is_some()
+    });
+    push.expect("a push")
+}
+
 fn serve(node: &Node) {
     let mut log = Log::new(&node.engine);
     let mut transfers = HashMap::new();
+    let mut begun = Vec::new();
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("an order");
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -237,16 +290,7 @@ fn serve(node: &Node) {
                 say(&format!("ticket {}", ticket.to_json().expect("json")));
             }
             ["push", request, blocks, times, peer] => {
-                let name = PeerName {
-                    engine: EngineId::from(peer),
-                    rank: node.engine.rank(),
-                };
-                log.wait(
-                    "peer",
-                    |event| matches!(event, Event::PeerUp { peer, .. } if *peer == name),
-                );
-                let to = node.engine.instance_of(&name).expect("a session");
-                let push = to.begin_push(&RequestId::from(request)).expect("a push");
+                let push = begin(node, peer, request);
                 let blocks = number(blocks);
                 for _ in 0..number(times) {
                     push.all_layers(&pairs((0..blocks).map(|b| (b, b))))
@@ -255,6 +299,30 @@ fn serve(node: &Node) {
                 let transfer = push.commit().expect("committed");
                 transfers.insert(request.to_owned(), transfer);
                 say("pushing");
+            }
+            // Without a commit.
+            ["begin", request, blocks, peer] => {
+                let push = begin(node, peer, request);
+                let blocks = number(blocks);
+                push.all_layers(&pairs((0..blocks).map(|b| (b, b))))
+                    .expect("pushed");
+                begun.push(push);
+                say("begun");
+            }
+            ["pull", times, blocks, peer, ticket] => {
+                let ticket = Ticket::from_json(ticket).expect("a ticket");
+                let from = way_to(node, peer);
+                let wanted = pairs((0..number(blocks)).map(|b| (b, b)));
+                for tag in 0..u64::from(number(times)) {
+                    let options = PullOptions {
+                        tag,
+                        hold: true,
+                        ..PullOptions::default()
+                    };
+                    let transfer = from.pull(&ticket, &wanted, options).expect("a transfer");
+                    transfers.insert(format!("pull-{tag}"), transfer);
+                }
+                say("pulling");
             }
             // The event that ends a request.
             ["outcome", request] => {
