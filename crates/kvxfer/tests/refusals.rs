@@ -961,7 +961,7 @@ fn a_push_that_comes_too_late() {
         let mut log = Log::new(&consumer.engine);
         let ticket = consumer
             .engine
-            .expect(&request, &groups(0..8), 1, Duration::from_millis(500))
+            .expect(&request, &groups(0..8), 1, Duration::from_secs(1))
             .expect("an expectation");
         let push = back.begin_push(&request).expect("a push");
         push.layer(0, &pairs((0..8).map(|b| (b, b)))).expect("fits");
