@@ -173,16 +173,23 @@ impl Limit {
                 )?;
             }
             How::ProcessVm { threads, pid, base } => {
-                // Reading is what either side does: a WRITE is read by the target, from us.
+                // Reading is what either side does: a WRITE is read by the target, from us. The
+                // limit has the two processes change places then, and each byte its place.
                 shared_out(
                     *threads,
                     &work,
                     |part: &[Stretch], pieces: &mut Vec<RemotePiece>| {
                         pieces.clear();
-                        pieces.extend(part.iter().map(|s| RemotePiece {
-                            remote_addr: base + s.remote,
-                            offset: s.local,
-                            len: s.len,
+                        pieces.extend(part.iter().map(|s| {
+                            let (src, dst) = match self.op {
+                                Op::Read => (s.remote, s.local),
+                                Op::Write => (s.local, s.remote),
+                            };
+                            RemotePiece {
+                                remote_addr: base + src,
+                                offset: dst,
+                                len: s.len,
+                            }
                         }));
                         bare::process_vm_readv(*pid, &self.local, pieces, BATCH).map(drop)
                     },
