@@ -3,52 +3,17 @@
 
 mod support;
 
-use std::fs;
 use std::time::Duration;
 
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Outcome, PullOptions};
 use kvxfer::ids::RequestId;
+use support::counts::Counts;
 use support::{LONG, Node, bounded, groups, pairs, recipe};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u32 = 64;
 const CYCLES: u32 = 100;
-
-/// How many entries a directory of /proc/self has.
-fn entries(of: &str) -> usize {
-    fs::read_dir(format!("/proc/self/{of}"))
-        .expect("procfs")
-        .count()
-}
-
-fn resident_kib() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").expect("procfs");
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .expect("a resident size");
-    let number = line.split_whitespace().nth(1).expect("a number");
-    number.parse().expect("a number")
-}
-
-/// Waits until there are no more descriptors and threads than before; their owners have told
-/// everybody that they go, and may still be on their way.
-#[track_caller]
-fn settles(what: &str, fds: usize, threads: usize) {
-    let begun = std::time::Instant::now();
-    loop {
-        let (fds_now, threads_now) = (entries("fd"), entries("task"));
-        if fds_now <= fds && threads_now <= threads {
-            return;
-        }
-        assert!(
-            begun.elapsed() < LONG,
-            "{what}: {fds_now} descriptors, {fds} before; {threads_now} threads, {threads} before"
-        );
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
 
 fn pull(producer: &Node, consumer: &Node, address: &str, request: &str) {
     let instance = consumer.engine.connect(address, LONG).expect("a session");
@@ -77,19 +42,18 @@ fn coming_and_going() {
             pull(&producer, &new(), &address, &format!("warm-too-{i}"));
         }
         std::thread::sleep(Duration::from_millis(500));
-        let (fds, threads) = (entries("fd"), entries("task"));
-        let resident = resident_kib();
+        let before = Counts::now();
         for i in 0..CYCLES {
             pull(&producer, &consumer, &address, &format!("session-{i}"));
         }
-        settles("sessions", fds, threads);
+        before.settle("sessions");
         for i in 0..CYCLES {
             let (consumer, text) = (new(), format!("engine-{i}"));
             pull(&producer, &consumer, &address, &text);
             bounded("engine drop", move || drop(consumer));
         }
-        settles("engines", fds, threads);
-        let grown = resident_kib().saturating_sub(resident);
+        before.settle("engines");
+        let grown = before.grown_kib();
         assert!(grown < 32 << 10, "{grown} KiB more resident over {path}");
     }
 }

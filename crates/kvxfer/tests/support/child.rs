@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Instance, PullOptions, Push};
-use kvxfer::event::{Event, PeerName};
+use kvxfer::event::{Event, MemoryState, PeerName};
 use kvxfer::ids::{EngineId, RequestId};
 use kvxfer::ticket::Ticket;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{LONG, Log, Node, groups, pairs, recipe, until};
+use super::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
 
 const VARIABLE: &str = "KVXFER_TEST_CHILD";
 /// The test that is a child's main function.
@@ -171,6 +171,45 @@ impl Child {
         self.answer("pulling");
     }
 
+    /// Has the child push its first blocks to these of `peer`, if it can, and then `commit`, `abort` or
+    /// `leave` it; whether it could.
+    pub(crate) fn try_push(
+        &mut self,
+        peer: &PeerName,
+        request: &str,
+        how: &str,
+        blocks: &[u32],
+    ) -> bool {
+        let blocks: Vec<String> = blocks.iter().map(u32::to_string).collect();
+        let (engine, blocks) = (&peer.engine.0, blocks.join(","));
+        self.tell(&format!("try-push {request} {how} {engine} {blocks}"));
+        self.answer("tried") == "true"
+    }
+
+    /// Has the child pull the first `blocks` blocks of a ticket into its own, if it can; its
+    /// `verdict` tells of them.
+    pub(crate) fn try_pull(&mut self, peer: &PeerName, ticket: &Ticket, blocks: u32) -> bool {
+        let engine = &peer.engine.0;
+        let ticket = ticket.to_json().expect("json");
+        self.tell(&format!("try-pull {blocks} {engine} {ticket}"));
+        self.answer("tried") == "true"
+    }
+
+    /// Has the child expect its first `blocks` blocks and check them in its `verdict`.
+    pub(crate) fn receive(&mut self, request: &str, blocks: u32, deadline: Duration) {
+        self.tell(&format!(
+            "receive {request} {blocks} {}",
+            deadline.as_millis()
+        ));
+        self.answer("receiving");
+    }
+
+    /// How the child's one pull or expectation has ended: `good`, `failed`, or what is wrong with it.
+    pub(crate) fn verdict(&mut self, request: &str) -> String {
+        self.tell(&format!("verdict {request}"));
+        self.answer("verdict")
+    }
+
     /// How a request has ended for the child: `received`, `sent` or `failed`, and the event.
     pub(crate) fn outcome(&mut self, request: &str) -> String {
         self.tell(&format!("outcome {request}"));
@@ -193,11 +232,12 @@ pub(crate) fn entry() {
     };
     // A child that is stopped when its parent dies goes with it.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).expect("prctl");
-    let node = build(&text);
-    serve(&node);
+    let (node, seed) = build(&text);
+    serve(&node, seed);
 }
 
-fn build(text: &str) -> Node {
+/// The child's side, and the seed of its pattern.
+fn build(text: &str) -> (Node, u64) {
     let parts: Vec<&str> = text.split('|').collect();
     let [role, path, block_bytes, blocks, listen, engine_id, seed] = parts[..] else {
         panic!("not a child's description: {text}");
@@ -219,7 +259,8 @@ fn build(text: &str) -> Node {
         }
     });
     let node = recipe.node();
-    node.side.fill(number(seed)).expect("filled");
+    let seed = number(seed);
+    node.side.fill(seed).expect("filled");
     // Somebody who has just died may hold the address for a moment.
     let end = Instant::now() + LONG;
     let address = loop {
@@ -230,7 +271,7 @@ fn build(text: &str) -> Node {
         }
     };
     say(&format!("listening {address}"));
-    node
+    (node, seed)
 }
 
 fn say(line: &str) {
@@ -262,7 +303,60 @@ fn begin(node: &Node, peer: &str, request: &str) -> Push {
     push.expect("a push")
 }
 
-fn serve(node: &Node) {
+/// Pushes the first blocks to these of the peer, if its session is there.
+fn try_push(node: &Node, peer: &str, request: &str, how: &str, to: &str) -> Option<Option<Push>> {
+    let name = PeerName {
+        engine: EngineId::from(peer),
+        rank: node.engine.rank(),
+    };
+    let way = node.engine.instance_of(&name)?;
+    let push = way.begin_push(&RequestId::from(request)).ok()?;
+    let to = to.split(',').map(|b| b.parse().expect("a block"));
+    push.all_layers(&pairs((0..).zip(to))).ok()?;
+    Some(match how {
+        "commit" => {
+            drop(push.commit().ok()?);
+            None
+        }
+        "abort" => {
+            drop(push.abort());
+            None
+        }
+        _ => Some(push),
+    })
+}
+
+/// Waits until a request has ended and its memory is free; checks its blocks if it was received.
+fn verdict(node: &Node, log: &mut Log, request: &str, blocks: u32, seed: u64) -> String {
+    let of = RequestId::from(request);
+    let event = log.wait("outcome", |event| {
+        event.request().is_some_and(|(r, _)| *r == of) && !matches!(event, Event::Released { .. })
+    });
+    let said = match event {
+        Event::Received { .. } => {
+            let table = pairs((0..blocks).map(|b| (b, b)));
+            match node.side.verify(seed, &table) {
+                Ok(_) => "good".to_owned(),
+                Err(error) => error.to_string(),
+            }
+        }
+        Event::Failed { memory, .. } => {
+            if memory == MemoryState::Quarantined {
+                log.wait(
+                    "release",
+                    |event| matches!(event, Event::Released { request, .. } if *request == of),
+                );
+            }
+            "failed".to_owned()
+        }
+        other => format!("{other:?}"),
+    };
+    log.forget();
+    said
+}
+
+fn serve(node: &Node, seed: u64) {
+    let mut received = 0;
     let mut log = Log::new(&node.engine);
     let mut transfers = HashMap::new();
     let mut begun = Vec::new();
@@ -323,6 +417,37 @@ fn serve(node: &Node) {
                     transfers.insert(format!("pull-{tag}"), transfer);
                 }
                 say("pulling");
+            }
+            ["try-push", request, how, peer, to] => {
+                let done = try_push(node, peer, request, how, to);
+                say(&format!("tried {}", done.is_some()));
+                begun.extend(done.flatten());
+            }
+            ["try-pull", blocks, peer, ticket] => {
+                let ticket = Ticket::from_json(ticket).expect("a ticket");
+                let name = PeerName {
+                    engine: EngineId::from(peer),
+                    rank: node.engine.rank(),
+                };
+                received = number(blocks);
+                node.fill_blocks(0..received, POISON);
+                let wanted = pairs((0..received).map(|b| (b, b)));
+                let way = node.engine.instance_of(&name);
+                let pull = way.and_then(|w| w.pull(&ticket, &wanted, PullOptions::default()).ok());
+                say(&format!("tried {}", pull.is_some()));
+            }
+            ["receive", request, blocks, deadline] => {
+                let deadline = Duration::from_millis(u64::from(number(deadline)));
+                received = number(blocks);
+                node.fill_blocks(0..received, POISON);
+                node.engine
+                    .expect(&RequestId::from(request), &groups(0..received), 1, deadline)
+                    .expect("an expectation");
+                say("receiving");
+            }
+            ["verdict", request] => {
+                let said = verdict(node, &mut log, request, received, seed);
+                say(&format!("verdict {said}").replace('\n', " "));
             }
             // The event that ends a request.
             ["outcome", request] => {

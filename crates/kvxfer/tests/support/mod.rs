@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod child;
+pub(crate) mod counts;
 
 use std::collections::HashMap;
 use std::collections::HashSet;
@@ -200,6 +201,11 @@ impl Log {
             engine: engine.clone(),
             seen: Vec::new(),
         }
+    }
+
+    /// Drops what has been seen.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
     }
 
     /// The first event, also among those that came before, that is wanted.
