@@ -29,6 +29,23 @@ pub(crate) fn need(program: &str, package: &str) -> Result<(), String> {
     }
 }
 
+/// Whether network namespaces can be made here.
+///
+/// # Errors
+///
+/// Why not, for people to read.
+pub(crate) fn namespaces() -> Result<(), String> {
+    let name = format!("kvx-probe-{}", std::process::id());
+    let made = quiet("ip", &["netns", "add", &name]) == Some(true);
+    // What was half made goes too.
+    let gone = quiet("ip", &["netns", "del", &name]) == Some(true);
+    if made && gone {
+        Ok(())
+    } else {
+        Err("no network namespaces can be made: that needs root and CAP_SYS_ADMIN".into())
+    }
+}
+
 fn is_root() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     status

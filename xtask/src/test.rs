@@ -90,12 +90,29 @@ impl Session<'_> {
                 ..
             })
         ) {
-            for name in ["tests", "doc tests", "docs"] {
+            for name in ["network", "tests", "doc tests", "docs"] {
                 self.step(name, |_| Ok(Outcome::Skipped("the build failed".into())))?;
             }
             return Ok(());
         }
-        self.step("tests", Self::tests)?;
+        // Of the tests, some need two network namespaces.
+        let mut network = false;
+        self.step("network", |_| {
+            let there = packages::need("ip", "iproute2")
+                .and_then(|()| packages::need("nft", "nftables"))
+                .and_then(|()| packages::namespaces());
+            Ok(match there {
+                Ok(()) => {
+                    network = true;
+                    Outcome::Passed(ONE)
+                }
+                // Where the machine allows none, no package helps.
+                Err(why) => {
+                    Outcome::Skipped(format!("{why}; the tests of network faults test nothing"))
+                }
+            })
+        })?;
+        self.step("tests", |s| s.tests(network))?;
         self.step("doc tests", |s| {
             let ended = command::show(&mut s.command(&["test", "--workspace", "--doc"]), root)?;
             Ok(tested(&ended))
@@ -119,7 +136,7 @@ impl Session<'_> {
     }
 
     /// Unit, property, simulation and process tests.
-    fn tests(&mut self) -> anyhow::Result<Outcome> {
+    fn tests(&mut self, network: bool) -> anyhow::Result<Outcome> {
         let cargo = command::cargo();
         let nextest = Command::new(&cargo).args(["nextest", "--version"]).output();
         let nextest = nextest.is_ok_and(|output| output.status.success());
@@ -143,6 +160,10 @@ impl Session<'_> {
             (false, _) => {}
         }
         let mut command = self.command(&args);
+        if network {
+            // They may not skip themselves then.
+            command.env("KVXFER_NEED_NETWORK", "1");
+        }
         let ended = command::show(&mut command, self.root)?;
         Ok(tested(&ended))
     }

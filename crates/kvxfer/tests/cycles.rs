@@ -56,6 +56,7 @@ fn spec(path: PathKind, listen: &str) -> Spec {
         listen: listen.to_owned(),
         engine_id: Some("phoenix".to_owned()),
         seed: SEED,
+        namespace: None,
     }
 }
 

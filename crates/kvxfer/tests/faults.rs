@@ -69,6 +69,7 @@ fn peer_spec(role: KvRole, path: PathKind, blocks: u32) -> Spec {
         listen: "127.0.0.1:0".to_owned(),
         engine_id: None,
         seed: SEED,
+        namespace: None,
     }
 }
 

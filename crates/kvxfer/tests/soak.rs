@@ -94,6 +94,7 @@ fn spec(path: PathKind, role: KvRole, listen: &str) -> Spec {
         listen: listen.to_owned(),
         engine_id: Some(format!("{name}-{}", path.name())),
         seed: SEED,
+        namespace: None,
     }
 }
 

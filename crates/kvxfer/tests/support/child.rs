@@ -42,6 +42,8 @@ pub(crate) struct Spec {
     pub(crate) listen: String,
     pub(crate) engine_id: Option<String>,
     pub(crate) seed: u64,
+    /// The network namespace that it runs in, if it is another.
+    pub(crate) namespace: Option<String>,
 }
 
 impl Child {
@@ -60,7 +62,17 @@ impl Child {
             spec.engine_id.as_deref().unwrap_or(""),
             spec.seed,
         );
-        let mut process = Command::new(std::env::current_exe().expect("this binary"))
+        let binary = std::env::current_exe().expect("this binary");
+        let mut command = match &spec.namespace {
+            Some(name) => {
+                // It becomes the program that it is to run, so the process is still our child.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(binary);
+                command
+            }
+            None => Command::new(binary),
+        };
+        let mut process = command
             .args(["--exact", ENTRY, "--nocapture", "--test-threads=1"])
             .env(VARIABLE, text)
             .stdin(Stdio::piped())
@@ -254,6 +266,8 @@ fn build(text: &str) -> (Node, u64) {
     let number = |text: &str| text.parse::<u64>().expect("a number");
     let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
     let recipe = recipe(role, path, number(block_bytes), blocks).with(|config| {
+        // Whoever listens elsewhere is in a network of the test's own.
+        config.allow_unauthenticated = !listen.starts_with("127.");
         if !engine_id.is_empty() {
             config.engine_id = Some(engine_id.to_owned());
         }
