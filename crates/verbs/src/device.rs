@@ -69,8 +69,9 @@ pub struct DeviceInfo {
     pub max_mr: u32,
 }
 
-/// How a peer finds a device, to be sent over the control connection.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// How a peer finds a device, to be sent over the control connection and nowhere else: who knows the
+/// guid is taken for a peer that has proved itself.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DeviceAddr {
     /// Which device it is.
     pub kind: DeviceKind,
@@ -78,10 +79,22 @@ pub struct DeviceAddr {
     pub host: String,
     /// The abstract name of its Unix socket, without the leading zero byte.
     pub name: String,
-    /// A random number of this context.
+    /// A random number of this context, which its name does not tell.
     pub guid: [u8; 16],
     /// Its process, in its own pid namespace.
     pub pid: u32,
+}
+
+impl fmt::Debug for DeviceAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The guid is a secret, not for logs.
+        f.debug_struct("DeviceAddr")
+            .field("kind", &self.kind)
+            .field("host", &self.host)
+            .field("name", &self.name)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
 }
 
 /// An open device.

@@ -50,6 +50,15 @@ pub enum Error {
         /// The device's limit.
         max: u32,
     },
+    /// Holes can be punched into a file of reserved huge pages, and a copy that meets one where no
+    /// page is free dies of SIGBUS.
+    #[error(
+        "huge-page file has seals {seals:#x}: seal it with F_SEAL_FUTURE_WRITE (0x10) or F_SEAL_WRITE (0x8) as well"
+    )]
+    Punchable {
+        /// The seals it has.
+        seals: i32,
+    },
     /// A capability is zero or over the device's limit.
     #[error("{what} {asked} is out of range: this device takes 1 to {max}")]
     Limit {
@@ -173,6 +182,27 @@ pub enum PathFault {
     /// `process_vm_readv` is not allowed.
     #[error("process_vm_readv is refused ({0}): look at kernel.yama.ptrace_scope and capabilities")]
     ProcessVm(#[source] io::Error),
+    /// The peer cannot read this process.
+    #[error(
+        "the peer may not read this process ({0}): look at kernel.yama.ptrace_scope and capabilities"
+    )]
+    Unreadable(#[source] io::Error),
+    /// Under Yama a process lets one other read it, and this one lets another.
+    #[error(
+        "this process lets process {reader} read it, and may name one only: set kernel.yama.ptrace_scope to 0, or use arena or tcp"
+    )]
+    ReaderTaken {
+        /// The process that may, as this one numbers it.
+        reader: u32,
+    },
+    /// Under Yama a process lets one other read it, and the peer lets another.
+    #[error(
+        "the peer lets process {reader} read it, and may name one only: set kernel.yama.ptrace_scope to 0, or use arena or tcp"
+    )]
+    PeerReaderTaken {
+        /// The process that may, as the peer numbers it.
+        reader: u32,
+    },
     /// The process behind the socket is not the peer that was meant.
     #[error("the process behind the socket is not the peer that was meant")]
     Identity,

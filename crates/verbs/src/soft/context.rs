@@ -118,8 +118,10 @@ pub(crate) struct SoftDevice {
 impl SoftDevice {
     pub(crate) fn open(config: SoftConfig) -> Result<Self, Error> {
         let guid: [u8; 16] = random()?;
-        let hex: String = guid.iter().map(|b| format!("{b:02x}")).collect();
-        let name = format!("kvxfer/{hex}");
+        // Everybody on the host can list the names of sockets, so it does not tell the guid.
+        let label: [u8; 16] = random()?;
+        let hex: String = label.iter().map(|b| format!("{b:02x}")).collect();
+        let name = format!("{}{hex}", link::NAME);
         let boot = "/proc/sys/kernel/random/boot_id";
         let host = fs::read_to_string(boot)
             .map_err(os("read boot_id"))?

@@ -186,6 +186,9 @@ pub(crate) enum Role {
     Welcome = 4,
     /// The answer: no queue pair has the token.
     Refused = 5,
+    /// The answer: the opener's memory cannot be read from here (`errno` says why), so a path that
+    /// needs it leads nowhere.
+    Barred = 6,
 }
 
 /// The opening of a stream, and its answer.
@@ -207,6 +210,11 @@ pub(crate) struct Hello {
     pub(crate) slots: u32,
     /// Where, in the sender's process, its guid lies: to try `process_vm_readv` on.
     pub(crate) probe_addr: u64,
+    /// Of an answer: the process that the sender has named as its one reader, if that is not the
+    /// receiver; or 0.
+    pub(crate) reader: u32,
+    /// Of `Barred`; 0 if what was read was not the guid.
+    pub(crate) errno: u32,
 }
 
 impl fmt::Debug for Hello {
@@ -234,6 +242,8 @@ impl Hello {
         b[88..92].copy_from_slice(&self.access.to_le_bytes());
         b[92..96].copy_from_slice(&self.slots.to_le_bytes());
         b[96..104].copy_from_slice(&self.probe_addr.to_le_bytes());
+        b[104..108].copy_from_slice(&self.reader.to_le_bytes());
+        b[108..112].copy_from_slice(&self.errno.to_le_bytes());
         b
     }
 
@@ -247,6 +257,7 @@ impl Hello {
             3 => Role::Probe,
             4 => Role::Welcome,
             5 => Role::Refused,
+            6 => Role::Barred,
             _ => return None,
         };
         Some(Self {
@@ -261,6 +272,8 @@ impl Hello {
             access: u32_at(b, 88)?,
             slots: u32_at(b, 92)?,
             probe_addr: u64_at(b, 96)?,
+            reader: u32_at(b, 104)?,
+            errno: u32_at(b, 108)?,
         })
     }
 }
@@ -289,28 +302,30 @@ mod tests {
 
         #[test]
         fn an_opening_comes_back(
-            role in 1u32..6,
+            role in 1u32..7,
             ids in any::<[[u8; 16]; 4]>(),
-            words in any::<[u32; 5]>(),
+            words in any::<[u32; 7]>(),
             probe_addr in any::<u64>(),
             cut in 0..HELLO,
         ) {
             let [target, token, guid, target_guid] = ids;
-            let [path, qpn, pd, access, slots] = words;
+            let [path, qpn, pd, access, slots, reader, errno] = words;
             let role = match role {
                 1 => Role::ToResponder,
                 2 => Role::ToRequester,
                 3 => Role::Probe,
                 4 => Role::Welcome,
-                _ => Role::Refused,
+                5 => Role::Refused,
+                _ => Role::Barred,
             };
             let hello = Hello {
                 role, path, target, token, guid, target_guid, qpn, pd, access, slots, probe_addr,
+                reader, errno,
             };
             let bytes = hello.encode();
             let back = Hello::decode(&bytes).map(|h| h.encode());
             prop_assert_eq!(back, Some(bytes));
-            prop_assert!(cut >= 104 || Hello::decode(&bytes[..cut]).is_none());
+            prop_assert!(Hello::decode(&bytes[..cut]).is_none());
         }
     }
 }

@@ -15,13 +15,16 @@ use crate::region::Access;
 use crate::soft::context::{SoftShared, key_fd};
 use crate::soft::frame::{HELLO, Hello, Role};
 use crate::soft::keys::{PeerKeys, table_is_sealed};
-use crate::soft::process_vm::{PeerProcess, allow};
+use crate::soft::process_vm::PeerProcess;
 use crate::soft::qp::SoftQp;
 use crate::soft::requester::PeerSide;
-use crate::soft::stream::{Span, Stream, not_now};
+use crate::soft::stream::{Stream, not_now};
 
 /// How long a probe waits for an answer.
 const PROBE_TIME: Duration = Duration::from_secs(2);
+
+/// How the names of contexts' sockets begin.
+pub(crate) const NAME: &str = "kvxfer/";
 
 /// A stream that a peer has opened.
 #[derive(Debug)]
@@ -61,6 +64,8 @@ pub(crate) fn hello(shared: &SoftShared, qp: Option<&SoftQp>, role: Role) -> Hel
         access: qp.map_or(0, |q| q.access().bits()),
         slots: shared.key_slots,
         probe_addr: shared.probe_addr(),
+        reader: 0,
+        errno: 0,
     }
 }
 
@@ -120,6 +125,10 @@ impl Dial<'_> {
         if self.peer.kind != DeviceKind::Soft {
             return Err(self.fault(PathFault::NoSuchPath));
         }
+        // The address is the peer's word: not every socket of the user is to hear from us.
+        if !self.peer.name.starts_with(NAME) {
+            return Err(self.fault(PathFault::Protocol));
+        }
         let here = &self.shared.address.host;
         if self.peer.host != *here {
             let (peer, here) = (self.peer.host.clone(), here.clone());
@@ -147,10 +156,15 @@ impl Dial<'_> {
     /// Opens a stream and waits for the answer.
     fn open(&self, hello: Hello) -> Result<Incoming, Error> {
         let stream = self.connect()?;
-        let process = PeerProcess::of(stream.as_fd()).map_err(|f| self.fault(f))?;
-        if self.path == SoftPath::ProcessVm {
-            allow(&process);
-        }
+        let mut process = PeerProcess::of(stream.as_fd()).map_err(|f| self.fault(f))?;
+        // There is one reader that a process can name, so only a path that needs it asks.
+        let reader = match self.path {
+            SoftPath::ProcessVm if process.identity().is_none() => {
+                return Err(self.fault(PathFault::NoPid));
+            }
+            SoftPath::ProcessVm => process.admit(),
+            SoftPath::Arena => 0,
+        };
         let hello = Hello {
             path: path_code(self.path),
             target_guid: self.peer.guid,
@@ -173,6 +187,9 @@ impl Dial<'_> {
                 }
                 Ok(n) => got += n,
                 Err(e) if not_now(&e) => self.wait(&stream)?,
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    return Err(self.fault(PathFault::Protocol));
+                }
                 Err(e) => return Err(self.fault(PathFault::Closed(e))),
             }
         }
@@ -183,11 +200,24 @@ impl Dial<'_> {
         match answer.role {
             Role::Welcome => {}
             Role::Refused => return Err(self.fault(PathFault::Token)),
+            Role::Barred if reader != 0 => {
+                return Err(self.fault(PathFault::ReaderTaken { reader }));
+            }
+            Role::Barred => {
+                let errno = i32::try_from(answer.errno).unwrap_or(libc::EIO);
+                let why = match errno {
+                    0 => PathFault::Identity,
+                    _ => PathFault::Unreadable(io::Error::from_raw_os_error(errno)),
+                };
+                return Err(self.fault(why));
+            }
             _ => return Err(self.fault(PathFault::Protocol)),
         }
-        let keys = fds
-            .pop_front()
-            .ok_or_else(|| self.fault(PathFault::Protocol))?;
+        let one = (fds.pop_front(), fds.is_empty());
+        let (Some(keys), true, true) = (one.0, one.1, answer.path == hello.path) else {
+            return Err(self.fault(PathFault::Protocol));
+        };
+        process.expect(&answer);
         Ok(Incoming {
             hello: answer,
             stream,
@@ -212,20 +242,13 @@ impl Dial<'_> {
 
     /// Tries `process_vm_readv` on the peer's guid.
     fn check_process_vm(&self, peer: &Incoming) -> Result<(), Error> {
-        if peer.process.pid().is_none() {
-            return Err(self.fault(PathFault::NoPid));
-        }
-        let mut guid = [0u8; 16];
-        let local = [Span::of_mut(&mut guid)];
-        let remote = [Span {
-            addr: peer.hello.probe_addr,
-            len: 16,
-        }];
-        // SAFETY: the span is the array above, which nobody looks at during the call.
-        let got = unsafe { peer.process.read(&local, &remote) };
-        match got {
-            Ok(16) if guid == self.peer.guid => Ok(()),
-            Ok(_) => Err(self.fault(PathFault::Identity)),
+        match peer.process.identify() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.fault(PathFault::Identity)),
+            Err(e) if peer.hello.reader != 0 && e.raw_os_error() == Some(libc::EPERM) => {
+                let reader = peer.hello.reader;
+                Err(self.fault(PathFault::PeerReaderTaken { reader }))
+            }
             Err(e) => Err(self.fault(PathFault::ProcessVm(e))),
         }
     }

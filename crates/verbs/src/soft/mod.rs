@@ -6,12 +6,16 @@
 mod context;
 mod cq;
 mod frame;
+#[cfg(test)]
+mod hostile;
 mod keys;
 mod link;
 mod process_vm;
 mod qp;
+mod reader;
 mod requester;
 mod requester_local;
+mod requester_receive;
 mod requester_tcp;
 mod responder;
 mod segment;

@@ -2,12 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::error::PathFault;
+use crate::soft::frame::Hello;
+use crate::soft::reader::{self, Hold};
 use crate::soft::stream::Span;
 
 /// The process at the other end of a Unix socket.
@@ -17,6 +20,19 @@ pub(crate) struct PeerProcess {
     /// `None` where the process is in a pid namespace that cannot be seen from here: its files can
     /// be mapped, its memory cannot be read.
     pidfd: Option<OwnedFd>,
+    /// Where its guid must be found before anything else of it is read. The kernel tells who
+    /// connected the socket; whoever writes to it may be another process that was given it, and
+    /// then the addresses that come over it are not the connecting process's.
+    mark: Option<Mark>,
+    marked: AtomicBool,
+    /// Keeps it this process's named reader.
+    hold: Option<Hold>,
+}
+
+#[derive(Debug)]
+struct Mark {
+    addr: u64,
+    guid: [u8; 16],
 }
 
 impl PeerProcess {
@@ -32,39 +48,108 @@ impl PeerProcess {
             });
         }
         if cred.pid() <= 0 {
-            return Ok(Self {
-                pid: 0,
-                pidfd: None,
-            });
+            return Ok(Self::new(0, None));
         }
         let pidfd = match peer_pidfd(socket) {
             // Before Linux 6.5. Any other error may mean that the pid is already another's.
             Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => open_pidfd(cred.pid()),
             answer => answer,
         };
-        Ok(Self {
-            pid: cred.pid(),
-            pidfd: Some(pidfd.map_err(PathFault::Closed)?),
-        })
+        let pidfd = pidfd.map_err(PathFault::Closed)?;
+        Ok(Self::new(cred.pid(), Some(pidfd)))
     }
 
-    /// Its pid here, if it has one.
-    pub(crate) fn pid(&self) -> Option<i32> {
-        self.pidfd.as_ref().map(|_| self.pid)
+    fn new(pid: i32, pidfd: Option<OwnedFd>) -> Self {
+        Self {
+            pid,
+            pidfd,
+            mark: None,
+            marked: AtomicBool::new(false),
+            hold: None,
+        }
+    }
+
+    /// Its pid here, if it has one, and what tells that it is still the same process.
+    pub(crate) fn identity(&self) -> Option<(i32, BorrowedFd<'_>)> {
+        self.pidfd.as_ref().map(|fd| (self.pid, fd.as_fd()))
+    }
+
+    /// Says how the process that wrote `hello` is known.
+    pub(crate) fn expect(&mut self, hello: &Hello) {
+        self.mark = Some(Mark {
+            addr: hello.probe_addr,
+            guid: hello.guid,
+        });
+    }
+
+    /// Lets the process read this one, for as long as `self` lives. Answers who is named in its
+    /// stead, or 0.
+    pub(crate) fn admit(&mut self) -> u32 {
+        match reader::name(self) {
+            Ok(hold) => {
+                self.hold = hold;
+                0
+            }
+            Err(other) => other.unsigned_abs(),
+        }
+    }
+
+    /// Whether `self` keeps the process named.
+    pub(crate) fn admitted(&self) -> bool {
+        self.hold.is_some()
+    }
+
+    /// Its stream has ended: it need not read any more.
+    pub(crate) fn dismiss(&mut self) {
+        self.hold = None;
+    }
+
+    /// Looks for the guid of the context that wrote the opening in the process's memory; `false` if
+    /// something else is there. Reads once.
+    pub(crate) fn identify(&self) -> io::Result<bool> {
+        if self.marked.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        let Some(mark) = &self.mark else {
+            return Ok(false);
+        };
+        let mut guid = [0u8; 16];
+        let local = [Span::of_mut(&mut guid)];
+        let remote = [Span {
+            addr: mark.addr,
+            len: 16,
+        }];
+        // SAFETY: the span is the array above, which nobody looks at during the call.
+        let got = unsafe { self.copy(&local, &remote) }?;
+        let same = got == guid.len() && guid == mark.guid;
+        self.marked.store(same, Ordering::Relaxed);
+        Ok(same)
     }
 
     /// Copies from `remote` of the process into `local`, as one stream of bytes; answers how many.
-    /// A dead process is `ESRCH`, one that cannot be seen from here `EPERM`.
+    /// A dead process is `ESRCH`; one that cannot be seen from here, or is not the one that opened
+    /// the stream, `EPERM`.
     ///
     /// # Safety
     ///
     /// Every span of `local` is mapped, writable, and borrowed by no Rust reference for the time
     /// of the call.
     pub(crate) unsafe fn read(&self, local: &[Span], remote: &[Span]) -> io::Result<usize> {
+        if !self.identify()? {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        // SAFETY: the caller keeps the same promises.
+        unsafe { self.copy(local, remote) }
+    }
+
+    /// # Safety
+    ///
+    /// As [`read`](Self::read).
+    unsafe fn copy(&self, local: &[Span], remote: &[Span]) -> io::Result<usize> {
         let Some(pidfd) = &self.pidfd else {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         };
-        if !alive(pidfd) {
+        if !alive(pidfd.as_fd()) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
         // SAFETY: both lists outlive the call; the caller vouches for what `local` points at, and
@@ -80,7 +165,7 @@ impl PeerProcess {
             )
         };
         let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-        if !alive(pidfd) {
+        if !alive(pidfd.as_fd()) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
         Ok(n)
@@ -88,8 +173,8 @@ impl PeerProcess {
 }
 
 /// Whether the process still runs (stopped counts). While it does, its pid is its own.
-fn alive(pidfd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+pub(crate) fn alive(pidfd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     loop {
         match poll(&mut fds, PollTimeout::ZERO) {
             // A signal to this thread says nothing of the peer.
@@ -130,12 +215,4 @@ fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
         .ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the kernel has just made this descriptor for us; pidfds are close-on-exec.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
-}
-
-/// Under Yama's scope 1, lets the peer read this process. Without Yama the kernel knows no such
-/// call, and other scopes need a capability or forbid it: a probe finds out, so errors are not.
-pub(crate) fn allow(peer: &PeerProcess) {
-    let Some(pid) = peer.pid() else { return };
-    // SAFETY: the call takes integers only.
-    let _ = unsafe { libc::prctl(libc::PR_SET_PTRACER, pid as libc::c_ulong, 0, 0, 0) };
 }

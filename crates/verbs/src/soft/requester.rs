@@ -9,11 +9,11 @@ use crate::cq::{Cqe, Slots};
 use crate::qp::SoftPath;
 use crate::region::{Access, RegionTable};
 use crate::soft::context::SoftShared;
-use crate::soft::frame::{Desc, HEADER, Header, Kind, MAX_OPS, MAX_PIECES, Piece};
+use crate::soft::frame::{Desc, Header, Kind, MAX_OPS, MAX_PIECES, Piece};
 use crate::soft::keys::{KeyInfo, PeerKeys};
 use crate::soft::process_vm::PeerProcess;
-use crate::soft::segment::Mapping;
-use crate::soft::stream::{Inbox, MAX_SPANS, Outbox, Span, Stream, not_now};
+use crate::soft::requester_local::Place;
+use crate::soft::stream::{Inbox, MAX_SPANS, Outbox, Span, Stream};
 use crate::soft::vendor;
 use crate::wr::{Completion, Op, SendChain, Sge, WcStatus, WrEntry};
 
@@ -113,7 +113,7 @@ pub(crate) struct Requester {
     /// Over TCP: number after the last one whose payload has left, and what the peer has
     /// acknowledged. Spans that are still to be sent keep their work requests, whatever it says.
     pub(crate) flushed: u64,
-    acked: u64,
+    pub(crate) acked: u64,
     /// Spans of the sent ones.
     pub(crate) sent_sges: usize,
     /// Bytes of the oldest work request that are done (local READs).
@@ -139,7 +139,7 @@ pub(crate) struct Requester {
     pub(crate) scratch: Vec<Span>,
     pub(crate) scratch2: Vec<Span>,
     pub(crate) key: Option<CachedKey>,
-    pub(crate) maps: HashMap<u32, Option<Arc<Mapping>>>,
+    pub(crate) maps: HashMap<u32, Place>,
     pub(crate) map_wanted: Option<u32>,
     announced: HashSet<u32>,
     pub(crate) progressed: bool,
@@ -267,10 +267,11 @@ impl Requester {
         self.progressed = false;
         self.polls = self.polls.wrapping_add(1);
         let waiting = self.sent > self.head || self.map_wanted.is_some();
+        let mut unread = false;
         if sweep || waiting || self.polls.is_multiple_of(16) {
-            self.receive(budget)?;
+            unread = self.receive(budget)?;
         }
-        let more = self.advance(budget)?;
+        let more = self.advance(budget)? | unread;
         if self.wrs.is_empty() {
             return Ok(false);
         }
@@ -444,116 +445,6 @@ impl Requester {
             return done;
         }
         self.flush_tcp()
-    }
-
-    /// Takes in what the peer has sent.
-    fn receive(&mut self, budget: &mut usize) -> Result<(), Fail> {
-        loop {
-            self.parse(budget)?;
-            let Some(ReqLink {
-                stream: Some(stream),
-                ..
-            }) = &self.link
-            else {
-                return Ok(());
-            };
-            let got = if self.data_left > 0 {
-                if *budget == 0 {
-                    return Ok(());
-                }
-                self.receive_data(budget)
-            } else {
-                self.inbox.fill(stream)
-            };
-            match got {
-                Ok(0) => {
-                    self.parse(budget)?;
-                    return self.stream_ended();
-                }
-                Ok(_) => self.stalled = false,
-                Err(e) if not_now(&e) => return Ok(()),
-                Err(_) => return self.stream_ended(),
-            }
-        }
-    }
-
-    /// The peer closed the stream or its process is gone.
-    fn stream_ended(&mut self) -> Result<(), Fail> {
-        if let Some(link) = &mut self.link {
-            link.stream = None;
-        }
-        self.stalled = false;
-        if self.sent > self.head || self.map_wanted.is_some() {
-            Err(Fail::gone())
-        } else {
-            Ok(())
-        }
-    }
-
-    fn parse(&mut self, budget: &mut usize) -> Result<(), Fail> {
-        loop {
-            if self.data_left > 0 {
-                if self.inbox.bytes().is_empty() {
-                    return Ok(());
-                }
-                self.take_buffered_data(budget)?;
-                continue;
-            }
-            if self.inbox.bytes().len() < HEADER {
-                return Ok(());
-            }
-            let head = Header::decode(self.inbox.bytes()).ok_or(Fail::protocol())?;
-            self.inbox.consume(HEADER);
-            match head.kind {
-                Kind::Ack => self.ack(head.v)?,
-                Kind::Nak => {
-                    self.ack(head.v)?;
-                    // What waited for its payload to leave ends now: nothing leaves any more.
-                    self.retire(self.acked.saturating_sub(self.head) as usize);
-                    let status = WcStatus::from_raw(head.flag.into());
-                    // Neither a success nor an echo of one's own is the peer's to tell.
-                    let told = !matches!(status, WcStatus::Success | WcStatus::WrFlush);
-                    if self.head >= self.sent || !told {
-                        return Err(Fail::protocol());
-                    }
-                    return Err(Fail::new(status, head.m));
-                }
-                Kind::Data if self.link.as_ref().is_some_and(|l| l.local.is_none()) => {
-                    self.data_left = head.m.into();
-                }
-                Kind::Mapped => self.mapped(head)?,
-                Kind::Bye if self.wrs.is_empty() => {
-                    // Nobody to tell yet: the next work request fails.
-                    self.link = Some(ReqLink {
-                        stream: None,
-                        local: None,
-                    });
-                    return Ok(());
-                }
-                Kind::Bye => return Err(Fail::gone()),
-                _ => return Err(Fail::protocol()),
-            }
-        }
-    }
-
-    /// Everything before number `v` is done.
-    fn ack(&mut self, v: u64) -> Result<(), Fail> {
-        if v < self.head || v > self.sent {
-            return Err(Fail::protocol());
-        }
-        if self.link.as_ref().is_some_and(|l| l.local.is_none()) {
-            self.settle_rx();
-            if self.rx_wr < v {
-                return Err(Fail::protocol());
-            }
-            self.acked = self.acked.max(v);
-            self.retire_flushed();
-        } else {
-            self.retire((v - self.head) as usize);
-        }
-        // Also when nothing is new: the peer lives.
-        self.progressed = true;
-        Ok(())
     }
 
     /// Over TCP: ends what the peer has acknowledged and whose payload has left.

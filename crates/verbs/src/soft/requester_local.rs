@@ -1,11 +1,14 @@
 //! READs on the same host: the initiator copies, from a mapping or with `process_vm_readv`.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
+use crate::error::Error;
 use crate::qp::SoftPath;
 use crate::region::Access;
 use crate::soft::frame::{Header, Kind};
 use crate::soft::requester::{CachedKey, Fail, LocalSge, Requester};
+use crate::soft::segment::Mapping;
 use crate::soft::stream::Span;
 use crate::soft::vendor;
 use crate::wr::{Op, WcStatus};
@@ -43,6 +46,16 @@ const PREFETCH_LINES: u64 = 4;
 
 /// Segments of one peer.
 const MAX_SEGMENTS: usize = 4096;
+
+/// Where a peer's segment is.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Mapped(Arc<Mapping>),
+    /// Passed, but not to be mapped here: `process_vm_readv` reads it.
+    Unmapped,
+    /// The peer does not pass it.
+    Refused,
+}
 
 fn access_fault(vendor: u32) -> Fail {
     Fail::new(WcStatus::RemAccess, vendor)
@@ -167,10 +180,11 @@ impl Requester {
             0
         } else {
             match self.maps.get(&segment) {
-                Some(Some(map)) => map
+                Some(Place::Mapped(map)) => map
                     .at(info.segment.offset, info.len)
                     .ok_or(Fail::new(WcStatus::RemOp, vendor::SEGMENT))?,
-                Some(None) => return Err(Fail::new(WcStatus::RemOp, vendor::SEGMENT)),
+                Some(Place::Unmapped) => 0,
+                Some(Place::Refused) => return Err(Fail::new(WcStatus::RemOp, vendor::SEGMENT)),
                 None => return self.ask_for(segment).map(|()| false),
             }
         };
@@ -208,13 +222,23 @@ impl Requester {
         if head.n == 1 {
             let fd = self.inbox.fds.pop_front().ok_or(Fail::protocol())?;
             // A segment that is mapped stays: READs point into it.
-            if !matches!(self.maps.get(&head.m), Some(Some(_))) {
-                let map = self.ctx.maps.map(fd.as_fd());
-                let map = map.map_err(|_| Fail::new(WcStatus::RemOp, vendor::SEGMENT))?;
-                self.maps.insert(head.m, Some(map));
+            if !matches!(self.maps.get(&head.m), Some(Place::Mapped(_))) {
+                let map = match self.ctx.maps.map(fd.as_fd()) {
+                    Ok(map) => Place::Mapped(map),
+                    // No huge page is free for it, or no address: not the peer's fault.
+                    Err(e @ Error::Os { .. }) => {
+                        tracing::info!(error = %e, "cannot map a peer's memory; copying by process_vm");
+                        Place::Unmapped
+                    }
+                    Err(e) => {
+                        tracing::warn!(error = %e, "refused a peer's memory");
+                        return Err(Fail::new(WcStatus::RemOp, vendor::SEGMENT));
+                    }
+                };
+                self.maps.insert(head.m, map);
             }
         } else if !known {
-            self.maps.insert(head.m, None);
+            self.maps.insert(head.m, Place::Refused);
         }
         if self.map_wanted == Some(head.m) {
             self.map_wanted = None;

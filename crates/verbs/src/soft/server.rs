@@ -21,13 +21,15 @@ use crate::soft::context::{SoftShared, key_fd};
 use crate::soft::frame::{HELLO, Hello, Role};
 use crate::soft::link::path_of;
 use crate::soft::link::{Incoming, answer};
-use crate::soft::process_vm::{PeerProcess, allow};
+use crate::soft::process_vm::PeerProcess;
 use crate::soft::qp::SoftQp;
 use crate::soft::responder::Next;
 use crate::soft::stream::{Stream, not_now};
 
 /// Bytes one half may move before the next one's turn.
 const TURN: u64 = 1 << 20;
+/// Connections taken before peers that are served already have their turn.
+const ACCEPTS: usize = 64;
 /// Streams that have been accepted and have not said what they are for.
 const MAX_OPENING: usize = 256;
 const OPENING_TIME: Duration = Duration::from_secs(5);
@@ -71,10 +73,13 @@ impl Mailbox {
 
 struct Opening {
     stream: Stream,
+    process: PeerProcess,
     buf: [u8; HELLO],
     got: usize,
     fds: VecDeque<OwnedFd>,
     since: Instant,
+    /// A probe that has its answer and is still named as this process's reader, to try it.
+    answered: bool,
 }
 
 struct Half {
@@ -271,7 +276,7 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        loop {
+        for _ in 0..ACCEPTS {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let raw = match accept4(self.listener.as_raw_fd(), flags) {
                 Ok(raw) => raw,
@@ -289,23 +294,33 @@ impl Server {
             if self.opening.len() >= MAX_OPENING {
                 continue;
             }
+            // Before anything is received: every user of the host can connect, and descriptors that
+            // are passed are open here as soon as they are.
+            let process = match PeerProcess::of(fd.as_fd()) {
+                Ok(process) => process,
+                Err(why) => {
+                    tracing::debug!(%why, "refused a connection");
+                    continue;
+                }
+            };
             let id = self.id();
-            let stream = Stream::new(fd, true);
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, id);
-            if self.epoll.add(stream.as_fd(), event).is_ok() {
-                let fds = VecDeque::new();
-                let since = Instant::now();
-                self.opening.insert(
-                    id,
-                    Opening {
-                        stream,
-                        buf: [0; HELLO],
-                        got: 0,
-                        fds,
-                        since,
-                    },
-                );
-            }
+            let opening = Opening {
+                stream: Stream::new(fd, true),
+                process,
+                buf: [0; HELLO],
+                got: 0,
+                fds: VecDeque::new(),
+                since: Instant::now(),
+                answered: false,
+            };
+            self.watch_opening(id, opening);
+        }
+    }
+
+    fn watch_opening(&mut self, id: u64, opening: Opening) {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, id);
+        if self.epoll.add(opening.stream.as_fd(), event).is_ok() {
+            self.opening.insert(id, opening);
         }
     }
 
@@ -314,9 +329,15 @@ impl Server {
         let Some(o) = self.opening.get_mut(&id) else {
             return;
         };
+        if o.answered {
+            // Nothing more is expected but its end.
+            self.opening.remove(&id);
+            return;
+        }
         let room = o.buf.get_mut(o.got..).unwrap_or_default();
         match o.stream.recv(room, &mut o.fds) {
-            Ok(n) if n > 0 => o.got += n,
+            // One descriptor, the key table's, whatever pieces the opening comes in.
+            Ok(n) if n > 0 && o.fds.len() <= 1 => o.got += n,
             Err(e) if not_now(&e) => return,
             _ => {
                 self.opening.remove(&id);
@@ -331,48 +352,68 @@ impl Server {
         };
         // It is watched anew, in another way, or not at all.
         let _ = self.epoll.delete(o.stream.as_fd());
-        if let Err(why) = self.opened(o) {
-            tracing::debug!(why, "refused a peer's stream");
+        match self.opened(o) {
+            Ok(None) => {}
+            Ok(Some(probe)) => self.watch_opening(id, probe),
+            Err(why) => tracing::debug!(why, "refused a peer's stream"),
         }
     }
 
-    fn opened(&self, mut o: Opening) -> Result<(), &'static str> {
+    /// Answers an opening. A probe that must stay for a while is given back.
+    fn opened(&self, mut o: Opening) -> Result<Option<Opening>, &'static str> {
         let hello = Hello::decode(&o.buf).ok_or("not this protocol")?;
+        // Only who has heard of this context over a control connection knows the guid.
         if hello.target_guid != self.shared.address.guid {
             return Err("meant for another context");
         }
-        let process = PeerProcess::of(o.stream.as_fd()).map_err(|_| "not to be trusted")?;
+        let keys = o.fds.pop_front().ok_or("no key table")?;
+        o.process.expect(&hello);
+        let qp = match hello.role {
+            Role::Probe => None,
+            Role::ToResponder | Role::ToRequester => {
+                let qp = self.shared.by_token(&hello.target);
+                if qp.is_none() {
+                    let mut refusal = answer(&self.shared, None, &hello);
+                    refusal.role = Role::Refused;
+                    let _ = o.stream.send(&refusal.encode(), None);
+                    return Err("no such queue pair");
+                }
+                qp
+            }
+            Role::Welcome | Role::Refused | Role::Barred => return Err("not an opening"),
+        };
+        let mut welcome = answer(&self.shared, qp.as_deref(), &hello);
         // There is one reader that a process can name, so only a path that needs it asks.
         if path_of(hello.path) == Some(SoftPath::ProcessVm) {
-            allow(&process);
-        }
-        let keys = o.fds.pop_front().ok_or("no key table")?;
-        let qp = match hello.role {
-            Role::Probe => {
-                let welcome = answer(&self.shared, None, &hello);
-                let _ = o.stream.send(&welcome.encode(), Some(key_fd(&self.shared)));
-                return Ok(());
+            welcome.reader = o.process.admit();
+            // The dialler tries the same in the other direction.
+            match o.process.identify() {
+                Ok(true) => {}
+                failed => {
+                    let errno = failed
+                        .err()
+                        .map_or(0, |e| e.raw_os_error().unwrap_or(libc::EIO));
+                    welcome.role = Role::Barred;
+                    welcome.errno = errno.unsigned_abs();
+                    let _ = o.stream.send(&welcome.encode(), None);
+                    return Err("its memory cannot be read");
+                }
             }
-            Role::ToResponder | Role::ToRequester => self.shared.by_token(&hello.target),
-            Role::Welcome | Role::Refused => return Err("not an opening"),
-        };
-        let Some(qp) = qp else {
-            let mut refusal = answer(&self.shared, None, &hello);
-            refusal.role = Role::Refused;
-            let _ = o.stream.send(&refusal.encode(), None);
-            return Err("no such queue pair");
-        };
-        let welcome = answer(&self.shared, Some(&qp), &hello);
+        }
         let sent = o.stream.send(&welcome.encode(), Some(key_fd(&self.shared)));
         if sent.ok() != Some(HELLO) {
             return Err("it takes no answer");
         }
+        let Some(qp) = qp else {
+            o.answered = true;
+            return Ok(o.process.admitted().then_some(o));
+        };
         qp.offer(Incoming {
             hello,
             stream: o.stream,
             keys,
-            process,
+            process: o.process,
         });
-        Ok(())
+        Ok(None)
     }
 }

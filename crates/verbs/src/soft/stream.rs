@@ -1,11 +1,11 @@
 //! Non-blocking stream sockets: plain bytes, bytes with a descriptor, and spans of memory.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// A span of this process's memory, laid out as the kernel's `struct iovec`.
 #[derive(Debug, Clone, Copy)]
@@ -18,8 +18,22 @@ pub(crate) struct Span {
 const _: () = assert!(size_of::<Span>() == size_of::<libc::iovec>());
 const _: () = assert!(align_of::<Span>() == align_of::<libc::iovec>());
 
-/// Descriptors that have come and whose frames are not parsed yet.
-const MAX_FDS: usize = 512;
+/// Descriptors that have come and whose frames are not parsed yet. A frame takes its own as soon as
+/// it is whole, and is parsed before more is received.
+const MAX_FDS: usize = 4;
+
+/// Descriptors that the kernel passes with one message, at most.
+const SCM_MAX_FD: usize = 253;
+
+// SAFETY: arithmetic on a length; the call touches no memory.
+const CONTROL: usize = unsafe { libc::CMSG_SPACE((SCM_MAX_FD * size_of::<i32>()) as u32) } as usize;
+
+/// Room for all descriptors that one receive can bring: what has no room would be lost, but what
+/// came before it would be open already.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+const _: () = assert!(align_of::<Control>() >= align_of::<libc::cmsghdr>());
 
 /// Spans of one call; the kernel takes 1024.
 pub(crate) const MAX_SPANS: usize = 1000;
@@ -46,6 +60,32 @@ fn header(spans: &[Span]) -> libc::msghdr {
     msg.msg_iov = spans.as_ptr().cast_mut().cast();
     msg.msg_iovlen = spans.len();
     msg
+}
+
+/// Takes over the descriptors in control data that a receive has just filled: for each message a
+/// length (8 bytes, with this head), a level and a type (4 each), then the descriptors. Zeros end it.
+fn descriptors(mut control: &[u8]) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    while let Some((head, rest)) = control.split_first_chunk::<16>() {
+        let [len, kind] = [0, 8].map(|at| {
+            let word = head.get(at..at + 8).and_then(|b| b.try_into().ok());
+            word.map_or(0, u64::from_ne_bytes)
+        });
+        let Some(data) = usize::try_from(len).ok().and_then(|n| n.checked_sub(16)) else {
+            break;
+        };
+        let rights = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+        if kind.to_ne_bytes() == *rights.as_flattened() {
+            let list = rest.get(..data).unwrap_or_default();
+            for raw in list.as_chunks::<4>().0 {
+                // SAFETY: the kernel has just made this descriptor for us and nobody else knows of
+                // it; each is listed once, and the caller parses what it received once.
+                fds.push(unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(*raw)) });
+            }
+        }
+        control = rest.get(data.next_multiple_of(8)..).unwrap_or_default();
+    }
+    fds
 }
 
 /// A connected, non-blocking stream socket.
@@ -76,30 +116,33 @@ impl Stream {
         )?)
     }
 
-    /// Reads some bytes; 0 is the end. Descriptors are appended to `fds`.
+    /// Reads some bytes; 0 is the end. A descriptor that comes with them is appended to `fds`. No
+    /// message of ours brings two, so whoever sends more, or lets them pile up, broke the protocol:
+    /// that is `InvalidData`, and all that came with the message are closed.
     pub(crate) fn recv(&self, buf: &mut [u8], fds: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
-        let raw = self.fd.as_raw_fd();
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let mut iov = [IoSliceMut::new(buf)];
+        let spans = [Span::of_mut(buf)];
+        let mut msg = header(&spans);
+        let mut control = Control([0; CONTROL]);
+        if self.unix {
+            msg.msg_control = control.0.as_mut_ptr().cast();
+            msg.msg_controllen = CONTROL as _;
+        }
+        let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        // SAFETY: msg points at one span, which is `buf`, and at `control`; both are borrowed here
+        // alone and outlive the call.
+        let n = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut msg, flags) };
+        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
         if !self.unix {
-            return Ok(recvmsg::<()>(raw, &mut iov, None, flags)?.bytes);
+            return Ok(n);
         }
-        let mut space = [0u8; 128];
-        let msg = recvmsg::<()>(raw, &mut iov, Some(&mut space), flags)?;
-        for c in msg.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(list) = c {
-                for fd in list {
-                    // SAFETY: the kernel has just made this descriptor for us and nobody else
-                    // knows of it.
-                    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                    // One comes with a frame; a peer that sends many gets them closed.
-                    if fds.len() < MAX_FDS {
-                        fds.push_back(fd);
-                    }
-                }
-            }
+        // Owned before anything is judged, so that whatever is wrong closes them all.
+        let came = descriptors(&control.0);
+        let cut = msg.msg_flags & libc::MSG_CTRUNC != 0;
+        if cut || came.len() > 1 || fds.len() + came.len() > MAX_FDS {
+            return Err(io::ErrorKind::InvalidData.into());
         }
-        Ok(msg.bytes)
+        fds.extend(came);
+        Ok(n)
     }
 
     /// Sends from spans.
@@ -261,11 +304,89 @@ impl Inbox {
 
     /// One receive of at most `max` bytes.
     pub(crate) fn fill_max(&mut self, stream: &Stream, max: usize) -> io::Result<usize> {
+        // A descriptor that no frame took would be taken for the next frame's.
+        if self.bytes().is_empty() && !self.fds.is_empty() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         self.room();
         let Self { buf, end, fds, .. } = self;
         let stop = end.saturating_add(max).min(buf.len());
         let n = stream.recv(buf.get_mut(*end..stop).unwrap_or_default(), fds)?;
         self.filled(n);
         Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    fn streams() -> (OwnedFd, Stream) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, flags).unwrap();
+        (pair.0, Stream::new(pair.1, true))
+    }
+
+    fn pass(to: &OwnedFd, fds: &[i32]) {
+        let bytes = [IoSlice::new(b"x")];
+        let cmsgs = [ControlMessage::ScmRights(fds)];
+        sendmsg::<()>(to.as_raw_fd(), &bytes, &cmsgs, MsgFlags::empty(), None).unwrap();
+    }
+
+    /// One descriptor comes through; more than one message of ours has is refused, and none of them
+    /// stays open, however many they are: the pipe whose writing end was passed ends.
+    #[test]
+    fn descriptors_that_nobody_asked_for_are_closed() {
+        for count in [2, 28, 29, 253] {
+            let (mut end, writer) = io::pipe().unwrap();
+            let (peer, stream) = streams();
+            pass(&peer, &vec![writer.as_raw_fd(); count]);
+            drop(writer);
+            let mut fds = VecDeque::new();
+            let got = stream.recv(&mut [0; 8], &mut fds);
+            assert_eq!(
+                got.map_err(|e| e.kind()),
+                Err(io::ErrorKind::InvalidData),
+                "{count}"
+            );
+            assert!(fds.is_empty());
+            let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+            nix::fcntl::fcntl(&end, flags).unwrap();
+            assert_eq!(end.read(&mut [0]).ok(), Some(0), "{count} leaked");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_goes_with_its_bytes_and_must_be_taken() {
+        let (mut end, writer) = io::pipe().unwrap();
+        let (peer, stream) = streams();
+        pass(&peer, &[writer.as_raw_fd()]);
+        drop(writer);
+        let mut inbox = Inbox::new(64);
+        assert_eq!(inbox.fill(&stream).unwrap(), 1);
+        assert_eq!(inbox.fds.len(), 1);
+        let none = inbox.fill(&stream).unwrap_err();
+        assert_eq!(none.kind(), io::ErrorKind::WouldBlock);
+        // The byte is parsed and its descriptor is left over.
+        inbox.consume(1);
+        let stray = inbox.fill(&stream).unwrap_err();
+        assert_eq!(stray.kind(), io::ErrorKind::InvalidData);
+        inbox.fds.clear();
+        assert_eq!(end.read(&mut [0]).ok(), Some(0));
+    }
+
+    #[test]
+    fn any_control_bytes_are_walked_to_their_end() {
+        // No level and type of descriptors in it, so that none is taken over.
+        let mut bytes = [0u8; 64];
+        assert!(descriptors(&bytes).is_empty());
+        for len in [1u64, 15, 16, 17, 24, 63, 64, 65, u64::MAX] {
+            bytes[..8].copy_from_slice(&len.to_ne_bytes());
+            assert!(descriptors(&bytes).is_empty());
+        }
     }
 }
