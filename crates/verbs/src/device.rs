@@ -19,6 +19,8 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn address(&self) -> &DeviceAddr;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
     fn alloc_pd(&self) -> u32;
+    fn async_event(&self) -> Option<AsyncEvent>;
+    fn async_fd(&self) -> Option<BorrowedFd<'_>>;
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
     fn deregister(&self, key: &RegionKey);
     fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error>;
@@ -37,6 +39,31 @@ pub(crate) trait CqBackend: Send + Sync + fmt::Debug {
     fn arm(&self) -> Result<bool, Error>;
     fn fd(&self) -> BorrowedFd<'_>;
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}
+
+/// Something that happened to a device or a queue pair and that no completion tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AsyncEvent {
+    /// The port has lost its link. Work requests wait, and fail with `RetryExc` if it does not come
+    /// back in time.
+    PortDown {
+        /// The port's number on the device, from 1.
+        port: u8,
+    },
+    /// The port has its link again.
+    PortUp {
+        /// The port's number on the device, from 1.
+        port: u8,
+    },
+    /// A queue pair failed: it is in ERR, and its work requests are flushed, with no completion that
+    /// says why.
+    QpFatal {
+        /// The queue pair.
+        qp_num: u32,
+    },
+    /// The device failed: all its queue pairs are in ERR. Only opening it anew helps.
+    DeviceFatal,
 }
 
 /// Which device it is.
@@ -127,6 +154,20 @@ impl Context {
     /// [`Error::Path`] says why not.
     pub fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         self.backend.probe(peer, path)
+    }
+
+    /// The oldest event that nobody has taken yet; does not wait. Each event is given once, so one
+    /// place of a program should ask.
+    #[must_use]
+    pub fn async_event(&self) -> Option<AsyncEvent> {
+        self.backend.async_event()
+    }
+
+    /// Readable while [`async_event`](Self::async_event) has one to give; `None` on a device that
+    /// never has any.
+    #[must_use]
+    pub fn async_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.backend.async_fd()
     }
 
     /// Makes a protection domain.

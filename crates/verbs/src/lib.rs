@@ -20,7 +20,9 @@ mod soft;
 mod wr;
 
 pub use cq::Poll;
-pub use device::{CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain};
+pub use device::{
+    AsyncEvent, CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain,
+};
 pub use error::{Error, PathFault, PostCause, PostError, StateFault};
 pub use memory::{FdSpan, Memory, MemoryKind};
 pub use null::open_null;
@@ -29,5 +31,5 @@ pub use qp::{
     RtsAttr, SoftPath,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
-pub use soft::{SoftConfig, open_soft, vendor};
+pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};
 pub use wr::{Completion, Remote, SendChain, SendOp, Sge, WcOpcode, WcStatus, Wr};

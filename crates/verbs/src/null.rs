@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::cq::{CqCore, Cqe, Poll, Slots, lock};
 use crate::device::{
-    CompletionQueue, Context, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
+    AsyncEvent, CompletionQueue, Context, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo,
+    DeviceKind,
 };
 use crate::error::{Error, PathFault, PostCause, PostError};
 use crate::memory::Memory;
@@ -68,6 +69,14 @@ impl DeviceBackend for NullDevice {
 
     fn alloc_pd(&self) -> u32 {
         self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn async_event(&self) -> Option<AsyncEvent> {
+        None
+    }
+
+    fn async_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn register(&self, _: u32, _: &dyn Memory, _: Access) -> Result<RegionKey, Error> {

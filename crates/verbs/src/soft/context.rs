@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 
 use crate::cq::lock;
 use crate::device::{
-    CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
+    AsyncEvent, CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
 };
 use crate::error::{Error, os};
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, SoftPath};
 use crate::region::{Access, RegionKey, SegmentSpan};
 use crate::soft::cq::SoftCq;
+use crate::soft::events::Events;
+use crate::soft::injector::Injector;
 use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
@@ -63,7 +65,11 @@ pub(crate) struct SoftShared {
     tokens: Mutex<HashMap<[u8; 16], Weak<SoftQp>>>,
     pub(crate) mailbox: Mailbox,
     next_pd: AtomicU32,
-    next_qpn: AtomicU32,
+    /// The first queue pair's number is random, so that a stale one names nobody.
+    first_qpn: u32,
+    qps: AtomicU32,
+    pub(crate) events: Events,
+    pub(crate) faults: Option<Arc<Injector>>,
 }
 
 impl fmt::Debug for SoftShared {
@@ -91,6 +97,12 @@ impl SoftShared {
     /// The queue pair that has the token.
     pub(crate) fn by_token(&self, token: &[u8; 16]) -> Option<Arc<SoftQp>> {
         lock(&self.tokens).get(token).and_then(Weak::upgrade)
+    }
+
+    /// Every queue pair there is.
+    pub(crate) fn queue_pairs(&self) -> Vec<Arc<SoftQp>> {
+        let tokens = lock(&self.tokens);
+        tokens.values().filter_map(Weak::upgrade).collect()
     }
 
     pub(crate) fn forget_token(&self, token: &[u8; 16]) {
@@ -137,6 +149,8 @@ impl SoftDevice {
         let (table, key_fd) = KeyTable::new(config.max_mr)?;
         let key_slots = table.slots();
         let first = u32::from_le_bytes(random()?);
+        let plan = config.faults.clone();
+        let faults = plan.map(|plan| Arc::new(Injector::new(plan)));
         let shared = Arc::new(SoftShared {
             info: DeviceInfo {
                 name: "soft".to_owned(),
@@ -160,7 +174,10 @@ impl SoftDevice {
             tokens: Mutex::default(),
             mailbox: Mailbox::new()?,
             next_pd: AtomicU32::new(1),
-            next_qpn: AtomicU32::new(first),
+            first_qpn: first,
+            qps: AtomicU32::new(0),
+            events: Events::new()?,
+            faults,
         });
         let thread = server::start(Arc::clone(&shared))?;
         Ok(Self {
@@ -198,6 +215,14 @@ impl DeviceBackend for SoftDevice {
 
     fn alloc_pd(&self) -> u32 {
         self.shared.next_pd.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn async_event(&self) -> Option<AsyncEvent> {
+        self.shared.events.take()
+    }
+
+    fn async_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.shared.events.fd())
     }
 
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error> {
@@ -268,12 +293,14 @@ impl DeviceBackend for SoftDevice {
         let send_cq = cq(send_cq, "send completion queue")?;
         let recv_cq = cq(recv_cq, "receive completion queue")?;
         // 24 bits, as on the wire, and never 0.
-        let qpn = self.shared.next_qpn.fetch_add(1, Ordering::Relaxed) % 0xff_fffe + 1;
+        let ordinal = self.shared.qps.fetch_add(1, Ordering::Relaxed);
+        let qpn = self.shared.first_qpn.wrapping_add(ordinal) % 0xff_fffe + 1;
         let psn = u32::from_le_bytes(random()?) & 0xff_ffff;
         let token = random()?;
         let shared = Arc::clone(&self.shared);
         let qp = SoftQp::new(
             shared,
+            ordinal,
             qpn,
             psn,
             token,
@@ -290,6 +317,6 @@ impl DeviceBackend for SoftDevice {
 }
 
 /// The descriptor of the key table, for a stream's opening.
-pub(crate) fn key_fd(shared: &SoftShared) -> std::os::fd::BorrowedFd<'_> {
+pub(crate) fn key_fd(shared: &SoftShared) -> BorrowedFd<'_> {
     shared.key_fd.as_fd()
 }

@@ -477,6 +477,12 @@ fn lies_told_to_a_requester_are_errors() {
     case("failed, with success", protocol, &tell(nak(0)));
     let flush = u8::try_from(WcStatus::WrFlush.as_raw()).unwrap();
     case("failed, as one's own echo", protocol, &tell(nak(flush)));
+    let ours = u8::try_from(WcStatus::LocProt.as_raw()).unwrap();
+    case(
+        "failed, by a fault of this side",
+        protocol,
+        &tell(nak(ours)),
+    );
     let data = Header {
         m: 64,
         ..Header::new(Kind::Data)

@@ -5,9 +5,12 @@
 
 mod context;
 mod cq;
+mod events;
+mod faults;
 mod frame;
 #[cfg(test)]
 mod hostile;
+mod injector;
 mod keys;
 mod link;
 mod process_vm;
@@ -26,6 +29,11 @@ use std::sync::Arc;
 
 use crate::device::Context;
 use crate::error::Error;
+
+pub use faults::{FaultPlan, FaultPlanError};
+
+/// The software device's one port.
+const PORT: u8 = 1;
 
 pub mod vendor {
     //! What `vendor_err` of a failed completion means on the software device.
@@ -48,6 +56,8 @@ pub mod vendor {
     pub const SEGMENT: u32 = 8;
     /// The receive was too short for the message.
     pub const RECV_TOO_SHORT: u32 = 9;
+    /// The fault plan says so.
+    pub const PLANNED: u32 = 10;
     /// A system call on the peer's memory failed: this plus the errno.
     pub const ERRNO: u32 = 0x1000;
 }
@@ -71,6 +81,9 @@ pub struct SoftConfig {
     /// The least time without progress before a request ends in `RetryExc`, whatever the queue
     /// pair's timeout says: a peer in software answers when the scheduler lets it.
     pub min_retry_time: std::time::Duration,
+    /// What is to go wrong, for tests and demonstrations. The device reads no environment: who wants
+    /// a variable for it parses its text and sets this.
+    pub faults: Option<FaultPlan>,
 }
 
 impl Default for SoftConfig {
@@ -83,6 +96,7 @@ impl Default for SoftConfig {
             max_mr: 4096,
             poll_budget: 1 << 20,
             min_retry_time: std::time::Duration::from_secs(2),
+            faults: None,
         }
     }
 }

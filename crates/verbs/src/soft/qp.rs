@@ -18,6 +18,7 @@ use crate::region::{Access, RegionTable};
 use crate::soft::context::SoftShared;
 use crate::soft::cq::SoftCq;
 use crate::soft::frame::Role;
+use crate::soft::injector::QpFaults;
 use crate::soft::link::{self, Incoming, path_of};
 use crate::soft::requester::{ReqLink, Requester, resolve};
 use crate::soft::responder::{Expect, Next, RecvQueue, RecvWr, RespLink, RespPeer, Responder};
@@ -73,6 +74,7 @@ impl SoftQp {
     )]
     pub(crate) fn new(
         ctx: Arc<SoftShared>,
+        ordinal: u32,
         qpn: u32,
         psn: u32,
         token: [u8; 16],
@@ -83,7 +85,9 @@ impl SoftQp {
     ) -> Self {
         let send_slots = Arc::new(Slots::new(caps.max_send_wr));
         let recv_slots = Arc::new(Slots::new(caps.max_recv_wr));
-        let requester = Requester::new(Arc::clone(&ctx), qpn, pd, Arc::clone(&send_slots));
+        let mut requester = Requester::new(Arc::clone(&ctx), qpn, pd, Arc::clone(&send_slots));
+        let faults = ctx.faults.clone();
+        requester.faults = faults.map(|f| Box::new(QpFaults::new(f, ordinal.into())));
         let responder = Responder::new(Arc::clone(&ctx), qpn, pd, Arc::clone(&recv_slots));
         Self {
             ctx,
@@ -343,7 +347,7 @@ impl SoftQp {
         }
     }
 
-    fn fail_all(&self, keep_stream: bool) {
+    pub(crate) fn fail_all(&self, keep_stream: bool) {
         self.set_state(QpState::Err);
         let mut req = lock(&self.requester);
         req.fail(None);

@@ -10,6 +10,7 @@ use crate::qp::SoftPath;
 use crate::region::{Access, RegionTable};
 use crate::soft::context::SoftShared;
 use crate::soft::frame::{Desc, Header, Kind, MAX_OPS, MAX_PIECES, Piece};
+use crate::soft::injector::QpFaults;
 use crate::soft::keys::{KeyInfo, PeerKeys};
 use crate::soft::process_vm::PeerProcess;
 use crate::soft::requester_local::Place;
@@ -121,6 +122,9 @@ pub(crate) struct Requester {
     /// Ended work requests that no completion has accounted for yet.
     silent: u32,
     pub(crate) link: Option<ReqLink>,
+    /// With a plan: what is to go wrong, and the number of the first work request that it is about.
+    pub(crate) faults: Option<Box<QpFaults>>,
+    pub(crate) fence: u64,
     /// Nothing to do before the peer, a socket or a post says so.
     pub(crate) stalled: bool,
     pub(crate) failed: bool,
@@ -170,6 +174,8 @@ impl Requester {
             part: 0,
             silent: 0,
             link: None,
+            faults: None,
+            fence: u64::MAX,
             stalled: false,
             failed: false,
             want_write: false,
@@ -211,6 +217,7 @@ impl Requester {
             segment: 0,
             len: 0,
         };
+        let number = self.head + self.wrs.len() as u64;
         let uniform = chain.reads == 0 || chain.reads == chain.wrs.len();
         if uniform && n == chain.wrs.len() {
             let want = local_access(if chain.reads > 0 { Op::Read } else { Op::Write });
@@ -243,6 +250,13 @@ impl Requester {
                 self.wrs.push_back(wr);
             }
         }
+        if let Some(faults) = &mut self.faults {
+            let posted = self.wrs.range_mut((number - self.head) as usize..);
+            for (number, wr) in (number..).zip(posted) {
+                faults.consider(number, wr);
+            }
+            self.fence = faults.fence();
+        }
         self.chains
             .push_back((Arc::clone(table), self.head + self.wrs.len() as u64));
         self.stalled = false;
@@ -258,7 +272,10 @@ impl Requester {
         if self.failed || self.wrs.is_empty() {
             None
         } else {
-            Some(self.last_progress + self.retry_time?)
+            let silent = self.retry_time.map(|t| self.last_progress + t);
+            // A fault's end is waited for too.
+            let until = self.faults.as_ref().and_then(|f| f.until);
+            silent.into_iter().chain(until).min()
         }
     }
 
@@ -299,6 +316,10 @@ impl Requester {
                 return Ok(false);
             };
             let oldest = self.sent == self.head;
+            if self.faults.is_some() && !self.may_start()? {
+                self.stalled = true;
+                return Ok(false);
+            }
             if wr.bad_local {
                 if oldest {
                     return Err(Fail::new(WcStatus::LocProt, 0));
@@ -352,7 +373,8 @@ impl Requester {
             let nsge = wr.nsge as usize;
             let full =
                 usize::from(count) >= MAX_OPS || spans + nsge > MAX_PIECES.min(MAX_SPANS - 1);
-            if wr.bad_local || (count > 0 && (full || bytes >= 1 << 20)) {
+            let fenced = self.head + at as u64 == self.fence;
+            if wr.bad_local || fenced || (count > 0 && (full || bytes >= 1 << 20)) {
                 break;
             }
             if local.is_some() && wr.op == Op::Read {
@@ -505,6 +527,7 @@ impl Requester {
             self.head += 1;
         }
         self.failed = true;
+        self.faults = None;
         // The spans that a send in progress names go with the stream, before their tables.
         self.link = None;
         self.want_write = false;

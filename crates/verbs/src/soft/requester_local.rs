@@ -87,6 +87,7 @@ impl Requester {
             && let Some(wr) = self.wrs.get(*done)
             && wr.op == Op::Read
             && !wr.bad_local
+            && self.head + *done as u64 != self.fence
         {
             let nsge = wr.nsge as usize;
             if wr.len == 0 {
@@ -273,11 +274,12 @@ impl Requester {
         let mut left = *budget as u64;
         let mut part = self.part;
         let mut sge_next = *sge_at;
-        for wr in self.wrs.range(*done..) {
+        for (number, wr) in (self.head + *done as u64..).zip(self.wrs.range(*done..)) {
             let nsge = wr.nsge as usize;
             let fits = remote.is_empty() || local.len() + nsge <= SPANS;
             let same = wr.op == Op::Read && !wr.bad_local && wr.rkey == rkey;
-            if left == 0 || !fits || !same || key.info.bounds(wr.addr, wr.len).is_err() {
+            let fenced = number == self.fence;
+            if left == 0 || !fits || !same || fenced || key.info.bounds(wr.addr, wr.len).is_err() {
                 break;
             }
             let n = (wr.len - part).min(left);

@@ -111,8 +111,14 @@ impl Requester {
                     // What waited for its payload to leave ends now: nothing leaves any more.
                     self.retire(self.acked.saturating_sub(self.head) as usize);
                     let status = WcStatus::from_raw(head.flag.into());
-                    // Neither a success nor an echo of one's own is the peer's to tell.
-                    let told = !matches!(status, WcStatus::Success | WcStatus::WrFlush);
+                    // Neither a success nor a fault of this side is the peer's to tell.
+                    let told = matches!(
+                        status,
+                        WcStatus::RemInvReq
+                            | WcStatus::RemAccess
+                            | WcStatus::RemOp
+                            | WcStatus::RnrRetryExc
+                    );
                     if self.head >= self.sent || !told {
                         return Err(Fail::protocol());
                     }

@@ -16,6 +16,7 @@ use nix::sys::socket::{
 
 use crate::SoftPath;
 use crate::cq::lock;
+use crate::device::AsyncEvent;
 use crate::error::{Error, os};
 use crate::soft::context::{SoftShared, key_fd};
 use crate::soft::frame::{HELLO, Hello, Role};
@@ -97,6 +98,8 @@ struct Server {
     /// Halves with work, in turn.
     ready: VecDeque<u64>,
     next_id: u64,
+    /// What a fault plan has for the device, soonest first.
+    timeline: VecDeque<(Instant, AsyncEvent)>,
 }
 
 fn nix_os(op: &'static str) -> impl Fn(nix::Error) -> Error {
@@ -122,7 +125,9 @@ pub(crate) fn start(shared: Arc<SoftShared>) -> Result<JoinHandle<()>, Error> {
     epoll
         .add(&shared.mailbox.event, readable(MAILBOX))
         .map_err(nix_os("epoll_ctl"))?;
+    let timeline = shared.faults.as_ref().map(|f| f.timeline());
     let server = Server {
+        timeline: timeline.unwrap_or_default(),
         shared,
         epoll,
         listener,
@@ -177,7 +182,8 @@ impl Server {
         }
         let waits = self.halves.values().filter_map(|h| h.at);
         let opens = self.opening.values().map(|o| o.since + OPENING_TIME);
-        let Some(at) = waits.chain(opens).min() else {
+        let planned = self.timeline.front().map(|p| p.0);
+        let Some(at) = waits.chain(opens).chain(planned).min() else {
             return EpollTimeout::NONE;
         };
         // Rounded up, so that the time has come when the wait ends.
@@ -186,6 +192,14 @@ impl Server {
     }
 
     fn timers(&mut self) {
+        while let Some((_, event)) = self.timeline.pop_front_if(|p| p.0 <= Instant::now()) {
+            self.shared.events.push(event);
+            if event == AsyncEvent::DeviceFatal {
+                for qp in self.shared.queue_pairs() {
+                    qp.fail_all(false);
+                }
+            }
+        }
         if self.opening.is_empty() && self.halves.values().all(|h| h.at.is_none()) {
             return;
         }

@@ -1,0 +1,56 @@
+//! Asynchronous events of the software device: they come only from a fault plan.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::cq::lock;
+use crate::device::AsyncEvent;
+use crate::error::{Error, os};
+
+/// Events that nobody has taken; more are lost.
+const MAX_EVENTS: usize = 4096;
+
+#[derive(Debug)]
+pub(crate) struct Events {
+    queue: Mutex<VecDeque<AsyncEvent>>,
+    /// Readable while the queue has events.
+    event: EventFd,
+}
+
+impl Events {
+    pub(crate) fn new() -> Result<Self, Error> {
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        Ok(Self {
+            queue: Mutex::default(),
+            event: event.map_err(|e| os("eventfd")(e.into()))?,
+        })
+    }
+
+    pub(crate) fn push(&self, event: AsyncEvent) {
+        let mut queue = lock(&self.queue);
+        if queue.len() >= MAX_EVENTS {
+            tracing::warn!(?event, "nobody takes this device's events: lost");
+            return;
+        }
+        queue.push_back(event);
+        // Fails only when the counter is full, and then it is readable already.
+        let _ = self.event.write(1);
+    }
+
+    pub(crate) fn take(&self) -> Option<AsyncEvent> {
+        let mut queue = lock(&self.queue);
+        let event = queue.pop_front();
+        if queue.is_empty() {
+            // Fails only when it was not readable.
+            let _ = self.event.read();
+        }
+        event
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}

@@ -1,0 +1,143 @@
+//! Carries a fault plan out: on the work requests of a queue pair, and on the device as time passes.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::device::AsyncEvent;
+use crate::soft::PORT;
+use crate::soft::faults::{Fault, FaultPlan};
+use crate::soft::requester::{Fail, Requester};
+use crate::soft::vendor;
+use crate::wr::{Op, WcStatus, WrEntry};
+
+/// A plan, and since when it counts.
+#[derive(Debug)]
+pub(crate) struct Injector {
+    plan: FaultPlan,
+    opened: Instant,
+}
+
+impl Injector {
+    pub(crate) fn new(plan: FaultPlan) -> Self {
+        Self {
+            plan,
+            opened: Instant::now(),
+        }
+    }
+
+    /// What happens to the device as a whole, and when; soonest first.
+    pub(crate) fn timeline(&self) -> VecDeque<(Instant, AsyncEvent)> {
+        let at = |after| self.opened.checked_add(after);
+        let down = self.plan.port_down;
+        let all = [
+            (
+                down.and_then(|d| at(d.0)),
+                AsyncEvent::PortDown { port: PORT },
+            ),
+            (
+                down.and_then(|d| at(d.0.saturating_add(d.1))),
+                AsyncEvent::PortUp { port: PORT },
+            ),
+            (self.plan.device_fatal.and_then(at), AsyncEvent::DeviceFatal),
+        ];
+        let mut list: Vec<_> = all.into_iter().filter_map(|(t, e)| Some((t?, e))).collect();
+        list.sort_by_key(|l| l.0);
+        list.into()
+    }
+
+    /// When the port is up again, if it is down.
+    fn down_until(&self, now: Instant) -> Option<Instant> {
+        let (at, time) = self.plan.port_down?;
+        let from = self.opened.checked_add(at)?;
+        let until = from.checked_add(time)?;
+        (from <= now && now < until).then_some(until)
+    }
+}
+
+/// What a plan has for the work requests of one queue pair.
+#[derive(Debug)]
+pub(crate) struct QpFaults {
+    injector: Arc<Injector>,
+    /// The queue pair's number in its context.
+    ordinal: u64,
+    /// By number of the work request, oldest first.
+    pending: VecDeque<(u64, Fault)>,
+    /// When the delay of the oldest one is over, once it has begun.
+    delayed: Option<Instant>,
+    /// When whatever holds the queue pair up is over, if time ends it.
+    pub(crate) until: Option<Instant>,
+}
+
+impl QpFaults {
+    pub(crate) fn new(injector: Arc<Injector>, ordinal: u64) -> Self {
+        Self {
+            injector,
+            ordinal,
+            pending: VecDeque::new(),
+            delayed: None,
+            until: None,
+        }
+    }
+
+    /// Decides about a work request that is posted.
+    pub(crate) fn consider(&mut self, number: u64, wr: &mut WrEntry) {
+        let fate = self.injector.plan.fate(self.ordinal, number);
+        if fate.key && matches!(wr.op, Op::Read | Op::Write | Op::WriteImm) {
+            // Another generation of the key: it was valid once, or will be.
+            wr.rkey ^= 0x8000_0000;
+        }
+        let faults = [fate.delay, fate.end].into_iter().flatten();
+        self.pending.extend(faults.map(|fault| (number, fault)));
+    }
+
+    /// The first work request that does not start like any other.
+    pub(crate) fn fence(&self) -> u64 {
+        self.pending.front().map_or(u64::MAX, |p| p.0)
+    }
+}
+
+impl Requester {
+    /// Whether the next work request may start; `false`: something must come or pass first. Called
+    /// only where there is a plan.
+    pub(crate) fn may_start(&mut self) -> Result<bool, Fail> {
+        let (number, oldest) = (self.sent, self.sent == self.head);
+        let Some(faults) = &mut self.faults else {
+            return Ok(true);
+        };
+        faults.until = None;
+        let now = Instant::now();
+        if let Some(until) = faults.injector.down_until(now) {
+            faults.until = Some(until);
+            return Ok(false);
+        }
+        while let Some((_, fault)) = faults.pending.front().filter(|p| p.0 == number) {
+            match *fault {
+                Fault::Delay(by) => {
+                    // A time beyond all clocks is for ever.
+                    faults.delayed = faults.delayed.or_else(|| now.checked_add(by));
+                    if faults.delayed.is_none_or(|t| now < t) {
+                        faults.until = faults.delayed;
+                        return Ok(false);
+                    }
+                    faults.delayed = None;
+                    faults.pending.pop_front();
+                    self.fence = faults.fence();
+                }
+                // The retry time runs on.
+                Fault::Drop => return Ok(false),
+                // The streams are closed with the queue pair, on both sides.
+                Fault::Cut => return Err(Fail::gone()),
+                // An error is the oldest work request's: those before it end first.
+                Fault::Error(_) | Fault::QpFatal if !oldest => return Ok(false),
+                Fault::Error(status) => return Err(Fail::new(status, vendor::PLANNED)),
+                Fault::QpFatal => {
+                    let qp_num = self.qpn;
+                    self.ctx.events.push(AsyncEvent::QpFatal { qp_num });
+                    return Err(Fail::new(WcStatus::WrFlush, 0));
+                }
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,315 @@
+//! Faults on purpose do what the plan says, on every path, and nothing else.
+#![allow(missing_docs, clippy::field_reassign_with_default, reason = "a test")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvxfer_verbs::*;
+use nix::poll::{PollFd, PollFlags, poll};
+use support::*;
+
+const N: usize = 4096;
+
+fn options(plan: &str) -> Options {
+    let mut o = Options::default();
+    o.config.faults = Some(plan.parse().unwrap());
+    o
+}
+
+/// The same, with a retry time of 50 ms.
+fn impatient(plan: &str) -> Options {
+    let mut o = options(plan);
+    o.config.min_retry_time = Duration::from_millis(50);
+    o.rts = RtsAttr {
+        timeout: 8,
+        retry_cnt: 1,
+        rnr_retry: 7,
+    };
+    o
+}
+
+/// Two sides with `N` bytes each; only the first one's device has a plan.
+struct Pair {
+    a: Side,
+    b: Side,
+    near: Arc<TestMemory>,
+    far: Arc<TestMemory>,
+    table: Arc<RegionTable>,
+    remote: Remote,
+    region: MemoryRegion,
+}
+
+fn meet(how: How, o: &Options) -> Pair {
+    let a = open_soft(o.config.clone()).unwrap();
+    let b = open_soft(SoftConfig::default()).unwrap();
+    meet_on(how, o, &a, &b)
+}
+
+fn meet_on(how: How, o: &Options, a: &Context, b: &Context) -> Pair {
+    let (a, b) = join(how, o, a, b);
+    let (near, far) = (TestMemory::sealed(N), TestMemory::sealed(N));
+    near.put(0, &pattern(N, 1));
+    far.put(0, &pattern(N, 2));
+    let (rn, region) = (a.region(&near, all()), b.region(&far, all()));
+    let remote = Remote {
+        addr: region.addr(),
+        rkey: region.rkey(),
+    };
+    let table = table(&[&rn]);
+    Pair {
+        a,
+        b,
+        near,
+        far,
+        table,
+        remote,
+        region,
+    }
+}
+
+impl Pair {
+    fn post(&self, ops: &[SendOp]) {
+        let mut chain = SendChain::new();
+        for (i, op) in ops.iter().enumerate() {
+            let sge = Sge {
+                region: 0,
+                len: N as u32,
+                offset: 0,
+            };
+            chain.push(i as u64, *op, true, &[sge]);
+        }
+        self.a.qp.post_send(&chain, &self.table).unwrap();
+    }
+
+    fn reap(&self, n: usize) -> Vec<Completion> {
+        reap(&self.a.send_cq, n)
+    }
+
+    /// The first work request ends so, the next is flushed, and nothing has moved.
+    fn fails(&self, how: How, status: WcStatus, vendor: u32) {
+        let got = self.reap(2);
+        assert_eq!(
+            (got[0].status, got[0].vendor_err),
+            (status, vendor),
+            "{how:?}"
+        );
+        assert_eq!(got[1].status, WcStatus::WrFlush, "{how:?}");
+        assert_eq!(self.a.qp.state(), QpState::Err);
+        assert!(self.near.get(0, N) == pattern(N, 1), "{how:?}");
+        assert!(self.far.get(0, N) == pattern(N, 2), "{how:?}");
+    }
+}
+
+fn events(ctx: &Context) -> Vec<AsyncEvent> {
+    std::iter::from_fn(|| ctx.async_event()).collect()
+}
+
+fn readable(ctx: &Context, wait: Duration) -> bool {
+    let mut fds = [PollFd::new(ctx.async_fd().unwrap(), PollFlags::POLLIN)];
+    poll(&mut fds, u16::try_from(wait.as_millis()).unwrap()).unwrap() == 1
+}
+
+#[test]
+fn a_delayed_work_request_keeps_its_place() {
+    for how in EVERY {
+        let p = meet(how, &options("delay=1:20ms"));
+        let before = Instant::now();
+        let (read, write) = (SendOp::Read(p.remote), SendOp::Write(p.remote));
+        p.post(&[write, read, write]);
+        let got = p.reap(3);
+        // Each waits for its own delay when its turn has come.
+        assert!(before.elapsed() >= Duration::from_millis(60), "{how:?}");
+        let ids: Vec<_> = got.iter().map(|c| (c.wr_id, c.status)).collect();
+        let fine = WcStatus::Success;
+        assert_eq!(ids, [(0, fine), (1, fine), (2, fine)], "{how:?}");
+        assert!(p.far.get(0, N) == pattern(N, 1), "{how:?}");
+    }
+}
+
+/// Posted on the first queue pair, then on the second; answers which was done first.
+fn first_done(how: How, plan: &str) -> usize {
+    let o = options(plan);
+    let a = open_soft(o.config.clone()).unwrap();
+    let b = open_soft(SoftConfig::default()).unwrap();
+    let pairs = [0, 1].map(|_| meet_on(how, &o, &a, &b));
+    for p in &pairs {
+        p.post(&[SendOp::Read(p.remote)]);
+    }
+    let mut done = Vec::new();
+    let end = Instant::now() + WAIT;
+    while done.len() < 2 {
+        assert!(Instant::now() < end, "{how:?} {done:?}");
+        for (i, p) in pairs.iter().enumerate() {
+            let mut out = Vec::new();
+            p.a.send_cq.poll(&mut out, 1).unwrap();
+            done.extend(out.iter().map(|_| i));
+        }
+    }
+    done[0]
+}
+
+#[test]
+fn queue_pairs_overtake_each_other() {
+    for how in EVERY {
+        let before = Instant::now();
+        // With this seed the first queue pair's is held back, by nine tenths of the time.
+        assert_eq!(first_done(how, "seed=14,reorder=0.5:300ms"), 1, "{how:?}");
+        assert!(before.elapsed() >= Duration::from_millis(250), "{how:?}");
+    }
+}
+
+#[test]
+fn a_lost_work_request_runs_out_of_retries() {
+    for how in EVERY {
+        let p = meet(how, &impatient("drop=1"));
+        let before = Instant::now();
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(how, WcStatus::RetryExc, vendor::NO_PROGRESS);
+        assert!(before.elapsed() >= Duration::from_millis(50), "{how:?}");
+    }
+}
+
+#[test]
+fn a_corrupt_key_is_refused() {
+    for how in EVERY {
+        for op in [SendOp::Write as fn(Remote) -> SendOp, SendOp::Read] {
+            let p = meet(how, &options("key=1"));
+            p.post(&[op(p.remote), op(p.remote)]);
+            p.fails(how, WcStatus::RemAccess, vendor::BAD_KEY);
+        }
+        // A message names no key.
+        let p = meet(how, &options("key=1"));
+        let sge = Sge {
+            region: 0,
+            len: N as u32,
+            offset: 0,
+        };
+        p.b.qp.post_recv(1, &[sge], &table(&[&p.region])).unwrap();
+        p.post(&[SendOp::Send]);
+        assert_eq!(p.reap(1)[0].status, WcStatus::Success, "{how:?}");
+    }
+}
+
+#[test]
+fn a_cut_link_ends_both_sides() {
+    for how in EVERY {
+        let p = meet(how, &options("cut=1"));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(how, WcStatus::RetryExc, vendor::PEER_GONE);
+        let mut chain = SendChain::new();
+        chain.push(7, SendOp::Send, true, &[]);
+        p.b.qp.post_send(&chain, &table(&[])).unwrap();
+        let c = reap(&p.b.send_cq, 1)[0];
+        let gone = (WcStatus::RetryExc, vendor::PEER_GONE);
+        assert_eq!((c.status, c.vendor_err), gone, "{how:?}");
+    }
+}
+
+#[test]
+fn a_planned_error_says_that_it_is_planned() {
+    for how in EVERY {
+        let p = meet(how, &options("wr-error=1:rem-op"));
+        p.post(&[SendOp::Read(p.remote), SendOp::Write(p.remote)]);
+        p.fails(how, WcStatus::RemOp, vendor::PLANNED);
+    }
+}
+
+/// What came before a fault is done, and the same seed has it in the same place.
+#[test]
+fn a_fault_comes_at_its_place_every_time() {
+    let fails_at = |how, seed: u64| {
+        let p = meet(
+            how,
+            &options(&format!("seed={seed},wr-error=0.05:rem-access")),
+        );
+        let ops: Vec<_> = (0..200)
+            .map(|i| match i % 3 {
+                0 => SendOp::Write(p.remote),
+                _ => SendOp::Read(p.remote),
+            })
+            .collect();
+        p.post(&ops);
+        let got = p.reap(ops.len());
+        assert!(got.iter().map(|c| c.wr_id).eq(0..200), "{how:?}");
+        let bad = got
+            .iter()
+            .position(|c| c.status != WcStatus::Success)
+            .unwrap();
+        assert_eq!(got[bad].status, WcStatus::RemAccess, "{how:?}");
+        assert_eq!(got[bad].vendor_err, vendor::PLANNED);
+        assert!(got[bad + 1..].iter().all(|c| c.status == WcStatus::WrFlush));
+        bad
+    };
+    let places = [1, 2, 3].map(|seed| EVERY.map(|how| fails_at(how, seed)));
+    for place in &places {
+        assert_eq!(place[0], place[1]);
+        assert_eq!(place[0], place[2]);
+    }
+    assert!(
+        places[0] != places[1] || places[1] != places[2],
+        "{places:?}"
+    );
+}
+
+#[test]
+fn a_queue_pair_that_fails_by_itself_is_an_event() {
+    for how in EVERY {
+        let p = meet(how, &options("qp-fatal=1"));
+        assert!(!readable(&p.a.ctx, Duration::ZERO));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(how, WcStatus::WrFlush, 0);
+        assert!(readable(&p.a.ctx, Duration::ZERO));
+        let qp_num = p.a.qp.qp_num();
+        assert_eq!(events(&p.a.ctx), [AsyncEvent::QpFatal { qp_num }]);
+        assert!(!readable(&p.a.ctx, Duration::ZERO));
+    }
+}
+
+#[test]
+fn a_port_that_is_down_holds_everything_up() {
+    for how in EVERY {
+        let before = Instant::now();
+        let p = meet(how, &options("port-down=0s:150ms"));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        assert!(readable(&p.a.ctx, WAIT));
+        assert_eq!(
+            p.a.ctx.async_event(),
+            Some(AsyncEvent::PortDown { port: 1 })
+        );
+        let got = p.reap(2);
+        assert!(before.elapsed() >= Duration::from_millis(150), "{how:?}");
+        assert!(got.iter().all(|c| c.status == WcStatus::Success), "{how:?}");
+        assert!(readable(&p.a.ctx, WAIT));
+        assert_eq!(events(&p.a.ctx), [AsyncEvent::PortUp { port: 1 }]);
+
+        let p = meet(how, &impatient("port-down=0s:1000s"));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(how, WcStatus::RetryExc, vendor::NO_PROGRESS);
+    }
+}
+
+#[test]
+fn a_device_that_fails_takes_its_queue_pairs_along() {
+    for how in EVERY {
+        let p = meet(how, &options("device-fatal=100ms,delay=1:1000s"));
+        p.a.qp.post_recv(9, &[], &table(&[])).unwrap();
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(how, WcStatus::WrFlush, 0);
+        let got = reap(&p.a.recv_cq, 1);
+        assert_eq!((got[0].wr_id, got[0].status), (9, WcStatus::WrFlush));
+        assert!(readable(&p.a.ctx, WAIT));
+        assert_eq!(events(&p.a.ctx), [AsyncEvent::DeviceFatal]);
+    }
+}
+
+#[test]
+fn without_a_plan_nothing_ever_happens() {
+    let p = meet(How::Arena, &Options::default());
+    p.post(&[SendOp::Read(p.remote)]);
+    assert_eq!(p.reap(1)[0].status, WcStatus::Success);
+    assert_eq!(p.a.ctx.async_event(), None);
+    assert!(!readable(&p.a.ctx, Duration::ZERO));
+    assert!(open_null().async_fd().is_none() && open_null().async_event().is_none());
+}
