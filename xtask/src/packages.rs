@@ -29,6 +29,27 @@ pub(crate) fn need(program: &str, package: &str) -> Result<(), String> {
     }
 }
 
+/// Makes sure that `cargo fuzz` is there, building it if it is not.
+///
+/// # Errors
+///
+/// Why it is not there, for people to read.
+pub(crate) fn cargo_fuzz() -> Result<(), String> {
+    let cargo = crate::command::cargo();
+    let cargo = cargo.to_string_lossy();
+    let there = || quiet(&cargo, &["fuzz", "--version"]) == Some(true);
+    if there() {
+        return Ok(());
+    }
+    println!("installing cargo-fuzz");
+    let installed = quiet(&cargo, &["install", "--locked", "cargo-fuzz"]) == Some(true);
+    if installed && there() {
+        Ok(())
+    } else {
+        Err("cargo-fuzz is missing: cargo install --locked cargo-fuzz".into())
+    }
+}
+
 /// Whether network namespaces can be made here.
 ///
 /// # Errors

@@ -131,6 +131,9 @@ impl Session<'_> {
                 }
                 s.cargo(&["check", "--manifest-path", "fuzz/Cargo.toml", "--bins"])
             })?;
+            if self.long {
+                self.step("fuzzing", Self::fuzz)?;
+            }
         }
         Ok(())
     }
@@ -166,6 +169,35 @@ impl Session<'_> {
         }
         let ended = command::show(&mut command, self.root)?;
         Ok(tested(&ended))
+    }
+
+    /// Runs each fuzz target for a minute, from the seeds that are in the tree.
+    fn fuzz(&mut self) -> anyhow::Result<Outcome> {
+        if let Err(why) = packages::need("c++", "g++").and_then(|()| packages::cargo_fuzz()) {
+            return Ok(self.missing(why));
+        }
+        let mut tally = NONE;
+        for name in fuzz_targets(self.root)? {
+            // What is found goes to the build folder: the seeds in the tree stay few.
+            let found = format!("target/fuzz-corpus/{name}");
+            std::fs::create_dir_all(self.root.join(&found))?;
+            let seeds = format!("fuzz/corpus/{name}");
+            let mut command = Command::new(command::cargo());
+            command.args(["fuzz", "run", &name, &found, &seeds, "--"]);
+            command.args(["-max_total_time=60", "-max_len=16384", "-timeout=20"]);
+            // libFuzzer's instrumentation needs flags that stable compilers hide.
+            command.env("RUSTC_BOOTSTRAP", "1");
+            if command::show(&mut command, self.root)?.success {
+                tally.passed += 1;
+            } else {
+                tally.failed += 1;
+            }
+        }
+        Ok(if tally.failed == 0 {
+            Outcome::Passed(tally)
+        } else {
+            Outcome::Failed(tally)
+        })
     }
 
     fn step(
@@ -277,6 +309,19 @@ impl Step {
         let seconds = self.took.as_secs_f64();
         format!("{seconds:>9.1} s  {:<12} {word}{more}", self.name)
     }
+}
+
+/// The names of the fuzz targets, in order.
+fn fuzz_targets(root: &Path) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(root.join("fuzz/fuzz_targets"))? {
+        let path = entry?.path();
+        if let Some(name) = path.file_stem() {
+            names.push(name.to_string_lossy().into_owned());
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 fn passed_if(good: bool) -> Outcome {
