@@ -1,6 +1,6 @@
 //! Mixed traffic with faults at random, for as long as one likes: pulls, pushes, expectations and
 //! offers between a survivor and two peers in processes of their own, which are killed, stopped and
-//! started again meanwhile. Every byte that is handed over is checked, and every block that is the
+//! started again meanwhile, and a device that fails work requests and queue pairs on purpose. Every byte that is handed over is checked, and every block that is the
 //! owner's again is checked once more before it is used.
 //!
 //! `KVXFER_SOAK_SECONDS` says how long (10 without it, 600 in the long suite), `KVXFER_SOAK_SEED`
@@ -101,7 +101,14 @@ fn spec(path: PathKind, role: KvRole, listen: &str) -> Spec {
 impl Soak {
     fn new(path: PathKind, seed: u64) -> Self {
         let node = recipe(KvRole::Both, path, BLOCK, BLOCKS)
-            .with(|config| config.max_inflight_bytes.0 = 1 << 20)
+            .with(|config| {
+                config.max_inflight_bytes.0 = 1 << 20;
+                let faults = format!(
+                    "seed={seed},reorder=0.02:2ms,delay=0.002:20ms,drop=0.0003,key=0.001,\
+                     wr-error=0.001:rem-op,qp-fatal=0.0003,cut=0.0003"
+                );
+                config.faults = Some(faults.parse().expect("a plan of faults"));
+            })
             .node();
         node.side.fill(SEED).expect("filled");
         node.fill_blocks(SOURCES..BLOCKS, RECYCLED);

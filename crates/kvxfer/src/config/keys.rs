@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvxfer_verbs::FaultPlan;
+
 use crate::wire::KvRole;
 
 use super::value::{Any, Bytes, DeviceFilter, IfSet, Listen, Or, PathSet, Rule, Setting, Within};
@@ -148,4 +150,6 @@ keys! {
     rdma_tc: Option<u8> = None, IfSet(Within(0, 255)), env "MORI_RDMA_TC";
     /// Index of the GID to use on RoCE.
     rdma_gid_index: i32 = -1, Or(-1, "auto", 0, 255);
+    /// What goes wrong on purpose on the software device, for tests and demonstrations.
+    faults: Option<FaultPlan> = None, Any;
 }

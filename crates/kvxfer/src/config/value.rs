@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvxfer_verbs::FaultPlan;
+
 use crate::wire::{KvRole, PathKind};
 
 /// A type that a setting can have. Every source (flag, environment, JSON) gives text.
@@ -447,6 +449,18 @@ impl Setting for String {
 
     fn show(&self) -> String {
         self.clone()
+    }
+}
+
+impl Setting for FaultPlan {
+    const SYNTAX: &'static str = "faults of the software device (seed=7,delay=0.01:5ms,drop=0.001)";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
     }
 }
 

@@ -90,7 +90,12 @@ impl Runtime {
             }
             None => None,
         };
-        let context = open_soft(SoftConfig::default())?;
+        if let Some(faults) = &config.faults {
+            warn!(%faults, "faults on purpose: transfers will fail");
+        }
+        let mut device = SoftConfig::default();
+        device.faults = config.faults.clone();
+        let context = open_soft(device)?;
         let pd = context.alloc_pd()?;
         let info = context.device().clone();
         let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
