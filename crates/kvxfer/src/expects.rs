@@ -8,6 +8,10 @@
 //! all of them have said that they are done nobody is left who could write, and when an
 //! expectation fails the peers that could still write are known by name.
 //!
+//! A sender is a rank of an engine, by name, and one sender has one session: a rank that has said it
+//! is done, or is bound over one session, is not bound again over another, nor after a restart under
+//! its name. Otherwise one producer that writes twice would count for another that never came.
+//!
 //! A push that outlives its queue pairs (one side reset them) must ask with `push_started` again
 //! before it is posted on new ones: its expectation may have ended in between.
 //!
@@ -26,7 +30,7 @@ use std::time::Duration;
 
 use crate::block_set::{BlockSet, BlocksError, check_groups};
 use crate::blocks::GroupBlocks;
-use crate::event::MemoryState;
+use crate::event::{MemoryState, PeerName};
 use crate::ids::{Nonce, RequestId};
 use crate::recent::Recent;
 use crate::ticket::MAX_PARTIES;
@@ -227,6 +231,15 @@ enum Writer {
     Closed,
 }
 
+#[derive(Debug)]
+struct Bound {
+    /// The session over which it writes.
+    peer: PeerKey,
+    /// Who it is.
+    name: PeerName,
+    state: Writer,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The outcome is to come, by this time.
@@ -243,7 +256,7 @@ struct Expectation {
     groups: Vec<GroupBlocks>,
     senders: u32,
     /// The bound peers; at most `senders`, usually a handful.
-    writers: Vec<(PeerKey, Writer)>,
+    writers: Vec<Bound>,
     phase: Phase,
 }
 
@@ -251,15 +264,15 @@ impl Expectation {
     fn writer(&mut self, peer: PeerKey) -> Option<&mut Writer> {
         self.writers
             .iter_mut()
-            .find(|(p, _)| *p == peer)
-            .map(|(_, w)| w)
+            .find(|w| w.peer == peer)
+            .map(|w| &mut w.state)
     }
 
     fn open_writers(&self) -> impl Iterator<Item = PeerKey> {
         self.writers
             .iter()
-            .filter(|(_, w)| *w == Writer::Open)
-            .map(|(p, _)| *p)
+            .filter(|w| w.state == Writer::Open)
+            .map(|w| w.peer)
     }
 
     fn timer(&self) -> Option<Time> {
@@ -399,7 +412,7 @@ impl Expects {
         Ok(())
     }
 
-    /// Binds a peer, before the ticket is sent to it. Announcing again (after a reconnect) is fine.
+    /// Binds a peer, before the ticket is sent to it. Announcing again over the same session is fine.
     ///
     /// # Errors
     /// The try does not stand, or has all its senders.
@@ -408,8 +421,9 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
+        name: &PeerName,
     ) -> Result<(), PushRefusal> {
-        self.bind(request, nonce, peer)
+        self.bind(request, nonce, peer, name)
     }
 
     /// A peer that has the ticket from elsewhere asks whether it may begin to write. It may when
@@ -423,9 +437,10 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
+        name: &PeerName,
     ) -> Result<(), PushRefusal> {
         self.on_time(now);
-        self.bind(request, nonce, peer)
+        self.bind(request, nonce, peer, name)
     }
 
     fn bind(
@@ -433,6 +448,7 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
+        name: &PeerName,
     ) -> Result<(), PushRefusal> {
         let key = self.find(request, nonce)?;
         let expectation = self.expectation(key);
@@ -443,13 +459,18 @@ impl Expects {
             Some(Writer::Open) => Ok(()),
             // It said that it is done; beginning again would write into finished blocks.
             Some(Writer::Closed) => Err(PushRefusal::Late),
+            None if expectation.writers.iter().any(|w| w.name == *name) => Err(PushRefusal::Late),
             None if expectation.writers.len() >= expectation.senders as usize => {
                 Err(PushRefusal::SendersFull {
                     senders: expectation.senders,
                 })
             }
             None => {
-                expectation.writers.push((peer, Writer::Open));
+                expectation.writers.push(Bound {
+                    peer,
+                    name: name.clone(),
+                    state: Writer::Open,
+                });
                 Ok(())
             }
         }
@@ -484,7 +505,7 @@ impl Expects {
         let done = expectation
             .writers
             .iter()
-            .filter(|(_, w)| *w == Writer::Closed)
+            .filter(|w| w.state == Writer::Closed)
             .count();
         let left = senders.saturating_sub(u32::try_from(done).unwrap_or(u32::MAX));
         if left > 0 {

@@ -10,6 +10,10 @@
 //! A reader that is lost does not end an offer: it may still be reading, and it may come back. The
 //! lease runs out instead.
 //!
+//! A reader is a rank of an engine, by name: over whatever session its releases come, and also after
+//! a restart under its name, it counts once. A reader whose engine was given no name (`engine_id`)
+//! has another at each start, and only a restart can make it count again.
+//!
 //! # The slot
 //! ```text
 //! bytes  0..8   word       little-endian u64
@@ -26,12 +30,11 @@ use std::time::Duration;
 
 use crate::block_set::{BlocksError, check_groups};
 use crate::blocks::GroupBlocks;
-use crate::event::ReleaseReason;
+use crate::event::{PeerName, ReleaseReason};
 use crate::ids::{Nonce, RequestId};
 use crate::recent::Recent;
 use crate::ticket::{LeaseRef, MAX_PARTIES};
 use crate::time::Time;
-use crate::transfer::PeerKey;
 
 /// Bytes of a slot.
 pub const SLOT_BYTES: usize = 64;
@@ -217,7 +220,7 @@ struct Offer {
     nonce: Nonce,
     groups: Vec<GroupBlocks>,
     readers: u32,
-    done: HashSet<PeerKey>,
+    done: HashSet<PeerName>,
     lease: LeaseRef,
     expires: Time,
 }
@@ -341,11 +344,17 @@ impl Leases {
         })
     }
 
-    /// A reader needs the blocks no more. May come any number of times, in any order, late.
-    pub fn release(&mut self, request: &RequestId, nonce: Nonce, reader: PeerKey) -> ReleaseAnswer {
+    /// A reader needs the blocks no more. May come any number of times, in any order, late, and
+    /// over any session: a reader counts by its name, once.
+    pub fn release(
+        &mut self,
+        request: &RequestId,
+        nonce: Nonce,
+        reader: &PeerName,
+    ) -> ReleaseAnswer {
         match self.offers.get_mut(request) {
             Some(offer) if offer.nonce == nonce => {
-                if !offer.done.insert(reader) {
+                if !offer.done.insert(reader.clone()) {
                     return ReleaseAnswer::Repeated;
                 }
                 let left = offer

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use kvxfer::blocks::GroupBlocks;
-use kvxfer::event::{Cause, MemoryState, ReleaseReason};
+use kvxfer::event::{Cause, MemoryState, PeerName, ReleaseReason};
 use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal};
 use kvxfer::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use kvxfer::leases::{LeaseOutput, LeaseWord, Leases, OfferError, ReleaseAnswer};
@@ -12,6 +12,13 @@ use kvxfer::ticket::{LeaseRef, MAX_BLOCKS, Ticket, TicketError, TicketKind};
 use kvxfer::time::Time;
 use kvxfer::transfer::PeerKey;
 use proptest::prelude::*;
+
+fn name(peer: u64) -> PeerName {
+    PeerName {
+        engine: EngineId::from(format!("engine-{peer}").as_str()),
+        rank: Rank::default(),
+    }
+}
 
 fn request(n: u8) -> RequestId {
     RequestId::from(format!("r{n}"))
@@ -151,7 +158,7 @@ proptest! {
                 }
                 LeaseOp::Release { request: r, nonce, peer } => {
                     use ReleaseAnswer::{Ended, Repeated, Waiting};
-                    let answer = leases.release(&request(r), Nonce(nonce), PeerKey(peer));
+                    let answer = leases.release(&request(r), Nonce(nonce), &name(peer));
                     if matches!(answer, Waiting { .. } | Ended | Repeated) {
                         prop_assert!(world.held.contains_key(&(request(r), Nonce(nonce))));
                     }
@@ -203,16 +210,16 @@ fn all_readers_release_before_the_blocks_do() {
         .offer(Time(0), &r, n, &groups, 2, Duration::from_secs(480))
         .expect("an offer");
     assert_eq!(
-        leases.release(&r, n, PeerKey(1)),
+        leases.release(&r, n, &name(1)),
         ReleaseAnswer::Waiting { left: 1 }
     );
-    assert_eq!(leases.release(&r, n, PeerKey(1)), ReleaseAnswer::Repeated);
+    assert_eq!(leases.release(&r, n, &name(1)), ReleaseAnswer::Repeated);
     assert_eq!(
-        leases.release(&r, Nonce(8), PeerKey(2)),
+        leases.release(&r, Nonce(8), &name(2)),
         ReleaseAnswer::Unknown
     );
     assert_eq!(leases.poll_output(), None);
-    assert_eq!(leases.release(&r, n, PeerKey(2)), ReleaseAnswer::Ended);
+    assert_eq!(leases.release(&r, n, &name(2)), ReleaseAnswer::Ended);
     assert_eq!(
         leases.poll_output(),
         Some(LeaseOutput::Flip {
@@ -227,7 +234,7 @@ fn all_readers_release_before_the_blocks_do() {
         groups: groups.to_vec(),
     };
     assert_eq!(leases.poll_output(), Some(released));
-    assert_eq!(leases.release(&r, n, PeerKey(2)), ReleaseAnswer::Late);
+    assert_eq!(leases.release(&r, n, &name(2)), ReleaseAnswer::Late);
 }
 
 // ---------------------------------------------------------------- expectations
@@ -476,7 +483,7 @@ proptest! {
                     }
                 }
                 ExpectOp::Announce { request: r, nonce, peer } => {
-                    if expects.announce(&request(r), Nonce(nonce), PeerKey(peer)).is_ok() {
+                    if expects.announce(&request(r), Nonce(nonce), PeerKey(peer), &name(peer)).is_ok() {
                         let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
                         prop_assert_eq!(entry.life, Life::Standing);
                         entry.may_write.insert(peer);
@@ -485,7 +492,7 @@ proptest! {
                     }
                 }
                 ExpectOp::Started { request: r, nonce, peer } => {
-                    let started = expects.push_started(now, &request(r), Nonce(nonce), PeerKey(peer));
+                    let started = expects.push_started(now, &request(r), Nonce(nonce), PeerKey(peer), &name(peer));
                     if started.is_ok() {
                         let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
                         prop_assert_eq!(entry.life, Life::Standing);
@@ -595,15 +602,47 @@ fn released(r: &RequestId, n: Nonce) -> ExpectOutput {
     }
 }
 
+/// A sender that reconnects, or has started anew under its name, does not count for one that has
+/// never come.
+#[test]
+fn a_sender_counts_once_over_all_its_sessions() {
+    let (mut expects, r, n) = expecting(2);
+    let first = name(1);
+    expects.announce(&r, n, PeerKey(1), &first).expect("room");
+    // Over a second session while the first still stands.
+    assert_eq!(
+        expects.push_started(Time(1), &r, n, PeerKey(2), &first),
+        Err(PushRefusal::Late)
+    );
+    assert_eq!(
+        expects.push_done(Time(2), &r, n, PeerKey(1)),
+        Ok(PushProgress::Waiting { left: 1 })
+    );
+    expects.peer_lost(Time(3), PeerKey(1), &Cause::PeerDead);
+    // And over one that comes after it.
+    assert_eq!(
+        expects.announce(&r, n, PeerKey(3), &first),
+        Err(PushRefusal::Late)
+    );
+    assert_eq!(expects.poll_output(), None);
+    expects
+        .announce(&r, n, PeerKey(4), &name(4))
+        .expect("room for the other sender");
+    assert_eq!(
+        expects.push_done(Time(4), &r, n, PeerKey(4)),
+        Ok(PushProgress::Complete)
+    );
+}
+
 #[test]
 fn each_sender_counts_once() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1)).expect("room");
+    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
     expects
-        .push_started(Time(1), &r, n, PeerKey(2))
+        .push_started(Time(1), &r, n, PeerKey(2), &name(2))
         .expect("room");
     assert_eq!(
-        expects.push_started(Time(1), &r, n, PeerKey(3)),
+        expects.push_started(Time(1), &r, n, PeerKey(3), &name(3)),
         Err(PushRefusal::SendersFull { senders: 2 })
     );
     let mut done = |r: &RequestId, n, peer| expects.push_done(Time(2), r, n, PeerKey(peer));
@@ -634,14 +673,14 @@ fn each_sender_counts_once() {
 #[test]
 fn the_deadline_revokes_and_the_answer_releases() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1)).expect("room");
-    expects.announce(&r, n, PeerKey(2)).expect("room");
+    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
+    expects.announce(&r, n, PeerKey(2), &name(2)).expect("room");
     expects
         .push_done(Time(2), &r, n, PeerKey(1))
         .expect("a sender");
     // What is late by the clock is late, whether or not the timer was looked at.
     assert_eq!(
-        expects.push_started(Time(100), &r, n, PeerKey(2)),
+        expects.push_started(Time(100), &r, n, PeerKey(2), &name(2)),
         Err(PushRefusal::Late)
     );
     assert_eq!(
@@ -661,7 +700,7 @@ fn the_deadline_revokes_and_the_answer_releases() {
 #[test]
 fn a_silent_peer_is_cut_off() {
     let (mut expects, r, n) = expecting(1);
-    expects.announce(&r, n, PeerKey(1)).expect("room");
+    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
     expects.on_time(Time(100));
     outputs(&mut expects);
     assert_eq!(expects.next_timeout(), Some(Time(120)));
@@ -688,8 +727,8 @@ fn nobody_bound_means_nothing_to_wait_for() {
 #[test]
 fn an_abort_fails_and_revokes_the_others() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1)).expect("room");
-    expects.announce(&r, n, PeerKey(2)).expect("room");
+    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
+    expects.announce(&r, n, PeerKey(2), &name(2)).expect("room");
     expects
         .push_closed(Time(1), &r, n, PeerKey(1))
         .expect("a sender");
@@ -711,7 +750,7 @@ fn an_abort_fails_and_revokes_the_others() {
 #[test]
 fn a_dead_peer_is_reset_and_not_asked() {
     let (mut expects, r, n) = expecting(1);
-    expects.announce(&r, n, PeerKey(1)).expect("room");
+    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
     expects.peer_lost(Time(1), PeerKey(1), &Cause::PeerDead);
     assert_eq!(
         outputs(&mut expects),

@@ -269,7 +269,7 @@ impl Ledgers {
 
     fn answer(&mut self, peer: &Arc<Peer>, ticket: &Ticket) {
         let (request, nonce) = (ticket.request.clone(), ticket.nonce);
-        match self.expects.announce(&request, nonce, peer.key) {
+        match self.expects.announce(&request, nonce, peer.key, &peer.name) {
             Ok(()) => match ticket.to_bytes() {
                 Ok(bytes) => peer.link.send(
                     Announce {

@@ -360,7 +360,7 @@ impl Inner {
         match message {
             Message::Release(Release { request, nonce }) => {
                 let answer = self.books.with(self, |books, _| {
-                    books.leases.release(&request, nonce, peer.key)
+                    books.leases.release(&request, nonce, &peer.name)
                 });
                 if answer == ReleaseAnswer::Unknown {
                     debug!(%request, ?nonce, "release of a request that is not on offer");
