@@ -31,6 +31,18 @@ pub struct PeerName {
 
 /// One thing that happened. Requests are named with their nonce: an engine that retries can tell
 /// the tries apart.
+///
+/// # Order
+///
+/// - A request's outcome comes once, and before its [`Released`](Event::Released).
+/// - A peer is a rank by its name. [`PeerUp`](Event::PeerUp) or
+///   [`PeerRestarted`](Event::PeerRestarted), and [`PeerDown`](Event::PeerDown), come in turn. A peer
+///   with several sessions (each side has connected to the other, say) is down with the last.
+/// - When a session ends, the [`Failed`](Event::Failed) of everything that ran over it come before
+///   the `PeerDown`, and that comes before the next `PeerUp` or `PeerRestarted`. So at `PeerDown`
+///   nothing that was asked of the peer is undecided; memory may still be quarantined.
+/// - Requests of a new session do not wait for that: one that the owner starts as soon as its
+///   instance is up again may end before the `PeerUp` is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Event {
@@ -79,14 +91,15 @@ pub enum Event {
         /// Whether the memory is free now, or only after a later [`Released`](Event::Released).
         memory: MemoryState,
     },
-    /// A session with the peer stands.
+    /// The peer is here: a session with it stands.
     PeerUp {
         /// The peer.
         peer: PeerName,
         /// Its life.
         generation: Generation,
     },
-    /// The session with the peer is lost; the engine goes on trying.
+    /// The last session with the peer is lost, and everything that ran over it has been told. The
+    /// side that had connected goes on trying.
     PeerDown {
         /// The peer.
         peer: PeerName,
@@ -95,7 +108,8 @@ pub enum Event {
         /// Why.
         cause: Cause,
     },
-    /// The peer came back under its name as another life; nothing of the old one is honoured.
+    /// The peer is here again, under its name, as another life; nothing of the old one is honoured,
+    /// and should the old one come back, it is refused.
     PeerRestarted {
         /// The peer.
         peer: PeerName,

@@ -168,8 +168,9 @@ impl Engine {
         )
     }
 
-    /// The instance behind a session that the peer has opened, while it stands: a producer can
-    /// push to a consumer that has connected to it.
+    /// The instance behind a session that the peer has opened, if one stands: a producer can push to
+    /// a consumer that has connected to it. When the session is lost and the peer comes back, the
+    /// instance works again.
     #[must_use]
     pub fn instance_of(&self, peer: &PeerName) -> Option<Instance> {
         let peer = self.inner().peer_named(peer)?;
@@ -329,13 +330,21 @@ impl Engine {
     // ---- events ------------------------------------------------------------------------------
 
     /// Appends what has happened since the last call; returns how many events that were.
+    ///
+    /// Events wait until they are polled. Those of requests answer this engine's own calls, so their
+    /// number is bounded by what was asked for. Those of peers are bounded: when 1024 of them wait,
+    /// further ones are held back, and told as things then stand when there is room again.
     pub fn poll_events(&self, events: &mut Vec<Event>) -> usize {
-        self.inner().events.drain(events)
+        let n = self.inner().events.drain(events);
+        self.inner().catch_up();
+        n
     }
 
     /// The same, and waits for an event for at most `timeout` where there is none.
     pub fn wait_events(&self, events: &mut Vec<Event>, timeout: Duration) -> usize {
-        self.inner().events.wait(events, timeout)
+        let n = self.inner().events.wait(events, timeout);
+        self.inner().catch_up();
+        n
     }
 
     /// Readable while there are events to poll: for an event loop of the engine's own.

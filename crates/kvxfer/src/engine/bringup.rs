@@ -219,6 +219,13 @@ impl Bringup {
             Ok(plans) => plans,
             Err(step) => return Ok(vec![step]),
         };
+        let name = PeerName {
+            engine: describe.engine.clone(),
+            rank: describe.rank,
+        };
+        if !engine.meet(&name, describe.generation) {
+            return Ok(vec![refuse(Refusal::GenerationRetired)]);
+        }
         self.known = Some(Known {
             describe,
             device,
@@ -402,7 +409,7 @@ impl Bringup {
     /// The server has answered a client's offer: the queue pairs are joined.
     pub(crate) fn answered(
         &mut self,
-        _engine: &Arc<Inner>,
+        engine: &Arc<Inner>,
         answer: QpAnswer,
     ) -> Result<Vec<Step>, Error> {
         let Some(path) = answer.path else {
@@ -426,8 +433,8 @@ impl Bringup {
                 },
                 (None, _) if path == PathKind::Tcp => {
                     let sequence = 2 * i as u64;
-                    let requester = self.dial(i, StreamHalf::Requester, sequence)?;
-                    let responder = self.dial(i, StreamHalf::Responder, sequence + 1)?;
+                    let requester = self.dial(engine, i, StreamHalf::Requester, sequence)?;
+                    let responder = self.dial(engine, i, StreamHalf::Responder, sequence + 1)?;
                     QpLink::SoftTcp {
                         requester,
                         responder,
@@ -440,12 +447,19 @@ impl Bringup {
         Ok(vec![Step::Send(Ready {}.into())])
     }
 
-    fn dial(&self, qp: usize, half: StreamHalf, sequence: u64) -> Result<TcpStream, Error> {
+    fn dial(
+        &self,
+        engine: &Inner,
+        qp: usize,
+        half: StreamHalf,
+        sequence: u64,
+    ) -> Result<TcpStream, Error> {
         let (Some(address), Some((session, key))) = (self.address, &self.session) else {
             return Err(Error::ShuttingDown);
         };
         let name = address.to_string();
-        let mut stream = net::connect(&name, &[address], self.deadline)?;
+        let stop = &engine.runtime.stopping;
+        let mut stream = net::connect(&name, &[address], self.deadline, stop)?;
         let qp = u32::try_from(qp).unwrap_or(u32::MAX);
         let opening = StreamOpening {
             session: *session,
@@ -456,7 +470,7 @@ impl Bringup {
         let mut answer = [0; crate::wire::STREAM_ANSWER_LEN];
         stream
             .write_all(&opening.encode(key))
-            .and_then(|()| net::read_exact_by(&stream, &mut answer, self.deadline))
+            .and_then(|()| net::read_exact_by(&stream, &mut answer, self.deadline, stop))
             .map_err(|source| Error::Stream {
                 address: name.clone(),
                 source,

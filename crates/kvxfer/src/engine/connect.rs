@@ -4,14 +4,14 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info};
 
 use super::bringup::Bringup;
 use super::instance::{Instance, Tether};
 use super::link::{Driver, Ended, Link};
-use super::runtime::{random_nonce, spawn};
+use super::runtime::random_nonce;
 use super::{Inner, net};
 use crate::error::Error;
 use crate::ids::{EngineId, Generation, Rank};
@@ -67,7 +67,8 @@ pub(crate) fn connect(
         wanted,
         role,
     };
-    let socket = net::connect(&target.name, &target.addresses, until)?;
+    let stop = &engine.runtime.stopping;
+    let socket = net::connect(&target.name, &target.addresses, until, stop)?;
     let (tether, held) = Tether::new();
     let (up, came_up) = bounded(1);
     let (failed, failure) = bounded(1);
@@ -81,7 +82,7 @@ pub(crate) fn connect(
             )
         }
     };
-    spawn("kvx-link", keeper)?;
+    engine.runtime.spawn_link(keeper)?;
     let left = until.saturating_duration_since(Instant::now());
     // One of the two comes: the peer, or why there is none.
     crossbeam_channel::select! {
@@ -116,7 +117,7 @@ fn keep_up(
     failed: &Sender<Error>,
     held: &Receiver<()>,
 ) {
-    let weak = Arc::downgrade(&engine);
+    let (weak, runtime) = (Arc::downgrade(&engine), Arc::clone(&engine.runtime));
     let mut attempt = Some((engine, first_link, first_socket, first_until));
     let mut established_once = false;
     let mut pause = FIRST_PAUSE;
@@ -147,24 +148,18 @@ fn keep_up(
                 }
             }
         }
-        // Sleeps, unless the last handle of the instance goes.
-        match held.recv_timeout(pause) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+        // Sleeps, unless the last handle of the instance or the engine goes.
+        crossbeam_channel::select! {
+            recv(held) -> _ => return,
+            recv(runtime.stopped) -> _ => return,
+            default(pause) => {}
         }
         pause = (pause * 2).min(LAST_PAUSE);
         let Some(engine) = weak.upgrade() else { return };
-        if engine
-            .runtime
-            .stopping
-            .load(std::sync::atomic::Ordering::Acquire)
-        {
-            return;
-        }
         let until = net::after(engine.config.connect_timeout);
         // An address that does not answer must not keep an engine that is dropped meanwhile.
         drop(engine);
-        match net::connect(&target.name, &target.addresses, until)
+        match net::connect(&target.name, &target.addresses, until, &runtime.stopping)
             .and_then(|socket| Ok((socket, Link::new()?)))
         {
             Ok((socket, link)) => {

@@ -1,6 +1,7 @@
 //! The queue of events that an engine's owner polls, with a file descriptor for foreign loops.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -10,11 +11,23 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::error::Error;
 use crate::event::Event;
 
+/// Events of peers that may wait to be polled. Every other event answers a call of the owner's, so
+/// that the owner alone decides how many there can be.
+const MAX_PEER_EVENTS: usize = 1024;
+
 #[derive(Debug)]
 pub(crate) struct EventQueue {
     sender: Sender<Event>,
     receiver: Receiver<Event>,
     ready: EventFd,
+    /// Events of peers that wait.
+    peers: AtomicUsize,
+    /// Whether there are more that found no room.
+    behind: AtomicBool,
+}
+
+fn is_of_peer(event: &Event) -> bool {
+    event.request().is_none()
 }
 
 impl EventQueue {
@@ -30,7 +43,31 @@ impl EventQueue {
             sender,
             receiver,
             ready,
+            peers: AtomicUsize::new(0),
+            behind: AtomicBool::new(false),
         })
+    }
+
+    /// Pushes the events of peers that `next` gives, as far as there is room. The caller keeps what
+    /// is left, and comes again when [`was_behind`](Self::was_behind) says so.
+    pub(crate) fn push_peers(&self, mut next: impl FnMut() -> Option<Event>) {
+        loop {
+            if self.peers.load(Ordering::SeqCst) >= MAX_PEER_EVENTS {
+                // Before looking again: the owner may just have made room and found nobody behind.
+                self.behind.store(true, Ordering::SeqCst);
+                if self.peers.load(Ordering::SeqCst) >= MAX_PEER_EVENTS {
+                    return;
+                }
+            }
+            let Some(event) = next() else { return };
+            self.peers.fetch_add(1, Ordering::SeqCst);
+            self.push(event);
+        }
+    }
+
+    /// Whether events of peers found no room; asked once room was made.
+    pub(crate) fn was_behind(&self) -> bool {
+        self.behind.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn push(&self, event: Event) {
@@ -45,6 +82,7 @@ impl EventQueue {
         let _: Result<u64, Errno> = self.ready.read();
         let before = out.len();
         out.extend(self.receiver.try_iter());
+        self.took(out.get(before..).unwrap_or_default());
         out.len() - before
     }
 
@@ -55,6 +93,7 @@ impl EventQueue {
         }
         match self.receiver.recv_timeout(timeout) {
             Ok(event) => {
+                self.took(std::slice::from_ref(&event));
                 out.push(event);
                 1 + self.drain(out)
             }
@@ -62,11 +101,65 @@ impl EventQueue {
         }
     }
 
+    fn took(&self, events: &[Event]) {
+        let peers = events.iter().filter(|event| is_of_peer(event)).count();
+        if peers > 0 {
+            self.peers.fetch_sub(peers, Ordering::SeqCst);
+        }
+    }
+
+    /// For an owner that cares for requests alone: events of peers that it takes here go on counting
+    /// as waiting.
     pub(crate) fn receiver(&self) -> &Receiver<Event> {
         &self.receiver
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.ready.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{PeerName, ReleaseReason};
+    use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
+
+    fn peer() -> Event {
+        Event::PeerUp {
+            peer: PeerName {
+                engine: EngineId::from("e"),
+                rank: Rank::default(),
+            },
+            generation: Generation([1; 16]),
+        }
+    }
+
+    #[test]
+    fn peers_fill_no_more_than_their_share() {
+        let events = EventQueue::new().expect("a queue");
+        let mut given = 0;
+        events.push_peers(|| {
+            given += 1;
+            Some(peer())
+        });
+        assert_eq!(given, MAX_PEER_EVENTS);
+        // What the owner asked for is told whatever peers do.
+        events.push(Event::Released {
+            request: RequestId::from("r"),
+            nonce: Nonce(1),
+            reason: ReleaseReason::AllRead,
+        });
+        let mut out = Vec::new();
+        assert_eq!(events.drain(&mut out), MAX_PEER_EVENTS + 1);
+        assert!(events.was_behind());
+        assert!(!events.was_behind());
+        let mut left = 3;
+        events.push_peers(|| {
+            left -= 1;
+            (left >= 0).then(peer)
+        });
+        assert_eq!(events.wait(&mut out, Duration::ZERO), 3);
+        assert!(!events.was_behind());
     }
 }

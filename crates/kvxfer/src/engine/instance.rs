@@ -115,8 +115,8 @@ impl Tether {
 enum Lead {
     /// A session that this side keeps up.
     Kept(Arc<Tether>),
-    /// A session that the peer has opened.
-    Accepted(Arc<Peer>),
+    /// A session that the peer has opened, the newest when it was last looked for.
+    Accepted(Mutex<Arc<Peer>>),
 }
 
 #[derive(Debug)]
@@ -185,7 +185,7 @@ impl Instance {
         Self {
             shares: Arc::new(Shares {
                 engine,
-                lead: Lead::Accepted(peer),
+                lead: Lead::Accepted(Mutex::new(peer)),
                 name,
             }),
         }
@@ -202,10 +202,19 @@ impl Instance {
         }
         match &self.shares.lead {
             Lead::Kept(tether) => tether.peer(),
-            Lead::Accepted(peer) => match peer.lost() {
-                Some(cause) => Err(Error::NotConnected { cause }),
-                None => Ok(Arc::clone(peer)),
-            },
+            Lead::Accepted(place) => {
+                let mut peer = place.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(cause) = peer.lost() else {
+                    return Ok(Arc::clone(&peer));
+                };
+                match self.engine().peer_named(self.name()) {
+                    Some(newer) if newer.lost().is_none() => {
+                        *peer = Arc::clone(&newer);
+                        Ok(newer)
+                    }
+                    _ => Err(Error::NotConnected { cause }),
+                }
+            }
         }
     }
 
@@ -348,7 +357,7 @@ impl Instance {
                 .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
             workers: peer.worker_count(),
         };
-        engine.command(owner, Command::Submit { spec, live });
+        peer.submit(owner, spec, live)?;
         Ok(self.transfer(id, owner, shared))
     }
 

@@ -13,6 +13,7 @@ use nix::poll::PollFlags;
 use tracing::{debug, info, warn};
 
 use super::Clock;
+use super::accept::Arriving;
 use super::bringup::{Bringup, Step};
 use super::wake::Wake;
 use crate::engine::Inner;
@@ -104,6 +105,8 @@ pub(crate) struct Driver {
     name: String,
     clock: Clock,
     bringup: Bringup,
+    /// An accepted connection's place among those that have not proved themselves.
+    arriving: Option<Arriving>,
     /// Why this side ends the session, where the session itself does not know.
     cause: Option<Cause>,
     error: Option<Error>,
@@ -134,10 +137,17 @@ impl Driver {
             name,
             clock,
             bringup,
+            arriving: None,
             cause: None,
             error: None,
             wanted: false,
         })
+    }
+
+    /// Gives the place up with the authentication.
+    pub(crate) fn arriving(mut self, place: Arriving) -> Self {
+        self.arriving = Some(place);
+        self
     }
 
     /// Runs the session to its end. `input` is what was read of the connection before.
@@ -281,6 +291,7 @@ impl Driver {
                 ..
             } => {
                 debug!(peer = %self.name, %role, %session, by_secret, "authenticated");
+                self.arriving = None;
                 let step = self
                     .bringup
                     .authenticated(&self.engine, &self.link, &self.session);

@@ -1,6 +1,7 @@
 //! The engine: memory that is registered, requests that are offered and expected, and the peers
 //! that they are exchanged with.
 
+mod accept;
 mod api;
 mod books;
 mod bringup;
@@ -11,6 +12,7 @@ mod link;
 mod net;
 mod notices;
 mod peer;
+mod presence;
 mod runtime;
 mod scratch;
 mod wake;
@@ -42,14 +44,15 @@ pub(crate) use runtime::{Runtime, spawn};
 use books::Books;
 use events::EventQueue;
 use link::Link;
+use presence::{Met, Presence};
 use push::Pushes;
 use scratch::{Landings, LeaseTable};
-use worker::{Command, Live};
+use worker::Live;
 
 use crate::bench::BenchSeat;
 use crate::config::Config;
 use crate::error::Error;
-use crate::event::{Event, PeerName};
+use crate::event::PeerName;
 use crate::expects::PushProgress;
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
@@ -62,8 +65,6 @@ use crate::wire::{
     PushClosed, PushDone, Refusal, Release, RemoteSpan, limits,
 };
 
-/// Names of peers that are remembered; beyond that, only of those that are here.
-const MAX_LIVES: usize = 4096;
 /// Lease checks that can be under way at once.
 const LANDINGS: u32 = 1024;
 
@@ -87,10 +88,12 @@ struct Roster {
     up: HashMap<PeerKey, Arc<Peer>>,
     /// Lost ones whose queue pairs are not gone yet.
     draining: HashSet<PeerKey>,
-    /// The last generation met under each name.
-    lives: HashMap<PeerName, Generation>,
+    /// What the owner is told of them.
+    presence: Presence,
     /// Control connections, to be closed when the engine goes.
     links: Vec<Weak<Link>>,
+    /// Whether it goes.
+    closing: bool,
 }
 
 /// What an engine's handles and threads share.
@@ -290,32 +293,39 @@ impl Inner {
         let mut roster = self.roster();
         roster.links.retain(|link| link.strong_count() > 0);
         roster.links.push(Arc::downgrade(link));
+        if roster.closing {
+            link.close(GoodbyeReason::ShuttingDown);
+        }
+    }
+
+    /// A peer has said who it is. False: a later life of it has been met. If it is a new life, the
+    /// sessions of the earlier ones end now, whether or not their connections have noticed.
+    pub(crate) fn meet(&self, name: &PeerName, generation: Generation) -> bool {
+        let mut roster = self.roster();
+        let old = match roster.presence.meet(name, generation) {
+            Met::Retired => return false,
+            Met::Current(old) => old,
+        };
+        let old: Vec<Arc<Peer>> = old
+            .iter()
+            .filter_map(|key| roster.up.get(key).cloned())
+            .collect();
+        drop(roster);
+        for peer in old {
+            info!(peer = %name.engine, old = %peer.generation, new = %generation, "restarted");
+            peer.fail(Cause::PeerRestarted);
+        }
+        true
     }
 
     pub(crate) fn peer_up(&self, peer: &Arc<Peer>) {
-        let old = {
-            let mut roster = self.roster();
-            roster.up.insert(peer.key, Arc::clone(peer));
-            if roster.lives.len() >= MAX_LIVES && !roster.lives.contains_key(&peer.name) {
-                let Roster { up, lives, .. } = &mut *roster;
-                let here: HashSet<&PeerName> = up.values().map(|peer| &peer.name).collect();
-                lives.retain(|name, _| here.contains(name));
-            }
-            roster.lives.insert(peer.name.clone(), peer.generation)
-        };
-        let (name, generation) = (peer.name.clone(), peer.generation);
-        match old {
-            Some(old) if old != generation => {
-                self.events.push(Event::PeerRestarted {
-                    peer: name,
-                    old,
-                    new: generation,
-                });
-            }
-            _ => self.events.push(Event::PeerUp {
-                peer: name,
-                generation,
-            }),
+        let mut roster = self.roster();
+        roster.up.insert(peer.key, Arc::clone(peer));
+        let current = roster.presence.up(&peer.name, peer.key, peer.generation);
+        self.tell(&mut roster);
+        drop(roster);
+        if !current {
+            peer.fail(Cause::PeerRestarted);
         }
     }
 
@@ -327,6 +337,7 @@ impl Inner {
             if !peer.is_gone() {
                 roster.draining.insert(peer.key);
             }
+            roster.presence.lost(&peer.name, peer.key, cause);
         }
         info!(peer = %peer.name.engine, %cause, "peer is down");
         peer.lose(cause.clone());
@@ -335,11 +346,29 @@ impl Inner {
             books.forget_peer(peer.key);
             books.expects.peer_lost(now, peer.key, cause);
         });
-        self.events.push(Event::PeerDown {
-            peer: peer.name.clone(),
-            generation: peer.generation,
-            cause: cause.clone(),
-        });
+        peer.told();
+    }
+
+    /// Every transfer with a peer whose session is over has told its outcome.
+    pub(crate) fn peer_told(&self, peer: &Peer) {
+        let mut roster = self.roster();
+        roster.presence.gone(&peer.name, peer.key);
+        self.tell(&mut roster);
+    }
+
+    /// Tells the owner of peers. The roster is held, so that events come in the order of what
+    /// happens.
+    fn tell(&self, roster: &mut Roster) {
+        if roster.presence.has_news() {
+            self.events.push_peers(|| roster.presence.poll_event());
+        }
+    }
+
+    /// Tells what found no room before.
+    pub(crate) fn catch_up(&self) {
+        if self.events.was_behind() {
+            self.tell(&mut self.roster());
+        }
     }
 
     /// The last queue pair to a peer is gone: nothing that it posted can land any more.
@@ -456,7 +485,8 @@ impl Inner {
         self.books.with(self, books::Ledgers::shut_down);
         self.books.stop();
         let (links, peers) = {
-            let roster = self.roster();
+            let mut roster = self.roster();
+            roster.closing = true;
             let links: Vec<Arc<Link>> = roster.links.iter().filter_map(Weak::upgrade).collect();
             (links, roster.up.values().cloned().collect::<Vec<_>>())
         };
@@ -482,12 +512,6 @@ impl Inner {
             return Err(Error::RequestName { len });
         }
         Ok(())
-    }
-
-    pub(crate) fn command(&self, owner: u16, command: Command) {
-        if let Some(worker) = self.runtime.worker(owner) {
-            worker.send(command);
-        }
     }
 }
 

@@ -4,14 +4,19 @@ use std::io::{self, Read, Write};
 use std::net::{
     IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket,
 };
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, socket};
 
 use super::wake::poll_timeout;
 use crate::error::Error;
 
+/// How soon a wait notices that its engine goes.
+const SLICE: Duration = Duration::from_millis(100);
 /// Further away than anything waits for, and still a time that the clock can hold.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -46,19 +51,22 @@ pub(crate) fn resolve(address: &str, port: u16) -> Result<Vec<SocketAddr>, Error
     Ok(found)
 }
 
-/// Connects to the first of `addresses` that answers, by `deadline`.
+/// Connects to the first of `addresses` that answers, by `deadline`, and not after `stop`.
 pub(crate) fn connect(
     name: &str,
     addresses: &[SocketAddr],
     deadline: Instant,
+    stop: &AtomicBool,
 ) -> Result<TcpStream, Error> {
     let mut last = io::Error::new(io::ErrorKind::TimedOut, "the deadline passed first");
     for address in addresses {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if stop.load(Ordering::Acquire) {
+            return Err(Error::ShuttingDown);
+        }
+        if Instant::now() >= deadline {
             break;
         }
-        match TcpStream::connect_timeout(address, left) {
+        match connect_one(address, deadline, stop) {
             Ok(stream) => {
                 // Control frames are small and waited for.
                 if let Err(source) = stream.set_nodelay(true) {
@@ -76,6 +84,51 @@ pub(crate) fn connect(
         address: name.to_owned(),
         source: last,
     })
+}
+
+fn connect_one(
+    address: &SocketAddr,
+    deadline: Instant,
+    stop: &AtomicBool,
+) -> io::Result<TcpStream> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(family, SockType::Stream, flags, None)?;
+    match socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(*address)) {
+        Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let stream = TcpStream::from(fd);
+    loop {
+        let left = slice(deadline, stop)?;
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, poll_timeout(Some(left))) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => break,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    if let Some(error) = stream.take_error()? {
+        return Err(error);
+    }
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// How long to wait before looking at `stop` again.
+fn slice(deadline: Instant, stop: &AtomicBool) -> io::Result<Duration> {
+    if stop.load(Ordering::Acquire) {
+        return Err(io::Error::other("the engine is shutting down"));
+    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    // Zero would mean no timeout to a socket.
+    Ok(left.clamp(Duration::from_millis(1), SLICE))
 }
 
 /// Listens on the first of `addresses` that can be had.
@@ -105,28 +158,23 @@ pub(crate) fn outward(listening: SocketAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Reads exactly `into`, by `deadline`, from a blocking stream.
+/// Reads exactly `into`, by `deadline`, and not after `stop`, from a blocking stream.
 pub(crate) fn read_exact_by(
     mut stream: &TcpStream,
     into: &mut [u8],
     deadline: Instant,
+    stop: &AtomicBool,
 ) -> io::Result<()> {
     let mut done = 0;
     while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        // Zero would mean no timeout.
-        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        stream.set_read_timeout(Some(slice(deadline, stop)?))?;
         match stream.read(rest) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => done += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            Err(error) => return Err(error),
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
+                _ => return Err(error),
+            },
         }
     }
     Ok(())
@@ -177,14 +225,15 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("its address");
         let deadline = Instant::now() + Duration::from_secs(60);
-        let stream = connect("test", &[address], deadline).expect("a listener");
+        let go = AtomicBool::new(false);
+        let stream = connect("test", &[address], deadline, &go).expect("a listener");
         let (peer, _) = listener.accept().expect("the connection");
         let mut byte = [0];
         let soon = Instant::now() + Duration::from_millis(20);
-        let error = read_exact_by(&stream, &mut byte, soon).expect_err("nothing was sent");
+        let error = read_exact_by(&stream, &mut byte, soon, &go).expect_err("nothing was sent");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         drop(peer);
-        let error = read_exact_by(&stream, &mut byte, deadline).expect_err("closed");
+        let error = read_exact_by(&stream, &mut byte, deadline, &go).expect_err("closed");
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
@@ -194,7 +243,11 @@ mod tests {
         let address = listener.local_addr().expect("its address");
         drop(listener);
         let deadline = Instant::now() + Duration::from_secs(60);
-        let error = connect("x:1", &[address], deadline).expect_err("the port was closed");
+        let go = AtomicBool::new(false);
+        let error = connect("x:1", &[address], deadline, &go).expect_err("the port was closed");
         assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+        go.store(true, Ordering::Release);
+        let error = connect("x:1", &[address], deadline, &go).expect_err("stopped");
+        assert!(matches!(error, Error::ShuttingDown), "{error}");
     }
 }

@@ -1,19 +1,19 @@
 //! One life of one remote rank: what is known of it, and how its queue pairs are taken down.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvxfer_verbs::RegionTable;
 
 use super::link::Link;
-use super::worker::{Command, WorkerHandle};
+use super::worker::{Command, Live, WorkerHandle};
 use crate::blocks::GroupPairs;
 use crate::engine::Inner;
+use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::Generation;
 use crate::plan::{Compiled, PlanLimits};
-use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
+use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
 use crate::wire::{ConfigFacts, RemoteSpan};
 
@@ -52,7 +52,7 @@ pub(crate) struct Peer {
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
     pub(crate) same_host: bool,
-    /// The workers that have lanes to it; never empty.
+    /// The workers that have lanes to it, each once; never empty.
     pub(crate) workers: Vec<u16>,
     /// How many lanes there are.
     pub(crate) lanes: usize,
@@ -75,6 +75,9 @@ pub(crate) struct Standing {
     fate: Mutex<Fate>,
     /// Workers whose lanes to the peer are not gone.
     workers: AtomicUsize,
+    /// Who may still tell an outcome after the session's end: the workers, and the link that ends
+    /// expectations.
+    untold: AtomicUsize,
 }
 
 impl Standing {
@@ -83,6 +86,7 @@ impl Standing {
         Self {
             fate: Mutex::default(),
             workers: AtomicUsize::new(workers),
+            untold: AtomicUsize::new(workers + 1),
         }
     }
 }
@@ -149,14 +153,49 @@ impl Peer {
             }
             fate.lost = Some(cause.clone());
         }
-        for worker in &self.all_workers {
+        for worker in self.own_workers() {
             worker.send(Command::PeerLost {
-                peer: self.key,
+                peer: Arc::clone(self),
                 cause: cause.clone(),
             });
         }
         self.drop_lanes();
         true
+    }
+
+    /// The workers that have lanes; they own all transfers with the peer.
+    fn own_workers(&self) -> impl Iterator<Item = &WorkerHandle> {
+        self.workers
+            .iter()
+            .filter_map(|worker| self.all_workers.get(usize::from(*worker)))
+    }
+
+    /// Gives a new transfer to the worker that is to own it, unless the session is over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotConnected`].
+    pub(crate) fn submit(&self, owner: u16, spec: Spec, live: Box<Live>) -> Result<(), Error> {
+        // Sent under the lock, so that the worker has it before it hears of the peer's loss: every
+        // transfer that was taken fails with its session, and before that is told.
+        let fate = self.fate();
+        if let Some(cause) = fate.lost.clone() {
+            return Err(Error::NotConnected { cause });
+        }
+        let Some(worker) = self.all_workers.get(usize::from(owner)) else {
+            return Err(Error::ShuttingDown);
+        };
+        worker.send(Command::Submit { spec, live });
+        Ok(())
+    }
+
+    /// One of those who end transfers after the session's end has told all outcomes.
+    pub(crate) fn told(&self) {
+        if self.standing.untold.fetch_sub(1, Ordering::AcqRel) == 1
+            && let Some(engine) = self.engine.upgrade()
+        {
+            engine.peer_told(self);
+        }
     }
 
     /// A ledger wants to know when nothing posted to the peer can touch memory any more.
@@ -182,15 +221,10 @@ impl Peer {
         if std::mem::replace(&mut self.fate().dropping, true) {
             return;
         }
-        let mut told = HashSet::new();
-        for &worker in &self.workers {
-            if let Some(handle) = self.all_workers.get(usize::from(worker))
-                && told.insert(worker)
-            {
-                handle.send(Command::DropLanes {
-                    peer: Arc::clone(self),
-                });
-            }
+        for worker in self.own_workers() {
+            worker.send(Command::DropLanes {
+                peer: Arc::clone(self),
+            });
         }
     }
 

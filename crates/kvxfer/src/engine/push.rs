@@ -467,7 +467,10 @@ impl Push {
             stage: Mutex::new(stage),
         });
         engine.pushes.begin(&pushing)?;
-        engine.command(owner, Command::Submit { spec, live });
+        if let Err(error) = peer.submit(owner, spec, live) {
+            engine.pushes.ended(id);
+            return Err(error);
+        }
         // Even with a ticket: the consumer keeps account of who may write.
         peer.link.send(
             PushStart {

@@ -2,20 +2,22 @@
 //! port. An engine and the engines of its bandwidth-test clients stand on one runtime.
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tracing::{debug, info, warn};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use tracing::{info, warn};
 
 use kvxfer_verbs::{
     CompletionQueue, Context, InitAttr, ProtectionDomain, QpCaps, SoftConfig, open_soft,
 };
 
-use super::bringup::{Bringup, Made};
-use super::link::{Driver, Link};
+use super::accept::{Arrivals, accept};
+use super::bringup::Made;
+use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
 use super::peer::Peer;
@@ -23,23 +25,17 @@ use super::worker::{Command, Joined, Live, Seat, Worker, WorkerHandle};
 use crate::config::Config;
 use crate::engine::{Clock, Inner};
 use crate::error::Error;
-use crate::session::{Session, SessionConfig};
+use crate::session::SessionConfig;
 use crate::transfer::{BatchSize, PeerKey, SchedulerConfig, TransfersConfig};
 use crate::wire::{
-    ConnectionKind, HandshakeNonce, PREAMBLE_LEN, Role, STREAM_OPENING_LEN, Secret, SessionId,
-    Sniff, StreamGate, StreamOpening, sniff,
+    HandshakeNonce, Role, STREAM_ANSWER_LEN, STREAM_OPENING_LEN, Secret, SessionId, StreamGate,
+    StreamOpening,
 };
 
 /// Send queue entries where the configuration says auto.
 const AUTO_SEND_WR: u32 = 1024;
 /// Gather entries where the configuration says auto; more is rarely merged.
 const AUTO_SGE: u32 = 4;
-/// Connections that may be between accept and authentication at a time.
-const MAX_ARRIVING: usize = 64;
-/// Connections that may be open at a time.
-const MAX_CONNECTIONS: usize = 1024;
-/// The pause after a connection that could not be taken.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// How often the listener looks whether it is to stop.
 const ACCEPT_NAP: Duration = Duration::from_millis(250);
 
@@ -70,12 +66,18 @@ pub(crate) struct Runtime {
     ids: AtomicU64,
     doors: Mutex<HashMap<SessionId, Door>>,
     listener: Mutex<Option<Listener>>,
+    /// Set when the engine goes; what waits for the network looks at it.
     pub(crate) stopping: AtomicBool,
+    /// Closed at the same time, for what waits on channels.
+    pub(crate) stopped: Receiver<()>,
+    stop: Mutex<Option<Sender<()>>>,
+    /// The threads of control connections.
+    links: Mutex<Vec<JoinHandle<()>>>,
     /// Bytes that bandwidth tests of peers have made this process allocate.
     pub(crate) bench_bytes: AtomicU64,
-    /// Connections that have not proved themselves.
-    arriving: AtomicUsize,
-    connections: AtomicUsize,
+    pub(crate) arrivals: Arrivals,
+    /// Accepted connections that are open.
+    pub(crate) connections: AtomicUsize,
 }
 
 impl Runtime {
@@ -113,10 +115,9 @@ impl Runtime {
         let mut threads = Vec::new();
         for ((index, seat), cq) in (0..count).zip(seats).zip(&cqs) {
             let scheduler = SchedulerConfig {
-                batch: match u32::try_from(config.post_batch_size) {
-                    Ok(fixed) => BatchSize::Fixed(fixed),
-                    Err(_) => BatchSize::Auto,
-                },
+                batch: config
+                    .fixed_batch_size()
+                    .map_or(BatchSize::Auto, BatchSize::Fixed),
                 // The share of this worker: each keeps its own count.
                 peer_bytes: (config.max_inflight_bytes.0 / u64::from(count)).max(1),
                 cq_entries: depth,
@@ -137,6 +138,7 @@ impl Runtime {
             );
             threads.push(spawn("kvx-worker", move || worker.run())?);
         }
+        let (stop, stopped) = bounded(0);
         Ok(Arc::new(Self {
             context,
             pd,
@@ -151,8 +153,11 @@ impl Runtime {
             doors: Mutex::default(),
             listener: Mutex::default(),
             stopping: AtomicBool::new(false),
+            stopped,
+            stop: Mutex::new(Some(stop)),
+            links: Mutex::default(),
             bench_bytes: AtomicU64::new(0),
-            arriving: AtomicUsize::new(0),
+            arrivals: Arrivals::default(),
             connections: AtomicUsize::new(0),
         }))
     }
@@ -277,6 +282,27 @@ impl Runtime {
             .remove(session);
     }
 
+    /// Checks the beginning of a data stream. Gives what it is for, what to answer, and whose it is;
+    /// nothing if it is not of a session that stands.
+    pub(crate) fn admit(
+        &self,
+        opening: &StreamOpening,
+        bytes: &[u8; STREAM_OPENING_LEN],
+    ) -> Option<(StreamOpening, [u8; STREAM_ANSWER_LEN], Arc<Link>)> {
+        let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        let door = doors.get_mut(&opening.session)?;
+        let (opening, answer) = door.gate.admit(bytes).ok()?;
+        Some((opening, answer, Arc::clone(&door.link)))
+    }
+
+    /// Starts the thread of a control connection.
+    pub(crate) fn spawn_link(&self, body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|thread| !thread.is_finished());
+        links.push(spawn("kvx-link", body)?);
+        Ok(())
+    }
+
     /// Listens, for sessions and for their data streams.
     pub(crate) fn listen(
         self: &Arc<Self>,
@@ -325,9 +351,14 @@ impl Runtime {
         place.as_ref().map(|listener| listener.address)
     }
 
-    /// Ends the threads. The engines have been told before.
+    /// Ends the threads, and waits for them: what they hold, registered memory too, is let go of
+    /// when this returns. The engines have been told before.
     pub(crate) fn shut_down(&self) {
         self.stopping.store(true, Ordering::Release);
+        self.stop
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         for worker in &self.workers {
             worker.send(Command::Shutdown);
         }
@@ -346,6 +377,11 @@ impl Runtime {
         drop(left);
         if let Some(listener) = listener {
             join(listener.thread);
+        }
+        // Nobody is left who would start another.
+        let links = std::mem::take(&mut *self.links.lock().unwrap_or_else(PoisonError::into_inner));
+        for link in links {
+            join(link);
         }
     }
 }
@@ -373,140 +409,6 @@ pub(crate) fn spawn<R: Send + 'static>(
         .map_err(|source| Error::Spawn { name, source })
 }
 
-/// Takes all connections that wait.
-fn accept(runtime: &Arc<Runtime>, engine: &Arc<Inner>, socket: &TcpListener) {
-    loop {
-        let stream = match socket.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-            Err(error) => {
-                // One connection's trouble, or no descriptors left: the next one may do better. The
-                // connection may still wait, and would be tried again at once.
-                debug!(%error, "accept");
-                std::thread::sleep(ACCEPT_PAUSE);
-                return;
-            }
-        };
-        if runtime.connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS
-            || runtime.arriving.load(Ordering::Acquire) >= MAX_ARRIVING
-        {
-            runtime.connections.fetch_sub(1, Ordering::AcqRel);
-            warn!("connection refused: too many");
-            continue;
-        }
-        runtime.arriving.fetch_add(1, Ordering::AcqRel);
-        let (runtime, engine) = (Arc::clone(runtime), Arc::clone(engine));
-        let counts = Arc::clone(&runtime);
-        let served = spawn("kvx-link", move || {
-            serve(&runtime, engine, stream);
-            runtime.connections.fetch_sub(1, Ordering::AcqRel);
-        });
-        if let Err(error) = served {
-            counts.arriving.fetch_sub(1, Ordering::AcqRel);
-            counts.connections.fetch_sub(1, Ordering::AcqRel);
-            warn!(%error, "connection refused");
-        }
-    }
-}
-
-/// Serves one accepted connection to its end.
-fn serve(runtime: &Arc<Runtime>, engine: Arc<Inner>, stream: TcpStream) {
-    let name = stream
-        .peer_addr()
-        .map_or_else(|_| "?".to_owned(), |a| a.to_string());
-    let deadline = Instant::now() + runtime.config.connect_timeout;
-    let mut preamble = [0; PREAMBLE_LEN];
-    let first = stream
-        .set_nodelay(true)
-        .and_then(|()| net::read_exact_by(&stream, &mut preamble, deadline));
-    runtime.arriving.fetch_sub(1, Ordering::AcqRel);
-    if let Err(error) = first {
-        debug!(peer = %name, %error, "connection without a preamble");
-        return;
-    }
-    match sniff(&preamble) {
-        Ok(Sniff::Is(ConnectionKind::Stream)) => {
-            if let Err(error) = take_stream(runtime, stream, &preamble, deadline) {
-                debug!(peer = %name, %error, "data stream refused");
-            }
-        }
-        // A session says itself what is wrong with a preamble.
-        _ => {
-            if let Err(error) = serve_session(runtime, engine, stream, name.clone(), &preamble) {
-                debug!(peer = %name, %error, "session not served");
-            }
-        }
-    }
-}
-
-fn serve_session(
-    runtime: &Arc<Runtime>,
-    engine: Arc<Inner>,
-    stream: TcpStream,
-    name: String,
-    preamble: &[u8],
-) -> Result<(), Error> {
-    let nonce = random_nonce()?;
-    let config = runtime.session_config(Role::Engine);
-    let deadline = Instant::now() + config.establish_timeout;
-    let session = Session::server(config, nonce);
-    let link = Arc::new(Link::new()?);
-    engine.adopt(&link);
-    let driver = Driver::new(
-        engine,
-        link,
-        session,
-        stream,
-        name.clone(),
-        Bringup::server(deadline),
-    )?;
-    let ended = driver.run(preamble);
-    if ended.established {
-        debug!(peer = %name, cause = %ended.cause, "session over");
-    } else {
-        warn!(peer = %name, error = %crate::error::chain(&ended.error), "session not established");
-    }
-    Ok(())
-}
-
 pub(crate) fn random_nonce() -> Result<HandshakeNonce, Error> {
     HandshakeNonce::random().map_err(Error::random)
-}
-
-fn take_stream(
-    runtime: &Runtime,
-    stream: TcpStream,
-    preamble: &[u8; PREAMBLE_LEN],
-    deadline: Instant,
-) -> Result<(), Error> {
-    let address = || {
-        stream
-            .peer_addr()
-            .map_or_else(|_| "?".to_owned(), |a| a.to_string())
-    };
-    let mut bytes = [0; STREAM_OPENING_LEN];
-    let (head, rest) = bytes.split_at_mut(PREAMBLE_LEN);
-    head.copy_from_slice(preamble);
-    net::read_exact_by(&stream, rest, deadline).map_err(|source| Error::Stream {
-        address: address(),
-        source,
-    })?;
-    let opening = StreamOpening::decode(&bytes)?;
-    let (opening, answer, link) = {
-        let mut doors = runtime.doors.lock().unwrap_or_else(PoisonError::into_inner);
-        let door = doors
-            .get_mut(&opening.session)
-            .ok_or_else(|| Error::StreamNotAuthentic { address: address() })?;
-        let (opening, answer) = door
-            .gate
-            .admit(&bytes)
-            .map_err(|_| Error::StreamNotAuthentic { address: address() })?;
-        (opening, answer, Arc::clone(&door.link))
-    };
-    net::write_all_by(&stream, &answer, deadline).map_err(|source| Error::Stream {
-        address: address(),
-        source,
-    })?;
-    link.stream(opening, stream);
-    Ok(())
 }

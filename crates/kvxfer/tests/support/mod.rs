@@ -4,6 +4,7 @@
 
 pub(crate) mod child;
 pub(crate) mod counts;
+pub(crate) mod proxy;
 
 use std::collections::HashMap;
 use std::collections::HashSet;
@@ -229,6 +230,12 @@ impl Log {
     pub(crate) fn count(&mut self, wanted: impl Fn(&Event) -> bool) -> usize {
         self.engine.poll_events(&mut self.seen);
         self.seen.iter().filter(|e| wanted(e)).count()
+    }
+
+    /// Has all events so far checked.
+    pub(crate) fn assert_in_order(&mut self, check: impl Fn(&[Event])) {
+        self.engine.poll_events(&mut self.seen);
+        check(&self.seen);
     }
 
     /// Checks that every request and tag has ended at most once, that memory came back once and after

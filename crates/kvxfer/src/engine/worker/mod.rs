@@ -88,7 +88,7 @@ pub(crate) enum Command {
         send_wr: u32,
     },
     /// The peer is gone: its transfers fail.
-    PeerLost { peer: PeerKey, cause: Cause },
+    PeerLost { peer: Arc<Peer>, cause: Cause },
     /// Take the peer's queue pairs down, and say so to the peer when nothing moves on them.
     DropLanes { peer: Arc<Peer> },
     /// Nothing posted to the peer can touch memory any more; answers a drain.
@@ -218,6 +218,10 @@ pub(crate) struct Worker {
     lanes: HashMap<LaneId, LaneQp>,
     lane_of: HashMap<u32, LaneId>,
     dropping: Vec<(Arc<Peer>, Vec<LaneId>)>,
+    /// Peers whose sessions are over, until all outcomes of their transfers are told.
+    lost: Vec<Arc<Peer>>,
+    /// How many transfers of a peer have no outcome.
+    running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
     waiting_checks: VecDeque<TransferId>,
     singles: HashMap<u64, Single>,
@@ -252,6 +256,8 @@ impl Worker {
             lanes: HashMap::new(),
             lane_of: HashMap::new(),
             dropping: Vec::new(),
+            lost: Vec::new(),
+            running: HashMap::new(),
             live: HashMap::new(),
             waiting_checks: VecDeque::new(),
             singles: HashMap::new(),
@@ -275,6 +281,7 @@ impl Worker {
             self.finish_drops();
             self.transfers.on_time(self.clock.now());
             busy |= self.settle();
+            self.tell_lost();
             if !busy {
                 self.sleep();
             }
@@ -306,7 +313,10 @@ impl Worker {
                 self.peers.insert(peer.key, Arc::clone(&peer));
                 self.lanes.insert(lane, LaneQp { qp, inbox, peer });
             }
-            Command::PeerLost { peer, cause } => self.transfers.peer_lost(now, peer, &cause),
+            Command::PeerLost { peer, cause } => {
+                self.transfers.peer_lost(now, peer.key, &cause);
+                self.lost.push(peer);
+            }
             Command::DropLanes { peer } => self.drop_lanes(peer),
             Command::PeerDrained { peer, token } => self.transfers.peer_drained(peer, token),
             Command::Submit { spec, live } => self.submit(now, spec, live),
@@ -365,13 +375,7 @@ impl Worker {
 
     fn submit(&mut self, now: Time, spec: Spec, live: Box<Live>) {
         let id = spec.id;
-        let lost = live.peer.lost();
-        let peer = spec.peer;
-        if lost.is_none() {
-            self.peers
-                .entry(peer)
-                .or_insert_with(|| Arc::clone(&live.peer));
-        }
+        *self.running.entry(spec.peer).or_default() += 1;
         self.live.insert(id, live);
         if let Err(error) = self.transfers.submit(now, spec) {
             warn!(?id, %error, "transfer refused");
@@ -384,9 +388,17 @@ impl Worker {
                 memory: MemoryState::Released,
             });
             self.end(id, outcome);
-        } else if let Some(cause) = lost {
-            // The peer went while the command was on its way; its loss has been told already.
-            self.transfers.peer_lost(now, peer, &cause);
+        }
+    }
+
+    /// Says of peers whose sessions are over that nothing here has an outcome to tell any more.
+    fn tell_lost(&mut self) {
+        let running = &self.running;
+        for peer in self
+            .lost
+            .extract_if(.., |peer| !running.contains_key(&peer.key))
+        {
+            peer.told();
         }
     }
 

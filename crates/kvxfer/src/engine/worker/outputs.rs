@@ -1,5 +1,6 @@
 //! What the state machines ask for, and how transfers end.
 
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use super::{Command, Worker};
@@ -195,6 +196,12 @@ impl Worker {
         // The handle first: whoever has the event finds the outcome and the report there.
         live.shared.finish(outcome, live.report);
         live.engine.events.push(event);
+        if let Entry::Occupied(mut running) = self.running.entry(live.peer.key) {
+            *running.get_mut() -= 1;
+            if *running.get() == 0 {
+                running.remove();
+            }
+        }
         if !quarantined {
             self.live.remove(&id);
         }
