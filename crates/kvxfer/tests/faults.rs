@@ -569,6 +569,98 @@ fn a_peer_that_restarts() {
     }
 }
 
+/// The same, life after life, with a pull and a push of each under way when it ends: what the earlier
+/// lives gave out, or were given, is refused to all later ones, and every life is met by itself.
+#[test]
+fn a_peer_that_restarts_again_and_again() {
+    const LIVES: u64 = 4;
+    for path in [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp] {
+        let spec = |listen: &str| Spec {
+            role: KvRole::Both,
+            listen: listen.to_owned(),
+            engine_id: Some("phoenix".to_owned()),
+            ..peer_spec(KvRole::Producer, path, 16)
+        };
+        let node = recipe(KvRole::Both, path, BLOCK, 16).node();
+        node.side.poison().expect("poisoned");
+        let mut log = Log::new(&node.engine);
+        let mut child = Child::start(&spec("127.0.0.1:0"));
+        let instance = connect(&node, &child);
+        let (mut offers, mut expected, mut expects) = (Vec::new(), Vec::new(), Vec::new());
+        for life in 0..LIVES {
+            until("the peer", || instance.is_up());
+            pulls_from(&node, &instance, &mut child, &format!("well-{life}"));
+            offers.push(child.offer(&format!("offer-{life}"), 16, LONG));
+            expects.push(child.expect(&format!("to-{life}"), 16, LONG));
+            let request = RequestId::from(format!("from-{life}"));
+            expected.push(
+                node.engine
+                    .expect(&request, &groups(8..16), 1, LONG)
+                    .expect("an expectation"),
+            );
+            let to = RequestId::from(format!("to-{life}"));
+            let pushing = instance.begin_push(&to).expect("a push");
+            pushing.all_layers(&pairs([(0, 0)])).expect("fits");
+            // Begun, and never committed.
+            node.fill_blocks(8..16, POISON);
+            child.begin_at(&node.name(), &request.0, 8..16);
+            until("bytes", || node.first_word(15) != POISON);
+            let address = child.address.clone();
+            child.die();
+            child = Child::start(&spec(&address));
+            // The failures of that life, and no other end of them.
+            let Event::Failed { first_cause, .. } = log.wait(
+                "failure",
+                |event| matches!(event, Event::Failed { request: r, .. } if *r == request),
+            ) else {
+                unreachable!();
+            };
+            let lost = |cause: &Cause| matches!(cause, Cause::PeerDead | Cause::PeerRestarted);
+            assert!(lost(&first_cause), "{first_cause}");
+            let outcome = pushing.commit().expect("its outcome tells").wait(LONG);
+            let outcome = outcome.expect("an outcome");
+            let failure = outcome.failure().expect("nobody has confirmed it");
+            assert!(lost(&failure.first_cause), "{failure:?}");
+            let old = offers[life as usize].generation;
+            let Event::PeerRestarted { new, .. } = log.wait(
+                "restart",
+                |event| matches!(event, Event::PeerRestarted { old: o, .. } if *o == old),
+            ) else {
+                unreachable!();
+            };
+            assert!(instance.wait_up(LONG));
+            node.fill_blocks(0..16, RECYCLED);
+            for ticket in &offers {
+                let error = instance
+                    .pull(ticket, &pairs([(0, 0)]), PullOptions::default())
+                    .expect_err("a ticket of an earlier life");
+                assert!(
+                    matches!(&error, Error::OldGeneration { now, .. } if *now == new),
+                    "{error}"
+                );
+            }
+            for ticket in &expects {
+                let options = PushOptions {
+                    ticket: Some(ticket.clone()),
+                    ..PushOptions::default()
+                };
+                let error = instance
+                    .begin_push_with(&ticket.request, options)
+                    .expect_err("a ticket of an earlier life");
+                assert!(matches!(error, Error::OldGeneration { .. }), "{error}");
+            }
+            for ticket in &expected {
+                let said = child.push_late(&node.name(), ticket);
+                assert!(said.contains("Late"), "{said}");
+            }
+            node.assert_blocks(0..16, RECYCLED);
+        }
+        pulls_from(&node, &instance, &mut child, "at-last");
+        log.assert_told_once();
+        drops(node, vec![instance]);
+    }
+}
+
 /// A silent peer is told apart from a dead one, long before a transfer's own deadline.
 #[test]
 fn a_peer_that_stalls() {

@@ -34,6 +34,10 @@ struct Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        if self.inner.runtime.health.is_forked() {
+            // The threads are not here, and what is registered is registered for the parent.
+            return std::mem::forget(Arc::clone(&self.inner));
+        }
         self.inner.shut_down();
         if self.runs {
             self.inner.runtime.shut_down();
@@ -47,6 +51,20 @@ impl Drop for Owner {
 /// transfers end, and sessions are closed. All calls may be made from any thread. Those that submit
 /// work never block on the network: [`connect`](Self::connect) alone does, for as long as it is
 /// told.
+///
+/// # Fork
+///
+/// An engine belongs to the process that made it. In a forked child every call on it or on what it
+/// has given returns [`Error::Forked`] (or `false`, none, no events; a [`Transfer`](super::Transfer)
+/// has failed with [`Cause::Forked`]), and dropping does nothing. The child holds the descriptors of
+/// its parent's connections until it ends or calls `exec`; meanwhile peers notice the parent's death
+/// by its silence only. A child that needs an engine makes its own.
+///
+/// # Panics of workers
+///
+/// Should a worker thread panic, by a defect, its transfers fail with [`Cause::WorkerPanicked`], and
+/// so do those with the same peers on other workers. Their memory is released as after any failure.
+/// The engine takes no new work then ([`Error::WorkerPanicked`]).
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,
@@ -117,6 +135,7 @@ impl Engine {
     /// [`Error::Unauthenticated`].
     pub fn listen(&self, address: &str) -> Result<SocketAddr, Error> {
         let inner = self.inner();
+        inner.runtime.health.check()?;
         inner.runtime.listen(inner, address, inner.config.port)
     }
 
@@ -141,6 +160,7 @@ impl Engine {
     /// [`Error::NotListening`], [`Error::NoAddress`].
     pub fn metadata(&self) -> Result<Vec<u8>, Error> {
         let inner = self.inner();
+        inner.runtime.health.check()?;
         let address = self.address()?;
         Metadata {
             engine: inner.id.clone(),
@@ -173,8 +193,15 @@ impl Engine {
     /// instance works again.
     #[must_use]
     pub fn instance_of(&self, peer: &PeerName) -> Option<Instance> {
+        if self.is_forked() {
+            return None;
+        }
         let peer = self.inner().peer_named(peer)?;
         Some(Instance::accepted(Arc::clone(self.inner()), peer))
+    }
+
+    fn is_forked(&self) -> bool {
+        self.inner().runtime.health.is_forked()
     }
 
     /// Where peers reach this rank.
@@ -218,6 +245,7 @@ impl Engine {
                 operation: "offer",
             });
         }
+        inner.runtime.health.check()?;
         self.check(request, groups)?;
         check_ttl(ttl)?;
         let nonce = Inner::nonce()?;
@@ -242,6 +270,9 @@ impl Engine {
     /// Takes an offer back: its blocks are free with the [`Event::Released`] that follows, and a
     /// pull that has not finished fails. `false`: there was no such offer.
     pub fn retract(&self, request: &RequestId) -> bool {
+        if self.is_forked() {
+            return false;
+        }
         let inner = self.inner();
         inner
             .books
@@ -289,6 +320,7 @@ impl Engine {
                 operation: "expect",
             });
         }
+        inner.runtime.health.check()?;
         self.check(request, groups)?;
         check_ttl(deadline)?;
         let nonce = Inner::nonce()?;
@@ -321,6 +353,9 @@ impl Engine {
     /// Wants an expected request no more. Its outcome is a failure with [`Cause::Cancelled`].
     /// `false`: it was not expected.
     pub fn cancel_expect(&self, request: &RequestId) -> bool {
+        if self.is_forked() {
+            return false;
+        }
         let inner = self.inner();
         inner.books.with(inner, |books, now| {
             books.expects.cancel(now, request, Cause::Cancelled)
@@ -335,6 +370,9 @@ impl Engine {
     /// number is bounded by what was asked for. Those of peers are bounded: when 1024 of them wait,
     /// further ones are held back, and told as things then stand when there is room again.
     pub fn poll_events(&self, events: &mut Vec<Event>) -> usize {
+        if self.is_forked() {
+            return 0;
+        }
         let n = self.inner().events.drain(events);
         self.inner().catch_up();
         n
@@ -342,6 +380,9 @@ impl Engine {
 
     /// The same, and waits for an event for at most `timeout` where there is none.
     pub fn wait_events(&self, events: &mut Vec<Event>, timeout: Duration) -> usize {
+        if self.is_forked() {
+            return 0;
+        }
         let n = self.inner().events.wait(events, timeout);
         self.inner().catch_up();
         n

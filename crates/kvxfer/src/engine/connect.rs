@@ -59,6 +59,7 @@ pub(crate) fn connect(
     role: Role,
     deadline: Duration,
 ) -> Result<Instance, Error> {
+    engine.runtime.health.check()?;
     let until = net::after(deadline);
     let addresses = net::resolve(address, crate::config::DEFAULT_PORT)?;
     let target = Target {
@@ -155,6 +156,9 @@ fn keep_up(
             default(pause) => {}
         }
         pause = (pause * 2).min(LAST_PAUSE);
+        if runtime.health.check().is_err() {
+            return;
+        }
         let Some(engine) = weak.upgrade() else { return };
         let until = net::after(engine.config.connect_timeout);
         // An address that does not answer must not keep an engine that is dropped meanwhile.

@@ -1,11 +1,15 @@
 //! The handle of one transfer: a future that can also be polled, waited on and cancelled.
 
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use tracing::error;
+
+use super::health::Health;
 use crate::blocks::GroupBlocks;
 use crate::event::MemoryState;
 use crate::transfer::{Cause, TransferId};
@@ -104,8 +108,15 @@ impl Shared {
         drop(state);
         self.changed.notify_all();
         if let Some(waker) = waker {
-            waker.wake();
+            // A waker is foreign code on a worker's thread: its panic is not the transfers' business.
+            if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+                error!("the waker of a transfer has panicked");
+            }
         }
+    }
+
+    pub(crate) fn has_outcome(&self) -> bool {
+        self.lock().outcome.is_some()
     }
 
     pub(crate) fn release(&self) {
@@ -121,6 +132,7 @@ pub struct Transfer {
     pub(crate) id: TransferId,
     pub(crate) shared: Arc<Shared>,
     pub(crate) canceller: Arc<dyn Fn(TransferId) + Send + Sync>,
+    pub(crate) health: Arc<Health>,
 }
 
 impl std::fmt::Debug for Transfer {
@@ -133,44 +145,61 @@ impl std::fmt::Debug for Transfer {
 }
 
 impl Transfer {
+    /// What a forked child is told, which never hears of the outcome.
+    fn forked(&self) -> Option<Outcome> {
+        let failure = || Failure {
+            first_cause: Cause::Forked,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Quarantined,
+        };
+        self.health.is_forked().then(|| Outcome::Failed(failure()))
+    }
+
     /// The outcome, if it has come.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
-        self.shared.lock().outcome.clone()
+        self.forked().or_else(|| self.shared.lock().outcome.clone())
     }
 
     /// Waits for the outcome for at most `timeout`. The transfer itself ends by its own deadline,
     /// whatever is waited here.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Outcome> {
-        self.wait_until(timeout, |state| state.outcome.is_some())
-            .outcome
-            .clone()
+        self.forked().or_else(|| {
+            self.wait_until(timeout, |state| state.outcome.is_some())
+                .outcome
+                .clone()
+        })
     }
 
     /// Waits until the transfer's local memory may be used again, for at most `timeout`; says
     /// whether it may.
     #[must_use]
     pub fn wait_released(&self, timeout: Duration) -> bool {
-        self.wait_until(timeout, |state| state.released).released
+        !self.health.is_forked() && self.wait_until(timeout, |state| state.released).released
     }
 
     /// Whether the transfer's local memory may be used again.
     #[must_use]
     pub fn is_released(&self) -> bool {
-        self.shared.lock().released
+        !self.health.is_forked() && self.shared.lock().released
     }
 
     /// What the transfer consisted of and where its time went; zeros before the outcome.
     #[must_use]
     pub fn report(&self) -> TransferReport {
+        if self.health.is_forked() {
+            return TransferReport::default();
+        }
         self.shared.lock().report
     }
 
     /// Ends the transfer with [`Cause::Cancelled`] unless its outcome has come already. What is
     /// posted cannot be recalled, so the memory may be quarantined for a while.
     pub fn cancel(&self) {
-        (self.canceller)(self.id);
+        if !self.health.is_forked() {
+            (self.canceller)(self.id);
+        }
     }
 
     fn wait_until(
@@ -204,6 +233,9 @@ impl Future for Transfer {
     type Output = Outcome;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        if let Some(outcome) = self.forked() {
+            return Poll::Ready(outcome);
+        }
         let mut state = self.shared.lock();
         if let Some(outcome) = &state.outcome {
             return Poll::Ready(outcome.clone());
@@ -226,6 +258,7 @@ mod tests {
             id: TransferId(7),
             shared: Arc::clone(&shared),
             canceller: Arc::new(|_| {}),
+            health: Arc::new(Health::new()),
         };
         (transfer, shared)
     }
@@ -260,6 +293,25 @@ mod tests {
         let releaser = std::thread::spawn(move || other.release());
         assert!(transfer.wait_released(Duration::from_secs(60)));
         releaser.join().expect("the releaser does not panic");
+    }
+
+    #[test]
+    fn a_waker_that_panics_hurts_nobody() {
+        struct Faulty;
+        impl std::task::Wake for Faulty {
+            fn wake(self: Arc<Self>) {
+                panic!("a waker's own panic, which the test wants");
+            }
+        }
+        let (mut transfer, shared) = transfer();
+        let waker = Waker::from(Arc::new(Faulty));
+        assert!(
+            Pin::new(&mut transfer)
+                .poll(&mut Context::from_waker(&waker))
+                .is_pending()
+        );
+        shared.finish(Outcome::Done, TransferReport::default());
+        assert_eq!(transfer.outcome(), Some(Outcome::Done));
     }
 
     #[test]

@@ -128,6 +128,10 @@ struct Shares {
 
 impl Drop for Shares {
     fn drop(&mut self) {
+        if self.engine.runtime.health.is_forked() {
+            // Nor may the child be the last to let go of what its parent uses.
+            return std::mem::forget(Arc::clone(&self.engine));
+        }
         if let Lead::Kept(tether) = &self.lead {
             tether.let_go();
         }
@@ -197,6 +201,7 @@ impl Instance {
 
     /// The peer, while a session stands.
     pub(crate) fn peer(&self) -> Result<Arc<Peer>, Error> {
+        self.engine().runtime.health.check()?;
         if self.engine().runtime.stopping.load(Ordering::Acquire) {
             return Err(Error::ShuttingDown);
         }
@@ -448,6 +453,7 @@ pub(crate) fn transfer(
     shared: Arc<Shared>,
 ) -> Transfer {
     let runtime = Arc::clone(&engine.runtime);
+    let health = Arc::clone(&runtime.health);
     let canceller = Arc::new(move |id| {
         if let Some(worker) = runtime.worker(owner) {
             worker.send(Command::Cancel { id });
@@ -457,6 +463,7 @@ pub(crate) fn transfer(
         id,
         shared,
         canceller,
+        health,
     }
 }
 

@@ -8,6 +8,7 @@ mod bringup;
 mod connect;
 mod events;
 mod handle;
+mod health;
 mod link;
 mod net;
 mod notices;

@@ -366,7 +366,8 @@ impl Pushing {
         });
     }
 
-    fn layer(&self, layer: Waiting) -> Result<(), Error> {
+    fn layer(&self, engine: &Inner, layer: Waiting) -> Result<(), Error> {
+        engine.runtime.health.check()?;
         let mut stage = self.stage();
         match &mut *stage {
             Stage::Asked {
@@ -496,8 +497,10 @@ impl Push {
     /// that has yet to come ends the push later, with
     /// [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
     pub fn layer(&self, layer: u32, pairs: &[GroupPairs]) -> Result<(), Error> {
-        self.pushing
-            .layer(Waiting::Pairs(LayerScope::Layer(layer), pairs.to_vec()))
+        self.pushing.layer(
+            &self.engine,
+            Waiting::Pairs(LayerScope::Layer(layer), pairs.to_vec()),
+        )
     }
 
     /// The same for a producer that does not know the consumer's blocks: its own, as many as the
@@ -507,8 +510,10 @@ impl Push {
     ///
     /// As [`layer`](Self::layer), and [`Error::UnequalLengths`].
     pub fn layer_in_order(&self, layer: u32, src: &[GroupBlocks]) -> Result<(), Error> {
-        self.pushing
-            .layer(Waiting::InOrder(LayerScope::Layer(layer), src.to_vec()))
+        self.pushing.layer(
+            &self.engine,
+            Waiting::InOrder(LayerScope::Layer(layer), src.to_vec()),
+        )
     }
 
     /// Writes all layers' blocks at once.
@@ -517,8 +522,10 @@ impl Push {
     ///
     /// As [`layer`](Self::layer).
     pub fn all_layers(&self, pairs: &[GroupPairs]) -> Result<(), Error> {
-        self.pushing
-            .layer(Waiting::Pairs(LayerScope::All, pairs.to_vec()))
+        self.pushing.layer(
+            &self.engine,
+            Waiting::Pairs(LayerScope::All, pairs.to_vec()),
+        )
     }
 
     /// Says that nothing follows. The transfer is done when every byte has been confirmed; the
@@ -526,8 +533,9 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// [`Error::PushEnded`]: it has failed already; its event says why.
+    /// [`Error::Forked`]. What else goes wrong is the transfer's outcome.
     pub fn commit(mut self) -> Result<Transfer, Error> {
+        self.engine.runtime.health.check_process()?;
         self.over = true;
         {
             let mut stage = self.pushing.stage();
@@ -561,6 +569,10 @@ impl Push {
 
     fn give_up(&mut self) {
         self.over = true;
+        if self.engine.runtime.health.is_forked() {
+            // Nor may the child be the last to let go of what its parent uses.
+            return std::mem::forget(Arc::clone(&self.engine));
+        }
         self.pushing.stage().end();
         self.pushing.send(Command::Abort {
             id: self.pushing.id,

@@ -17,6 +17,7 @@ use kvxfer_verbs::{
 
 use super::accept::{Arrivals, accept};
 use super::bringup::Made;
+use super::health::Health;
 use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
@@ -60,6 +61,7 @@ pub(crate) struct Runtime {
     workers: Vec<WorkerHandle>,
     threads: Mutex<Vec<JoinHandle<Vec<Live>>>>,
     pub(crate) clock: Clock,
+    pub(crate) health: Arc<Health>,
     pub(crate) secret: Option<Secret>,
     config: Config,
     send_wr: u32,
@@ -104,6 +106,7 @@ impl Runtime {
         let send_wr = auto(config.max_send_wr, AUTO_SEND_WR, info.max_qp_wr);
         let depth = auto(config.max_cqe_num, 1 << 16, info.max_cqe);
         let clock = Clock::new();
+        let health = Arc::new(Health::new());
         let count = u16::try_from(config.num_worker_threads).unwrap_or(u16::MAX);
         let seats = (0..count)
             .map(|index| Seat::new(index, clock))
@@ -130,6 +133,7 @@ impl Runtime {
             };
             let worker = Worker::new(
                 seat,
+                Arc::clone(&health),
                 workers.clone(),
                 cq.clone(),
                 Outbox::new(&pd)?,
@@ -146,6 +150,7 @@ impl Runtime {
             workers,
             threads: Mutex::new(threads),
             clock,
+            health,
             secret,
             config: config.clone(),
             send_wr,
@@ -216,6 +221,7 @@ impl Runtime {
         count: u32,
         notices: bool,
     ) -> Result<Vec<Made>, Error> {
+        self.health.check()?;
         let caps = QpCaps {
             max_send_wr: self.send_wr,
             max_recv_wr: RECEIVES,

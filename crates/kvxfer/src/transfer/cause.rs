@@ -159,6 +159,12 @@ pub enum Cause {
         /// How many.
         missing: u64,
     },
+    /// A worker thread of this engine panicked: a defect.
+    #[error("a worker thread of this engine has panicked")]
+    WorkerPanicked,
+    /// The transfer belongs to another process, of which this one is a fork.
+    #[error("the transfer belongs to the process that this one was forked from")]
+    Forked,
 }
 
 /// What was tried on the local device.
@@ -215,7 +221,9 @@ impl Cause {
             | Self::LocalDevice { .. }
             | Self::NoPath
             | Self::ShuttingDown
-            | Self::LostWork { .. } => Class::Fatal,
+            | Self::LostWork { .. }
+            | Self::WorkerPanicked
+            | Self::Forked => Class::Fatal,
         }
     }
 

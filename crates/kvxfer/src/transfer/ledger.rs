@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::record::{
-    DrainToken, End, JobRecord, Kind, LeaseAnswer, MemoryState, Notice, Outcome, Output, Progress,
-    Record, Spec, State,
+    DrainToken, End, Incomplete, JobRecord, Kind, LeaseAnswer, MemoryState, Notice, Outcome,
+    Output, Progress, Record, Spec, State,
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
 use crate::plan::source::OpSource;
@@ -93,6 +93,11 @@ impl Transfers {
     #[must_use]
     pub fn live(&self) -> usize {
         self.records.len()
+    }
+
+    /// What of a transfer is not known to have arrived, if it is here.
+    pub(crate) fn incomplete(&self, id: TransferId) -> Option<Incomplete> {
+        self.records.get(&id).map(Record::incomplete)
     }
 
     /// The next thing to do.

@@ -176,6 +176,11 @@ pub enum Notice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DrainToken(pub(super) u64);
 
+impl DrainToken {
+    /// Of somebody who asks once and for whom any answer will do.
+    pub(crate) const ANY: DrainToken = DrainToken(0);
+}
+
 /// What the ledger asks for. To be carried out in order.
 #[derive(Debug, Clone)]
 pub enum Output {

@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::process::{Child as Process, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{KvRole, PathKind};
-use kvxfer::engine::{Instance, PullOptions, Push};
+use kvxfer::engine::{Instance, PullOptions, Push, PushOptions};
 use kvxfer::event::{Event, MemoryState, PeerName};
 use kvxfer::ids::{EngineId, RequestId};
 use kvxfer::ticket::Ticket;
@@ -173,6 +174,22 @@ impl Child {
         let engine = &peer.engine.0;
         self.tell(&format!("begin {request} {blocks} {engine}"));
         self.answer("begun");
+    }
+
+    /// The same for blocks that do not begin with the first.
+    pub(crate) fn begin_at(&mut self, peer: &PeerName, request: &str, blocks: Range<u32>) {
+        let engine = &peer.engine.0;
+        let Range { start, end } = blocks;
+        self.tell(&format!("begin-at {request} {start} {end} {engine}"));
+        self.answer("begun");
+    }
+
+    /// Has the child push under a ticket of an earlier life; how that ends for it.
+    pub(crate) fn push_late(&mut self, peer: &PeerName, ticket: &Ticket) -> String {
+        let engine = &peer.engine.0;
+        let json = ticket.to_json().expect("json");
+        self.tell(&format!("late {engine} {json}"));
+        self.answer("late")
     }
 
     /// Has the child pull the first `blocks` blocks of a ticket, `times` over.
@@ -416,6 +433,32 @@ fn serve(node: &Node, seed: u64) {
                     .expect("pushed");
                 begun.push(push);
                 say("begun");
+            }
+            ["begin-at", request, start, end, peer] => {
+                let push = begin(node, peer, request);
+                let blocks = number(start)..number(end);
+                push.all_layers(&pairs(blocks.map(|b| (b, b))))
+                    .expect("pushed");
+                begun.push(push);
+                say("begun");
+            }
+            ["late", peer, ticket] => {
+                let options = PushOptions {
+                    ticket: Some(Ticket::from_json(ticket).expect("a ticket")),
+                    ..PushOptions::default()
+                };
+                let request = options.ticket.as_ref().expect("just put").request.clone();
+                let mut push = None;
+                until("a push", || {
+                    push = way_to(node, peer)
+                        .begin_push_with(&request, options.clone())
+                        .ok();
+                    push.is_some()
+                });
+                let push = push.expect("a push");
+                let fits = push.all_layers(&pairs([(0, 0)]));
+                let outcome = push.commit().expect("its outcome tells").wait(LONG);
+                say(&format!("late {outcome:?} {fits:?}").replace('\n', " "));
             }
             ["pull", times, blocks, peer, ticket] => {
                 let ticket = Ticket::from_json(ticket).expect("a ticket");

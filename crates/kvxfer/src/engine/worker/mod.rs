@@ -4,8 +4,10 @@
 mod completions;
 mod outputs;
 mod posting;
+mod wreck;
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use tracing::{debug, warn};
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
 use super::handle::{Failure, Outcome, Shared, TransferReport};
+use super::health::Health;
 use super::notices::{Inbox, Outbox};
 use super::peer::Peer;
 use super::push::close;
@@ -32,6 +35,7 @@ use crate::transfer::{
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::Message;
+use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -58,23 +62,13 @@ impl Drop for Live {
     /// Whoever waits for the transfer hears of its end even if its worker never did: the engine has
     /// gone, or a command has come after the worker's end.
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            // A worker that panics leaves others at work: nothing can be said of the memory.
-            return self.abandon(MemoryState::Quarantined);
-        }
-        self.abandon(MemoryState::Released);
-        self.shared.release();
-    }
-}
-
-impl Live {
-    fn abandon(&self, memory: MemoryState) {
         let failure = Failure {
             first_cause: Cause::ShuttingDown,
             invalid_blocks: Vec::new(),
-            memory,
+            memory: MemoryState::Released,
         };
         self.shared.finish(Outcome::Failed(failure), self.report);
+        self.shared.release();
     }
 }
 
@@ -125,6 +119,9 @@ pub(crate) enum Command {
     Report(JobReport),
     /// End the thread.
     Shutdown,
+    /// Panic, as a defect would have it.
+    #[cfg(test)]
+    Panic,
 }
 
 /// How other threads reach a worker.
@@ -207,6 +204,7 @@ enum Single {
 pub(crate) struct Worker {
     index: u16,
     clock: Clock,
+    health: Arc<Health>,
     commands: Receiver<Command>,
     wake: Arc<Wake>,
     others: Vec<WorkerHandle>,
@@ -237,6 +235,7 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(
         seat: Seat,
+        health: Arc<Health>,
         others: Vec<WorkerHandle>,
         cq: CompletionQueue,
         outbox: Outbox,
@@ -246,6 +245,7 @@ impl Worker {
         Self {
             index: seat.index,
             clock: seat.clock,
+            health,
             commands: seat.commands,
             wake: seat.handle.wake,
             others,
@@ -274,6 +274,15 @@ impl Worker {
     /// The thread's body; returns after [`Command::Shutdown`], with the transfers that are to be
     /// dropped when all workers have ended: until then their memory may be touched.
     pub(crate) fn run(mut self) -> Vec<Live> {
+        // What may be in disorder after a panic is not looked at again, but for what `Wreck` says.
+        if catch_unwind(AssertUnwindSafe(|| self.work())).is_err() {
+            return Wreck::run(self);
+        }
+        self.lanes.clear();
+        self.live.drain().map(|(_, live)| *live).collect()
+    }
+
+    fn work(&mut self) {
         while !self.stopping {
             let mut busy = self.take_commands();
             busy |= self.post();
@@ -286,8 +295,6 @@ impl Worker {
                 self.sleep();
             }
         }
-        self.lanes.clear();
-        self.live.drain().map(|(_, live)| *live).collect()
     }
 
     fn take_commands(&mut self) -> bool {
@@ -370,6 +377,8 @@ impl Worker {
             Command::Stop(job) => self.scheduler.stop(job),
             Command::Report(report) => self.transfers.job_report(now, &report),
             Command::Shutdown => self.stopping = true,
+            #[cfg(test)]
+            Command::Panic => panic!("a worker's panic, which the test wants"),
         }
     }
 

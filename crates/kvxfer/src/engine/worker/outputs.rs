@@ -207,7 +207,7 @@ impl Worker {
         }
     }
 
-    fn released(&mut self, id: TransferId) {
+    pub(super) fn released(&mut self, id: TransferId) {
         if let Some(live) = self.live.get(&id) {
             if live.push {
                 live.engine.push_ended(id);
@@ -224,7 +224,7 @@ impl Worker {
 }
 
 /// Sorted (group, block) pairs as one list a group.
-fn by_group(blocks: &[(u32, u32)]) -> Vec<GroupBlocks> {
+pub(super) fn by_group(blocks: &[(u32, u32)]) -> Vec<GroupBlocks> {
     blocks
         .chunk_by(|a, b| a.0 == b.0)
         .filter_map(|chunk| {

@@ -1,0 +1,182 @@
+//! What becomes of a worker that has panicked: a defect of this library, or of code that it calls.
+//!
+//! Nothing is concluded from the state machines any more. The worker's queue pairs are destroyed;
+//! every transfer that it owned fails with [`Cause::WorkerPanicked`], its memory quarantined; its
+//! peers are lost for all workers, so that theirs end too; and the memory is released when the last
+//! queue pair to the peer is gone, on whatever worker. The thread stays to answer for that until
+//! the engine goes, and the engine takes no new work.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use tracing::error;
+
+use super::outputs::by_group;
+use super::{Command, Live, Worker};
+use crate::engine::handle::{Failure, Outcome};
+use crate::engine::peer::Peer;
+use crate::event::MemoryState;
+use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
+
+pub(super) struct Wreck {
+    worker: Worker,
+    /// Peers that have been told that this worker's queue pairs to them are gone.
+    drained: HashSet<PeerKey>,
+}
+
+impl Wreck {
+    /// The thread's body from the panic on. Returns what [`Worker::run`] does.
+    pub(super) fn run(worker: Worker) -> Vec<Live> {
+        error!(
+            worker = worker.index,
+            "a worker has panicked; the engine takes no new work"
+        );
+        worker.health.break_down();
+        let mut wreck = Self {
+            worker,
+            drained: HashSet::new(),
+        };
+        wreck.abandon();
+        while let Ok(command) = wreck.worker.commands.recv() {
+            if matches!(command, Command::Shutdown) {
+                break;
+            }
+            wreck.command(command);
+        }
+        wreck.worker.live.drain().map(|(_, live)| *live).collect()
+    }
+
+    fn abandon(&mut self) {
+        let worker = &mut self.worker;
+        let mut peers: HashMap<PeerKey, Arc<Peer>> = HashMap::new();
+        peers.extend(
+            worker
+                .lanes
+                .values()
+                .map(|at| (at.peer.key, Arc::clone(&at.peer))),
+        );
+        peers.extend(worker.dropping.drain(..).map(|(peer, _)| (peer.key, peer)));
+        // Before the queue pairs go: the peers notice that, and what they answer is not the cause.
+        peers.values().for_each(give_up);
+        for (_, lane) in worker.lanes.drain() {
+            lane.qp.to_error();
+        }
+        worker.lane_of.clear();
+        worker.singles.clear();
+        let mut ids: Vec<TransferId> = worker.live.keys().copied().collect();
+        ids.sort_unstable();
+        for id in ids {
+            self.fail(id);
+        }
+        for peer in self.worker.lost.drain(..) {
+            peer.told();
+        }
+        for peer in peers.values() {
+            self.has_no_lanes(peer);
+        }
+        // Whose memory waits for queue pairs of other workers.
+        let waiting: HashMap<PeerKey, Arc<Peer>> = self
+            .worker
+            .live
+            .values()
+            .map(|live| (live.peer.key, Arc::clone(&live.peer)))
+            .collect();
+        for peer in waiting.into_values() {
+            give_up(&peer);
+            peer.drain(self.worker.index, DrainToken::ANY);
+        }
+    }
+
+    /// Says so to a peer, once.
+    fn has_no_lanes(&mut self, peer: &Peer) {
+        if self.drained.insert(peer.key) {
+            peer.worker_drained();
+        }
+    }
+
+    /// Ends a transfer of which something may be posted.
+    fn fail(&mut self, id: TransferId) {
+        let Some(live) = self.worker.live.get(&id) else {
+            return;
+        };
+        if live.shared.has_outcome() {
+            return;
+        }
+        for job in &live.jobs {
+            job.stop();
+        }
+        let invalid_blocks = match self.worker.transfers.incomplete(id) {
+            _ if live.push => Vec::new(),
+            Some(incomplete) => by_group(&incomplete.blocks()),
+            // It was just about to end.
+            None => {
+                let mut blocks = Vec::new();
+                for job in &live.jobs {
+                    for op in 0..job.source.ops() {
+                        job.source.blocks_of(op, &mut blocks);
+                    }
+                }
+                blocks.sort_unstable();
+                blocks.dedup();
+                by_group(&blocks)
+            }
+        };
+        self.end(id, invalid_blocks, MemoryState::Quarantined);
+    }
+
+    fn end(
+        &mut self,
+        id: TransferId,
+        invalid_blocks: Vec<crate::blocks::GroupBlocks>,
+        memory: MemoryState,
+    ) {
+        let failure = Failure {
+            first_cause: Cause::WorkerPanicked,
+            invalid_blocks,
+            memory,
+        };
+        self.worker.end(id, Outcome::Failed(failure));
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit { spec, live } => {
+                *self.worker.running.entry(spec.peer).or_default() += 1;
+                self.worker.live.insert(spec.id, live);
+                // Nothing of it was posted.
+                self.end(spec.id, Vec::new(), MemoryState::Released);
+            }
+            Command::AddLane { peer, lane, .. } => {
+                drop(lane);
+                give_up(&peer);
+            }
+            Command::DropLanes { peer } => self.has_no_lanes(&peer),
+            Command::PeerLost { peer, .. } => peer.told(),
+            Command::PeerDrained { peer, .. } => {
+                let mut ids: Vec<TransferId> = self
+                    .worker
+                    .live
+                    .iter()
+                    .filter(|(_, live)| live.peer.key == peer)
+                    .map(|(id, _)| *id)
+                    .collect();
+                ids.sort_unstable();
+                for id in ids {
+                    self.worker.released(id);
+                }
+            }
+            // The rest is about transfers that have ended here, or end elsewhere with their peer.
+            _ => {}
+        }
+    }
+}
+
+/// Ends the session with a peer, and for every worker what runs over it.
+fn give_up(peer: &Arc<Peer>) {
+    peer.fail(Cause::WorkerPanicked);
+    peer.lose(Cause::WorkerPanicked);
+}
+
+#[cfg(test)]
+#[path = "wreck_tests.rs"]
+mod tests;

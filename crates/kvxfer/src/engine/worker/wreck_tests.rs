@@ -1,0 +1,285 @@
+//! Workers that panic while blocks move.
+
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use super::Command;
+use crate::Error;
+use crate::bench::{BenchMemory, BenchShape, BenchSide};
+use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
+use crate::config::{Config, KvRole, PathKind, PathSet};
+use crate::engine::{Engine, Instance, PullOptions, Transfer};
+use crate::event::{Event, MemoryState, PeerName};
+use crate::ids::RequestId;
+use crate::layout::{KvFormat, Topology};
+use crate::transfer::Cause;
+
+const LONG: Duration = Duration::from_secs(60);
+const BLOCKS: u32 = 128;
+const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
+const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;
+
+struct Node {
+    engine: Engine,
+    side: BenchSide,
+}
+
+fn node(role: KvRole, path: PathKind) -> Node {
+    let format = KvFormat::opaque(256 << 10, 2).expect("a format");
+    let shape = BenchShape {
+        topology: Topology::single(&format),
+        format,
+        num_blocks: vec![BLOCKS],
+        memory: match path {
+            PathKind::ProcessVm => BenchMemory::Anonymous,
+            _ => BenchMemory::Arena,
+        },
+    };
+    let side = BenchSide::new(&shape).expect("memory");
+    let config = Config {
+        kv_role: role,
+        path: PathSet::only(path),
+        num_worker_threads: 2,
+        qp_per_transfer: 4,
+        ..Config::default()
+    };
+    let engine = Engine::new(config, side.format().clone(), side.placement().clone());
+    Node {
+        engine: engine.expect("an engine"),
+        side,
+    }
+}
+
+impl Node {
+    fn panic(&self, worker: u16) {
+        let worker = self.engine.inner().runtime.worker(worker);
+        worker.expect("two workers").send(Command::Panic);
+    }
+
+    fn recycle(&self) {
+        for memory in self.side.memory() {
+            memory
+                .fill_words(0, memory.len(), |_| RECYCLED)
+                .expect("inside");
+        }
+    }
+
+    fn assert_recycled(&self) {
+        for memory in self.side.memory() {
+            memory
+                .verify_words(0, memory.len(), |_| RECYCLED)
+                .expect("as it was left");
+        }
+    }
+
+    /// Takes no work, and goes when it is told to.
+    fn takes_no_more(self, instance: Instance, address: &str) {
+        let request = RequestId::from("later");
+        let error = self.engine.connect(address, LONG).expect_err("broken");
+        assert!(matches!(error, Error::WorkerPanicked), "{error}");
+        let error = match self.engine.inner().config.kv_role {
+            KvRole::Producer => self.engine.offer(&request, &groups(0..1), 1, LONG),
+            _ => self.engine.expect(&request, &groups(0..1), 1, LONG),
+        };
+        let error = error.expect_err("broken");
+        assert!(matches!(error, Error::WorkerPanicked), "{error}");
+        let error = instance.path().expect_err("broken");
+        assert!(matches!(error, Error::WorkerPanicked), "{error}");
+        let (gone, is_gone) = channel();
+        std::thread::spawn(move || {
+            drop((instance, self.engine));
+            gone.send(())
+        });
+        is_gone.recv_timeout(LONG).expect("the drop ends");
+    }
+}
+
+fn groups(blocks: std::ops::Range<u32>) -> Vec<GroupBlocks> {
+    vec![GroupBlocks {
+        group: 0,
+        blocks: blocks.collect(),
+    }]
+}
+
+fn all_blocks() -> Vec<GroupPairs> {
+    let pairs = (0..BLOCKS).map(|b| BlockPair {
+        src: b,
+        dst: BLOCKS - 1 - b,
+    });
+    vec![GroupPairs {
+        group: 0,
+        pairs: pairs.collect(),
+    }]
+}
+
+fn pair(path: PathKind) -> (Node, Node, Instance, String) {
+    let (producer, consumer) = (node(KvRole::Producer, path), node(KvRole::Consumer, path));
+    let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+    let address = address.to_string();
+    let instance = consumer.engine.connect(&address, LONG).expect("a session");
+    (producer, consumer, instance, address)
+}
+
+fn wait_for(engine: &Engine, seen: &mut Vec<Event>, wanted: impl Fn(&Event) -> bool) -> Event {
+    let end = Instant::now() + LONG;
+    loop {
+        if let Some(event) = seen.iter().find(|event| wanted(event)) {
+            return event.clone();
+        }
+        assert!(Instant::now() < end, "it has not come: {seen:#?}");
+        engine.wait_events(seen, Duration::from_millis(100));
+    }
+}
+
+/// All have ended, some because of the panic; their memory is back.
+fn all_end(transfers: &[Transfer]) {
+    let mut panicked = 0;
+    for transfer in transfers {
+        let outcome = transfer.wait(LONG).expect("an outcome");
+        if let Some(failure) = outcome.failure() {
+            assert_eq!(failure.first_cause, Cause::WorkerPanicked);
+            panicked += 1;
+        }
+    }
+    assert!(panicked > 1, "the panic came too late");
+    for transfer in transfers {
+        assert!(transfer.wait_released(LONG), "memory comes back");
+    }
+}
+
+/// Whoever owned them: both workers have parts of each.
+#[test]
+fn pulls_of_a_worker_that_panics() {
+    for (path, worker) in PATHS.into_iter().zip([0, 1, 0]) {
+        let (producer, consumer, instance, address) = pair(path);
+        let ticket = producer
+            .engine
+            .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)
+            .expect("an offer");
+        let pull = |tag| {
+            let options = PullOptions {
+                tag,
+                hold: true,
+                ..PullOptions::default()
+            };
+            instance
+                .pull(&ticket, &all_blocks(), options)
+                .expect("a pull")
+        };
+        let transfers: Vec<Transfer> = (0..32).map(pull).collect();
+        consumer.panic(worker);
+        all_end(&transfers);
+        for transfer in &transfers {
+            let outcome = transfer.outcome().expect("it has come");
+            if let Some(failure) = outcome.failure() {
+                assert_eq!(failure.invalid_blocks, groups(0..BLOCKS));
+            }
+        }
+        consumer.recycle();
+        // Each has told its outcome once, and its release if its memory was held back.
+        let mut seen = Vec::new();
+        wait_for(&consumer.engine, &mut seen, |event| {
+            matches!(
+                event,
+                Event::PeerDown {
+                    cause: Cause::WorkerPanicked,
+                    ..
+                }
+            )
+        });
+        let mut held = 0;
+        let mut tags = Vec::new();
+        for event in &seen {
+            match event {
+                Event::Received { tag, .. } => tags.push(*tag),
+                Event::Failed { tag, memory, .. } => {
+                    tags.push(*tag);
+                    held += u32::from(*memory == MemoryState::Quarantined);
+                }
+                Event::Released { .. } => held -= 1,
+                _ => {}
+            }
+        }
+        tags.sort_unstable();
+        assert_eq!(tags, (0..32).collect::<Vec<u64>>());
+        assert_eq!(held, 0, "{seen:#?}");
+        std::thread::sleep(Duration::from_millis(100));
+        consumer.assert_recycled();
+        consumer.takes_no_more(instance, &address);
+        // Its peer goes on with others.
+        let other = node(KvRole::Consumer, path);
+        let instance = other.engine.connect(&address, LONG).expect("a session");
+        let transfer = instance
+            .pull(&ticket, &all_blocks(), PullOptions::default())
+            .expect("a pull");
+        assert!(transfer.wait(LONG).expect("an outcome").is_done());
+    }
+}
+
+/// On either side of a push.
+#[test]
+fn pushes_of_a_worker_that_panics() {
+    for (path, of_producer) in PATHS.into_iter().flat_map(|p| [(p, true), (p, false)]) {
+        let (producer, consumer, instance, address) = pair(path);
+        let mut seen = Vec::new();
+        let name = PeerName {
+            engine: consumer.engine.id().clone(),
+            rank: consumer.engine.rank(),
+        };
+        let mut there = Vec::new();
+        wait_for(&producer.engine, &mut there, |event| {
+            matches!(event, Event::PeerUp { .. })
+        });
+        let back = producer.engine.instance_of(&name).expect("a session");
+        let request = RequestId::from("r");
+        consumer
+            .engine
+            .expect(&request, &groups(0..BLOCKS), 1, LONG)
+            .expect("an expectation");
+        let push = back.begin_push(&request).expect("a push");
+        for _ in 0..32 {
+            push.all_layers(&all_blocks()).expect("fits");
+        }
+        let (broken, of_it) = match of_producer {
+            true => (&producer, &back),
+            false => (&consumer, &instance),
+        };
+        broken.panic(1);
+        let Event::Failed { first_cause, .. } = wait_for(&consumer.engine, &mut seen, |event| {
+            matches!(event, Event::Failed { .. })
+        }) else {
+            unreachable!();
+        };
+        let transfer = push.abort();
+        let outcome = transfer.wait(LONG).expect("an outcome");
+        let failure = outcome.failure().expect("it was aborted at the latest");
+        assert!(transfer.wait_released(LONG), "memory comes back");
+        let own = if of_producer {
+            &failure.first_cause
+        } else {
+            &first_cause
+        };
+        assert_eq!(*own, Cause::WorkerPanicked);
+        if !matches!(
+            seen.iter().find(|e| matches!(e, Event::Failed { .. })),
+            Some(Event::Failed {
+                memory: MemoryState::Released,
+                ..
+            })
+        ) {
+            wait_for(&consumer.engine, &mut seen, |event| {
+                matches!(event, Event::Released { .. })
+            });
+        }
+        consumer.recycle();
+        std::thread::sleep(Duration::from_millis(100));
+        consumer.assert_recycled();
+        let of_it = of_it.clone();
+        drop((instance, back));
+        if of_producer {
+            producer.takes_no_more(of_it, &address);
+        } else {
+            consumer.takes_no_more(of_it, &address);
+        }
+    }
+}
