@@ -4,7 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use kvxfer::layout::models::NAMES;
 
 use crate::size::{self, Address, Size};
 
@@ -122,8 +125,9 @@ pub(crate) struct Work {
 /// An engine's pattern of transfers.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Pattern {
-    /// Move the KV cache of this model: llama-3.1-8b, llama-3.1-70b, qwen3-235b-a22b, deepseek-v3
+    /// Move the KV cache of this model
     #[arg(long, value_name = "NAME", conflicts_with_all = ["size", "all"])]
+    #[arg(value_parser = PossibleValuesParser::new(NAMES))]
     pub(crate) model: Option<String>,
 
     /// Ranks that share the model's heads [default: 1]
@@ -151,7 +155,6 @@ pub(crate) struct Tuning {
 
     /// Queue pairs to the peer
     #[arg(long, short = 'q', value_name = "N")]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) qp_per_transfer: Option<u32>,
 
     /// Work requests a post; -1 chooses
@@ -164,7 +167,6 @@ pub(crate) struct Tuning {
 
     /// Worker threads
     #[arg(long, value_name = "N")]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) threads: Option<u32>,
 
     /// An engine's kv-transfer-config: JSON, or @FILE
@@ -222,7 +224,7 @@ pub(crate) struct ServeArgs {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ServePattern {
     /// Hold the KV cache of this model, and refuse clients with another
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(NAMES))]
     pub(crate) model: Option<String>,
 
     /// Ranks that share the model's heads [default: 1]
@@ -364,17 +366,16 @@ mod tests {
             &["-D", "1", "-n", "1"][..],
             &["--json", "--csv"],
             &["-a", "-s", "4K"],
-            &["--model", "x", "-s", "4K"],
-            &["--model", "x", "-a"],
-            &["--model", "x", "--blocks", "3"],
+            &["--model", "x"],
+            &["--model", "deepseek-v3", "-s", "4K"],
+            &["--model", "deepseek-v3", "-a"],
+            &["--model", "deepseek-v3", "--blocks", "3"],
             &["--tp", "2"],
             &["--tokens", "2"],
             &["--block-size", "2"],
             &["--secret-file", "f", "--allow-unauthenticated"],
             &["--blocks", "0"],
             &["-n", "0"],
-            &["-q", "0"],
-            &["--threads", "0"],
             &["--post-batch-size", "0"],
             &["-s", "4K,,8K"],
             &["-s", ""],

@@ -3,8 +3,9 @@
 use std::io;
 
 use kvxfer::Error;
-use kvxfer::config::PathKind;
-use kvxfer::session::{Party, SessionError};
+use kvxfer::config::{ConfigError, PathKind};
+use kvxfer::layout::LayoutError;
+use kvxfer::session::{Party, SessionError, SessionState};
 use kvxfer::transfer::Cause;
 use kvxfer::wire::{Refusal, WireError};
 
@@ -46,22 +47,26 @@ pub(crate) fn library(error: &Error) -> Problem {
             }
         }
         Error::Unauthenticated { address } => unauthenticated(&address.to_string()),
-        Error::Config(kvxfer::config::ConfigError::Unauthenticated { host }) => {
-            unauthenticated(host)
-        }
+        Error::Config(ConfigError::Unauthenticated { host }) => unauthenticated(host),
         Error::Deadline { what, after } => {
             Problem::new(Exit::Peer, format!("{what} did not come within {after:?}"))
                 .with_fix("look whether the server is busy or stopped; --timeout waits longer")
         }
-        Error::NotConnected { cause } => {
-            Problem::new(Exit::Peer, "the server is gone").with_evidence(cause.to_string())
-        }
+        Error::NotConnected { cause } => Problem::new(Exit::Peer, "the server is gone")
+            .with_evidence(cause.to_string())
+            .with_fix("look whether it still runs and why it ended, and start it again"),
         Error::BenchWrong(wrong) => Problem::new(Exit::Check, "a byte is not what was sent")
             .with_evidence(wrong.to_string())
             .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
         Error::Secret(_) => Problem::from_chain(Exit::Usage, error)
             .with_fix("--secret-file or KVXFER_SECRET_FILE names a file with the shared secret"),
-        Error::Config(_) | Error::Layout(_) => Problem::from_chain(Exit::Usage, error),
+        Error::Config(error) => config(error),
+        Error::Layout(LayoutError::UnevenShard { extent, tp, .. }) => Problem::usage(format!(
+            "{extent} heads cannot be shared evenly by {tp} ranks"
+        ))
+        .with_evidence(error.to_string())
+        .with_fix(format!("say a --tp that divides {extent}")),
+        Error::Layout(_) => Problem::from_chain(Exit::Usage, error),
         Error::Memory(kvxfer_hipmem::Error::Mismatch(_))
         | Error::Mismatch(_)
         | Error::Compile(_) => Problem::from_chain(Exit::Check, error),
@@ -118,8 +123,69 @@ fn session(peer: &str, source: &SessionError) -> Problem {
         SessionError::Refused { reason } => {
             Problem::new(refusal_exit(reason), format!("{peer} cannot be used"))
                 .with_evidence(reason.to_string())
+                .with_fix("run the same version on both sides, and look at the server's log")
         }
-        _ => new("the session ended"),
+        SessionError::HandshakeRefused
+        | SessionError::RejectedCode { .. }
+        | SessionError::UnexpectedFrame { .. } => {
+            new("it does not understand this side").with_fix("run the same version on both sides")
+        }
+        SessionError::PeerClosed {
+            state: SessionState::Handshake,
+            ..
+        }
+        | SessionError::ConnectionLost {
+            state: SessionState::Handshake,
+            ..
+        } => new("closed the connection before it said what it is").with_fix(
+            "look whether it is kvxfer that listens there (`ss -ltnp`), what its log says, and \
+             whether a proxy or firewall stands in between",
+        ),
+        SessionError::PeerClosed { .. } | SessionError::ConnectionLost { .. } => {
+            new("died, or the connection to it was cut")
+                .with_fix("look whether it still runs and why it ended, and start it again")
+        }
+        SessionError::PeerStalled { .. } => {
+            new("stalled: the connection stands, and nothing comes").with_fix(
+                "look whether its process is stopped (`ps -o stat`: T) or its machine overloaded",
+            )
+        }
+        _ => new("the session ended")
+            .with_fix("look at the server's log (KVXFER_LOG=debug says more on both sides)"),
+    }
+}
+
+/// A setting that cannot be.
+fn config(error: &ConfigError) -> Problem {
+    match error {
+        ConfigError::Value {
+            key,
+            value,
+            allowed,
+            source_of,
+        } => Problem::usage(format!("{key} cannot be {value:?}"))
+            .with_evidence(format!("so says {source_of}"))
+            .with_fix(format!("say {allowed}")),
+        ConfigError::Syntax { origin, .. } => Problem::usage(format!("{origin} cannot be read"))
+            .with_evidence(error.to_string())
+            .with_fix(
+                "give JSON such as {\"kv_connector_extra_config\": {\"qp_per_transfer\": 8}}, or \
+                     @FILE with such a text",
+            ),
+        ConfigError::UnknownKey {
+            key,
+            source_of,
+            candidates,
+        } => {
+            let problem = Problem::usage(format!("there is no setting {key:?}"))
+                .with_evidence(source_of.to_string());
+            match candidates.as_slice() {
+                [] => problem.with_fix("leave it out; --explain-config shows all there are"),
+                near => problem.with_fix(format!("did you mean {}?", near.join(" or "))),
+            }
+        }
+        _ => Problem::from_chain(Exit::Usage, error)
+            .with_fix("--explain-config shows every setting and where it comes from"),
     }
 }
 
@@ -136,7 +202,11 @@ fn rejected(peer: &str, reason: &Refusal) -> Problem {
         Refusal::RoleNotServed { .. } => {
             problem.with_fix("start `kvxfer serve` there, or set allow_bench on the engine")
         }
-        _ => problem,
+        Refusal::WrongEngine { .. } => problem.with_fix("check the address and the port"),
+        Refusal::NoPath { .. } => {
+            problem.with_fix("--path tcp goes everywhere, if the server allows it")
+        }
+        _ => problem.with_fix("run the same version on both sides, and look at the server's log"),
     }
 }
 

@@ -115,7 +115,8 @@ fn exit_of(error: &(dyn StdError + 'static)) -> Option<Exit> {
     } else if error.is::<crate::size::BadValue>() {
         Some(Exit::Usage)
     } else if error.is::<std::io::Error>() {
-        Some(Exit::Peer)
+        // What comes from a peer has a type of the library: this is the machine's own word.
+        Some(Exit::Device)
     } else {
         None
     }
@@ -167,14 +168,14 @@ mod tests {
 
     #[test]
     fn context_keeps_the_exit_code_of_what_is_below() {
-        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
-        let error = anyhow::Error::new(refused).context("reaching node7:7301");
+        let refused = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let error = anyhow::Error::new(refused).context("opening connections over the loopback");
         let problem = Problem::of(&error);
         assert_eq!(
             (problem.exit, problem.cause.as_str()),
-            (Exit::Peer, "reaching node7:7301")
+            (Exit::Device, "opening connections over the loopback")
         );
-        assert_eq!(problem.evidence, ["connection refused"]);
+        assert_eq!(problem.evidence, ["permission denied"]);
 
         let inner: Result<(), Problem> = Err(Problem::usage("no such model").with_fix("say a"));
         let problem = Problem::of(&inner.context("reading the options").unwrap_err());

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -326,7 +324,42 @@ fn secrets_must_be_the_same() {
 #[test]
 fn a_busy_port_is_told() {
     let (_server, address) = serve(&[]);
-    run(&["serve", "--listen", &address]).failed(2, &[&address, "another port"]);
+    let busy = run(&["serve", "--listen", &address]);
+    busy.failed(
+        2,
+        &[&address, "evidence: ", "in use", "fix: ", "another port"],
+    );
+    assert!(busy.stdout.is_empty(), "{busy:?}");
+}
+
+#[test]
+fn where_nobody_can_listen_is_told() {
+    // An address of documentation (RFC 5737), and a name that never resolves (RFC 2606).
+    for (address, said) in [
+        ("192.0.2.1:0", "ip address"),
+        ("no-such-host.invalid:0", "ip address"),
+    ] {
+        run(&["serve", "--allow-unauthenticated", "--listen", address]).failed(
+            2,
+            &[address.trim_end_matches(":0"), "evidence: ", "fix: ", said],
+        );
+    }
+}
+
+#[test]
+fn a_path_that_the_server_does_not_take_is_told() {
+    let server = spawn(command(&["serve", "--listen", "127.0.0.1:0"]).env("KVXFER_PATH", "tcp"));
+    let address = server.address();
+    run_bw(&[&address, "--path", "arena"]).failed(
+        3,
+        &[
+            &address,
+            "the arena path cannot be used",
+            "the peer's configuration",
+            "--path tcp",
+        ],
+    );
+    assert_eq!(run_bw(&[&address, "--path", "tcp"]).code, Some(0));
 }
 
 #[test]
@@ -334,42 +367,6 @@ fn listening_to_the_network_needs_a_secret_or_leave() {
     run(&["serve", "--listen", "0.0.0.0:0"]).failed(2, &["0.0.0.0", "--allow-unauthenticated"]);
     let server = start(&["serve", "--listen", "0.0.0.0:0", "--allow-unauthenticated"]);
     assert!(server.address().starts_with("0.0.0.0:"));
-}
-
-#[test]
-fn nobody_there_is_told() {
-    // A port that was free a moment ago.
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = listener.local_addr().expect("bound").to_string();
-    drop(listener);
-    run_bw(&[&address]).failed(3, &[&address, "kvxfer serve"]);
-}
-
-#[test]
-fn who_is_not_kvxfer_is_told() {
-    for answer in [
-        &b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"[..],
-        b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n",
-        b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
-    ] {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("bound").to_string();
-        let other = std::thread::spawn(move || {
-            let (mut socket, _) = listener.accept().expect("a client");
-            socket.write_all(answer).expect("answered");
-            let mut rest = Vec::new();
-            let _ = socket.read_to_end(&mut rest);
-        });
-        run_bw(&[&address, "--timeout", "20"]).failed(3, &[&address, "not kvxfer"]);
-        other.join().expect("the other ends");
-    }
-}
-
-#[test]
-fn who_never_answers_is_given_up() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = listener.local_addr().expect("bound").to_string();
-    run_bw(&[&address, "--timeout", "500ms"]).failed(3, &[&address]);
 }
 
 #[test]
@@ -444,9 +441,94 @@ fn settings_have_an_order_and_say_where_they_come_from() {
 
 #[test]
 fn settings_that_cannot_be_are_usage_errors() {
-    run_bw(&["--kv-transfer-config", "{\"nonsense\": 1}"]).failed(2, &["nonsense"]);
-    run_bw(&["--kv-transfer-config", "@/nonexistent.json"]).failed(2, &["/nonexistent.json"]);
-    run_bw(&["--threads", "100000"]).failed(2, &["100000", "--threads"]);
-    run(&["bw", "--model", "gpt-2"]).failed(2, &["gpt-2", "llama-3.1-8b"]);
-    run(&["bw", "--model", "llama-3.1-8b", "--tp", "3"]).failed(2, &["tp"]);
+    let config = |text: &'static str| ["--kv-transfer-config", text];
+    run_bw(&config("{\"nonsense\": 1}")).failed(2, &["nonsense", "evidence: ", "fix: "]);
+    run_bw(&config("{\"max_send\": 1}")).failed(2, &["fix: did you mean", "max_send_wr"]);
+    run_bw(&config("garbage")).failed(2, &["line 1 column 1", "fix: ", "@FILE"]);
+    run_bw(&config("@/nonexistent.json")).failed(2, &["/nonexistent.json", "fix: "]);
+    for args in [
+        ["--threads", "100000"],
+        ["--threads", "0"],
+        ["--qp-per-transfer", "100000"],
+        ["--qp-per-transfer", "0"],
+        ["--tx-depth", "9999999"],
+        ["--timeout", "1ms"],
+    ] {
+        let ended = run_bw(&args);
+        ended.failed(
+            2,
+            &[args[0], "cannot be", "evidence: ", "fix: say ", " from "],
+        );
+        assert!(ended.stdout.is_empty(), "{ended:?}");
+    }
+    run(&["bw", "--model", "gpt-2"]).failed(2, &["gpt-2", "llama-3.1-8b", "deepseek-v3"]);
+    run(&["bw", "--model", "lama-3.1-8b"]).failed(2, &["tip: ", "'llama-3.1-8b'"]);
+    run(&["bw", "--model", "llama-3.1-8b", "--tp", "3"])
+        .failed(2, &["8 heads", "3 ranks", "fix: ", "--tp"]);
+    run(&["bw", "--size", "1", "--blocks", "4000000000"]).failed(2, &["fix: ", "--blocks"]);
+    run(&["bw", "--secret-file", "/"]).failed(2, &["evidence: ", "fix: --secret-file"]);
+}
+
+#[test]
+fn memory_that_cannot_be_is_told_at_once() {
+    for args in [
+        &["--size", "3G", "--blocks", "1000000"][..],
+        &["--size", "1", "--blocks", "2000000000"],
+        &["--model", "llama-3.1-8b", "--tokens", "4000000000"],
+    ] {
+        let ended = run(&[&["bw"], args].concat());
+        ended.failed(
+            4,
+            &[
+                "MiB of memory are needed",
+                "evidence: ",
+                "fix: ",
+                "--blocks",
+            ],
+        );
+    }
+}
+
+/// A file that takes nothing: what is written to it fails with `ENOSPC`.
+fn full() -> std::process::Stdio {
+    let file = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    file.expect("Linux has it").into()
+}
+
+#[test]
+fn what_cannot_be_written_is_a_failed_check() {
+    let all: [&[&str]; 4] = [
+        &["bw", "--json", "--size", "4K", "--blocks", "4", "-n", "4"],
+        &["bw", "--explain-config"],
+        &["serve", "--listen", "127.0.0.1:0"],
+        &["--help"],
+    ];
+    for args in all {
+        let ended = support::spawn_to(&mut command(args), full()).end();
+        ended.failed(1, &["standard output", "No space left", "fix: "]);
+        // Nobody hears why: the code tells at least that it failed.
+        let deaf = command(args).stdout(full()).stderr(full()).status();
+        assert_eq!(deaf.expect("it runs").code(), Some(1), "{args:?}");
+    }
+    let deaf = command(&["bw", "--path", "shm"]).stderr(full()).status();
+    assert_eq!(deaf.expect("it runs").code(), Some(2));
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_failure() {
+    for args in [
+        &["bw", "--json", "--size", "4K", "--blocks", "4", "-n", "4"][..],
+        &["bw", "--size", "4K", "--blocks", "4", "-n", "4"],
+        &["bw", "--explain-config"],
+        &["--version"],
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let ended = support::spawn_to(&mut command(args), writer.into()).end();
+        assert_eq!(
+            (ended.code, ended.stderr.as_str()),
+            (Some(0), ""),
+            "{args:?}"
+        );
+    }
 }

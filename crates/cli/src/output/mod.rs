@@ -4,9 +4,8 @@ mod csv;
 pub(crate) mod schema;
 mod table;
 
-use std::io::{self, Write};
-
 use schema::BwReport;
+use serde::Serialize;
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,25 +15,30 @@ pub(crate) enum Format {
     Csv,
 }
 
-/// Prints a report. Standard output that was closed early (`| head`) is no failure.
+/// A report as it is printed, on a terminal of `width` columns if it is one.
 ///
 /// # Errors
 ///
-/// Any other failure to write.
-pub(crate) fn print(report: &BwReport, format: Format, mut to: impl Write) -> io::Result<()> {
-    let text = match format {
-        Format::Table => table::text(report),
+/// None that its types allow.
+pub(crate) fn text(
+    report: &BwReport,
+    format: Format,
+    width: Option<usize>,
+) -> Result<String, serde_json::Error> {
+    Ok(match format {
+        Format::Table => table::text(report, width),
         Format::Csv => csv::text(&report.rows),
-        Format::Json => {
-            let mut line = serde_json::to_string(report)?;
-            line.push('\n');
-            line
-        }
-    };
-    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => done,
-    }
+        Format::Json => line(report)?,
+    })
+}
+
+/// A report in one line of JSON.
+///
+/// # Errors
+///
+/// None that its types allow.
+pub(crate) fn line(report: &impl Serialize) -> Result<String, serde_json::Error> {
+    Ok(serde_json::to_string(report)? + "\n")
 }
 
 #[cfg(test)]

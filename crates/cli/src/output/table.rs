@@ -27,29 +27,78 @@ const HEADER: [&str; 18] = [
     "verified",
 ];
 
-/// The table, then which paths there were and why, and what the run can be repeated with.
-pub(super) fn text(report: &BwReport) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(HEADER);
-    for row in &report.rows {
-        table.add_row(cells(row));
-    }
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+/// Columns that name a row; every part of a table that is wider than the terminal begins with them.
+const NAMING: usize = 3;
+/// Spaces between columns.
+const GAP: usize = 2;
+
+/// The table, then which paths there were and why, and what the run can be repeated with. On a
+/// terminal of `width` columns that is narrower than the table, the table comes in parts.
+pub(super) fn text(report: &BwReport, width: Option<usize>) -> String {
+    let rows: Vec<[String; HEADER.len()]> = report.rows.iter().map(cells).collect();
     let mut out = String::new();
-    for line in table.lines() {
-        let line = line.strip_prefix(' ').unwrap_or(&line);
-        // Writing to a string does not fail.
-        let _ = writeln!(out, "{}", line.trim_end());
+    for columns in parts(&rows, width.unwrap_or(usize::MAX)) {
+        if !out.is_empty() {
+            out.push('\n');
+        }
+        let chosen = |row: &[String]| -> Vec<String> {
+            columns
+                .iter()
+                .filter_map(|at| row.get(*at).cloned())
+                .collect()
+        };
+        let mut table = Table::new();
+        let header = HEADER.map(str::to_owned);
+        table
+            .load_preset(presets::NOTHING)
+            .set_header(chosen(&header));
+        for row in &rows {
+            table.add_row(chosen(row));
+        }
+        for column in table.column_iter_mut().skip(2) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        for line in table.lines() {
+            let line = line.strip_prefix(' ').unwrap_or(&line);
+            // Writing to a string does not fail.
+            let _ = writeln!(out, "{}", line.trim_end());
+        }
     }
     notes(report, &mut out);
     out
 }
 
-fn cells(row: &Row) -> Vec<String> {
+/// Which columns stand in each part of the table. A part has one column beside the naming ones at
+/// least, however narrow the terminal is.
+fn parts(rows: &[[String; HEADER.len()]], width: usize) -> Vec<Vec<usize>> {
+    let width_of = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        let widest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
+        GAP + widest.max(HEADER.get(column).map_or(0, |name| name.len()))
+    };
+    let naming: usize = (0..NAMING).map(width_of).sum();
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    let mut left = 0;
+    for column in NAMING..HEADER.len() {
+        let needed = width_of(column);
+        match parts.last_mut() {
+            Some(part) if needed <= left => {
+                part.push(column);
+                left -= needed;
+            }
+            _ => {
+                parts.push((0..NAMING).chain([column]).collect());
+                // The first column has no gap before it.
+                left = (width.saturating_add(GAP)).saturating_sub(naming + needed);
+            }
+        }
+    }
+    parts
+}
+
+fn cells(row: &Row) -> [String; HEADER.len()] {
     let dash = |value: Option<f64>, decimals| value.map_or("-".into(), |v| fixed(v, decimals));
-    vec![
+    [
         row.op.name().to_owned(),
         row.path.clone(),
         crate::size::Size(row.block_bytes).to_string(),

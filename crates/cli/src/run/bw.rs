@@ -8,7 +8,7 @@ use anyhow::Context;
 use kvxfer::bench::{BenchClient, BenchMemory};
 use kvxfer::config::{Config, PathKind};
 
-use super::case::{self, Case};
+use super::case::{self, Case, Room};
 use super::limit::{Limit, Ways};
 use super::row::{Bench, Length};
 use super::settings::{self, Flag, Settings};
@@ -17,6 +17,7 @@ use crate::output::schema::{BwConfig, BwReport, Difference, Op, Pages, Row};
 use crate::output::{self, Format};
 use crate::problem::{Exit, Problem};
 use crate::progress::Progress;
+use crate::say;
 use crate::target::OwnTarget;
 
 /// The time of a row's transfers: eight rows, their limits and their first passes are done within
@@ -59,7 +60,10 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(file) = &settings.config.secret_file {
         // Read again by the engine: a target that is started for nothing would only be in the way.
-        kvxfer::wire::Secret::from_file(file).map_err(kvxfer::Error::from)?;
+        let loaded = kvxfer::wire::Secret::from_file(file).map_err(kvxfer::Error::from)?;
+        for warning in &loaded.warnings {
+            say::aside(format_args!("kvxfer: warning: {warning}"));
+        }
     }
     let device = settings::device(args.tuning.device.as_deref())?;
     let seed = args
@@ -69,7 +73,6 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         .unwrap_or_else(|| RandomState::new().hash_one(std::process::id()) & 0xffff_ffff);
     let cases = cases(args, &settings.config, seed)?;
     let largest = cases.iter().map(|case| case.memory).max().unwrap_or(0);
-    enough_memory(largest, args.host.is_none())?;
 
     let timeout = args.timeout.unwrap_or(TIMEOUT);
     let target = match &args.host {
@@ -148,11 +151,13 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         (_, true) => Format::Csv,
         _ => Format::Table,
     };
-    output::print(&report, format, std::io::stdout().lock())
-        .context("writing to standard output")?;
+    let text = output::text(&report, format, say::width()).context("writing the report")?;
+    let written = say::result(&text);
+    // What was found wrong with the peer or the bytes matters more than where it was to be told.
     if let Some(problem) = failed {
         return Err(problem.into());
     }
+    written?;
     too_slow(args, &report.rows)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -165,33 +170,20 @@ fn cases(args: &BwArgs, config: &Config, seed: u64) -> anyhow::Result<Vec<Case>>
         Some(PathKind::ProcessVm) => BenchMemory::Anonymous,
         _ => BenchMemory::Arena,
     };
+    // Ours, the limit's, and that of a target of our own.
+    let sides = if args.host.is_none() { 3 } else { 2 };
+    let room = Room {
+        memory,
+        sides,
+        available: available_memory(),
+    };
     if let Some(pattern) = case::pattern(args) {
-        return Ok(vec![Case::of_model(&pattern, seed, memory)?]);
+        return Ok(vec![Case::of_model(&pattern, seed, room)?]);
     }
     args.sizes()
         .iter()
-        .map(|size| Case::of_size(size.0, args.work.blocks, seed, memory))
+        .map(|size| Case::of_size(size.0, args.work.blocks, seed, room))
         .collect()
-}
-
-/// A machine that runs out of memory kills whom it likes: better to say so first.
-fn enough_memory(largest: u64, own_target: bool) -> Result<(), Problem> {
-    // Ours, the limit's, and the target's.
-    let needed = largest.saturating_mul(if own_target { 3 } else { 2 });
-    let Some(available) = available_memory() else {
-        return Ok(());
-    };
-    if needed <= available {
-        return Ok(());
-    }
-    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    let cause = format!("{} MiB of memory are needed", mib(needed));
-    Err(Problem::new(Exit::Device, cause)
-        .with_evidence(format!(
-            "/proc/meminfo: {} MiB are available",
-            mib(available)
-        ))
-        .with_fix("say fewer --blocks or --tokens, or smaller sizes"))
 }
 
 fn available_memory() -> Option<u64> {
@@ -337,9 +329,9 @@ impl Run<'_> {
                     seed: self.seed ^ (*op as u64),
                     length: length(self.args),
                     timeout: self.timeout,
+                    progress: &progress,
                 };
                 self.rows.push(bench.run(limit.as_ref())?);
-                progress.row_done();
             }
         }
         Ok(())

@@ -7,7 +7,7 @@ use kvxfer::layout::{DType, KvFormat, KvPlacement, Packing, PlacementDesc, Topol
 use super::table::{self, Pair};
 use crate::args::{BwArgs, ServePattern};
 use crate::output::schema::{Op, PatternConfig};
-use crate::problem::Problem;
+use crate::problem::{Exit, Problem};
 
 /// Transfers under way at once, so that nobody waits for a wake-up.
 const SLOTS: u32 = 4;
@@ -15,6 +15,46 @@ const SLOTS: u32 = 4;
 const MEMORY: u64 = 256 << 20;
 /// The most blocks a transfer, unless told.
 const BLOCKS: u64 = 4096;
+
+/// What a case may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// The kind of memory.
+    pub(crate) memory: BenchMemory,
+    /// How often this machine holds the blocks: on this side, for the limit, in a target.
+    pub(crate) sides: u64,
+    /// Bytes that this machine has left, if it says.
+    pub(crate) available: Option<u64>,
+}
+
+/// Bytes that a block's pair takes in tables, while they are drawn and moved.
+const PAIR: u64 = 64;
+
+impl Room {
+    /// A machine that runs out of memory kills whom it likes: better to say so first, and before
+    /// tables of so many blocks are made.
+    fn holds(&self, memory: u64, pool: u32) -> Result<(), Problem> {
+        let tables = u64::from(pool) * PAIR;
+        let needed = memory.saturating_mul(self.sides).saturating_add(tables);
+        let Some(available) = self.available.filter(|available| needed > *available) else {
+            return Ok(());
+        };
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let cause = format!("{} MiB of memory are needed", mib(needed));
+        Err(Problem::new(Exit::Device, cause)
+            .with_evidence(format!(
+                "{} MiB of blocks, {} times (on each side that this machine holds, and for the \
+                 limit), and tables of {pool} blocks",
+                mib(memory),
+                self.sides
+            ))
+            .with_evidence(format!(
+                "/proc/meminfo: {} MiB are available",
+                mib(available)
+            ))
+            .with_fix("say fewer --blocks or --tokens, or smaller sizes"))
+    }
+}
 
 /// The layout of both sides and the transfers over it.
 #[derive(Debug, Clone)]
@@ -38,7 +78,7 @@ impl Case {
         size: u64,
         blocks: Option<u32>,
         seed: u64,
-        memory: BenchMemory,
+        room: Room,
     ) -> anyhow::Result<Self> {
         let auto = (MEMORY / u64::from(SLOTS) / size).clamp(1, BLOCKS);
         let blocks = blocks.unwrap_or(u32::try_from(auto).unwrap_or(u32::MAX));
@@ -50,21 +90,14 @@ impl Case {
             topology: Topology::single(&format),
             num_blocks: vec![pool],
             format,
-            memory,
+            memory: room.memory,
         };
-        Self::new(
-            shape,
-            crate::size::Size(size).to_string(),
-            table::scattered(seed, slots, blocks),
-        )
+        let name = crate::size::Size(size).to_string();
+        Self::new(shape, name, room, || table::scattered(seed, slots, blocks))
     }
 
     /// The requests of an engine.
-    pub(crate) fn of_model(
-        pattern: &PatternConfig,
-        seed: u64,
-        memory: BenchMemory,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn of_model(pattern: &PatternConfig, seed: u64, room: Room) -> anyhow::Result<Self> {
         let format = format_of(&pattern.model, pattern.block_size)?;
         let blocks = pattern.tokens.div_ceil(pattern.block_size);
         let topology = Topology::tensor_parallel(&format, 0, pattern.tp);
@@ -83,18 +116,29 @@ impl Case {
             topology,
             num_blocks: vec![pool],
             format,
-            memory,
+            memory: room.memory,
         };
-        Self::new(
-            shape,
-            pattern.model.clone(),
-            table::engines(seed, slots, blocks, pool),
-        )
+        let name = pattern.model.clone();
+        Self::new(shape, name, room, || {
+            table::engines(seed, slots, blocks, pool)
+        })
     }
 
-    fn new(shape: BenchShape, name: String, slots: Vec<Vec<Pair>>) -> anyhow::Result<Self> {
+    fn new(
+        shape: BenchShape,
+        name: String,
+        room: Room,
+        draw: impl FnOnce() -> Vec<Vec<Pair>>,
+    ) -> anyhow::Result<Self> {
         let pool = shape.num_blocks.first().copied().unwrap_or(0);
         let desc = describe(&shape.format, shape.topology, pool)?;
+        let memory = desc
+            .memory_len()
+            .iter()
+            .copied()
+            .fold(0, u64::saturating_add);
+        room.holds(memory, pool)?;
+        let slots = draw();
         let tensors = desc.tensors();
         let block_bytes = tensors.iter().map(|t| t.block_stride).min().unwrap_or(0);
         let blocks = slots.first().map_or(0, Vec::len) as u64;
@@ -102,7 +146,7 @@ impl Case {
             name,
             block_bytes,
             blocks: blocks * tensors.len() as u64,
-            memory: desc.memory_len().iter().sum(),
+            memory,
             slots,
             shape,
         })
@@ -217,7 +261,36 @@ mod tests {
     use super::*;
 
     fn of_size(size: u64, blocks: Option<u32>) -> Case {
-        Case::of_size(size, blocks, 7, BenchMemory::Arena).expect("a case")
+        Case::of_size(size, blocks, 7, ROOM).expect("a case")
+    }
+
+    const ROOM: Room = Room {
+        memory: BenchMemory::Arena,
+        sides: 3,
+        available: Some(8 << 30),
+    };
+
+    #[test]
+    fn what_does_not_fit_is_told_before_its_tables_are_made() {
+        let problem = |case: anyhow::Result<Case>| {
+            let error = case.expect_err("too much");
+            Problem::of(&error)
+        };
+        // Its tables alone would take more than any machine has.
+        let many = problem(Case::of_size(1, Some(2_000_000_000), 7, ROOM));
+        assert_eq!(many.exit, Exit::Device);
+        let pattern = PatternConfig {
+            model: "llama-3.1-8b".into(),
+            tp: 1,
+            block_size: 16,
+            tokens: 4_000_000_000,
+        };
+        let long = problem(Case::of_model(&pattern, 7, ROOM));
+        assert_eq!(long.exit, Exit::Device);
+        assert!(
+            long.to_string().contains("8192 MiB are available"),
+            "{long}"
+        );
     }
 
     #[test]
@@ -240,7 +313,7 @@ mod tests {
             block_size: 16,
             tokens: 100,
         };
-        let case = Case::of_model(&pattern, 7, BenchMemory::Arena).expect("a case");
+        let case = Case::of_model(&pattern, 7, ROOM).expect("a case");
         assert_eq!(case.block_bytes, 16 * 4 * 128 * 2);
         assert_eq!(case.blocks, 7 * 32 * 2);
         assert_eq!(case.bytes(), 7 * 16 * 131_072 / 2);

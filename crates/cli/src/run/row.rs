@@ -14,6 +14,7 @@ use super::case::Case;
 use super::limit::Limit;
 use crate::output::schema::{Candidate, Measured, Op, Row};
 use crate::problem::{Exit, Problem};
+use crate::progress::Progress;
 
 /// Rounds of measured transfers and limit, in turns.
 const ROUNDS: u32 = 9;
@@ -44,6 +45,7 @@ pub(crate) struct Bench<'a> {
     pub(crate) length: Length,
     /// Each transfer's deadline.
     pub(crate) timeout: Duration,
+    pub(crate) progress: &'a Progress,
 }
 
 /// A transfer that can be run again and again.
@@ -216,7 +218,9 @@ impl Bench<'_> {
                 let time = limit.run(usize::try_from(transfers).unwrap_or(usize::MAX))?;
                 samples.limits.push(bytes / time.as_secs_f64());
             }
+            self.progress.round_done(round + 1, rounds);
         }
+        self.progress.row_done();
         Ok(samples)
     }
 

@@ -1,6 +1,5 @@
 //! `kvxfer serve`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -11,6 +10,7 @@ use super::case;
 use super::settings::{self, Settings};
 use crate::args::ServeArgs;
 use crate::problem::{Exit, Problem};
+use crate::say;
 use crate::signals::{self, StopSignals};
 
 /// `kvxfer serve`: the other side of `bw`, until SIGTERM or SIGINT.
@@ -53,9 +53,9 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
     settings::device(args.tuning.device.as_deref())?;
     let config = settings.config;
-    config.check_listen().map_err(kvxfer::Error::from)?;
+    let host = config.listen_on().0.to_owned();
     let side = BenchSide::new(&case::served(&args.pattern)?)?;
-    let (host, port) = config.listen_on();
+    let port = config.listen_on().1;
     let address = if host.contains(':') {
         format!("[{host}]:{port}")
     } else {
@@ -65,8 +65,17 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if args.pattern.model.is_some() {
         kvxfer::bench::hold_to_format(&engine);
     }
-    let address = engine.listen(&address)?;
-    say_ready(&format!("listening {address}\n"))?;
+    let address = engine.listen(&address).map_err(|error| match error {
+        kvxfer::Error::Resolve { source, .. } => {
+            Problem::usage(format!("{host} is no address of this machine"))
+                .with_evidence(source.to_string())
+                .with_fix("`ip address` shows those it has; 0.0.0.0 or [::] is all of them")
+                .into()
+        }
+        error => anyhow::Error::new(error),
+    })?;
+    // Nobody need read it.
+    say::result(&format!("listening {address}\n"))?;
     let signal = signals
         .wait(None)
         .map_err(|errno| Problem::from_chain(Exit::Device, &errno))
@@ -74,15 +83,4 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     tracing::info!(?signal, "ending");
     drop(engine);
     Ok(ExitCode::SUCCESS)
-}
-
-/// The line that others wait for. Nobody need read it.
-fn say_ready(line: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(line.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("writing to standard output")
-        }
-        _ => Ok(()),
-    }
 }

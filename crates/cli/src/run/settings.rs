@@ -1,13 +1,12 @@
 //! Settings from flags, environment, file and defaults.
 
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use kvxfer::config::{Config, ConfigBuilder, Row};
 
 use crate::args::{Trust, Tuning};
 use crate::problem::{Exit, Problem};
+use crate::say;
 
 /// Names of the device that is always there.
 const SOFT: [&str; 2] = ["soft", "soft0"];
@@ -84,7 +83,7 @@ impl Settings {
                 .map_err(kvxfer::Error::from)?;
         }
         for warning in builder.warnings().iter().filter(|_| warn) {
-            eprintln!("kvxfer: warning: {warning}");
+            say::aside(format_args!("kvxfer: warning: {warning}"));
         }
         Ok(Self {
             config: builder.build().map_err(kvxfer::Error::from)?,
@@ -129,12 +128,8 @@ impl Settings {
             text.push_str(line.trim_end());
             text.push('\n');
         }
-        match std::io::stdout().lock().write_all(text.as_bytes()) {
-            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                Err(error).context("writing to standard output")
-            }
-            _ => Ok(()),
-        }
+        say::result(&text)?;
+        Ok(())
     }
 }
 

@@ -1,4 +1,5 @@
 //! The built command as processes, each waited for with a bound.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -71,20 +72,27 @@ pub(crate) fn start(args: &[&str]) -> Process {
 }
 
 pub(crate) fn spawn(command: &mut Command) -> Process {
+    spawn_to(command, Stdio::piped())
+}
+
+/// With its standard output going somewhere; what of it comes here is kept.
+pub(crate) fn spawn_to(command: &mut Command, to: Stdio) -> Process {
     let mut child = command
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+        .stdout(to)
         .stderr(Stdio::piped())
         .spawn()
         .expect("the command starts");
     let (sender, first_line) = channel();
-    let stdout = child.stdout.take().expect("piped");
+    let stdout = child.stdout.take();
     let stdout = std::thread::spawn(move || {
         let mut text = String::new();
-        let mut out = BufReader::new(stdout);
-        let _ = out.read_line(&mut text);
-        let _ = sender.send(text.clone());
-        let _ = out.read_to_string(&mut text);
+        if let Some(stdout) = stdout {
+            let mut out = BufReader::new(stdout);
+            let _ = out.read_line(&mut text);
+            let _ = sender.send(text.clone());
+            let _ = out.read_to_string(&mut text);
+        }
         text
     });
     let mut stderr = child.stderr.take().expect("piped");

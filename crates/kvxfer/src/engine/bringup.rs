@@ -413,9 +413,8 @@ impl Bringup {
         answer: QpAnswer,
     ) -> Result<Vec<Step>, Error> {
         let Some(path) = answer.path else {
-            let forced = self.path.as_ref().map(|p| p.path);
             return Err(Error::NoPath {
-                forced,
+                forced: engine.config.path.forced(),
                 candidates: answer.candidates,
             });
         };

@@ -21,6 +21,9 @@ use crate::wire::{Blob, GoodbyeReason, Role};
 /// The first pause before a lost session is set up again; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// A session that runs out of time knows how far it came: whoever waits for it hears that instead of
+/// the bare deadline, if it is said so soon after.
+const SAY_WHY: Duration = Duration::from_millis(250);
 
 /// What a peer must know to connect to a rank.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,7 +96,7 @@ pub(crate) fn connect(
         recv(failure) -> error => if let Ok(error) = error {
             return Err(error);
         },
-        default(left) => {}
+        default(left + SAY_WHY) => {}
     }
     link.close(GoodbyeReason::Finished);
     Err(Error::Deadline {
