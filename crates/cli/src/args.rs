@@ -35,6 +35,13 @@ pub(crate) enum Command {
     /// Without HOST it starts its own target process on this machine and stops it again. Without
     /// any option: 4K, 16K, 64K and 1M, READ and WRITE, done within half a minute.
     Bw(Box<BwArgs>),
+    /// Look whether an engine answers, and how fast: its control connection, an 8-byte WRITE with a
+    /// notification, and an 8-byte READ.
+    ///
+    /// Any live engine answers, and uses a scratch region for it: KV memory is never touched. Without
+    /// HOST it starts its own target process. The exit code is 3 if a single ping is lost: both
+    /// connections are reliable ones, so a lost ping is a peer that was stalled.
+    Ping(Box<PingArgs>),
     /// Be the other side of `bw`, for many clients, until SIGTERM.
     ///
     /// Prints `listening ADDR` when ready.
@@ -92,6 +99,49 @@ pub(crate) struct BwArgs {
     pub(crate) csv: bool,
 }
 
+/// Options of `kvxfer ping`. Short ones mean what they mean in ping(8).
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PingArgs {
+    /// The engine: a name or address, with a port if it is not 7301
+    #[arg(value_name = "HOST[:PORT]")]
+    pub(crate) host: Option<Address>,
+
+    /// Stop after this many pings; 0 goes on until Ctrl-C [default: 5]
+    #[arg(long, short = 'c', value_name = "N")]
+    pub(crate) count: Option<u64>,
+
+    /// The time from one ping to the next (1, 0.2, 10ms) [default: 1]
+    #[arg(long, short = 'i', value_name = "TIME", value_parser = size::duration)]
+    pub(crate) interval: Option<Duration>,
+
+    /// How long each part of a ping is waited for [default: 1]
+    #[arg(long, short = 'W', value_name = "TIME", value_parser = size::duration)]
+    pub(crate) wait: Option<Duration>,
+
+    /// End all of it after this long [default: 30 for connecting, none for pings]
+    #[arg(long, value_name = "TIME", value_parser = size::duration)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// How the bytes go; `auto` takes the path that the engine's real peers would [default: auto]
+    #[arg(long, value_enum)]
+    pub(crate) path: Option<PathChoice>,
+
+    /// The device to use, such as soft0 or mlx5_0
+    #[arg(long, short = 'd', value_name = "NAME")]
+    pub(crate) device: Option<String>,
+
+    /// An engine's kv-transfer-config: JSON, or @FILE
+    #[arg(long, value_name = "JSON|@FILE")]
+    pub(crate) kv_transfer_config: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) trust: Trust,
+
+    /// The summary as one line of JSON on standard output, and no lines of pings
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// What is moved: scattered blocks of given sizes, or an engine's real pattern.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Work {
@@ -147,7 +197,7 @@ pub(crate) struct Pattern {
 }
 
 /// How the engine is set up. What is not given comes from the environment, the file or the defaults.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Tuning {
     /// The device to use, such as soft0 or mlx5_0
     #[arg(long, short = 'd', value_name = "NAME")]
@@ -316,7 +366,7 @@ mod tests {
         let cli = Cli::try_parse_from(["kvxfer", "bw"].iter().chain(args))?;
         match cli.command {
             Command::Bw(args) => Ok(*args),
-            Command::Serve(_) => panic!("bw was asked for"),
+            _ => panic!("bw was asked for"),
         }
     }
 

@@ -7,7 +7,7 @@ use kvxfer::config::{ConfigError, PathKind};
 use kvxfer::layout::LayoutError;
 use kvxfer::session::{Party, SessionError, SessionState};
 use kvxfer::transfer::Cause;
-use kvxfer::wire::{Refusal, WireError};
+use kvxfer::wire::{Refusal, Role, WireError};
 
 use crate::problem::{Exit, Problem};
 use crate::run::Failed;
@@ -22,7 +22,8 @@ pub(crate) fn library(error: &Error) -> Problem {
                 .with_evidence(format!("connecting: {source}"))
                 .with_fix(match source.kind() {
                     io::ErrorKind::ConnectionRefused => format!(
-                        "start `kvxfer serve --listen {address}` there, or correct the port"
+                        "start the engine, or `kvxfer serve --listen {address}`, there; or correct \
+                         the port"
                     ),
                     _ => "check the address, the network and firewalls".to_owned(),
                 })
@@ -58,6 +59,12 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::BenchWrong(wrong) => Problem::new(Exit::Check, "a byte is not what was sent")
             .with_evidence(wrong.to_string())
             .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
+        Error::PingWrong { .. } => Problem::new(Exit::Check, "a byte is not what was sent")
+            .with_evidence(error.to_string())
+            .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
+        Error::PingFailed { .. } => Problem::new(Exit::Peer, "the data path has failed")
+            .with_evidence(error.to_string())
+            .with_fix("--path tcp takes another way; look at the peer's log"),
         Error::Secret(_) => Problem::from_chain(Exit::Usage, error)
             .with_fix("--secret-file or KVXFER_SECRET_FILE names a file with the shared secret"),
         Error::Config(error) => config(error),
@@ -193,13 +200,16 @@ fn rejected(peer: &str, reason: &Refusal) -> Problem {
     let problem = Problem::new(refusal_exit(reason), format!("{peer} refuses"))
         .with_evidence(reason.to_string());
     match reason {
+        Refusal::Full { what, .. } if what.contains("pingers") => {
+            problem.with_fix("wait until others have done with their pings")
+        }
         Refusal::Full { .. } => problem.with_fix(
             "say fewer --blocks or --tokens here, or give the server more with --max-memory",
         ),
         Refusal::FormatMismatch { .. } => problem.with_fix(
             "give both sides the same --model, --tp and --block-size, or the server none",
         ),
-        Refusal::RoleNotServed { .. } => {
+        Refusal::RoleNotServed { role: Role::Bench } => {
             problem.with_fix("start `kvxfer serve` there, or set allow_bench on the engine")
         }
         Refusal::WrongEngine { .. } => problem.with_fix("check the address and the port"),

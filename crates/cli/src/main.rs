@@ -29,11 +29,12 @@ fn main() -> ExitCode {
     };
     log_to_stderr(match &cli.command {
         // What goes wrong is told at the end, with what to do about it.
-        Command::Bw(_) => "error",
+        Command::Bw(_) | Command::Ping(_) => "error",
         Command::Serve(_) => "warn",
     });
     let done = match &cli.command {
         Command::Bw(args) => run::run_bw(args),
+        Command::Ping(args) => run::run_ping(args),
         Command::Serve(args) => run::run_serve(args),
     };
     done.unwrap_or_else(|error| ended_by(&Problem::of(&error)))

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -60,6 +61,8 @@ impl OwnTarget {
     fn spawn(mut command: Command, timeout: Duration) -> anyhow::Result<Self> {
         let deadline = Instant::now() + timeout;
         command.stdin(Stdio::null()).stdout(Stdio::piped());
+        // Ctrl-C at a terminal is for this process alone: it ends the target itself.
+        command.process_group(0);
         let mut child = command
             .spawn()
             .map_err(|e| Problem::from_chain(Exit::Device, &e))

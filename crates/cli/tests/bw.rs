@@ -497,7 +497,9 @@ fn full() -> std::process::Stdio {
 
 #[test]
 fn what_cannot_be_written_is_a_failed_check() {
-    let all: [&[&str]; 4] = [
+    let all: [&[&str]; 6] = [
+        &["ping", "-c", "1"],
+        &["ping", "-c", "1", "--json"],
         &["bw", "--json", "--size", "4K", "--blocks", "4", "-n", "4"],
         &["bw", "--explain-config"],
         &["serve", "--listen", "127.0.0.1:0"],

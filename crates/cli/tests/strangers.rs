@@ -14,7 +14,10 @@ use kvxfer::wire::{
 use support::{LONG, run};
 
 /// Every command that meets a peer.
-const COMMANDS: [&[&str]; 1] = [&["bw", "--size", "4K", "--blocks", "16", "--iters", "12"]];
+const COMMANDS: [&[&str]; 2] = [
+    &["bw", "--size", "4K", "--blocks", "16", "--iters", "12"],
+    &["ping", "-c", "1"],
+];
 
 /// Runs each command against a peer of one connection that does `act`; it must end with code 3
 /// and say all of `said`.

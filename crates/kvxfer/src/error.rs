@@ -300,6 +300,24 @@ pub enum Error {
         /// What was due.
         wanted: &'static str,
     },
+    /// An operation of a ping failed.
+    #[error("the {operation} of a ping failed: {status:?} (vendor {vendor})")]
+    PingFailed {
+        /// READ or WRITE.
+        operation: &'static str,
+        /// The device's word.
+        status: kvxfer_verbs::WcStatus,
+        /// Its own code, 0 if it has none.
+        vendor: u32,
+    },
+    /// A ping read back something else than it had written.
+    #[error("a ping read {got:#018x} where it had written {wanted:#018x}")]
+    PingWrong {
+        /// What was written.
+        wanted: u64,
+        /// What was read.
+        got: u64,
+    },
     /// The engine is shutting down.
     #[error("the engine is shutting down")]
     ShuttingDown,

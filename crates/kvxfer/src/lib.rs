@@ -79,7 +79,7 @@
 //! - [`layout`]: what a block is and where a rank keeps it; [`mem`]: memory that can be registered
 //! - [`ticket`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
 //! - [`config`]: settings from JSON, the environment and flags
-//! - [`bench`](mod@bench): the two sides of a bandwidth test
+//! - [`bench`](mod@bench): the two sides of a bandwidth test; [`ping`]: is a peer there, and how far away?
 //! - [`plan`], [`transfer`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
 //!   engine drives, with no I/O and no clock; open for tests, tools and fuzzing
 //!
@@ -101,6 +101,7 @@ pub mod expects;
 pub mod ids;
 pub mod layout;
 pub mod leases;
+pub mod ping;
 pub mod plan;
 mod recent;
 pub mod session;

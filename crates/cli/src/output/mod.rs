@@ -1,6 +1,7 @@
 //! Results: one line of JSON, a table for people, or CSV. All three show the same rows.
 
 mod csv;
+pub(crate) mod ping;
 pub(crate) mod schema;
 mod table;
 

@@ -243,15 +243,18 @@ pub(super) fn round(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 
-fn rounded<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn rounded<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_f64(round(*value))
 }
 
-fn rounded_or_null<S: Serializer>(value: &Option<f64>, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn rounded_or_null<S: Serializer>(
+    value: &Option<f64>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
     value.map(round).serialize(to)
 }
 
-fn seconds<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn seconds<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
     value
         .map(|duration| round(duration.as_secs_f64()))
         .serialize(to)

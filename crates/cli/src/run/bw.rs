@@ -58,13 +58,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         settings.explain()?;
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(file) = &settings.config.secret_file {
-        // Read again by the engine: a target that is started for nothing would only be in the way.
-        let loaded = kvxfer::wire::Secret::from_file(file).map_err(kvxfer::Error::from)?;
-        for warning in &loaded.warnings {
-            say::aside(format_args!("kvxfer: warning: {warning}"));
-        }
-    }
+    settings.check_secret()?;
     let device = settings::device(args.tuning.device.as_deref())?;
     let seed = args
         .work
@@ -249,7 +243,7 @@ fn length(args: &BwArgs) -> Length {
 }
 
 /// Says in a problem whom it was with.
-fn name_peer(problem: Problem, address: &str, target: Option<&OwnTarget>) -> Problem {
+pub(super) fn name_peer(problem: Problem, address: &str, target: Option<&OwnTarget>) -> Problem {
     match target {
         None if problem.to_string().contains(address) => problem,
         None => problem.with_evidence(format!("the server is {address}")),

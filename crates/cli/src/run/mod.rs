@@ -3,11 +3,13 @@
 mod bw;
 mod case;
 mod limit;
+mod ping;
 mod row;
 mod serve;
 mod settings;
 mod table;
 
 pub(crate) use bw::run_bw;
+pub(crate) use ping::run_ping;
 pub(crate) use row::Failed;
 pub(crate) use serve::run_serve;

@@ -91,6 +91,21 @@ impl Settings {
         })
     }
 
+    /// Reads the secret, if there is one, and says what is wrong with its file. It is read again by
+    /// the engine: this is for a target that would be started for nothing, and to warn once.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub(crate) fn check_secret(&self) -> Result<(), kvxfer::Error> {
+        if let Some(file) = &self.config.secret_file {
+            for warning in &kvxfer::wire::Secret::from_file(file)?.warnings {
+                say::aside(format_args!("kvxfer: warning: {warning}"));
+            }
+        }
+        Ok(())
+    }
+
     /// A setting as it is written.
     pub(crate) fn shown(&self, key: &str) -> String {
         let row = self.rows.iter().find(|row| row.key == key);

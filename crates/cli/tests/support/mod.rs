@@ -119,9 +119,14 @@ impl Process {
         nix::sys::signal::kill(pid, signal).expect("the process is there");
     }
 
+    /// The first line on standard output, when it comes.
+    pub(crate) fn first_line(&self) -> String {
+        self.first_line.recv_timeout(LONG).expect("a line in time")
+    }
+
     /// Where a server listens.
     pub(crate) fn address(&self) -> String {
-        let line = self.first_line.recv_timeout(LONG).expect("a line in time");
+        let line = self.first_line();
         let address = line.strip_prefix("listening ").map(str::trim_end);
         address
             .unwrap_or_else(|| panic!("it said {line:?}"))

@@ -1,7 +1,6 @@
 //! From an authenticated session to queue pairs that carry transfers: descriptions are exchanged,
 //! layouts compared, a path is chosen, queue pairs are joined.
 
-use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,8 +10,8 @@ use tracing::info;
 
 use kvxfer_verbs::{DeviceAddr, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
 
+use super::dial::Dialler;
 use super::link::Link;
-use super::net;
 use super::notices::Inbox;
 use super::peer::{Peer, Standing};
 use super::worker::Joined;
@@ -22,6 +21,7 @@ use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::EngineId;
 use crate::layout::{KvFormat, PlacementDesc, Side};
+use crate::ping::ProbeSeat;
 use crate::plan::{CompileError, Compiled, PlanLimits, Role as PlanRole};
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
@@ -96,6 +96,7 @@ pub(crate) struct Bringup {
     /// The engine that the client wants to have reached.
     wanted: Option<EngineId>,
     bench: Option<BenchSeat>,
+    probe: Option<ProbeSeat>,
 }
 
 impl Bringup {
@@ -136,6 +137,7 @@ impl Bringup {
             up: None,
             wanted: None,
             bench: None,
+            probe: None,
         }
     }
 
@@ -163,10 +165,14 @@ impl Bringup {
         match (self.end, self.role) {
             // What a bench client's counterpart looks like is known when the client has said it.
             (End::Server, Role::Bench) => Ok(Vec::new()),
-            (End::Server, Role::Probe) => {
-                let refusal = Refusal::RoleNotServed { role: Role::Probe };
-                Ok(vec![refuse(refusal)])
-            }
+            (End::Server, Role::Probe) => match ProbeSeat::new(engine) {
+                Ok(seat) => {
+                    let describe = seat.describe(engine)?;
+                    self.probe = Some(seat);
+                    Ok(vec![Step::Send(describe.into())])
+                }
+                Err(refusal) => Ok(vec![refuse(refusal)]),
+            },
             _ => Ok(vec![Step::Send(self.describe(engine)?.into())]),
         }
     }
@@ -184,6 +190,10 @@ impl Bringup {
         engine: &mut Arc<Inner>,
         describe: Describe,
     ) -> Result<Vec<Step>, Error> {
+        if self.probe.is_some() {
+            // It has no layout.
+            return Ok(vec![Step::Accept]);
+        }
         let bad = |detail: String| Ok(vec![refuse(Refusal::BadDescription { detail })]);
         let format: KvFormat = match describe.format.unpack("format") {
             Ok(format) => format,
@@ -330,10 +340,18 @@ impl Bringup {
             return Ok(none(candidates));
         }
         let count = u32::try_from(remote.len()).unwrap_or(u32::MAX);
-        self.key = PeerKey(engine.runtime.next_id());
-        let qps = engine
-            .runtime
-            .queue_pairs(engine, self.key, count, self.notices(engine))?;
+        let qps = match &self.probe {
+            Some(_) if count != 1 => return Ok(none(candidates)),
+            Some(seat) => vec![Made {
+                qp: seat.queue_pair()?,
+                inbox: None,
+            }],
+            None => {
+                self.key = PeerKey(engine.runtime.next_id());
+                let (key, notices) = (self.key, self.notices(engine));
+                engine.runtime.queue_pairs(engine, key, count, notices)?
+            }
+        };
         let endpoints = pack_endpoints(&qps)?;
         let answer = QpAnswer {
             offer: offer.offer,
@@ -432,8 +450,10 @@ impl Bringup {
                 },
                 (None, _) if path == PathKind::Tcp => {
                     let sequence = 2 * i as u64;
-                    let requester = self.dial(engine, i, StreamHalf::Requester, sequence)?;
-                    let responder = self.dial(engine, i, StreamHalf::Responder, sequence + 1)?;
+                    let dialler = self.dialler(engine)?;
+                    let qp = u32::try_from(i).unwrap_or(u32::MAX);
+                    let requester = dialler.dial(qp, StreamHalf::Requester, sequence)?;
+                    let responder = dialler.dial(qp, StreamHalf::Responder, sequence + 1)?;
                     QpLink::SoftTcp {
                         requester,
                         responder,
@@ -446,38 +466,17 @@ impl Bringup {
         Ok(vec![Step::Send(Ready {}.into())])
     }
 
-    fn dial(
-        &self,
-        engine: &Inner,
-        qp: usize,
-        half: StreamHalf,
-        sequence: u64,
-    ) -> Result<TcpStream, Error> {
+    fn dialler<'a>(&'a self, engine: &'a Inner) -> Result<Dialler<'a>, Error> {
         let (Some(address), Some((session, key))) = (self.address, &self.session) else {
             return Err(Error::ShuttingDown);
         };
-        let name = address.to_string();
-        let stop = &engine.runtime.stopping;
-        let mut stream = net::connect(&name, &[address], self.deadline, stop)?;
-        let qp = u32::try_from(qp).unwrap_or(u32::MAX);
-        let opening = StreamOpening {
+        Ok(Dialler {
+            address,
             session: *session,
-            qp,
-            half,
-            sequence,
-        };
-        let mut answer = [0; crate::wire::STREAM_ANSWER_LEN];
-        stream
-            .write_all(&opening.encode(key))
-            .and_then(|()| net::read_exact_by(&stream, &mut answer, self.deadline, stop))
-            .map_err(|source| Error::Stream {
-                address: name.clone(),
-                source,
-            })?;
-        if !opening.verify_answer(key, &answer) {
-            return Err(Error::StreamNotAuthentic { address: name });
-        }
-        Ok(stream)
+            key,
+            deadline: self.deadline,
+            stop: &engine.runtime.stopping,
+        })
     }
 
     /// Transfers can run: the peer comes into being.
@@ -486,6 +485,13 @@ impl Bringup {
         engine: &Arc<Inner>,
         link: &Arc<Link>,
     ) -> Result<Vec<Step>, Error> {
+        if let Some(seat) = &mut self.probe {
+            // Not a peer of the engine: its workers, its memory and its events know nothing of it.
+            if let Some(lane) = self.lanes.pop() {
+                seat.serve(lane.qp)?;
+            }
+            return Ok(Vec::new());
+        }
         let (Some(known), Some(path)) = (self.known.take(), self.path.take()) else {
             return Err(Error::ShuttingDown);
         };
@@ -549,6 +555,9 @@ impl Bringup {
             engine.runtime.close_door(session);
         }
         self.bench = None;
+        if let Some(seat) = self.probe.take() {
+            return seat.serves();
+        }
         let Some(peer) = self.peer.take() else {
             return false;
         };

@@ -6,11 +6,12 @@ mod api;
 mod books;
 mod bringup;
 mod connect;
+mod dial;
 mod events;
 mod handle;
 mod health;
 mod link;
-mod net;
+pub(crate) mod net;
 mod notices;
 mod peer;
 mod presence;
@@ -39,8 +40,10 @@ pub use instance::{Instance, PeerFacts, PullOptions};
 pub use push::{Push, PushOptions};
 
 pub(crate) use connect::connect;
+pub(crate) use dial::Dialler;
 pub(crate) use peer::Peer;
-pub(crate) use runtime::{Runtime, spawn};
+pub(crate) use runtime::{Runtime, open_device, random_nonce, session_config, spawn};
+pub(crate) use wake::poll_timeout;
 
 use books::Books;
 use events::EventQueue;

@@ -25,6 +25,9 @@ pub(crate) fn after(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(FOR_EVER)
 }
 
+/// The flag of whoever has nobody to stop it.
+pub(crate) static NEVER: AtomicBool = AtomicBool::new(false);
+
 /// The addresses of `address` (`HOST`, `HOST:PORT` or `[V6]:PORT`), with `port` where it has none.
 pub(crate) fn resolve(address: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
     let error = |source| Error::Resolve {

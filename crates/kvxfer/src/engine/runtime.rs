@@ -77,6 +77,8 @@ pub(crate) struct Runtime {
     links: Mutex<Vec<JoinHandle<()>>>,
     /// Bytes that bandwidth tests of peers have made this process allocate.
     pub(crate) bench_bytes: AtomicU64,
+    /// Pingers that are served.
+    pub(crate) pingers: AtomicUsize,
     pub(crate) arrivals: Arrivals,
     /// Accepted connections that are open.
     pub(crate) connections: AtomicUsize,
@@ -94,12 +96,7 @@ impl Runtime {
             }
             None => None,
         };
-        if let Some(faults) = &config.faults {
-            warn!(%faults, "faults on purpose: transfers will fail");
-        }
-        let mut device = SoftConfig::default();
-        device.faults = config.faults.clone();
-        let context = open_soft(device)?;
+        let context = open_device(config)?;
         let pd = context.alloc_pd()?;
         let info = context.device().clone();
         let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
@@ -162,6 +159,7 @@ impl Runtime {
             stop: Mutex::new(Some(stop)),
             links: Mutex::default(),
             bench_bytes: AtomicU64::new(0),
+            pingers: AtomicUsize::new(0),
             arrivals: Arrivals::default(),
             connections: AtomicUsize::new(0),
         }))
@@ -263,17 +261,7 @@ impl Runtime {
     // ---- sessions ----------------------------------------------------------------------------
 
     pub(crate) fn session_config(&self, role: Role) -> SessionConfig {
-        SessionConfig {
-            secret: self.secret.clone(),
-            role,
-            allow_bench: self.config.allow_bench,
-            handshake_timeout: self.config.connect_timeout,
-            establish_timeout: self.config.connect_timeout.max(Duration::from_secs(10)),
-            heartbeat_interval: self.config.heartbeat_interval,
-            stall_after: self.config.heartbeat_timeout,
-            dead_after: self.config.heartbeat_timeout * 3,
-            ..SessionConfig::default()
-        }
+        session_config(&self.config, self.secret.clone(), role)
     }
 
     pub(crate) fn open_door(&self, session: SessionId, gate: StreamGate, link: Arc<Link>) {
@@ -392,6 +380,21 @@ impl Runtime {
     }
 }
 
+/// The settings of a session under this configuration.
+pub(crate) fn session_config(config: &Config, secret: Option<Secret>, role: Role) -> SessionConfig {
+    SessionConfig {
+        secret,
+        role,
+        allow_bench: config.allow_bench,
+        handshake_timeout: config.connect_timeout,
+        establish_timeout: config.connect_timeout.max(Duration::from_secs(10)),
+        heartbeat_interval: config.heartbeat_interval,
+        stall_after: config.heartbeat_timeout,
+        dead_after: config.heartbeat_timeout * 3,
+        ..SessionConfig::default()
+    }
+}
+
 /// Waits for a thread; not for this one: the last handle of an engine may be dropped on a thread of
 /// its own.
 fn join<R>(thread: JoinHandle<R>) -> Option<R> {
@@ -417,4 +420,14 @@ pub(crate) fn spawn<R: Send + 'static>(
 
 pub(crate) fn random_nonce() -> Result<HandshakeNonce, Error> {
     HandshakeNonce::random().map_err(Error::random)
+}
+
+/// The software device, with what is to go wrong on it.
+pub(crate) fn open_device(config: &Config) -> Result<Context, Error> {
+    if let Some(faults) = &config.faults {
+        warn!(%faults, "faults on purpose: transfers will fail");
+    }
+    let mut device = SoftConfig::default();
+    device.faults = config.faults.clone();
+    Ok(open_soft(device)?)
 }

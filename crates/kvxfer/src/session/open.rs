@@ -127,7 +127,7 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::Revoke
-            | MessageKind::Retracted => self.state() == SessionState::Established,
+            | MessageKind::Retracted => self.moves_blocks(),
         }
     }
 
@@ -154,8 +154,13 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::Revoke
-            | MessageKind::Retracted => state == SessionState::Established,
+            | MessageKind::Retracted => self.moves_blocks(),
         }
+    }
+
+    /// Whether messages about transfers have a place: a probe has none.
+    fn moves_blocks(&self) -> bool {
+        self.role != Role::Probe && self.state() == SessionState::Established
     }
 
     fn check_answer(&mut self, answer: &QpAnswer) -> Result<(), SessionError> {
