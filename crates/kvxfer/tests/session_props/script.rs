@@ -112,7 +112,11 @@ impl Script {
     }
 
     fn established() -> Script {
-        let mut script = Script::described(Role::Engine);
+        Script::established_as(Role::Engine)
+    }
+
+    fn established_as(role: Role) -> Script {
+        let mut script = Script::described(role);
         script.server.send(&Ready {}.into()).unwrap();
         assert_eq!(script.say(Ready {}), [Event::Established]);
         script
@@ -175,7 +179,7 @@ fn what_the_state_does_not_allow_is_cut_off() {
         authed,
     );
     let got = Script::authenticated(Role::Bench).say(bench.clone());
-    assert_eq!(got, [Event::Message(bench.into())]);
+    assert_eq!(got, [Event::Message(bench.clone().into())]);
     let described = SessionState::Described;
     unexpected(
         &mut Script::described(Role::Engine),
@@ -192,6 +196,23 @@ fn what_the_state_does_not_allow_is_cut_off() {
         Script::established().say(release()),
         [Event::Message(release())]
     );
+
+    // A probe moves no blocks.
+    for no_place in [
+        release(),
+        PushStart {
+            request: r().0,
+            nonce: None,
+        }
+        .into(),
+        bench.into(),
+    ] {
+        unexpected(
+            &mut Script::established_as(Role::Probe),
+            no_place,
+            SessionState::Established,
+        );
+    }
 
     // Answers must answer something, with as many endpoints.
     unexpected(
