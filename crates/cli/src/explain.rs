@@ -244,7 +244,10 @@ fn no_path(forced: Option<PathKind>, candidates: &[kvxfer::wire::Candidate]) -> 
             problem = problem.with_evidence(format!("{}: {why_not}", candidate.path));
         }
     }
-    problem.with_fix("--path auto takes the best that can be used; --path tcp goes everywhere")
+    problem.with_fix(match forced {
+        Some(_) => "--path auto takes the best that can be used; --path tcp goes everywhere",
+        None => "--path tcp goes everywhere; or allow another path on both sides",
+    })
 }
 
 /// What a failed transfer is.

@@ -359,6 +359,10 @@ fn a_path_that_the_server_does_not_take_is_told() {
             "--path tcp",
         ],
     );
+    run_bw(&[&address]).failed(
+        3,
+        &["no path leads", "the peer's configuration", "--path tcp"],
+    );
     assert_eq!(run_bw(&[&address, "--path", "tcp"]).code, Some(0));
 }
 

@@ -12,7 +12,7 @@ use kvxfer::config::{Config, KvRole};
 use kvxfer::layout::{KvFormat, Topology};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Ended, LONG, children_of, command, run, runs, serve, start, wait_until};
+use support::{Ended, LONG, Process, children_of, command, run, runs, serve, start, wait_until};
 
 /// The report of a run in which every ping was answered.
 #[track_caller]
@@ -104,6 +104,20 @@ fn nothing_is_left_of_its_own_target() {
     assert!(!targets.into_iter().any(runs));
 }
 
+#[test]
+fn ctrl_c_at_a_terminal_is_for_the_command_alone() {
+    let client = start(&["ping", "-c", "0", "-i", "20ms"]);
+    after_two_pings(&client);
+    let group = |pid| nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid)));
+    let targets = children_of(client.pid());
+    assert_eq!(targets.len(), 1);
+    for target in targets {
+        assert_eq!(group(target).map(|group| group.as_raw()), Ok(target));
+    }
+    client.signal(Signal::SIGINT);
+    assert_eq!(client.end().code, Some(0));
+}
+
 /// A live engine in this process, which is not the command's.
 fn engine(role: KvRole, memory: BenchMemory) -> (Engine, BenchSide, String) {
     let format = KvFormat::opaque(4096, 2).expect("a format");
@@ -164,12 +178,24 @@ fn many_pingers_of_one_server() {
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
 }
 
+/// Waits until pings are answered.
+#[track_caller]
+fn after_two_pings(client: &Process) {
+    assert!(client.line().starts_with("PING "));
+    for sequence in 1..=2 {
+        let line = client.line();
+        assert!(
+            line.starts_with(&format!("seq={sequence}  control ")),
+            "{line}"
+        );
+    }
+}
+
 /// Starts endless pings of a server, and has it get `signal` when they run.
 fn struck(signal: Signal, args: &[&str]) -> Ended {
     let (server, address) = serve(&[]);
     let client = start(&[&["ping", &address, "-i", "50ms", "-W", "300ms"], args].concat());
-    assert!(client.first_line().starts_with("PING "));
-    std::thread::sleep(Duration::from_millis(300));
+    after_two_pings(&client);
     server.signal(signal);
     let ended = client.end();
     ended.failed(3, &[&address, "evidence: ", "fix: "]);
@@ -214,7 +240,8 @@ fn a_report_is_had_of_pings_that_failed() {
     let (server, address) = serve(&[]);
     let args = ["ping", &address, "--json", "-c", "0", "-i", "10ms"];
     let client = start(&args);
-    std::thread::sleep(Duration::from_millis(700));
+    wait_until("a session", || answers_pings(server.pid()));
+    std::thread::sleep(Duration::from_millis(300));
     server.signal(Signal::SIGKILL);
     let ended = client.end();
     ended.failed(3, &[&address, "died"]);
@@ -225,7 +252,16 @@ fn a_report_is_had_of_pings_that_failed() {
             .as_str()
             .is_some_and(|why| why.contains("died"))
     );
-    assert!(report["answered"].as_u64() > Some(0), "{report}");
+    assert!(report["sent"].is_u64(), "{report}");
+}
+
+/// Whether a process has a thread for a pinger.
+fn answers_pings(pid: i32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter();
+    tasks.flatten().flatten().any(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        name.is_ok_and(|name| name.trim() == "kvx-ping")
+    })
 }
 
 #[test]
@@ -296,8 +332,7 @@ fn secrets_must_be_the_same() {
 fn ctrl_c_ends_with_the_summary() {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let client = start(&["ping", "-c", "0", "-i", "20ms"]);
-        assert!(client.first_line().starts_with("PING "));
-        std::thread::sleep(Duration::from_millis(200));
+        after_two_pings(&client);
         client.signal(signal);
         let ended = client.end();
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
@@ -306,8 +341,7 @@ fn ctrl_c_ends_with_the_summary() {
     // Also while a long wait is under way.
     let (server, address) = serve(&[]);
     let client = start(&["ping", &address, "-c", "0", "-i", "20ms", "-W", "1000"]);
-    assert!(client.first_line().starts_with("PING "));
-    std::thread::sleep(Duration::from_millis(200));
+    after_two_pings(&client);
     server.signal(Signal::SIGSTOP);
     std::thread::sleep(Duration::from_millis(200));
     client.signal(Signal::SIGINT);

@@ -45,7 +45,7 @@ pub(crate) struct Process {
     child: Child,
     stdout: Option<JoinHandle<String>>,
     stderr: Option<JoinHandle<String>>,
-    first_line: Receiver<String>,
+    lines: Receiver<String>,
 }
 
 impl Drop for Process {
@@ -83,15 +83,17 @@ pub(crate) fn spawn_to(command: &mut Command, to: Stdio) -> Process {
         .stderr(Stdio::piped())
         .spawn()
         .expect("the command starts");
-    let (sender, first_line) = channel();
+    let (sender, lines) = channel();
     let stdout = child.stdout.take();
     let stdout = std::thread::spawn(move || {
         let mut text = String::new();
         if let Some(stdout) = stdout {
             let mut out = BufReader::new(stdout);
-            let _ = out.read_line(&mut text);
-            let _ = sender.send(text.clone());
-            let _ = out.read_to_string(&mut text);
+            let mut line = String::new();
+            while out.read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
+                text.push_str(&line);
+                let _ = sender.send(std::mem::take(&mut line));
+            }
         }
         text
     });
@@ -105,7 +107,7 @@ pub(crate) fn spawn_to(command: &mut Command, to: Stdio) -> Process {
         child,
         stdout: Some(stdout),
         stderr: Some(stderr),
-        first_line,
+        lines,
     }
 }
 
@@ -119,14 +121,14 @@ impl Process {
         nix::sys::signal::kill(pid, signal).expect("the process is there");
     }
 
-    /// The first line on standard output, when it comes.
-    pub(crate) fn first_line(&self) -> String {
-        self.first_line.recv_timeout(LONG).expect("a line in time")
+    /// The next line on standard output, when it comes.
+    pub(crate) fn line(&self) -> String {
+        self.lines.recv_timeout(LONG).expect("a line in time")
     }
 
     /// Where a server listens.
     pub(crate) fn address(&self) -> String {
-        let line = self.first_line();
+        let line = self.line();
         let address = line.strip_prefix("listening ").map(str::trim_end);
         address
             .unwrap_or_else(|| panic!("it said {line:?}"))

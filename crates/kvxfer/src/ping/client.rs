@@ -513,8 +513,10 @@ mod tests {
             memory: BenchMemory::Arena,
         };
         let side = BenchSide::new(&shape).expect("memory");
-        let mut config = Config::default();
-        config.path = PathSet::only(path);
+        let config = Config {
+            path: PathSet::only(path),
+            ..Config::default()
+        };
         let (format, placement) = (side.format().clone(), side.placement().clone());
         let engine = Engine::new(config.clone(), format, placement).expect("an engine");
         let address = engine.listen("127.0.0.1:0").expect("a free port");
