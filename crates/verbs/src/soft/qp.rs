@@ -285,19 +285,23 @@ impl SoftQp {
     fn attach_local_requester(&self, peer: Incoming) -> Result<(), Error> {
         let side = link::peer_side(&self.ctx, &peer.hello, &peer.keys, peer.process);
         let side = side.ok_or_else(|| self.rtr_fault(StateFault::Stream("requester")))?;
-        self.attach_requester(peer.stream, Some(side))
+        self.attach_requester(peer.stream, Some(side), &[])
     }
 
+    /// Begins to send over a stream, `opening` first.
     fn attach_requester(
         &self,
         stream: Stream,
         local: Option<crate::soft::requester::PeerSide>,
+        opening: &[u8],
     ) -> Result<(), Error> {
         let mut req = lock(&self.requester);
         if req.failed || req.link.is_some() {
             return Ok(());
         }
         self.send_cq.watch(stream.as_fd())?;
+        // With the link under one lock: a poll must not find one without the other.
+        req.outbox.put(opening);
         req.link = Some(ReqLink {
             stream: Some(stream),
             local,
@@ -373,9 +377,8 @@ impl SoftQp {
         }
         let mut hello = link::hello(&self.ctx, Some(self), Role::ToResponder);
         hello.target = remote.token;
-        lock(&self.requester).outbox.put(&hello.encode());
         let stream = Stream::new(OwnedFd::from(requester), false);
-        self.attach_requester(stream, None)?;
+        self.attach_requester(stream, None, &hello.encode())?;
         self.attach_responder(RespLink {
             stream: Stream::new(OwnedFd::from(responder), false),
             local: None,
