@@ -227,6 +227,20 @@ impl Cause {
         }
     }
 
+    /// Whether the responder itself has said it, and so takes nothing more from the queue pair.
+    /// Otherwise what was sent may still be carried out, although the device here has let go of it.
+    #[must_use]
+    pub fn stops_responder(&self) -> bool {
+        use CompletionStatus as S;
+        let Self::Completion { status, .. } = self else {
+            return false;
+        };
+        matches!(
+            status,
+            S::RemoteInvalidRequest | S::RemoteAccess | S::RemoteOperation
+        )
+    }
+
     /// Whether this only echoes another failure of the same queue pair.
     #[must_use]
     pub fn is_flush(&self) -> bool {

@@ -181,6 +181,9 @@ pub struct JobReport {
     pub bytes_done: u64,
     /// The first error of the job on any worker, once this one has seen the job fail.
     pub error: Option<JobError>,
+    /// Some of its writes were lost on the way: the device here has let go of them, and the peer may
+    /// carry them out yet. So it stays until the peer's queue pairs are down.
+    pub in_doubt: bool,
     /// The last report: nothing of the job is posted here, and nothing will be.
     pub quiescent: bool,
 }

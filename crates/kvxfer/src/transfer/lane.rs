@@ -69,6 +69,8 @@ pub(super) struct Failure {
     pub(super) cause: Cause,
     /// Whether a completion has named the work request that failed.
     pub(super) named: bool,
+    /// Whether what was posted may still be carried out by the peer.
+    pub(super) in_doubt: bool,
 }
 
 #[derive(Debug)]

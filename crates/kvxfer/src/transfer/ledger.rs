@@ -62,6 +62,8 @@ struct PeerJobs {
 /// nothing of it is posted. Then its outcome says `Released`. If that takes longer, the outcome says
 /// `Quarantined` and [`Output::Released`] comes later; if it takes
 /// [`drain_grace`](TransfersConfig::drain_grace) more, the peer's queue pairs are drained by force.
+/// That is done at once where writes of it were lost on the way: the peer could carry them out after
+/// it was told that the push is closed.
 #[derive(Debug)]
 pub struct Transfers {
     cfg: TransfersConfig,
@@ -251,12 +253,18 @@ impl Transfers {
         }
         job.ops_done += report.ops_done;
         job.quiescent += u16::from(report.quiescent);
+        job.in_doubt |= report.in_doubt;
         let over = job.quiescent >= workers;
         // Every operation is claimed once and confirmed once: all confirmed means none posted,
         // whether or not every scheduler has noticed that yet.
         let drained = job.complete() || over;
+        let in_doubt = job.in_doubt;
         if drained {
-            job.progress = Progress::Drained;
+            job.progress = if in_doubt {
+                Progress::InDoubt
+            } else {
+                Progress::Drained
+            };
         }
         let missing = job.job.ops().saturating_sub(job.ops_done);
         if drained {
@@ -271,6 +279,9 @@ impl Transfers {
                 self.stop(now, id, Cause::LostWork { missing }, None, false);
             }
             None => {}
+        }
+        if in_doubt {
+            self.force_drain(id);
         }
         self.advance(id);
     }
@@ -323,13 +334,11 @@ impl Transfers {
                 continue;
             }
             let mut left = 0;
-            for job in record
-                .jobs
-                .iter_mut()
-                .filter(|j| j.progress == Progress::Started)
-            {
-                job.progress = Progress::Drained;
-                left += 1;
+            for job in &mut record.jobs {
+                left += u32::from(job.progress == Progress::Started);
+                if matches!(job.progress, Progress::Started | Progress::InDoubt) {
+                    job.progress = Progress::Drained;
+                }
             }
             for _ in 0..left {
                 self.job_left(peer);
@@ -421,6 +430,7 @@ impl Transfers {
                 Progress::Queued
             },
             ops_done: 0,
+            in_doubt: false,
             quiescent: 0,
         });
         if !empty {
@@ -560,7 +570,7 @@ impl Transfers {
                         peer,
                     });
                 }
-                Progress::Drained => {}
+                Progress::InDoubt | Progress::Drained => {}
             }
         }
         record.state = State::Stopping(End {

@@ -72,6 +72,7 @@ fn report(job: u64, transfer: TransferId, ops_done: u64, quiescent: bool) -> Job
         ops_done,
         bytes_done: ops_done * 10,
         error: None,
+        in_doubt: false,
         quiescent,
     }
 }
@@ -359,4 +360,32 @@ fn work_that_vanishes_is_a_failure() {
             "failed 1 1 operations were never confirmed Released"
         ]
     );
+}
+
+#[test]
+fn a_push_in_doubt_is_closed_when_its_queue_pairs_are_down() {
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    t.add_job(ms(0), T1, even(4, 10)).expect("open");
+    assert_eq!(said(&mut t), ["start 0"]);
+    let error = Some(JobError {
+        op: 2,
+        cause: Cause::LaneFailed,
+    });
+    for quiescent in [false, true] {
+        let report = JobReport {
+            error: error.clone(),
+            in_doubt: true,
+            ..report(0, T1, 0, quiescent)
+        };
+        t.job_report(ms(1), &report);
+    }
+    // The other scheduler has nothing posted either: no queue pair here holds anything of it.
+    t.job_report(ms(1), &report(0, T1, 0, true));
+    assert_eq!(said(&mut t), ["stop 0", "drain 1"]);
+    t.on_time(ms(60_000));
+    assert_eq!(said(&mut t), ["failed 1 queue pair failed Quarantined"]);
+    t.peer_drained(PEER, DrainToken(1));
+    let closed = "notice 1 PushAborted { cause: LaneFailed }";
+    assert_eq!(said(&mut t), [closed, "released 1"]);
 }

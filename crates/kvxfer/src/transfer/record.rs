@@ -263,6 +263,8 @@ pub(super) struct JobRecord {
     pub(super) job: Arc<Job>,
     pub(super) progress: Progress,
     pub(super) ops_done: u64,
+    /// Writes of it were lost on the way.
+    pub(super) in_doubt: bool,
     /// Schedulers that have said their last word.
     pub(super) quiescent: u16,
 }
@@ -273,6 +275,8 @@ pub(super) enum Progress {
     Queued,
     /// Schedulers post it.
     Started,
+    /// Nothing of it is posted here, and the peer may carry out what was.
+    InDoubt,
     /// Nothing of it is posted, and nothing will be.
     Drained,
 }

@@ -31,7 +31,10 @@ impl World {
                             None => {
                                 let lane = matches!(
                                     error.cause,
-                                    Cause::LaneFailed | Cause::PeerUnreachable | Cause::Post { .. }
+                                    Cause::LaneFailed
+                                        | Cause::LaneReset
+                                        | Cause::PeerUnreachable
+                                        | Cause::Post { .. }
                                 );
                                 ensure!(
                                     lane && self.disturbed,

@@ -71,6 +71,7 @@ impl World {
                     ops_done: 0,
                     bytes_done: 0,
                     error: None,
+                    in_doubt: false,
                     quiescent: true,
                 };
                 self.owner_inbox[s.owner].push_back(ToOwner::Report(report));

@@ -28,6 +28,11 @@ use super::{Batch, Cause, Job, JobError, JobId, JobReport, LaneId, LaneLimits, P
 /// A completion in error names one work request: its job fails with that cause. What else was
 /// posted on the lane is flushed through no fault of its own; it is posted again on the peer's
 /// other lanes, or on this one's successor. Flush completions are counted and never reported.
+///
+/// A flush says only that the device *here* has let go. A READ is over then. A WRITE that was sent
+/// may still be carried out by the peer, unless the peer itself has refused what came before it. Such
+/// a write is not posted again: its job fails, and its report says that it is
+/// [in doubt](JobReport::in_doubt).
 #[derive(Debug)]
 pub struct Scheduler {
     cfg: SchedulerConfig,
@@ -179,6 +184,7 @@ impl Scheduler {
             dirty: false,
             stopped: false,
             error_told: false,
+            in_doubt: false,
             quiescent: false,
             job,
         };
@@ -234,6 +240,7 @@ impl Scheduler {
                 ops_done: std::mem::take(&mut slot.ops_done),
                 bytes_done: std::mem::take(&mut slot.bytes_done),
                 error,
+                in_doubt: slot.in_doubt,
                 quiescent: slot.quiescent,
             };
             if report.quiescent {
@@ -441,8 +448,9 @@ impl Scheduler {
             }
         }
         if taken > 0 && untaken > 0 {
-            // Not named: batches posted before may still complete well.
-            self.fail_lane(lane.0, cause, false);
+            // Not named: batches posted before may still complete well, and what was not taken is not
+            // the failure of whoever is flushed.
+            self.fail_lane(lane.0, Cause::LaneFailed, false);
             return PostFailure::ResetLane;
         }
         self.make_ready(p);
@@ -475,9 +483,17 @@ impl Scheduler {
             return;
         };
         match &mut l.failure {
-            Some(failure) => failure.named |= named,
+            Some(failure) => {
+                failure.named |= named;
+                failure.in_doubt &= !cause.stops_responder();
+            }
             None => {
-                l.failure = Some(Failure { cause, named });
+                let in_doubt = !cause.stops_responder();
+                l.failure = Some(Failure {
+                    cause,
+                    named,
+                    in_doubt,
+                });
                 self.peers[l.peer as usize].live -= 1;
             }
         }

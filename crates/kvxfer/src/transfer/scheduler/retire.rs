@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Scheduler;
 use crate::transfer::lane::Use;
-use crate::transfer::{Cause, Job, JobError, LaneId, SingleReport};
+use crate::transfer::{Cause, Direction, Job, JobError, LaneId, SingleReport};
 
 /// How often work that was lost with a lane is posted again before its job fails. Bounds the
 /// harm of an operation that takes every lane down without being named.
@@ -111,6 +111,7 @@ impl Scheduler {
             l.credits += ended;
         }
         let p = l.peer;
+        let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         self.cq_credits += ended;
         match batch.what {
             Use::Job {
@@ -123,6 +124,7 @@ impl Scheduler {
                 }
                 if let Some(slot) = self.job_mut(s) {
                     slot.posted -= ended;
+                    slot.in_doubt |= in_doubt && slot.job.dir == Direction::Write;
                     slot.ops_done += confirmed.end - confirmed.start;
                     slot.job.fail(JobError {
                         op: confirmed.end,
@@ -163,6 +165,7 @@ impl Scheduler {
             l.credits += ended;
         }
         let p = l.peer;
+        let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
             Some(f) if !f.named => f.cause.clone(),
@@ -183,6 +186,8 @@ impl Scheduler {
                     return true;
                 };
                 slot.posted -= ended;
+                let in_doubt = in_doubt && slot.job.dir == Direction::Write && !lost.is_empty();
+                slot.in_doubt |= in_doubt;
                 if !slot.over() && !lost.is_empty() {
                     // A lane that this side reset says nothing against the work on it.
                     let tries = if lane_cause == Cause::LaneReset {
@@ -190,7 +195,8 @@ impl Scheduler {
                     } else {
                         tries + 1
                     };
-                    if tries > MAX_TRIES {
+                    // Posted again, the first one could come after what is done with the block later.
+                    if in_doubt || tries > MAX_TRIES {
                         slot.job.fail(JobError {
                             op: lost.start,
                             cause: lane_cause,

@@ -24,6 +24,8 @@ pub(super) struct JobSlot {
     pub(super) dirty: bool,
     pub(super) stopped: bool,
     pub(super) error_told: bool,
+    /// Writes of it were lost, and the peer may carry them out yet.
+    pub(super) in_doubt: bool,
     pub(super) quiescent: bool,
 }
 

@@ -7,16 +7,12 @@ use crate::transfer::{CompletionStatus, Direction, TransferId};
 const PEER: PeerKey = PeerKey(1);
 
 fn job(id: u64, ops: u64, len: u32) -> Arc<Job> {
+    job_to(Direction::Read, id, ops, len)
+}
+
+fn job_to(dir: Direction, id: u64, ops: u64, len: u32) -> Arc<Job> {
     let (job, transfer) = (JobId(id), TransferId(id));
-    Arc::new(Job::new(
-        job,
-        transfer,
-        0,
-        PEER,
-        Direction::Read,
-        even(ops, len),
-        1,
-    ))
+    Arc::new(Job::new(job, transfer, 0, PEER, dir, even(ops, len), 1))
 }
 
 fn scheduler(batch: BatchSize, lanes: &[u32]) -> (Scheduler, Vec<LaneId>) {
@@ -206,6 +202,35 @@ fn an_error_names_its_job_and_the_others_are_posted_again() {
         (report.job, report.ops_done, report.error),
         (JobId(2), 4, None)
     );
+}
+
+#[test]
+fn a_lost_write_is_in_doubt_unless_the_peer_itself_has_refused() {
+    let refused = status(CompletionStatus::RemoteAccess, 0);
+    let silent = status(CompletionStatus::RetryExceeded, 0);
+    for (cause, in_doubt) in [(refused, false), (silent, true)] {
+        let (mut s, lanes) = scheduler(BatchSize::Fixed(4), &[100, 100]);
+        s.start(job_to(Direction::Write, 1, 4, 10));
+        s.start(job_to(Direction::Write, 2, 4, 10));
+        let (guilty, innocent) = (next(&mut s, lanes[0]), next(&mut s, lanes[0]));
+        s.complete(lanes[0], guilty[3], Err(cause.clone()));
+        for id in innocent {
+            s.complete(lanes[0], id, Err(status(CompletionStatus::Flush, 0)));
+        }
+        let report = s.poll_report().expect("the first has failed");
+        assert_eq!((report.job, report.in_doubt), (JobId(1), in_doubt));
+        assert_eq!(report.error, Some(JobError { op: 3, cause }));
+        if in_doubt {
+            // Posted again, the lost ones could land after the new ones were confirmed.
+            let report = s.poll_report().expect("the second has failed too");
+            let cause = Cause::LaneFailed;
+            assert_eq!(report.error, Some(JobError { op: 0, cause }));
+            assert!(report.in_doubt && report.quiescent);
+            assert!(next(&mut s, lanes[1]).is_empty());
+        } else {
+            assert_eq!(next(&mut s, lanes[1]).len(), 4);
+        }
+    }
 }
 
 #[test]
