@@ -266,6 +266,11 @@ impl Transfers {
                 Progress::Drained
             };
         }
+        if drained && !over {
+            // One that has no lane left would never look, and keep the job.
+            let job = report.job;
+            self.out.push_back(Output::StopJob { job, peer });
+        }
         let missing = job.job.ops().saturating_sub(job.ops_done);
         if drained {
             self.job_left(peer);

@@ -85,7 +85,8 @@ fn a_pull_is_done_after_its_lease_was_confirmed() {
     t.job_report(ms(1), &report(0, T1, 1, true));
     assert!(said(&mut t).is_empty());
     t.job_report(ms(2), &report(0, T1, 3, false));
-    assert_eq!(said(&mut t), ["lease 1"]);
+    // Stopped, for the other scheduler has not said that it is through.
+    assert_eq!(said(&mut t), ["stop 0", "lease 1"]);
     t.lease_answer(ms(3), T1, LeaseAnswer::Live);
     assert_eq!(said(&mut t), ["notice 1 Release", "done 1 40"]);
     assert_eq!((t.live(), t.next_timeout()), (0, None));
@@ -220,7 +221,10 @@ fn a_deadline_ends_whatever_the_state() {
     t.submit(ms(0), pull(t3, 4))
         .expect("queued behind the others");
     t.job_report(ms(1), &report(1, t2, 4, true));
-    assert_eq!(said(&mut t), ["start 0", "start 1", "start 2", "lease 2"]);
+    assert_eq!(
+        said(&mut t),
+        ["start 0", "start 1", "stop 1", "start 2", "lease 2"]
+    );
     t.submit(ms(0), pull(TransferId(4), 4)).expect("queued");
     assert!(said(&mut t).is_empty());
     t.on_time(ms(1000));
