@@ -30,7 +30,7 @@ impl Worker {
         let mut failed: Vec<LaneId> = Vec::new();
         for completion in &completions {
             // A completion of a queue pair that is gone has nobody to go to.
-            let Some(&lane) = self.lane_of.get(&completion.qp_num) else {
+            let Some(lane) = self.lane_of_qp(completion.qp_num) else {
                 continue;
             };
             if let Some(slot) = Inbox::slot(completion.wr_id) {
@@ -55,6 +55,17 @@ impl Worker {
             self.single_done(single.token, single.result);
         }
         any | more
+    }
+
+    fn lane_of_qp(&mut self, qp_num: u32) -> Option<LaneId> {
+        if let Some(&lane) = self.lane_of.get(&qp_num) {
+            return Some(lane);
+        }
+        // The first notice of a peer can be here when the command that brings its queue pair has come
+        // since the loop last looked. The command was given before the peer could know of anything
+        // to tell.
+        self.take_commands();
+        self.lane_of.get(&qp_num).copied()
     }
 
     /// Sets the session with a peer up anew when its last lane here has failed: what is left to do
