@@ -14,8 +14,8 @@ const USAGE: &str = "\
 usage: cargo xtask test [--long]
 
   test    format, clippy, build, unit, property, simulation and process tests, doc tests, docs
-  --long  hours of it: ignored tests too, many more cases for each property, long soaks, and a minute
-          of each fuzz target
+  --long  hours of it: ignored tests too, many more cases for each property, long soaks, millions of
+          simulated histories, and a minute of each fuzz target
 ";
 
 fn main() -> ExitCode {

@@ -30,6 +30,9 @@ struct Session<'a> {
     steps: Vec<Step>,
 }
 
+/// Histories of whole engines that `--long` tries.
+const LONG_HISTORIES: &str = "2000000";
+
 const ONE: Tally = Tally {
     passed: 1,
     failed: 0,
@@ -90,7 +93,7 @@ impl Session<'_> {
                 ..
             })
         ) {
-            for name in ["network", "tests", "doc tests", "docs"] {
+            for name in ["network", "tests", "simulation", "doc tests", "docs"] {
                 self.step(name, |_| Ok(Outcome::Skipped("the build failed".into())))?;
             }
             return Ok(());
@@ -113,6 +116,9 @@ impl Session<'_> {
             })
         })?;
         self.step("tests", |s| s.tests(network))?;
+        if self.long {
+            self.step("simulation", Self::simulation)?;
+        }
         self.step("doc tests", |s| {
             let ended = command::show(&mut s.command(&["test", "--workspace", "--doc"]), root)?;
             Ok(tested(&ended))
@@ -198,6 +204,18 @@ impl Session<'_> {
         } else {
             Outcome::Failed(tally)
         })
+    }
+
+    /// Millions of histories; the plain run has tried the first of them.
+    fn simulation(&mut self) -> anyhow::Result<Outcome> {
+        let args = ["test", "-p", "kvxfer", "--test", "cluster_sim"];
+        let mut command = self.command(&args);
+        command.args(["--", "--nocapture", "every_history_keeps_the_promises"]);
+        if std::env::var_os("KVXFER_SIM_HISTORIES").is_none() {
+            command.env("KVXFER_SIM_HISTORIES", LONG_HISTORIES);
+        }
+        let ended = command::show(&mut command, self.root)?;
+        Ok(tested(&ended))
     }
 
     fn step(
