@@ -208,6 +208,7 @@ fn planted_faults_are_found() {
         (Bug::CompletionLost, I::Converges),
         (Bug::FavouritePeer, I::Starvation),
         (Bug::OldTicket, I::Generation),
+        (Bug::ForgedTicket, I::Session),
         (Bug::NoRedial, I::Converges),
         (Bug::CommandLost, I::Converges),
     ];

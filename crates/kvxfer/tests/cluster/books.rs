@@ -187,6 +187,8 @@ impl World {
                 if let Some(expected) = self.lives[life].expected.get_mut(&ticket.nonce.0) {
                     expected.bind(key);
                 }
+                let mut ticket = ticket.clone();
+                ticket.generation.0[0] ^= u8::from(self.bug == Bug::ForgedTicket);
                 let ticket = Blob(ticket.to_bytes().unwrap_or_default());
                 self.send(peer, Announce { ticket }.into());
             }

@@ -93,6 +93,8 @@ pub(crate) enum Bug {
     FavouritePeer,
     /// Tickets of an earlier life are taken.
     OldTicket,
+    /// A consumer announces tickets of a life that is not its own.
+    ForgedTicket,
     /// Lost sessions are not set up again.
     NoRedial,
     /// A worker forgets a command now and then.
