@@ -213,12 +213,14 @@ fn a_restart_is_seen_before_the_loss() {
     first.side.fill(5).expect("filled");
     let first_way = connect(&first, &lost);
     let name = first.name();
-    let mut back = None;
-    until("the session on the other side", || {
-        back = survivor.engine.instance_of(&name);
-        back.is_some()
-    });
-    let back = back.expect("a session");
+    let back = || {
+        let mut way = None;
+        until("the session on this side", || {
+            way = survivor.engine.instance_of(&name);
+            way.is_some()
+        });
+        way.expect("a session")
+    };
     // An expectation that the first life has begun to fill, and a push to it that it expects.
     let expected = RequestId::from("expected");
     let ticket = survivor
@@ -236,7 +238,7 @@ fn a_restart_is_seen_before_the_loss() {
         ticket: Some(old.clone()),
         ..PushOptions::default()
     };
-    let pushing = back.begin_push_with(&pushed, options).expect("a push");
+    let pushing = back().begin_push_with(&pushed, options).expect("a push");
     pushing.all_layers(&pairs([(1, 1)])).expect("fits");
     until("bytes of both", || {
         survivor.first_word(0) != POISON && first.first_word(1) == POISON
