@@ -28,7 +28,8 @@ pub(crate) unsafe fn copy(dst: u64, src: u64, len: u64) {
 }
 
 /// Asks the CPU for the first lines of what is copied next: its own prefetchers begin anew with each
-/// scattered block, and the first misses of a 4 KiB block cost a tenth of its copy.
+/// scattered block, and the first misses of a 4 KiB block cost a tenth of its copy. Not for where it
+/// goes: a long copy stores whole lines without reading them, and lines that were fetched cost more.
 #[inline]
 pub(crate) fn prefetch(addr: u64) {
     #[cfg(target_arch = "x86_64")]
@@ -118,10 +119,7 @@ impl Requester {
             let from = self.part;
             let n = (len - from).min(*budget as u64);
             let mut src = base + (addr - start) + from;
-            if let (Some(next), Some(sge)) =
-                (self.wrs.get(*done + 1), self.sges.get(*sge_at + nsge))
-            {
-                prefetch(sge.addr);
+            if let Some(next) = self.wrs.get(*done + 1) {
                 // Of another key or out of bounds, it is a hint that does not help.
                 prefetch(base.wrapping_add(next.addr.wrapping_sub(start)));
             }

@@ -302,9 +302,8 @@ fn copy_spans(dst: &[Span], src: &[Span]) -> u64 {
     let Some(mut to) = dst.next() else { return 0 };
     let mut src = src.iter().copied().peekable();
     while let Some(mut from) = src.next() {
-        if let (Some(from), Some(to)) = (src.peek(), dst.peek()) {
-            prefetch(from.addr);
-            prefetch(to.addr);
+        if let Some(next) = src.peek() {
+            prefetch(next.addr);
         }
         while from.len > 0 {
             if to.len == 0 {
