@@ -62,20 +62,19 @@ impl Arrivals {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether there is a place. If not, those that have had theirs for long lose it soon.
     fn has_room(&self) -> bool {
-        let waiting = self.waiting();
-        if waiting.len() < MAX_ARRIVING {
-            return true;
-        }
-        for arrival in &*waiting {
+        self.waiting().len() < MAX_ARRIVING
+    }
+
+    /// Somebody waits for a place: those that have had theirs for long lose it soon.
+    fn make_room(&self) {
+        for arrival in &*self.waiting() {
             if arrival.since.elapsed() < PATIENCE {
                 break;
             }
             // Its thread finds the end of the connection. One that is gone already is fine.
             let _ = arrival.socket.shutdown(Shutdown::Both);
         }
-        false
     }
 }
 
@@ -125,6 +124,9 @@ impl Drop for Counted {
 pub(crate) fn accept(runtime: &Arc<Runtime>, engine: &Arc<Inner>, socket: &TcpListener) {
     loop {
         if !runtime.arrivals.has_room() {
+            if net::wait_readable(socket, Duration::ZERO) {
+                runtime.arrivals.make_room();
+            }
             return std::thread::sleep(PAUSE);
         }
         let stream = match socket.accept() {

@@ -98,6 +98,10 @@ pub(crate) fn connect(
         },
         default(left + SAY_WHY) => {}
     }
+    // A session that fails also drops its end of the other channel, which may be seen first.
+    if let Ok(error) = failure.try_recv() {
+        return Err(error);
+    }
     link.close(GoodbyeReason::Finished);
     Err(Error::Deadline {
         what: "connecting",

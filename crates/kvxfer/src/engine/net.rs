@@ -194,11 +194,11 @@ pub(crate) fn write_all_by(
     stream.write_all(bytes)
 }
 
-/// Waits for something to read, for at most `timeout`.
-pub(crate) fn wait_readable(socket: &impl AsFd, timeout: Duration) {
+/// Waits for something to read, for at most `timeout`; whether there is.
+pub(crate) fn wait_readable(socket: &impl AsFd, timeout: Duration) -> bool {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     // A failed poll is a short wait.
-    let _ = poll(&mut fds, poll_timeout(Some(timeout)));
+    poll(&mut fds, poll_timeout(Some(timeout))).is_ok_and(|n| n > 0)
 }
 
 #[cfg(test)]

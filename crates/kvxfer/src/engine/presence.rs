@@ -18,8 +18,8 @@ use crate::transfer::{Cause, PeerKey};
 
 /// Names that are remembered; beyond that, only of those that are here.
 const MAX_NAMES: usize = 4096;
-/// Lives that are remembered of one name.
-const MAX_LIVES: usize = 8;
+/// Lives that are remembered of one name; one from before would count as new.
+const MAX_LIVES: usize = 1024;
 
 #[derive(Debug, Default)]
 struct Record {

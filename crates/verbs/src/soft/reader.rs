@@ -7,8 +7,9 @@
 //! streams has ended or it has died. A later peer is not named; whether it may read all the same
 //! (an ancestor, a capability) its attempt shows, and if not the reason names who has the place.
 //!
-//! Only a peer that has proved itself is named: an opening carries the token of a queue pair, or, for
-//! a probe, the context's guid. Both are random and travel over the control connection only.
+//! Of those that dial, only one that has proved itself is named: an opening carries the token of a queue pair, or, for
+//! a probe, the context's guid. Both are random and travel over the control connection only. Whoever is
+//! dialled is named before it has answered, for it must read to answer.
 
 use std::fs;
 use std::io;

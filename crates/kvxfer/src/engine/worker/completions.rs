@@ -105,10 +105,13 @@ impl Worker {
             let known = self.lanes.get(&lane).and_then(|at| at.peer.lost());
             return known.unwrap_or(Cause::PeerDead);
         }
-        Cause::Completion {
-            status: completion_status(status),
-            vendor,
-        }
+        let status = if vendor == kvxfer_verbs::vendor::PROTOCOL {
+            // This side's own verdict on what the peer sent: its responder has refused nothing.
+            CompletionStatus::BadResponse
+        } else {
+            completion_status(status)
+        };
+        Cause::Completion { status, vendor }
     }
 
     fn single_done(&mut self, token: u64, result: Result<(), Cause>) {

@@ -321,8 +321,9 @@ impl Worker {
                 self.lanes.insert(lane, LaneQp { qp, inbox, peer });
             }
             Command::PeerLost { peer, cause } => {
+                // Before what may panic: somebody waits to be told of it.
+                self.lost.push(Arc::clone(&peer));
                 self.transfers.peer_lost(now, peer.key, &cause);
-                self.lost.push(peer);
             }
             Command::DropLanes { peer } => self.drop_lanes(peer),
             Command::PeerDrained { peer, token } => self.transfers.peer_drained(peer, token),
@@ -430,7 +431,8 @@ impl Worker {
                 at += 1;
                 continue;
             }
-            let (peer, lanes) = self.dropping.swap_remove(at);
+            // It stays in the list until all is done: after a panic, what is left of it is found there.
+            let lanes = lanes.clone();
             for lane in lanes {
                 if let Some(gone) = self.lanes.remove(&lane) {
                     self.lane_of.remove(&gone.qp.qp_num());
@@ -439,6 +441,7 @@ impl Worker {
                 }
                 self.scheduler.remove_lane(lane);
             }
+            let (peer, _) = self.dropping.swap_remove(at);
             self.peers.remove(&peer.key);
             peer.worker_drained();
         }

@@ -7,6 +7,7 @@
 //! the engine goes, and the engine takes no new work.
 
 use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tracing::error;
@@ -105,10 +106,14 @@ impl Wreck {
         for job in &live.jobs {
             job.stop();
         }
-        let invalid_blocks = match self.worker.transfers.incomplete(id) {
+        // What is asked here may be in disorder: another panic must not end this thread, whose
+        // transfers would then count as released.
+        let transfers = &self.worker.transfers;
+        let incomplete = catch_unwind(AssertUnwindSafe(|| transfers.incomplete(id))).ok();
+        let listed = catch_unwind(AssertUnwindSafe(|| match incomplete.flatten() {
             _ if live.push => Vec::new(),
             Some(incomplete) => by_group(&incomplete.blocks()),
-            // It was just about to end.
+            // It was just about to end, or nobody knows: all of them.
             None => {
                 let mut blocks = Vec::new();
                 for job in &live.jobs {
@@ -120,7 +125,8 @@ impl Wreck {
                 blocks.dedup();
                 by_group(&blocks)
             }
-        };
+        }));
+        let invalid_blocks = listed.unwrap_or_default();
         self.end(id, invalid_blocks, MemoryState::Quarantined);
     }
 
