@@ -7,6 +7,9 @@ use std::time::Duration;
 /// The port of everything kvxfer, unless another is named.
 pub(crate) const DEFAULT_PORT: u16 = 7301;
 
+/// The longest duration that is taken: sums of a point in time and durations stay within the clock.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// A number of bytes: `4096`, `4K`, `64KiB`, `1M`. K, M, G and T are powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Size(pub(crate) u64);
@@ -26,6 +29,8 @@ pub(crate) enum BadValue {
     Duration(String),
     #[error("a duration of 0 is over before it begins")]
     NoTime,
+    #[error("`{0}` is too long: at most 365 days, which are {seconds} s", seconds = LONGEST.as_secs())]
+    TooLong(String),
     #[error("`{0}` is no address: say HOST, HOST:PORT or [IPV6]:PORT")]
     Address(String),
     #[error("`{0}` is no rate: say how many gigabits a second, such as 80 or 12.5")]
@@ -75,7 +80,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// Seconds, or a number with `s`, `ms` or `m`; not zero.
+/// Seconds, or a number with `s`, `ms` or `m`; not zero, and at most [`LONGEST`].
 pub(crate) fn duration(text: &str) -> Result<Duration, BadValue> {
     let bad = || BadValue::Duration(text.to_owned());
     let trimmed = text.trim();
@@ -90,7 +95,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, BadValue> {
         _ => return Err(bad()),
     };
     let number: f64 = number.trim_end().parse().map_err(|_| bad())?;
-    let duration = Duration::try_from_secs_f64(number * scale).map_err(|_| bad())?;
+    let seconds = number * scale;
+    if seconds.is_finite() && seconds > LONGEST.as_secs_f64() {
+        return Err(BadValue::TooLong(text.to_owned()));
+    }
+    let duration = Duration::try_from_secs_f64(seconds).map_err(|_| bad())?;
     if duration.is_zero() {
         return Err(BadValue::NoTime);
     }
@@ -206,7 +215,7 @@ mod tests {
         ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
-        for text in ["", "s", "-1", "1h", "nan", "inf", "1e400"] {
+        for text in ["", "s", "-1", "1h", "nan", "inf", "1e9", "1e400"] {
             assert_eq!(
                 duration(text),
                 Err(BadValue::Duration(text.into())),
@@ -214,6 +223,19 @@ mod tests {
             );
         }
         assert_eq!(duration("0"), Err(BadValue::NoTime));
+        for text in ["31536000", "525600m"] {
+            assert_eq!(duration(text), Ok(LONGEST), "{text}");
+        }
+        for text in [
+            "31536001",
+            "525601m",
+            "10000000000000000000",
+            "18446744073709551615ms",
+        ] {
+            let error = duration(text).expect_err(text);
+            assert_eq!(error, BadValue::TooLong(text.into()));
+            assert!(error.to_string().contains("31536000 s"), "{error}");
+        }
     }
 
     #[test]

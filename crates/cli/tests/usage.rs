@@ -21,6 +21,12 @@ fn bad_usage_is_exit_2_with_nothing_on_stdout() -> std::io::Result<()> {
         &["serve", "--listen", "nowhere:99999"],
         &["serve", "--max-memory", "0"],
         &["serve", "--exit-with-parent", "0"],
+        &["ping", "-i", "10000000000000000000"],
+        &["ping", "-W", "10000000000000000000"],
+        &["ping", "--timeout", "10000000000000000000"],
+        &["bw", "--timeout", "10000000000000000000"],
+        &["bw", "--duration", "10000000000000000000"],
+        &["serve", "--timeout", "10000000000000000000"],
     ] {
         let output = kvxfer(args)?;
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -35,6 +41,12 @@ fn a_bad_value_is_named_with_its_fix() -> std::io::Result<()> {
     let text = kvxfer(&["bw", "-s", "64KB"])?.stderr;
     let text = String::from_utf8_lossy(&text);
     assert!(text.contains("64KB") && text.contains("KiB"), "{text}");
+    let text = kvxfer(&["ping", "--timeout", "10000000000000000000"])?.stderr;
+    let text = String::from_utf8_lossy(&text);
+    assert!(
+        text.contains("10000000000000000000") && text.contains("365 days"),
+        "{text}"
+    );
     Ok(())
 }
 
