@@ -114,7 +114,7 @@ pub(crate) struct PingArgs {
     #[arg(long, short = 'i', value_name = "TIME", value_parser = size::duration)]
     pub(crate) interval: Option<Duration>,
 
-    /// How long each part of a ping is waited for [default: 1]
+    /// How long a ping is waited for, all its parts together [default: 1]
     #[arg(long, short = 'W', value_name = "TIME", value_parser = size::duration)]
     pub(crate) wait: Option<Duration>,
 

@@ -392,6 +392,25 @@ fn the_timeout_bounds_all_of_it() {
 }
 
 #[test]
+fn the_timeout_bounds_a_long_wait_for_a_stopped_peer() {
+    let (server, address) = serve(&[]);
+    let begun = Instant::now();
+    let options = ["-c", "0", "-i", "300ms", "-W", "600", "--timeout", "5"];
+    let client = start(&[&["ping", &address, "--path", "tcp"], &options[..]].concat());
+    after_two_pings(&client);
+    server.signal(Signal::SIGSTOP);
+    let ended = client.end();
+    let took = begun.elapsed();
+    // Every part of the last ping had so long, once.
+    assert!(took < Duration::from_secs(8), "{took:?}: {ended:?}");
+    assert_eq!(
+        ended.code,
+        Some(0),
+        "what was cut short is not lost: {ended:?}"
+    );
+}
+
+#[test]
 fn a_reader_that_goes_ends_it() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);

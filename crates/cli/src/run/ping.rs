@@ -24,7 +24,7 @@ use crate::target::OwnTarget;
 const COUNT: u64 = 5;
 /// The time from one ping to the next.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How long each part of a ping is waited for.
+/// How long a ping is waited for.
 const WAIT: Duration = Duration::from_secs(1);
 /// Limit of the set-up.
 const TIMEOUT: Duration = Duration::from_secs(30);

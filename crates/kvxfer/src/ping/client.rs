@@ -26,6 +26,9 @@ const SPIN: Duration = Duration::from_micros(100);
 /// An operation that fails because the peer has died fails before the connection's end is read:
 /// how long that is waited for, to tell the cause and not its echo.
 const ECHO: Duration = Duration::from_millis(300);
+/// A stopped peer's memory can still be read: what a READ has when the control connection has used
+/// up the time of a ping.
+const READ_ANYWAY: Duration = Duration::from_millis(100);
 /// Never gives an operation up: what is lost is told by the caller's wait, and a peer that was
 /// stopped is met again when it goes on.
 const RTS: RtsAttr = RtsAttr {
@@ -73,9 +76,12 @@ impl Pinger {
     ///
     /// # Errors
     ///
-    /// [`Error::Resolve`], [`Error::Unreachable`] (nobody listens, or no answer), [`Error::Session`]
-    /// (not kvxfer, another version, a wrong secret, silence, no room), [`Error::NoPath`],
-    /// [`Error::Secret`], [`Error::Verbs`].
+    /// [`Error::Config`], [`Error::Secret`]; [`Error::Resolve`], [`Error::Unreachable`] (nobody
+    /// listens, or no answer), [`Error::Session`] (not kvxfer, another version, a wrong secret,
+    /// silence, no room), [`Error::NotConnected`] (it said goodbye before the session stood);
+    /// [`Error::NoPath`], [`Error::PathNotHere`] (this build has no such path);
+    /// [`Error::Stream`], [`Error::StreamNotAuthentic`] (the data streams of soft TCP);
+    /// [`Error::Memory`], [`Error::Verbs`].
     pub fn connect(config: &Config, address: &str, timeout: Duration) -> Result<Self, Error> {
         config.check()?;
         let until = net::after(timeout);
@@ -102,6 +108,7 @@ impl Pinger {
             config,
             context,
             to,
+            timeout,
             until,
             parts: Some(parts),
             session: None,
@@ -132,7 +139,8 @@ impl Pinger {
         self.control.stop_on(fd);
     }
 
-    /// One ping; each part of it is waited for at most `wait`. A part that does not come is
+    /// One ping, all of which is waited for at most `wait`; only a READ after a control connection
+    /// that was silent for so long has up to a tenth of a second more. A part that does not come is
     /// [`Probe::Lost`], which is no error: the peer may only be stalled. `None`: stopped.
     ///
     /// # Errors
@@ -141,6 +149,7 @@ impl Pinger {
     /// ([`Error::PingFailed`]), or a READ brought another value than was written
     /// ([`Error::PingWrong`]). The pinger is of no use any more then.
     pub fn ping(&mut self, wait: Duration) -> Result<Option<Ping>, Error> {
+        let until = net::after(wait);
         self.sequence += 1;
         let mut ping = Ping {
             sequence: self.sequence,
@@ -148,19 +157,23 @@ impl Pinger {
             write: Probe::NotTried,
             read: Probe::NotTried,
         };
-        ping.control = self.control_ping(wait)?;
+        ping.control = self.control_ping(until)?;
         if self.control.stopped() {
             return Ok(None);
         }
         if ping.control.time().is_some() && self.settled()? {
-            ping.write = self.write(wait)?;
+            ping.write = self.write(until)?;
         }
         if self.control.stopped() && ping.write == Probe::Lost {
             return Ok(None);
         }
         // What is posted behind an operation that is out would wait with it.
         if self.settled()? {
-            ping.read = self.read(wait)?;
+            let until = match ping.control {
+                Probe::Lost => until + READ_ANYWAY,
+                _ => until,
+            };
+            ping.read = self.read(until)?;
         }
         if self.control.stopped() && !ping.answered() {
             return Ok(None);
@@ -184,7 +197,7 @@ impl Pinger {
         }
     }
 
-    fn control_ping(&mut self, wait: Duration) -> Result<Probe, Error> {
+    fn control_ping(&mut self, until: Instant) -> Result<Probe, Error> {
         // Whatever waits to be read is not to be counted into this ping.
         self.control.turn();
         while self.control.event()?.is_some() {}
@@ -192,7 +205,6 @@ impl Pinger {
             // The peer does not read: nothing fits into its connection any more.
             return Ok(Probe::Lost);
         };
-        let until = net::after(wait);
         loop {
             self.control.turn();
             while let Some(event) = self.control.event()? {
@@ -212,20 +224,20 @@ impl Pinger {
         }
     }
 
-    fn write(&mut self, wait: Duration) -> Result<Probe, Error> {
+    fn write(&mut self, until: Instant) -> Result<Probe, Error> {
         let value = splitmix(self.salt ^ self.sequence);
         let begun = Instant::now();
         self.lane.write(value)?;
         self.written = Some(value);
-        let probe = self.await_lane(begun, wait)?;
+        let probe = self.await_lane(begun, until)?;
         self.settled()?;
         Ok(probe)
     }
 
-    fn read(&mut self, wait: Duration) -> Result<Probe, Error> {
+    fn read(&mut self, until: Instant) -> Result<Probe, Error> {
         let begun = Instant::now();
         self.lane.read()?;
-        let probe = self.await_lane(begun, wait)?;
+        let probe = self.await_lane(begun, until)?;
         if probe.time().is_some() {
             let (wanted, got) = (self.holds, self.lane.value()?);
             if got != wanted {
@@ -246,8 +258,7 @@ impl Pinger {
         Ok(true)
     }
 
-    fn await_lane(&mut self, begun: Instant, wait: Duration) -> Result<Probe, Error> {
-        let until = begun + wait.min(Duration::from_secs(1 << 30));
+    fn await_lane(&mut self, begun: Instant, until: Instant) -> Result<Probe, Error> {
         loop {
             if self.lane_idle()? {
                 return Ok(Probe::Answered(begun.elapsed()));
@@ -291,6 +302,7 @@ struct Bringup<'a> {
     config: &'a Config,
     context: Context,
     to: SocketAddr,
+    timeout: Duration,
     until: Instant,
     parts: Option<Parts>,
     session: Option<(SessionId, StreamKey, bool)>,
@@ -311,9 +323,11 @@ impl Bringup<'_> {
                 }
                 self.event(event)?;
             }
-            // The session has a limit of its own, which says how far it came.
-            let later = Instant::now() + Duration::from_secs(1);
-            self.control.sleep(later, None);
+            // The session's own limit begins anew when the peer is authenticated.
+            if Instant::now() >= self.until {
+                return Err(self.control.late(self.timeout));
+            }
+            self.control.sleep(self.until, None);
         }
     }
 
@@ -533,9 +547,9 @@ mod tests {
             .lane
             .aim(pick(engine.inner().describe().expect("described")));
         let error = if write {
-            pinger.write(LONG)
+            pinger.write(net::after(LONG))
         } else {
-            pinger.read(LONG)
+            pinger.read(net::after(LONG))
         };
         let error = error.expect_err("not its memory");
         let refused = kvxfer_verbs::WcStatus::RemAccess;
@@ -560,12 +574,58 @@ mod tests {
     }
 
     #[test]
+    fn one_limit_for_connecting_also_when_it_passes_behind_the_handshake() {
+        use std::io::Read as _;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let limit = Duration::from_secs(2);
+        // Proves who it is after half of the time, and then says nothing.
+        let server = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("a client");
+            let settings = session_config(&Config::default(), None, Role::Engine);
+            let nonce = random_nonce().expect("random");
+            let mut session = Session::server(settings, nonce);
+            std::thread::sleep(limit / 2);
+            session.start(crate::time::Time(0));
+            let mut bytes = [0; 4096];
+            loop {
+                let n = socket.read(&mut bytes).unwrap_or(0);
+                if n == 0 {
+                    return session.state();
+                }
+                session.on_bytes(crate::time::Time(1), &bytes[..n]);
+                let out = session.transmit().to_vec();
+                std::io::Write::write_all(&mut socket, &out).expect("written");
+                session.transmitted(out.len());
+            }
+        });
+        let begun = Instant::now();
+        let error = Pinger::connect(&Config::default(), &address, limit).expect_err("silence");
+        // Half of the time more than this, if each stage had a limit of its own.
+        assert!(begun.elapsed() < limit + limit / 4, "{:?}", begun.elapsed());
+        let Error::Session { source, .. } = &error else {
+            panic!("{error}");
+        };
+        assert!(
+            matches!(source, crate::session::SessionError::EstablishTimeout { after, .. } if *after == limit),
+            "{error}"
+        );
+        server.join().expect("the server");
+    }
+
+    #[test]
     fn a_value_that_is_not_what_was_written_is_told() {
         let (_engine, _side, mut pinger) = pinged(PathKind::Arena);
         assert!(pinger.ping(LONG).expect("answered").is_some());
-        assert!(pinger.read(LONG).expect("as written").time().is_some());
+        assert!(
+            pinger
+                .read(net::after(LONG))
+                .expect("as written")
+                .time()
+                .is_some()
+        );
         pinger.holds ^= 1;
-        let error = pinger.read(LONG).expect_err("another value");
+        let error = pinger.read(net::after(LONG)).expect_err("another value");
         assert!(matches!(error, Error::PingWrong { wanted, got } if wanted == got ^ 1));
     }
 }

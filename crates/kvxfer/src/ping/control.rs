@@ -9,7 +9,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::engine::poll_timeout;
 use crate::error::Error;
-use crate::session::{Closed, Event, SendError, Session, SessionError};
+use crate::session::{Closed, Event, SendError, Session, SessionError, SessionState};
 use crate::time::Time;
 use crate::transfer::Cause;
 use crate::wire::{ErrorCode, GoodbyeReason, Message};
@@ -157,6 +157,20 @@ impl Control {
             source: SessionError::CutOff {
                 code: ErrorCode::Lie,
                 text: text.to_owned(),
+            },
+        }
+    }
+
+    /// The session did not stand in time: how far it came.
+    pub(super) fn late(&mut self, after: Duration) -> Error {
+        let state = self.session.state();
+        self.session.cut_off(ErrorCode::Timeout, "not in time");
+        self.flush();
+        Error::Session {
+            peer: self.name.clone(),
+            source: match state {
+                SessionState::Handshake => SessionError::HandshakeTimeout { after },
+                state => SessionError::EstablishTimeout { state, after },
             },
         }
     }
