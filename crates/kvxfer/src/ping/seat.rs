@@ -1,10 +1,12 @@
 //! The pinged side: what an engine keeps for one pinger, while its session stands.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::thread::JoinHandle;
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::{debug, warn};
 
 use kvxfer_hipmem::HostMemory;
@@ -15,12 +17,9 @@ use kvxfer_verbs::{
 
 use super::lane::{RECEIVES, queue_pair, scratch};
 use super::{MAX_PINGERS, SCRATCH};
-use crate::engine::{Inner, Runtime, poll_timeout, spawn};
+use crate::engine::{Inner, Runtime, spawn};
 use crate::error::Error;
 use crate::wire::{Blob, Describe, Refusal, RemoteSpan};
-
-/// A thread that was not woken looks whether it is to end.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// One of the [`MAX_PINGERS`] places.
 #[derive(Debug)]
@@ -45,7 +44,7 @@ impl Drop for Place {
 /// be reached through it. Everything ends with the seat.
 #[derive(Debug)]
 pub(crate) struct ProbeSeat {
-    answers: Option<Arc<Answers>>,
+    service: Option<Service>,
     pd: ProtectionDomain,
     cq: CompletionQueue,
     region: MemoryRegion,
@@ -76,7 +75,7 @@ impl ProbeSeat {
         let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE;
         let region = pd.register(memory.as_memory(), access)?;
         Ok(Self {
-            answers: None,
+            service: None,
             cq: context.create_cq(4 * RECEIVES)?,
             pd,
             region,
@@ -115,32 +114,53 @@ impl ProbeSeat {
 
     /// Takes notifications from now on, in a thread of its own.
     pub(crate) fn serve(&mut self, qp: QueuePair<Rts>) -> Result<(), Error> {
+        let end = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| Error::Os {
+                call: "eventfd",
+                errno: errno as i32,
+            })?;
         let answers = Arc::new(Answers {
             qp,
             cq: self.cq.clone(),
             over: AtomicBool::new(false),
+            end,
         });
-        self.answers = Some(Arc::clone(&answers));
-        spawn("kvx-ping", move || {
-            if let Err(error) = answers.run() {
+        let served = Arc::clone(&answers);
+        let thread = spawn("kvx-ping", move || {
+            if let Err(error) = served.run() {
                 debug!(%error, "pings are not answered any more");
             }
         })?;
+        self.service = Some(Service {
+            answers,
+            thread: Some(thread),
+        });
         Ok(())
     }
 
     /// Whether it came to answer.
     pub(crate) fn serves(&self) -> bool {
-        self.answers.is_some()
+        self.service.is_some()
     }
 }
 
-impl Drop for ProbeSeat {
+/// The thread that takes notifications. It never drops the seat itself, so it can be waited for:
+/// once the seat is gone, nothing holds its queue pair any more.
+#[derive(Debug)]
+struct Service {
+    answers: Arc<Answers>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Service {
     fn drop(&mut self) {
-        if let Some(answers) = &self.answers {
-            answers.over.store(true, Ordering::Release);
-            // Flushes the receives, which wakes the thread; and nothing lands any more from here on.
-            answers.qp.to_error();
+        self.answers.over.store(true, Ordering::Release);
+        // Nothing lands any more from here on.
+        self.answers.qp.to_error();
+        // Never read: every sleep from now on ends at once. The first write does not fail.
+        let _ = self.answers.end.write(1);
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            warn!("a thread for pings had panicked");
         }
     }
 }
@@ -150,6 +170,8 @@ struct Answers {
     qp: QueuePair<Rts>,
     cq: CompletionQueue,
     over: AtomicBool,
+    /// Readable when it is over.
+    end: EventFd,
 }
 
 impl Answers {
@@ -168,11 +190,76 @@ impl Answers {
                 self.qp.post_recv(completion.wr_id, &[], &none)?;
             }
             if !more && completions.is_empty() && self.cq.arm()? {
-                let mut fds = [PollFd::new(self.cq.as_fd(), PollFlags::POLLIN)];
+                let fds = [self.cq.as_fd(), self.end.as_fd()];
+                let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                 // An interrupted or failed poll is a short sleep.
-                let _ = poll(&mut fds, poll_timeout(Some(LOOK)));
+                let _ = poll(&mut fds, PollTimeout::NONE);
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use kvxfer_verbs::{Link, RtrAttr, RtsAttr};
+
+    use super::*;
+    use crate::bench::{BenchMemory, BenchShape, BenchSide};
+    use crate::config::Config;
+    use crate::engine::Engine;
+    use crate::layout::{KvFormat, Topology};
+
+    #[test]
+    fn the_thread_ends_with_its_seat() {
+        let format = KvFormat::opaque(4096, 1).expect("a format");
+        let shape = BenchShape {
+            topology: Topology::single(&format),
+            format,
+            num_blocks: vec![4],
+            memory: BenchMemory::Arena,
+        };
+        let side = BenchSide::new(&shape).expect("memory");
+        let (format, placement) = (side.format().clone(), side.placement().clone());
+        let engine = Engine::new(Config::default(), format, placement).expect("an engine");
+        let mut seat = ProbeSeat::new(engine.inner()).expect("a seat");
+
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let mut streams = Vec::new();
+        for _ in 0..2 {
+            let dialled = TcpStream::connect(address).expect("connected");
+            streams.push((dialled, listener.accept().expect("accepted").0));
+        }
+        let (there, here): (Vec<_>, Vec<_>) = streams.into_iter().unzip();
+        let [requester, responder] = <[TcpStream; 2]>::try_from(here).expect("two");
+        let other = seat.queue_pair().expect("a queue pair");
+        let attr = RtrAttr {
+            remote: other.endpoint(),
+            link: Link::SoftTcp {
+                requester,
+                responder,
+            },
+            min_rnr_timer: 12,
+        };
+        let rts = RtsAttr {
+            timeout: 0,
+            retry_cnt: 7,
+            rnr_retry: 7,
+        };
+        let qp = seat.queue_pair().expect("a queue pair").rtr(attr);
+        let qp = qp.and_then(|qp| qp.rts(rts)).expect("connected");
+        seat.serve(qp).expect("a thread");
+        let service = seat.service.as_ref().expect("a thread");
+        assert!(service.thread.as_ref().is_some_and(|t| !t.is_finished()));
+        let left = Arc::downgrade(&service.answers);
+        drop(seat);
+        assert!(
+            left.upgrade().is_none(),
+            "somebody still has the queue pair"
+        );
+        drop(there);
     }
 }
