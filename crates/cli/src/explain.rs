@@ -5,6 +5,7 @@ use std::io;
 use kvxfer::Error;
 use kvxfer::config::{ConfigError, PathKind};
 use kvxfer::layout::LayoutError;
+use kvxfer::ping::PINGERS;
 use kvxfer::session::{Party, SessionError, SessionState};
 use kvxfer::transfer::Cause;
 use kvxfer::wire::{Refusal, Role, WireError};
@@ -200,7 +201,7 @@ fn rejected(peer: &str, reason: &Refusal) -> Problem {
     let problem = Problem::new(refusal_exit(reason), format!("{peer} refuses"))
         .with_evidence(reason.to_string());
     match reason {
-        Refusal::Full { what, .. } if what.contains("pingers") => {
+        Refusal::Full { what, .. } if what == PINGERS => {
             problem.with_fix("wait until others have done with their pings")
         }
         Refusal::Full { .. } => problem.with_fix(
@@ -212,6 +213,9 @@ fn rejected(peer: &str, reason: &Refusal) -> Problem {
         Refusal::RoleNotServed { role: Role::Bench } => {
             problem.with_fix("start `kvxfer serve` there, or set allow_bench on the engine")
         }
+        Refusal::RoleNotServed { role: Role::Probe } => problem.with_fix(
+            "look at the server's log: it had no memory or no queue pair left for a pinger",
+        ),
         Refusal::WrongEngine { .. } => problem.with_fix("check the address and the port"),
         Refusal::NoPath { .. } => {
             problem.with_fix("--path tcp goes everywhere, if the server allows it")
@@ -302,6 +306,23 @@ mod tests {
             text.contains("no rdma here") && text.contains("no arena here"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn only_a_refusal_for_pingers_says_to_wait_for_others() {
+        let waits = |what: &str| {
+            let reason = Refusal::Full {
+                what: what.into(),
+                limit: 16,
+            };
+            rejected("n:1", &reason)
+                .to_string()
+                .contains("have done with their pings")
+        };
+        assert!(waits(PINGERS));
+        assert!(!waits("memory, and pingers") && !waits("memory"));
+        let text = rejected("n:1", &Refusal::RoleNotServed { role: Role::Probe }).to_string();
+        assert!(text.contains("server's log"), "{text}");
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub(crate) use seat::ProbeSeat;
 /// How many pingers an engine's process serves at once.
 pub const MAX_PINGERS: usize = 16;
 
+/// What an engine that serves as many says is limited, in [`Refusal::Full`](crate::wire::Refusal::Full).
+pub const PINGERS: &str = "number of pingers";
+
 /// Bytes of the scratch region of one session.
 const SCRATCH: u64 = 4096;
 /// Bytes that a READ or a WRITE of a ping moves.

@@ -16,10 +16,10 @@ use kvxfer_verbs::{
 };
 
 use super::lane::{RECEIVES, queue_pair, scratch};
-use super::{MAX_PINGERS, SCRATCH};
+use super::{MAX_PINGERS, PINGERS};
 use crate::engine::{Inner, Runtime, spawn};
 use crate::error::Error;
-use crate::wire::{Blob, Describe, Refusal, RemoteSpan};
+use crate::wire::{Blob, Describe, Refusal, RemoteSpan, Role};
 
 /// One of the [`MAX_PINGERS`] places.
 #[derive(Debug)]
@@ -56,15 +56,13 @@ impl ProbeSeat {
     /// Room for one pinger, if there is any.
     pub(crate) fn new(engine: &Inner) -> Result<Self, Refusal> {
         let place = Place::take(&engine.runtime).ok_or_else(|| Refusal::Full {
-            what: "number of pingers".into(),
+            what: PINGERS.into(),
             limit: MAX_PINGERS as u64,
         })?;
         Self::allocate(engine, place).map_err(|error| {
             warn!(%error, "pinger refused");
-            Refusal::Full {
-                what: "scratch memory of pingers".into(),
-                limit: SCRATCH,
-            }
+            // No limit of pingers: others that end their pings are no help.
+            Refusal::RoleNotServed { role: Role::Probe }
         })
     }
 
