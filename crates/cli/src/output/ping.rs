@@ -121,11 +121,21 @@ pub(crate) struct Part {
     pub(crate) max_us: Option<f64>,
 }
 
-/// The times of one part, as they come.
+/// So many times of a part are kept for its percentiles.
+const KEPT: usize = 65_536;
+
+/// The times of one part, as they come. What is kept is bounded: of more than [`KEPT`] times, a
+/// sample in which each is as likely as any other (reservoir sampling).
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Samples {
     sent: u64,
-    ns: Vec<u64>,
+    answered: u64,
+    sum_ns: u128,
+    min_ns: u64,
+    max_ns: u64,
+    kept_ns: Vec<u64>,
+    /// Of the generator, the same in each run.
+    state: u64,
 }
 
 impl Samples {
@@ -133,28 +143,58 @@ impl Samples {
         match probe {
             Probe::Answered(time) => {
                 self.sent += 1;
-                let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-                self.ns.push(ns);
+                self.note(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
             }
             Probe::Lost => self.sent += 1,
             Probe::NotTried => {}
         }
     }
 
+    fn note(&mut self, ns: u64) {
+        self.min_ns = match self.answered {
+            0 => ns,
+            _ => self.min_ns.min(ns),
+        };
+        self.max_ns = self.max_ns.max(ns);
+        self.sum_ns += u128::from(ns);
+        self.answered += 1;
+        if self.kept_ns.len() < KEPT {
+            self.kept_ns.push(ns);
+        } else {
+            // Vitter's algorithm R: the n-th is kept with the probability KEPT / n.
+            let at = self.below(self.answered);
+            let place = usize::try_from(at)
+                .ok()
+                .and_then(|at| self.kept_ns.get_mut(at));
+            if let Some(place) = place {
+                *place = ns;
+            }
+        }
+    }
+
+    /// A number below `bound`, each as likely as any other (SplitMix64).
+    fn below(&mut self, bound: u64) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.state;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^= x >> 31;
+        ((u128::from(x) * u128::from(bound)) >> 64) as u64
+    }
+
     pub(crate) fn part(&self) -> Part {
-        let mut sorted = self.ns.clone();
+        let mut sorted = self.kept_ns.clone();
         sorted.sort_unstable();
         let us = |ns: u64| ns as f64 / 1e3;
-        let sum: u128 = sorted.iter().map(|ns| u128::from(*ns)).sum();
-        let mean = (!sorted.is_empty()).then(|| sum as f64 / sorted.len() as f64 / 1e3);
+        let any = self.answered > 0;
         Part {
             sent: self.sent,
-            answered: sorted.len() as u64,
-            min_us: sorted.first().copied().map(us),
-            avg_us: mean,
+            answered: self.answered,
+            min_us: any.then(|| us(self.min_ns)),
+            avg_us: any.then(|| self.sum_ns as f64 / self.answered as f64 / 1e3),
             p50_us: percentile(&sorted, 500).map(us),
             p99_us: percentile(&sorted, 990).map(us),
-            max_us: sorted.last().copied().map(us),
+            max_us: any.then(|| us(self.max_ns)),
         }
     }
 }
@@ -305,6 +345,27 @@ mod tests {
         let read = report().read;
         assert_eq!((read.sent, read.answered, read.max_us), (2, 1, Some(3.0)));
         assert_eq!(report().write.avg_us, None);
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_stands_for_all() {
+        let mut samples = Samples::default();
+        let all = 8 * KEPT as u64;
+        for us in 1..=all {
+            samples.add(Probe::Answered(Duration::from_micros(us)));
+        }
+        assert_eq!(samples.kept_ns.len(), KEPT);
+        let part = samples.part();
+        let mean = (1 + all) as f64 / 2.0;
+        assert_eq!((part.sent, part.answered), (all, all));
+        assert_eq!(
+            (part.min_us, part.avg_us, part.max_us),
+            (Some(1.0), Some(mean), Some(all as f64))
+        );
+        // Neither the first times nor the last ones are favoured: standard errors are 0.2 % and 0.04 %.
+        let share = |us: Option<f64>| us.unwrap_or(0.0) / all as f64;
+        assert!((share(part.p50_us) - 0.5).abs() < 0.01, "{part:?}");
+        assert!((share(part.p99_us) - 0.99).abs() < 0.002, "{part:?}");
     }
 
     #[test]
