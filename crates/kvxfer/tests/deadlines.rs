@@ -149,7 +149,7 @@ fn expectations() {
 }
 
 #[test]
-#[ignore = "measures time: wants a machine that does nothing else"]
+#[ignore = "measures time on an idle machine: cargo xtask test --long runs it, alone"]
 fn outcomes_come_at_their_deadlines() {
     expectations();
     pulls_over_tcp();
