@@ -321,9 +321,9 @@ pub enum Error {
     /// The engine is shutting down.
     #[error("the engine is shutting down")]
     ShuttingDown,
-    /// A worker thread has panicked: a defect. What it worked on has failed, and the engine takes no
+    /// A thread of the engine has panicked: a defect. What it worked on has failed, and the engine takes no
     /// new work.
-    #[error("a worker thread of the engine has panicked; drop the engine and make another")]
+    #[error("a thread of the engine has panicked; drop the engine and make another")]
     WorkerPanicked,
     /// The engine was made by another process, of which this one is a fork. It has the engine's
     /// memory and none of its threads.

@@ -378,7 +378,8 @@ impl Leases {
 
     /// Takes all offers back: the engine is shutting down.
     pub fn retract_all(&mut self) {
-        let requests: Vec<RequestId> = self.offers.keys().cloned().collect();
+        let mut requests: Vec<RequestId> = self.offers.keys().cloned().collect();
+        requests.sort_unstable();
         for request in &requests {
             self.end(request, ReleaseReason::Retracted);
         }

@@ -60,11 +60,13 @@ impl Drop for Owner {
 /// its parent's connections until it ends or calls `exec`; meanwhile peers notice the parent's death
 /// by its silence only. A child that needs an engine makes its own.
 ///
-/// # Panics of workers
+/// # Panics of its threads
 ///
 /// Should a worker thread panic, by a defect, its transfers fail with [`Cause::WorkerPanicked`], and
-/// so do those with the same peers on other workers. Their memory is released as after any failure.
-/// The engine takes no new work then ([`Error::WorkerPanicked`]).
+/// so do those with the same peers on other workers. A control connection whose thread panics ends,
+/// and the transfers over it fail in the same way; so do all expectations, and offers end, if a thread
+/// panics over their ledgers. Memory is released as after any failure. The engine takes no new work
+/// then ([`Error::WorkerPanicked`]).
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,

@@ -2,6 +2,7 @@
 //! [`crate::expects`], and the thread that keeps their time.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -35,6 +36,9 @@ pub(crate) struct Ledgers {
     /// Producers that asked before.
     wanted: Vec<(RequestId, PeerKey)>,
     stopping: bool,
+    /// The time keeper is to panic, as a defect would have it.
+    #[cfg(test)]
+    pub(crate) panic: bool,
 }
 
 #[derive(Debug)]
@@ -52,13 +56,15 @@ impl Books {
                 tickets: HashMap::new(),
                 wanted: Vec::new(),
                 stopping: false,
+                #[cfg(test)]
+                panic: false,
             }),
             changed: Condvar::new(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledgers> {
-        // The ledgers are valid between calls, so a panic elsewhere does not spoil them.
+        // Whoever panics while it holds them leaves the rest to the time keeper.
         self.ledgers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -91,13 +97,43 @@ impl Books {
     }
 
     /// The time keeper's body.
+    ///
+    /// A panic over the ledgers, on whatever thread, is a defect of this library. The engine takes no
+    /// new work then; what stands in the ledgers ends, with [`Cause::WorkerPanicked`], and their time
+    /// is kept for what is to be released later. A second panic ends that too.
     pub(crate) fn keep_time(&self, engine: &Weak<Inner>) {
+        let keep = || catch_unwind(AssertUnwindSafe(|| self.keep(engine)));
+        let _ = keep();
+        if !self.ledgers.is_poisoned() {
+            return;
+        }
+        error!("a thread has panicked over the ledgers; the engine takes no new work");
+        let Some(inner) = engine.upgrade() else {
+            return;
+        };
+        inner.runtime.health.break_down();
+        self.ledgers.clear_poison();
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            self.with(&inner, |books, now| {
+                books.end_all(now, &Cause::WorkerPanicked)
+            });
+        }));
+        drop(inner);
+        if ended.is_err() || keep().is_err() || self.ledgers.is_poisoned() {
+            error!("the ledgers are in disorder: what they hold is not released any more");
+        }
+    }
+
+    /// Keeps time until the engine goes, or somebody has panicked over the ledgers.
+    fn keep(&self, engine: &Weak<Inner>) {
         let mut ledgers = self.lock();
-        while !ledgers.stopping {
+        while !ledgers.stopping && !self.ledgers.is_poisoned() {
             let Some(engine) = engine.upgrade() else {
                 return;
             };
             let now = engine.now();
+            #[cfg(test)]
+            assert!(!std::mem::take(&mut ledgers.panic), "the test wants it");
             ledgers.leases.on_time(now);
             ledgers.expects.on_time(now);
             ledgers.carry_out(&engine);
@@ -289,9 +325,10 @@ impl Ledgers {
         self.wanted.retain(|(_, key)| *key != peer);
     }
 
-    pub(crate) fn shut_down(&mut self, now: Time) {
+    /// Ends whatever stands.
+    pub(crate) fn end_all(&mut self, now: Time, cause: &Cause) {
         self.leases.retract_all();
-        self.expects.cancel_all(now, &Cause::ShuttingDown);
+        self.expects.cancel_all(now, cause);
     }
 }
 

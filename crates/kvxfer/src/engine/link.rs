@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::Clock;
 use super::accept::Arriving;
@@ -32,6 +33,9 @@ enum Order {
     Stream(StreamOpening, TcpStream),
     Reset(Cause),
     Close(GoodbyeReason),
+    /// Panic, as a defect would have it.
+    #[cfg(test)]
+    Panic,
 }
 
 /// How other threads reach a link.
@@ -81,6 +85,11 @@ impl Link {
     /// Ends the session in good order.
     pub(crate) fn close(&self, reason: GoodbyeReason) {
         self.order(Order::Close(reason));
+    }
+
+    #[cfg(test)]
+    pub(crate) fn panic(&self) {
+        self.order(Order::Panic);
     }
 }
 
@@ -151,7 +160,23 @@ impl Driver {
     }
 
     /// Runs the session to its end. `input` is what was read of the connection before.
+    ///
+    /// Should this thread panic, by a defect, the session ends as any other: its peer is lost, and
+    /// what ran over it ends with [`Cause::WorkerPanicked`].
     pub(crate) fn run(mut self, input: &[u8]) -> Ended {
+        let closed = catch_unwind(AssertUnwindSafe(|| self.serve(input)));
+        self.link.over.store(true, Ordering::Release);
+        let closed = closed.unwrap_or_else(|_| {
+            error!(peer = %self.name, "a link has panicked; the engine takes no new work");
+            self.engine.runtime.health.break_down();
+            self.cause.get_or_insert(Cause::WorkerPanicked);
+            self.error.get_or_insert(Error::WorkerPanicked);
+            None
+        });
+        self.ended(closed)
+    }
+
+    fn serve(&mut self, input: &[u8]) -> Option<Closed> {
         self.session.start(self.clock.now());
         if !input.is_empty() {
             self.session.on_bytes(self.clock.now(), input);
@@ -180,13 +205,11 @@ impl Driver {
                 // The peer may not read any more: its last words get a moment, no more.
                 let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                 if self.session.is_finished() || Instant::now() >= until {
-                    break;
+                    return closed;
                 }
             }
             self.sleep(closed.is_some());
         }
-        self.link.over.store(true, Ordering::Release);
-        self.ended(closed)
     }
 
     fn read(&mut self, buffer: &mut [u8]) {
@@ -266,6 +289,8 @@ impl Driver {
                     self.wanted = true;
                     self.session.close(reason);
                 }
+                #[cfg(test)]
+                Order::Panic => panic!("a link's panic, which the test wants"),
             }
         }
     }

@@ -13,6 +13,8 @@ mod health;
 mod link;
 pub(crate) mod net;
 mod notices;
+#[cfg(test)]
+mod panic_tests;
 mod peer;
 mod presence;
 mod runtime;
@@ -486,7 +488,8 @@ impl Inner {
 
     /// Ends everything that is under way.
     pub(crate) fn shut_down(self: &Arc<Self>) {
-        self.books.with(self, books::Ledgers::shut_down);
+        self.books
+            .with(self, |books, now| books.end_all(now, &Cause::ShuttingDown));
         self.books.stop();
         let (links, peers) = {
             let mut roster = self.roster();

@@ -159,8 +159,8 @@ pub enum Cause {
         /// How many.
         missing: u64,
     },
-    /// A worker thread of this engine panicked: a defect.
-    #[error("a worker thread of this engine has panicked")]
+    /// A thread of this engine panicked, a worker's mostly: a defect.
+    #[error("a thread of this engine has panicked")]
     WorkerPanicked,
     /// The transfer belongs to another process, of which this one is a fork.
     #[error("the transfer belongs to the process that this one was forked from")]

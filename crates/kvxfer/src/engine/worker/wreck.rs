@@ -182,7 +182,3 @@ fn give_up(peer: &Arc<Peer>) {
     peer.fail(Cause::WorkerPanicked);
     peer.lose(Cause::WorkerPanicked);
 }
-
-#[cfg(test)]
-#[path = "wreck_tests.rs"]
-mod tests;

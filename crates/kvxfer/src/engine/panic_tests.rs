@@ -1,9 +1,9 @@
-//! Workers that panic while blocks move.
+//! Threads of an engine that panic while blocks move.
 
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use super::Command;
+use super::worker::Command;
 use crate::Error;
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
@@ -281,5 +281,167 @@ fn pushes_of_a_worker_that_panics() {
         } else {
             consumer.takes_no_more(of_it, &address);
         }
+    }
+}
+
+fn name_of(node: &Node) -> PeerName {
+    PeerName {
+        engine: node.engine.id().clone(),
+        rank: node.engine.rank(),
+    }
+}
+
+/// The thread of a control connection, on the reading side and on the side that is read.
+#[test]
+fn links_that_panic() {
+    for (path, of_producer) in PATHS.into_iter().flat_map(|p| [(p, true), (p, false)]) {
+        let (producer, consumer, instance, address) = pair(path);
+        let ticket = producer
+            .engine
+            .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)
+            .expect("an offer");
+        let pull = |tag| {
+            let options = PullOptions {
+                tag,
+                hold: true,
+                ..PullOptions::default()
+            };
+            instance.pull(&ticket, &all_blocks(), options).ok()
+        };
+        let (broken, other) = match of_producer {
+            true => (&producer, &consumer),
+            false => (&consumer, &producer),
+        };
+        let mut seen = Vec::new();
+        wait_for(&broken.engine, &mut seen, |event| {
+            matches!(event, Event::PeerUp { .. })
+        });
+        let peer = broken.engine.inner().peer_named(&name_of(other));
+        let mut transfers: Vec<Transfer> = (0..8).map_while(pull).collect();
+        peer.expect("a session").link.panic();
+        // Some are under way when the session ends, however long the panic takes to be told.
+        let end = Instant::now() + LONG;
+        while let Some(transfer) = pull(0) {
+            transfers.push(transfer);
+            assert!(Instant::now() < end, "the session ends");
+            let before_last = transfers.len().saturating_sub(8);
+            transfers[before_last].wait(LONG).expect("an outcome");
+        }
+        let mut panicked = 0;
+        for transfer in &transfers {
+            let outcome = transfer.wait(LONG).expect("an outcome");
+            let failure = outcome.failure().map(|f| &f.first_cause);
+            panicked += u32::from(failure == Some(&Cause::WorkerPanicked));
+            assert!(transfer.wait_released(LONG), "memory comes back");
+        }
+        if of_producer {
+            // The same as if it had died.
+            assert_eq!(panicked, 0);
+        } else {
+            assert!(panicked > 0, "a session ends under its transfers");
+        }
+        consumer.recycle();
+        wait_for(&broken.engine, &mut seen, |event| {
+            matches!(
+                event,
+                Event::PeerDown {
+                    cause: Cause::WorkerPanicked,
+                    ..
+                }
+            )
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        consumer.assert_recycled();
+        if of_producer {
+            let request = RequestId::from("later");
+            let error = producer.engine.offer(&request, &groups(0..1), 1, LONG);
+            assert!(matches!(error, Err(Error::WorkerPanicked)), "{error:?}");
+        } else {
+            consumer.takes_no_more(instance, &address);
+        }
+    }
+}
+
+/// Whichever thread panics over the ledgers: what stands in them ends.
+#[test]
+fn ledgers_over_which_a_thread_panics() {
+    for of_keeper in [true, false] {
+        let producer = node(KvRole::Both, PathKind::Arena);
+        let consumer = node(KvRole::Both, PathKind::Arena);
+        let address = consumer.engine.listen("127.0.0.1:0").expect("a port");
+        let address = address.to_string();
+        let to_consumer = producer.engine.connect(&address, LONG).expect("a session");
+        let request = RequestId::from("r");
+        let lone = RequestId::from("lone");
+        let offered = RequestId::from("offered");
+        let engine = &consumer.engine;
+        engine.expect(&request, &groups(0..8), 1, LONG).expect("r");
+        engine.expect(&lone, &groups(8..9), 1, LONG).expect("lone");
+        engine
+            .offer(&offered, &groups(9..10), 1, LONG)
+            .expect("offered");
+        // The producer is bound: it has been given the ticket, so that a layer goes out.
+        producer.recycle();
+        let push = to_consumer.begin_push(&request).expect("a push");
+        let pairs = vec![GroupPairs {
+            group: 0,
+            pairs: vec![BlockPair { src: 0, dst: 0 }],
+        }];
+        push.layer(0, &pairs).expect("fits");
+        let end = Instant::now() + LONG;
+        let arrived = || {
+            let memory = &consumer.side.memory()[0];
+            memory.verify_words(0, 8, |_| RECYCLED).is_ok()
+        };
+        while !arrived() {
+            assert!(Instant::now() < end, "the layer arrives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let inner = engine.inner().clone();
+        if of_keeper {
+            inner.books.with(&inner, |books, _| books.panic = true);
+        } else {
+            let other = inner.clone();
+            let panicked = std::thread::spawn(move || {
+                other
+                    .books
+                    .with(&other, |_, _| panic!("which the test wants"))
+            });
+            panicked.join().expect_err("it has panicked");
+        }
+        let mut seen = Vec::new();
+        let of = |wanted: &RequestId| {
+            let wanted = wanted.clone();
+            move |event: &Event| match event {
+                Event::Failed {
+                    request,
+                    first_cause,
+                    ..
+                } => *request == wanted && *first_cause == Cause::WorkerPanicked,
+                Event::Released { request, .. } => *request == wanted,
+                _ => false,
+            }
+        };
+        for wanted in [&lone, &offered, &request] {
+            wait_for(engine, &mut seen, of(wanted));
+        }
+        // Whoever was bound is told, and its blocks come back when it has answered.
+        let transfer = push.abort();
+        assert!(transfer.wait(LONG).expect("an outcome").failure().is_some());
+        wait_for(
+            engine,
+            &mut seen,
+            |event| matches!(event, Event::Released { request: of, .. } if *of == request),
+        );
+        let error = engine.expect(&RequestId::from("later"), &groups(20..21), 1, LONG);
+        assert!(matches!(error, Err(Error::WorkerPanicked)), "{error:?}");
+        drop((to_consumer, producer));
+        let (gone, is_gone) = channel();
+        drop(inner);
+        std::thread::spawn(move || {
+            drop(consumer);
+            gone.send(())
+        });
+        is_gone.recv_timeout(LONG).expect("the drop ends");
     }
 }
