@@ -24,6 +24,9 @@ pub(crate) enum Owner {
     Expect(u64),
 }
 
+/// Blocks that one request takes at most, of one engine.
+pub(crate) const MOST: usize = 6;
+
 /// The blocks of one life of an engine.
 #[derive(Debug)]
 pub(crate) struct Memory {
@@ -51,18 +54,19 @@ impl Memory {
         }
     }
 
-    /// Takes free blocks for an owner.
+    /// Takes free blocks for an owner, if `leave` stay free.
     pub(crate) fn take(
         &mut self,
         rng: &mut Rng,
         n: usize,
+        leave: usize,
         owner: Owner,
         fresh: &mut u64,
     ) -> Option<Vec<u32>> {
         let mut free: Vec<u32> = (0..self.owners.len() as u32)
             .filter(|b| self.owners[*b as usize] == Owner::Free)
             .collect();
-        if free.len() < n {
+        if free.len() < n + leave {
             return None;
         }
         let mut taken = Vec::with_capacity(n);

@@ -5,7 +5,7 @@ use kvxfer::ticket::{Ticket, TicketKind};
 use kvxfer::transfer::{Kind, Spec, TransferId};
 use kvxfer::wire::PushStart;
 
-use super::app::{Request, Todo, groups};
+use super::app::{Hold, Request, Todo, groups};
 use super::books::NO_TICKET;
 use super::bug::Step;
 use super::check::Seen;
@@ -56,9 +56,11 @@ impl World {
             return Ok(());
         };
         let nonce = self.fresh_nonce();
+        let leave = self.leaves(Hold::Expects);
         let rng = &mut self.rng;
         let memory = &mut self.lives[life].memory;
-        let Some(taken) = memory.take(rng, blocks, Owner::Expect(nonce.0), &mut self.fresh) else {
+        let owner = Owner::Expect(nonce.0);
+        let Some(taken) = memory.take(rng, blocks, leave, owner, &mut self.fresh) else {
             if self.faults.quiet() || tries < 8 {
                 let tries = tries + 1;
                 self.todo.push(Todo::Expect { request, tries });
@@ -149,10 +151,15 @@ impl World {
         let places: Vec<usize> = (0..blocks)
             .filter(|i| i % senders.len() == sender)
             .collect();
+        let stands = |l: usize| self.lives[l].tickets.contains_key(&name);
+        let leave = self.leaves(match self.slots[to].is_some_and(stands) {
+            true => Hold::Runs,
+            false => Hold::Waits,
+        });
         let rng = &mut self.rng;
         let memory = &mut self.lives[life].memory;
         let owner = Owner::Push(tid as u64);
-        let Some(src) = memory.take(rng, places.len(), owner, &mut self.fresh) else {
+        let Some(src) = memory.take(rng, places.len(), leave, owner, &mut self.fresh) else {
             if self.faults.quiet() || tries < 6 {
                 self.todo.push(again);
             }
