@@ -3,12 +3,13 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EfdFlags;
 
 use crate::error::Error;
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use crate::sync::{EventFd, Mutex, lock};
 use crate::wr::Completion;
 
 /// What a poll says beyond the completions.
@@ -16,12 +17,6 @@ use crate::wr::Completion;
 pub struct Poll {
     /// Work or completions remain: poll again rather than sleep.
     pub more: bool,
-}
-
-/// Locks, also when a panic elsewhere poisoned the lock: the data of this crate's locks is whole
-/// between statements.
-pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The free slots of one work queue.
@@ -164,9 +159,11 @@ impl CqCore {
     /// Makes the event readable if somebody sleeps or is about to.
     pub(crate) fn wake(&self) {
         if self.armed.load(Ordering::SeqCst) && self.armed.swap(false, Ordering::SeqCst) {
-            self.signalled.store(true, Ordering::SeqCst);
             // Fails only when the counter is full, and then it is readable already.
             let _ = self.event.write(1);
+            // Afterwards: a poller that came in between would read nothing, and leave the event
+            // readable with nobody to clear it.
+            self.signalled.store(true, Ordering::SeqCst);
         }
     }
 
@@ -174,7 +171,8 @@ impl CqCore {
     /// if there is any. Whoever adds work does so before it looks at the flag, under a lock that
     /// the caller takes after setting it, so one of the two sees the other.
     pub(crate) fn set_armed(&self) {
-        self.armed.store(true, Ordering::SeqCst);
+        // A swap: with what an earlier waker wrote it takes in what that waker did.
+        let _ = self.armed.swap(true, Ordering::SeqCst);
     }
 
     /// Whether it was armed (or woken since); clears the event.
@@ -188,8 +186,74 @@ impl CqCore {
         armed || signalled
     }
 
+    /// Sleeps as a poller that polls the event's descriptor.
+    #[cfg(all(loom, test))]
+    pub(crate) fn wait(&self) {
+        self.event.wait_readable();
+    }
+
+    #[cfg(all(loom, test))]
+    pub(crate) fn is_readable(&self) -> bool {
+        self.event.is_readable()
+    }
+
     /// The completions waiting, under the lock (for arming).
     pub(crate) fn has_completions(&self) -> bool {
         !lock(&self.queue).is_empty()
+    }
+}
+
+#[cfg(all(loom, test))]
+pub(crate) mod loom_tests {
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+    use crate::null::take_credits;
+    use crate::wr::{WcOpcode, WcStatus};
+
+    pub(crate) fn cqe(queue: &Arc<Slots>) -> Cqe {
+        Cqe {
+            completion: Completion {
+                wr_id: 0,
+                status: WcStatus::Success,
+                qp_num: 1,
+                vendor_err: 0,
+                opcode: WcOpcode::Recv,
+                byte_len: 0,
+                imm: None,
+            },
+            slots: 1,
+            queue: Arc::clone(queue),
+        }
+    }
+
+    #[test]
+    fn credits_are_never_exceeded_and_all_come_back() {
+        model(|| {
+            let core = Arc::new(CqCore::new(1).expect("a queue"));
+            let slots = Arc::new(Slots::new(2));
+            let posters: Vec<_> = (0..2)
+                .map(|_| {
+                    let (core, slots) = (Arc::clone(&core), Arc::clone(&slots));
+                    thread::spawn(move || {
+                        let (posted, _) = take_credits(1, &slots, core.credits());
+                        if posted == 1 {
+                            core.push_all(&mut vec![cqe(&slots)]);
+                        }
+                    })
+                })
+                .collect();
+            let mut out = Vec::new();
+            core.pop(&mut out, 4);
+            assert!(out.len() <= 1);
+            for poster in posters {
+                poster.join().expect("posted");
+            }
+            let before = out.len();
+            core.pop(&mut out, 4);
+            assert!(out.len() - before <= 1);
+            assert!(!out.is_empty(), "the first to come found a credit");
+            assert_eq!((core.credits().free(), slots.free()), (1, 2));
+        });
     }
 }

@@ -17,6 +17,7 @@ mod null;
 mod qp;
 mod region;
 mod soft;
+mod sync;
 mod wr;
 
 pub use cq::Poll;

@@ -3,10 +3,10 @@
 
 use std::any::Any;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 
-use crate::cq::{CqCore, Cqe, Poll, Slots, lock};
+use crate::cq::{CqCore, Cqe, Poll, Slots};
 use crate::device::{
     AsyncEvent, CompletionQueue, Context, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo,
     DeviceKind,
@@ -15,6 +15,7 @@ use crate::error::{Error, PathFault, PostCause, PostError};
 use crate::memory::Memory;
 use crate::qp::{InitAttr, QpBackend, QpCaps, QpEndpoint, QpState, RtrAttr, RtsAttr, SoftPath};
 use crate::region::{Access, RegionKey, RegionTable, SegmentSpan};
+use crate::sync::{Mutex, lock};
 use crate::wr::{Completion, SendChain, Sge, WcOpcode, WcStatus};
 
 /// Opens the null device: posting checks limits and credits as every device does, signalled work

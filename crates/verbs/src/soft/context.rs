@@ -5,10 +5,9 @@ use std::fmt;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use crate::cq::lock;
 use crate::device::{
     AsyncEvent, CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
 };
@@ -25,6 +24,7 @@ use crate::soft::qp::{SoftQp, SoftQpHandle};
 use crate::soft::segment::{MapCache, Segments};
 use crate::soft::server::{self, Command, Mailbox};
 use crate::soft::{SoftConfig, fill_random};
+use crate::sync::{Mutex, MutexGuard, lock};
 
 /// The key table behind a lock that the responder thread holds while it copies. A plain lock would
 /// be taken again by that thread before a waiter wakes; so it lets waiters go first.

@@ -2,17 +2,17 @@
 
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use crate::cq::{CqCore, Poll, lock};
+use crate::cq::{CqCore, Poll};
 use crate::device::CqBackend;
 use crate::error::Error;
 use crate::soft::qp::SoftQp;
+use crate::sync::{Mutex, lock};
 use crate::wr::Completion;
 
 #[derive(Debug)]
@@ -22,7 +22,6 @@ pub(crate) struct SoftCq {
     /// Readable when the event, the timer or a requester's socket is.
     epoll: Epoll,
     timer: TimerFd,
-    timer_set: AtomicBool,
     qps: Mutex<Polled>,
 }
 
@@ -31,6 +30,7 @@ struct Polled {
     list: Vec<Arc<SoftQp>>,
     /// Whose turn it is.
     next: usize,
+    timer_set: bool,
 }
 
 fn err(op: &'static str) -> impl Fn(nix::Error) -> Error {
@@ -58,7 +58,6 @@ impl SoftCq {
             budget,
             epoll,
             timer,
-            timer_set: AtomicBool::new(false),
             qps: Mutex::default(),
         })
     }
@@ -106,7 +105,7 @@ impl CqBackend for SoftCq {
         let mut qps = lock(&self.qps);
         // After a sleep any socket may be the reason, also one of a queue pair with nothing to do.
         let sweep = self.core.disarm();
-        if sweep && self.timer_set.swap(false, Ordering::SeqCst) {
+        if sweep && std::mem::take(&mut qps.timer_set) {
             self.timer.unset().map_err(err("timerfd_settime"))?;
         }
         let before = out.len();
@@ -138,10 +137,10 @@ impl CqBackend for SoftCq {
 
     fn arm(&self) -> Result<bool, Error> {
         self.core.set_armed();
-        let qps = lock(&self.qps);
+        let mut qps = lock(&self.qps);
         let mut deadline: Option<Instant> = None;
         let mut work = self.core.has_completions();
-        for qp in qps.list.iter().filter(|q| q.active()) {
+        for qp in &qps.list {
             let (runnable, limit) = qp.waiting();
             work |= runnable;
             deadline = match (deadline, limit) {
@@ -158,7 +157,7 @@ impl CqBackend for SoftCq {
             self.timer
                 .set(Expiration::OneShot(left.into()), TimerSetTimeFlags::empty())
                 .map_err(err("timerfd_settime"))?;
-            self.timer_set.store(true, Ordering::SeqCst);
+            qps.timer_set = true;
         }
         Ok(true)
     }
@@ -169,5 +168,77 @@ impl CqBackend for SoftCq {
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
+    }
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+    use crate::cq::Slots;
+    use crate::cq::loom_tests::cqe;
+
+    /// A queue, and threads that push one completion each.
+    fn pushed_by(threads: usize) -> (Arc<SoftCq>, Vec<thread::JoinHandle<()>>) {
+        let cq = Arc::new(SoftCq::new(4, 1).expect("a queue"));
+        let slots = Arc::new(Slots::new(4));
+        let pushers = (0..threads).map(|_| {
+            let (cq, slots) = (Arc::clone(&cq), Arc::clone(&slots));
+            thread::spawn(move || cq.core.push_all(&mut vec![cqe(&slots)]))
+        });
+        let pushers = pushers.collect();
+        (cq, pushers)
+    }
+
+    /// Sleeps only where the queue says so. A lost wake-up leaves nobody who could wake it, which
+    /// loom finds.
+    fn poll_for(cq: &SoftCq, count: usize) {
+        let mut out = Vec::new();
+        loop {
+            let more = cq.poll(&mut out, 4).expect("a poll").more;
+            if out.len() >= count {
+                return;
+            }
+            if !more && cq.arm().expect("armed") {
+                cq.core.wait();
+            }
+        }
+    }
+
+    #[test]
+    fn an_armed_queue_misses_no_completion() {
+        model(|| {
+            let (cq, pushers) = pushed_by(2);
+            poll_for(&cq, 2);
+            drop(pushers);
+        });
+    }
+
+    /// Otherwise every later sleep would end at once.
+    #[test]
+    fn no_wake_up_outlives_a_poll() {
+        model(|| {
+            let (cq, pushers) = pushed_by(1);
+            poll_for(&cq, 1);
+            for pusher in pushers {
+                pusher.join().expect("pushed");
+            }
+            cq.poll(&mut Vec::new(), 4).expect("a poll");
+            assert!(!cq.core.is_readable());
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn planted_looking_before_arming() {
+        model(|| {
+            let (cq, pushers) = pushed_by(1);
+            if !cq.core.has_completions() {
+                cq.core.set_armed();
+                cq.core.wait();
+            }
+            drop(pushers);
+        });
     }
 }

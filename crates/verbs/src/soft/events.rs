@@ -2,13 +2,12 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Mutex;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EfdFlags;
 
-use crate::cq::lock;
 use crate::device::AsyncEvent;
 use crate::error::{Error, os};
+use crate::sync::{EventFd, Mutex, lock};
 
 /// Events that nobody has taken; more are lost.
 const MAX_EVENTS: usize = 4096;

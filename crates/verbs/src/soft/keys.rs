@@ -4,12 +4,12 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::error::Error;
 use crate::region::{Access, SegmentSpan};
 use crate::soft::segment::{Mapping, new_memfd, seal, seals};
 use crate::soft::{fill_random, vendor};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// One key as peers see it. `tag` is the whole key while it is live and 0 otherwise; the rest does
 /// not change while the tag is live.
@@ -25,6 +25,54 @@ pub(crate) struct Slot {
 }
 
 const SLOT: u64 = size_of::<Slot>() as u64;
+
+impl Slot {
+    /// Shows a key in a slot that shows none.
+    fn show(&self, info: &KeyInfo) {
+        self.access.store(info.access.bits(), Ordering::Relaxed);
+        self.pd.store(info.pd, Ordering::Relaxed);
+        self.segment.store(info.segment.id, Ordering::Relaxed);
+        self.addr.store(info.addr, Ordering::Relaxed);
+        self.len.store(info.len, Ordering::Relaxed);
+        self.offset.store(info.segment.offset, Ordering::Relaxed);
+        self.tag.store(info.rkey, Ordering::Release);
+    }
+
+    /// Shows no key any more.
+    fn clear(&self) {
+        self.tag.store(0, Ordering::Relaxed);
+        // Peers see the tag gone before anything that is written to the memory, or to the slot's
+        // other fields, from here on.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether it shows this key, now.
+    #[inline]
+    fn shows(&self, rkey: u32) -> bool {
+        // A copy made before this call was made before the tag is looked at.
+        fence(Ordering::Acquire);
+        rkey != 0 && self.tag.load(Ordering::Acquire) == rkey
+    }
+
+    fn get(&self, rkey: u32) -> Option<KeyInfo> {
+        if rkey == 0 || self.tag.load(Ordering::Acquire) != rkey {
+            return None;
+        }
+        let info = KeyInfo {
+            rkey,
+            addr: self.addr.load(Ordering::Relaxed),
+            len: self.len.load(Ordering::Relaxed),
+            access: Access::from_bits_truncate(self.access.load(Ordering::Relaxed)),
+            pd: self.pd.load(Ordering::Relaxed),
+            segment: SegmentSpan {
+                id: self.segment.load(Ordering::Relaxed),
+                offset: self.offset.load(Ordering::Relaxed),
+            },
+        };
+        // The fields belong together only if the key lived through the reading.
+        self.shows(rkey).then_some(info)
+    }
+}
 
 /// What a live key stands for.
 #[derive(Debug, Clone, Copy)]
@@ -86,30 +134,11 @@ impl PeerKeys {
     /// Whether the key is live, now.
     #[inline]
     pub(crate) fn live(&self, rkey: u32) -> bool {
-        // A copy made before this call was made before the tag is looked at.
-        fence(Ordering::Acquire);
-        let slot = slot_at(&self.map, self.slots, rkey & 0xffff);
-        rkey != 0 && slot.is_some_and(|s| s.tag.load(Ordering::Acquire) == rkey)
+        slot_at(&self.map, self.slots, rkey & 0xffff).is_some_and(|slot| slot.shows(rkey))
     }
 
     pub(crate) fn get(&self, rkey: u32) -> Option<KeyInfo> {
-        let slot = slot_at(&self.map, self.slots, rkey & 0xffff)?;
-        if rkey == 0 || slot.tag.load(Ordering::Acquire) != rkey {
-            return None;
-        }
-        let info = KeyInfo {
-            rkey,
-            addr: slot.addr.load(Ordering::Relaxed),
-            len: slot.len.load(Ordering::Relaxed),
-            access: Access::from_bits_truncate(slot.access.load(Ordering::Relaxed)),
-            pd: slot.pd.load(Ordering::Relaxed),
-            segment: SegmentSpan {
-                id: slot.segment.load(Ordering::Relaxed),
-                offset: slot.offset.load(Ordering::Relaxed),
-            },
-        };
-        // The fields belong together only if the key lived through the reading.
-        self.live(rkey).then_some(info)
+        slot_at(&self.map, self.slots, rkey & 0xffff)?.get(rkey)
     }
 }
 
@@ -166,14 +195,7 @@ impl KeyTable {
         *generation = generation.wrapping_add(1).max(1);
         let rkey = u32::from(*generation) << 16 | index;
         info.rkey = rkey;
-        let slot = slot_at(&self.map, self.slots, index)?;
-        slot.access.store(info.access.bits(), Ordering::Relaxed);
-        slot.pd.store(info.pd, Ordering::Relaxed);
-        slot.segment.store(info.segment.id, Ordering::Relaxed);
-        slot.addr.store(info.addr, Ordering::Relaxed);
-        slot.len.store(info.len, Ordering::Relaxed);
-        slot.offset.store(info.segment.offset, Ordering::Relaxed);
-        slot.tag.store(rkey, Ordering::Release);
+        slot_at(&self.map, self.slots, index)?.show(&info);
         *self.live.get_mut(index as usize)? = Some(info);
         Some(rkey)
     }
@@ -184,10 +206,7 @@ impl KeyTable {
         let place = self.live.get_mut(index as usize)?;
         let info = place.take_if(|k| k.rkey == rkey)?;
         if let Some(slot) = slot_at(&self.map, self.slots, index) {
-            slot.tag.store(0, Ordering::Relaxed);
-            // Peers see the tag gone before anything that is written to the memory, or to the
-            // slot's other fields, from here on.
-            fence(Ordering::SeqCst);
+            slot.clear();
         }
         self.free.push_back(index);
         Some(info)
@@ -219,4 +238,101 @@ impl KeyTable {
 pub(crate) fn table_is_sealed(fd: BorrowedFd<'_>) -> bool {
     let want = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE;
     seals(fd).is_ok_and(|s| s & want == want)
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use kvxfer_loom::{model, thread, weak_model};
+
+    use super::*;
+
+    const OLD: u32 = 1 << 16 | 1;
+    const NEW: u32 = 2 << 16 | 1;
+
+    fn info(rkey: u32) -> KeyInfo {
+        KeyInfo {
+            rkey,
+            addr: rkey.into(),
+            len: rkey.into(),
+            access: Access::REMOTE_READ,
+            pd: rkey,
+            segment: SegmentSpan {
+                id: rkey,
+                offset: rkey.into(),
+            },
+        }
+    }
+
+    fn fresh() -> Slot {
+        let (word, long) = (|| AtomicU32::new(0), || AtomicU64::new(0));
+        Slot {
+            tag: word(),
+            access: word(),
+            pd: word(),
+            segment: word(),
+            addr: long(),
+            len: long(),
+            offset: long(),
+        }
+    }
+
+    /// The owner uses a slot for another key while a peer reads the first one.
+    fn fields_belong_together() {
+        let slot = Arc::new(fresh());
+        slot.show(&info(OLD));
+        let owners = Arc::clone(&slot);
+        let owner = thread::spawn(move || {
+            owners.clear();
+            owners.show(&info(NEW));
+        });
+        for rkey in [OLD, NEW] {
+            if let Some(found) = slot.get(rkey) {
+                let fields = (found.addr, found.len, found.pd, found.segment.id);
+                assert_eq!(fields, (rkey.into(), rkey.into(), rkey, rkey));
+                assert_eq!(found.segment.offset, u64::from(rkey));
+            }
+        }
+        owner.join().expect("changed");
+        assert!(slot.get(OLD).is_none() && slot.get(NEW).is_some());
+    }
+
+    /// The owner uses the memory for something else after deregistering it, while a peer copies.
+    fn a_live_key_means_the_copy_is_good() {
+        let slot = Arc::new(fresh());
+        let bytes = Arc::new(AtomicU64::new(1));
+        slot.show(&info(OLD));
+        let (owners, memory) = (Arc::clone(&slot), Arc::clone(&bytes));
+        let owner = thread::spawn(move || {
+            owners.clear();
+            memory.store(2, Ordering::Relaxed);
+        });
+        // A copy has no order of its own.
+        let copied = bytes.load(Ordering::Relaxed);
+        if slot.shows(OLD) {
+            assert_eq!(copied, 1);
+        }
+        owner.join().expect("changed");
+    }
+
+    #[test]
+    fn a_key_that_lived_through_the_reading_is_whole() {
+        model(fields_belong_together);
+    }
+
+    #[test]
+    #[should_panic(expected = "left == right")]
+    fn planted_a_key_without_order() {
+        weak_model(fields_belong_together);
+    }
+
+    #[test]
+    fn bytes_of_a_live_key_are_its_own() {
+        model(a_live_key_means_the_copy_is_good);
+    }
+
+    #[test]
+    #[should_panic(expected = "left == right")]
+    fn planted_a_copy_without_order() {
+        weak_model(a_live_key_means_the_copy_is_good);
+    }
 }

@@ -13,6 +13,8 @@ mod hostile;
 mod injector;
 mod keys;
 mod link;
+#[cfg(all(loom, test))]
+mod loom_models;
 mod process_vm;
 mod qp;
 mod reader;

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollEvent};
 
-use crate::cq::{Cqe, Slots, lock};
+use crate::cq::{Cqe, Slots};
 use crate::error::{Error, PostCause, PostError, StateFault};
 use crate::null::{PostLimits, take_credits};
 use crate::qp::{
@@ -24,6 +24,7 @@ use crate::soft::requester::{ReqLink, Requester, resolve};
 use crate::soft::responder::{Expect, Next, RecvQueue, RecvWr, RespLink, RespPeer, Responder};
 use crate::soft::server::Command;
 use crate::soft::stream::Stream;
+use crate::sync::{Mutex, lock};
 use crate::wr::{Completion, SendChain, Sge, WcOpcode, WcStatus};
 
 /// Streams that the peer opened before this side was ready, and whom to take them from.
@@ -46,7 +47,7 @@ pub(crate) struct SoftQp {
     recv_cq: Arc<SoftCq>,
     send_slots: Arc<Slots>,
     recv_slots: Arc<Slots>,
-    /// The requester has, or may have, something to do.
+    /// The requester has, or may have, something to do. Set with the requester locked.
     active: AtomicBool,
     // Locks are taken in this order: attach, requester, responder, receives.
     attach: Mutex<Attach>,
@@ -191,9 +192,13 @@ impl SoftQp {
         result.unwrap_or(false)
     }
 
-    /// Whether it could do something now, and when the peer's silence becomes an error.
+    /// Whether it could do something now, and when the peer's silence becomes an error. For arming:
+    /// `active` is looked at under the lock that whoever sets it holds.
     pub(crate) fn waiting(&self) -> (bool, Option<Instant>) {
         let req = lock(&self.requester);
+        if !self.active() {
+            return (false, None);
+        }
         (req.runnable(), req.deadline())
     }
 
@@ -307,8 +312,8 @@ impl SoftQp {
             local,
         });
         req.stalled = false;
-        drop(req);
         self.active.store(true, Ordering::Release);
+        drop(req);
         self.send_cq.core.wake();
         Ok(())
     }

@@ -14,9 +14,8 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::cq::lock;
 use crate::soft::process_vm::{PeerProcess, alive};
 
 const SCOPE: &str = "/proc/sys/kernel/yama/ptrace_scope";
@@ -95,7 +94,10 @@ impl<P> Place<P> {
     }
 }
 
-static PLACE: Mutex<Place<OwnedFd>> = Mutex::new(Place::new());
+fn place() -> MutexGuard<'static, Place<OwnedFd>> {
+    static PLACE: Mutex<Place<OwnedFd>> = Mutex::new(Place::new());
+    PLACE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Keeps a peer named. The last one to go takes its right away.
 #[derive(Debug)]
@@ -105,7 +107,7 @@ pub(crate) struct Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let mut place = lock(&PLACE);
+        let mut place = place();
         if place.let_go(self.turn) {
             // Fails only without Yama, and then nobody was named.
             let _ = tell_kernel(0);
@@ -126,7 +128,7 @@ pub(crate) fn name(peer: &PeerProcess) -> Result<Option<Hold>, i32> {
         // Out of descriptors: not named, so the attempt to read says why it is refused.
         return Ok(None);
     };
-    let mut place = lock(&PLACE);
+    let mut place = place();
     match place.claim(pid, pidfd, |p| alive(p.as_fd())) {
         Claim::Joined { turn } => Ok(Some(Hold { turn })),
         Claim::Taken { by } => Err(by),

@@ -7,11 +7,11 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::moving::copy_pieces;
-use crate::cq::{Cqe, Slots, lock};
+use crate::cq::{Cqe, Slots};
 use crate::qp::SoftPath;
 use crate::region::{Access, RegionTable};
 use crate::soft::context::SoftShared;
@@ -24,6 +24,7 @@ use crate::soft::requester::LocalSge;
 use crate::soft::segment::Mapping;
 use crate::soft::stream::{Inbox, Outbox, Span, Stream};
 use crate::soft::vendor;
+use crate::sync::{Mutex, lock};
 use crate::wr::{Completion, Op, WcOpcode, WcStatus};
 
 /// Bytes copied with the key table locked.

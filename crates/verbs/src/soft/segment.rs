@@ -5,13 +5,13 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use crate::cq::lock;
 use crate::error::{Error, last_os, os};
 use crate::region::SegmentSpan;
+use crate::sync::{Mutex, lock};
 
 const HUGE: u64 = 2 << 20;
 /// The smallest page there is; a kernel with larger ones rounds up by itself.

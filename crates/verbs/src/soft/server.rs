@@ -3,19 +3,18 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EfdFlags;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
 };
 
 use crate::SoftPath;
-use crate::cq::lock;
 use crate::device::AsyncEvent;
 use crate::error::{Error, os};
 use crate::soft::context::{SoftShared, key_fd};
@@ -26,6 +25,7 @@ use crate::soft::process_vm::PeerProcess;
 use crate::soft::qp::SoftQp;
 use crate::soft::responder::Next;
 use crate::soft::stream::{Stream, not_now};
+use crate::sync::{EventFd, Mutex, lock};
 
 /// Bytes one half may move before the next one's turn.
 const TURN: u64 = 1 << 20;
@@ -69,6 +69,12 @@ impl Mailbox {
         lock(&self.commands).push(command);
         // Fails only when the counter is full, and then it is readable already.
         let _ = self.event.write(1);
+    }
+
+    /// Everything that was sent. The event first: what is sent in between makes it readable again.
+    fn take(&self) -> Vec<Command> {
+        let _ = self.event.read();
+        std::mem::take(&mut *lock(&self.commands))
     }
 }
 
@@ -243,9 +249,7 @@ impl Server {
 
     /// `true` when it is time to end.
     fn commands(&mut self) -> bool {
-        let _ = self.shared.mailbox.event.read();
-        let commands = std::mem::take(&mut *lock(&self.shared.mailbox.commands));
-        for command in commands {
+        for command in self.shared.mailbox.take() {
             match command {
                 Command::Stop => return true,
                 Command::Serve(qp) => self.serve(qp),
@@ -429,5 +433,45 @@ impl Server {
             process: o.process,
         });
         Ok(None)
+    }
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+
+    /// A thread that sends while this one takes and, with nothing to do, sleeps.
+    fn all_come(take: fn(&Mailbox) -> Vec<Command>) {
+        let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
+        let others = Arc::clone(&mailbox);
+        let sender = thread::spawn(move || {
+            others.send(Command::Run(1));
+            others.send(Command::Stop);
+        });
+        let mut got = 0;
+        while got < 2 {
+            mailbox.event.wait_readable();
+            got += take(&mailbox).len();
+        }
+        sender.join().expect("sent");
+    }
+
+    #[test]
+    fn no_command_is_left_to_a_sleeper() {
+        model(|| all_come(Mailbox::take));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn planted_the_event_after_the_commands() {
+        model(|| {
+            all_come(|mailbox| {
+                let commands = std::mem::take(&mut *lock(&mailbox.commands));
+                let _ = mailbox.event.read();
+                commands
+            });
+        });
     }
 }
