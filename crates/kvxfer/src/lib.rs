@@ -105,6 +105,7 @@ pub mod ping;
 pub mod plan;
 mod recent;
 pub mod session;
+mod sync;
 pub mod ticket;
 pub mod time;
 pub mod transfer;

@@ -1,19 +1,20 @@
 //! The queue of events that an engine's owner polls, with a file descriptor for foreign loops.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EfdFlags;
 
 use crate::error::Error;
 use crate::event::Event;
+use crate::sync::EventFd;
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Events of peers that may wait to be polled. Every other event answers a call of the owner's, so
 /// that the owner alone decides how many there can be.
-const MAX_PEER_EVENTS: usize = 1024;
+const MAX_PEER_EVENTS: usize = if cfg!(all(loom, test)) { 1 } else { 1024 };
 
 #[derive(Debug)]
 pub(crate) struct EventQueue {
@@ -54,7 +55,8 @@ impl EventQueue {
         loop {
             if self.peers.load(Ordering::SeqCst) >= MAX_PEER_EVENTS {
                 // Before looking again: the owner may just have made room and found nobody behind.
-                self.behind.store(true, Ordering::SeqCst);
+                // A swap, as the owner's: whichever comes second takes in what the other did.
+                let _ = self.behind.swap(true, Ordering::SeqCst);
                 if self.peers.load(Ordering::SeqCst) >= MAX_PEER_EVENTS {
                     return;
                 }
@@ -161,5 +163,91 @@ mod tests {
         });
         assert_eq!(events.wait(&mut out, Duration::ZERO), 3);
         assert!(!events.was_behind());
+    }
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use std::collections::VecDeque;
+    use std::sync::Arc;
+
+    use kvxfer_loom::{Mutex, model, thread, weak_model};
+
+    use super::*;
+    use crate::event::{PeerName, ReleaseReason};
+    use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
+
+    fn released() -> Event {
+        Event::Released {
+            request: RequestId::from("r"),
+            nonce: Nonce(1),
+            reason: ReleaseReason::AllRead,
+        }
+    }
+
+    fn peer() -> Event {
+        Event::PeerUp {
+            peer: PeerName {
+                engine: EngineId::from("e"),
+                rank: Rank::default(),
+            },
+            generation: Generation([1; 16]),
+        }
+    }
+
+    /// An owner that sleeps on the descriptor alone until it has two events.
+    fn owner(events: &EventQueue, mut catch_up: impl FnMut()) {
+        let mut out = Vec::new();
+        loop {
+            events.drain(&mut out);
+            catch_up();
+            if out.len() >= 2 {
+                return;
+            }
+            events.ready.wait_readable();
+        }
+    }
+
+    #[test]
+    fn no_event_is_left_to_a_sleeper() {
+        model(|| {
+            let events = Arc::new(EventQueue::new().expect("a queue"));
+            for _ in 0..2 {
+                let events = Arc::clone(&events);
+                thread::spawn(move || events.push(released()));
+            }
+            owner(&events, || {});
+        });
+    }
+
+    /// Two events of peers where there is room for one (`Inner::tell`, `Inner::catch_up`): the one
+    /// that waits for room comes, though nothing else happens.
+    fn more_than_there_is_room_for() {
+        let events = Arc::new(EventQueue::new().expect("a queue"));
+        // The roster, whose lock is held while it tells.
+        let roster = Arc::new(Mutex::new(VecDeque::from([peer(), peer()])));
+        let tell = |events: &EventQueue, roster: &Mutex<VecDeque<Event>>| {
+            let mut news = roster.lock().expect("not poisoned");
+            events.push_peers(|| news.pop_front());
+            assert!(events.receiver.len() <= MAX_PEER_EVENTS);
+        };
+        let others = (Arc::clone(&events), Arc::clone(&roster));
+        thread::spawn(move || tell(&others.0, &others.1));
+        owner(&events, || {
+            if events.was_behind() {
+                tell(&events, &roster);
+            }
+        });
+    }
+
+    #[test]
+    fn peers_that_found_no_room_are_told() {
+        model(more_than_there_is_room_for);
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn planted_room_without_order() {
+        weak_model(more_than_there_is_room_for);
     }
 }

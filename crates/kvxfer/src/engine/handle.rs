@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use tracing::error;
 use super::health::Health;
 use crate::blocks::GroupBlocks;
 use crate::event::MemoryState;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::transfer::{Cause, TransferId};
 
 /// How a transfer ended. It comes once, by the transfer's deadline.
@@ -333,5 +334,101 @@ mod tests {
             Pin::new(&mut transfer).poll(&mut cx),
             Poll::Ready(Outcome::Done)
         );
+    }
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+
+    const LONG: Duration = Duration::MAX;
+
+    fn transfer() -> (Transfer, Arc<Shared>) {
+        let shared = Arc::new(Shared::default());
+        let transfer = Transfer {
+            id: TransferId(7),
+            shared: Arc::clone(&shared),
+            canceller: Arc::new(|_| {}),
+            health: Arc::new(Health::new()),
+        };
+        (transfer, shared)
+    }
+
+    fn failed(first_cause: Cause) -> Outcome {
+        Outcome::Failed(Failure {
+            first_cause,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Quarantined,
+        })
+    }
+
+    /// An executor of one task.
+    #[derive(Default)]
+    struct Task {
+        woken: Mutex<bool>,
+        changed: Condvar,
+    }
+
+    impl std::task::Wake for Task {
+        fn wake(self: Arc<Self>) {
+            *self.woken.lock().expect("not poisoned") = true;
+            self.changed.notify_all();
+        }
+    }
+
+    fn block_on(transfer: &mut Transfer) -> Outcome {
+        let task = Arc::new(Task::default());
+        let waker = Waker::from(Arc::clone(&task));
+        loop {
+            if let Poll::Ready(outcome) =
+                Pin::new(&mut *transfer).poll(&mut Context::from_waker(&waker))
+            {
+                return outcome;
+            }
+            let mut woken = task.woken.lock().expect("not poisoned");
+            while !std::mem::take(&mut *woken) {
+                woken = task.changed.wait(woken).expect("not poisoned");
+            }
+        }
+    }
+
+    #[test]
+    fn who_waits_gets_the_only_outcome() {
+        model(|| {
+            let (transfer, shared) = transfer();
+            for cause in [Cause::Cancelled, Cause::PeerDead] {
+                let shared = Arc::clone(&shared);
+                thread::spawn(move || shared.finish(failed(cause), TransferReport::default()));
+            }
+            let first = transfer.wait(LONG);
+            assert!(first.is_some());
+            assert_eq!(transfer.wait(LONG), first);
+            thread::yield_now();
+            assert_eq!(transfer.outcome(), first);
+        });
+    }
+
+    #[test]
+    fn a_future_is_woken_by_its_outcome() {
+        model(|| {
+            let (mut transfer, shared) = transfer();
+            thread::spawn(move || shared.finish(Outcome::Done, TransferReport::default()));
+            assert_eq!(block_on(&mut transfer), Outcome::Done);
+        });
+    }
+
+    #[test]
+    fn who_waits_for_the_memory_hears_of_its_release() {
+        model(|| {
+            let (transfer, shared) = transfer();
+            thread::spawn(move || {
+                shared.finish(failed(Cause::Cancelled), TransferReport::default());
+                shared.release();
+            });
+            assert!(transfer.wait_released(LONG));
+            assert!(transfer.outcome().is_some());
+        });
     }
 }

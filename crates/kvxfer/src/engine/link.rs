@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -20,6 +20,7 @@ use super::wake::Wake;
 use crate::engine::Inner;
 use crate::error::Error;
 use crate::session::{Closed, Event as SessionEvent, Session, SessionError};
+use crate::sync::{Mutex, MutexGuard};
 use crate::transfer::Cause;
 use crate::wire::{ErrorCode, GoodbyeReason, Message, StreamOpening};
 
@@ -420,5 +421,33 @@ fn cause_of(closed: &Closed) -> Cause {
             },
             _ => Cause::PeerUnreachable,
         },
+    }
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+
+    #[test]
+    fn a_sleeping_link_gets_every_order() {
+        model(|| {
+            let link = Arc::new(Link::new().expect("an event"));
+            for _ in 0..2 {
+                let link = Arc::clone(&link);
+                thread::spawn(move || link.close(GoodbyeReason::Finished));
+            }
+            // As `Driver::run` does, without a socket.
+            let mut taken = 0;
+            while taken < 2 {
+                while link.orders().pop_front().is_some() {
+                    taken += 1;
+                }
+                if taken < 2 {
+                    link.wake.sleep(&[], None, || link.orders().is_empty());
+                }
+            }
+        });
     }
 }

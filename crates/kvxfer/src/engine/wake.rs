@@ -1,14 +1,19 @@
 //! Waking a thread that sleeps in poll(2), at the cost of a system call only while it sleeps.
 
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(not(all(loom, test)))]
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+#[cfg(not(all(loom, test)))]
+use nix::poll::{PollFd, poll};
+use nix::poll::{PollFlags, PollTimeout};
+use nix::sys::eventfd::EfdFlags;
 
 use crate::error::Error;
+use crate::sync::EventFd;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// One sleeper and any number of wakers.
 #[derive(Debug)]
@@ -33,8 +38,9 @@ impl Wake {
     /// Wakes the sleeper, now or at its next sleep. Whatever the sleeper is to find must be
     /// published before the call.
     pub(crate) fn wake(&self) {
-        // Sequentially consistent, as is the sleeper's store: of "published, then looked at
-        // `sleeping`" and "set `sleeping`, then looked for work", one sees the other.
+        // Nobody stores to `sleeping`, all swap, so that each takes in what was done before all earlier
+        // swaps: of "published, then looked at `sleeping`" and "set `sleeping`, then looked for
+        // work", one sees the other.
         if self.sleeping.swap(false, Ordering::SeqCst) {
             // A full counter (EAGAIN) is awake already.
             let _ = self.fd.write(1);
@@ -50,17 +56,27 @@ impl Wake {
         timeout: Option<Duration>,
         idle: impl FnOnce() -> bool,
     ) {
-        self.sleeping.store(true, Ordering::SeqCst);
+        let _ = self.sleeping.swap(true, Ordering::SeqCst);
         if idle() {
-            let mut fds = Vec::with_capacity(1 + others.len());
-            fds.push(PollFd::new(self.fd.as_fd(), PollFlags::POLLIN));
-            fds.extend(others.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
-            // An interrupted or failed poll is a spurious wake: the caller looks for work again.
-            let _ = poll(&mut fds, poll_timeout(timeout));
+            self.block(others, timeout);
         }
-        self.sleeping.store(false, Ordering::SeqCst);
+        let _ = self.sleeping.swap(false, Ordering::SeqCst);
         // Nonblocking; an empty counter is fine.
         let _: Result<u64, Errno> = self.fd.read();
+    }
+
+    #[cfg(not(all(loom, test)))]
+    fn block(&self, others: &[(BorrowedFd<'_>, PollFlags)], timeout: Option<Duration>) {
+        let mut fds = Vec::with_capacity(1 + others.len());
+        fds.push(PollFd::new(self.fd.as_fd(), PollFlags::POLLIN));
+        fds.extend(others.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
+        // An interrupted or failed poll is a spurious wake: the caller looks for work again.
+        let _ = poll(&mut fds, poll_timeout(timeout));
+    }
+
+    #[cfg(all(loom, test))]
+    fn block(&self, _others: &[(BorrowedFd<'_>, PollFlags)], _timeout: Option<Duration>) {
+        self.fd.wait_readable();
     }
 }
 
@@ -74,4 +90,54 @@ pub(crate) fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
         .ok()
         .and_then(|ms| PollTimeout::try_from(ms).ok())
         .unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use std::sync::Arc;
+
+    use kvxfer_loom::{model, thread, weak_model};
+
+    use super::*;
+    use crate::sync::atomic::AtomicU32;
+
+    /// Two threads publish and wake, in this order or the other; this one sleeps until it has seen
+    /// both. Nobody else wakes it.
+    fn two_wakers(publish_first: bool) {
+        let wake = Arc::new(Wake::new().expect("an event"));
+        let published = Arc::new(AtomicU32::new(0));
+        for _ in 0..2 {
+            let (wake, published) = (Arc::clone(&wake), Arc::clone(&published));
+            thread::spawn(move || {
+                if !publish_first {
+                    wake.wake();
+                }
+                published.fetch_add(1, Ordering::Release);
+                if publish_first {
+                    wake.wake();
+                }
+            });
+        }
+        let idle = || published.load(Ordering::Acquire) < 2;
+        while idle() {
+            wake.sleep(&[], None, idle);
+        }
+    }
+
+    #[test]
+    fn a_sleeper_hears_of_everything_published() {
+        model(|| two_wakers(true));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn planted_waking_before_publishing() {
+        model(|| two_wakers(false));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn planted_waking_without_order() {
+        weak_model(|| two_wakers(true));
+    }
 }

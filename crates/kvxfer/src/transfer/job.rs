@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::{Cause, JobId, PeerKey, TransferId};
 use crate::plan::source::OpSource;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::time::Time;
 
 /// Which way a job's bytes go.
@@ -186,4 +186,90 @@ pub struct JobReport {
     pub in_doubt: bool,
     /// The last report: nothing of the job is posted here, and nothing will be.
     pub quiescent: bool,
+}
+
+#[cfg(all(loom, test))]
+mod loom_tests {
+    use std::sync::Mutex;
+
+    use kvxfer_loom::{model, thread};
+
+    use super::*;
+    use crate::plan::source::Op;
+
+    struct Three;
+
+    impl OpSource for Three {
+        fn ops(&self) -> u64 {
+            3
+        }
+
+        fn bytes(&self) -> u64 {
+            3
+        }
+
+        fn emit(&self, _range: Range<u64>, _sink: &mut dyn FnMut(&Op<'_>)) {}
+
+        fn blocks_of(&self, _op: u64, _out: &mut Vec<(u32, u32)>) {}
+    }
+
+    fn job() -> Arc<Job> {
+        let (id, transfer) = (JobId(1), TransferId(1));
+        let source = Arc::new(Three);
+        Arc::new(Job::new(
+            id,
+            transfer,
+            0,
+            PeerKey(1),
+            Direction::Read,
+            source,
+            2,
+        ))
+    }
+
+    #[test]
+    fn every_operation_is_claimed_once() {
+        model(|| {
+            let job = job();
+            // Not loom's: it is for the test alone.
+            let claimed = Arc::new(Mutex::new(Vec::new()));
+            let worker = |n| {
+                let (job, claimed) = (Arc::clone(&job), Arc::clone(&claimed));
+                move || {
+                    while let Some(range) = job.claim(n) {
+                        claimed.lock().expect("not poisoned").extend(range);
+                    }
+                }
+            };
+            let others = [thread::spawn(worker(2)), thread::spawn(worker(1))];
+            worker(1)();
+            for other in others {
+                other.join().expect("done");
+            }
+            let mut claimed = claimed.lock().expect("not poisoned").clone();
+            claimed.sort_unstable();
+            assert_eq!(claimed, [0, 1, 2]);
+            assert!(job.exhausted());
+        });
+    }
+
+    #[test]
+    fn a_job_that_failed_says_why_and_the_first_cause_stays() {
+        model(|| {
+            let job = job();
+            let failing = [Cause::PeerDead, Cause::LaneReset].map(|cause| {
+                let job = Arc::clone(&job);
+                thread::spawn(move || job.fail(JobError { op: 1, cause }))
+            });
+            let seen = job.is_stopped().then(|| job.error().cloned());
+            for other in failing {
+                other.join().expect("done");
+            }
+            if let Some(seen) = seen {
+                assert!(seen.is_some());
+                assert_eq!(seen.as_ref(), job.error());
+            }
+            assert!(job.is_stopped());
+        });
+    }
 }
