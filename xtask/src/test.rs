@@ -33,6 +33,9 @@ struct Session<'a> {
 /// Histories of whole engines that `--long` tries.
 const LONG_HISTORIES: &str = "2000000";
 
+/// How often a model of loom switches between threads where none has to wait.
+const PREEMPTIONS: &str = "LOOM_MAX_PREEMPTIONS";
+
 const ONE: Tally = Tally {
     passed: 1,
     failed: 0,
@@ -93,7 +96,15 @@ impl Session<'_> {
                 ..
             })
         ) {
-            for name in ["network", "tests", "simulation", "doc tests", "docs"] {
+            let rest = [
+                "network",
+                "tests",
+                "races",
+                "simulation",
+                "doc tests",
+                "docs",
+            ];
+            for name in rest {
                 self.step(name, |_| Ok(Outcome::Skipped("the build failed".into())))?;
             }
             return Ok(());
@@ -116,6 +127,7 @@ impl Session<'_> {
             })
         })?;
         self.step("tests", |s| s.tests(network))?;
+        self.step("races", Self::races)?;
         if self.long {
             self.step("simulation", Self::simulation)?;
         }
@@ -173,6 +185,24 @@ impl Session<'_> {
             // They may not skip themselves then.
             command.env("KVXFER_NEED_NETWORK", "1");
         }
+        let ended = command::show(&mut command, self.root)?;
+        Ok(tested(&ended))
+    }
+
+    /// The loom tests: hand-made concurrent structures, in every order of their threads' steps. A
+    /// profile of their own keeps what they build apart from everything else.
+    fn races(&mut self) -> anyhow::Result<Outcome> {
+        let args = ["test", "--profile", "loom", "--lib"];
+        let mut command = self.command(&args);
+        command.args(["-p", "kvxfer-verbs", "-p", "kvxfer", "--", "loom_"]);
+        let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+        command.env("RUSTFLAGS", format!("{flags} --cfg loom -D warnings"));
+        if std::env::var_os(PREEMPTIONS).is_none() {
+            let bound = if self.long { "5" } else { "3" };
+            command.env(PREEMPTIONS, bound);
+        }
+        // What a planted fault's panic says is of no use to anybody.
+        command.env("RUST_BACKTRACE", "0");
         let ended = command::show(&mut command, self.root)?;
         Ok(tested(&ended))
     }
