@@ -1,14 +1,16 @@
 //! What the loom tests of this workspace need beside loom: atomics whose orderings can be taken
-//! away, to see that a test finds it; and an eventfd. Empty without `--cfg loom`.
+//! away, to see that a test finds it; an eventfd; a cell that is filled once. Empty without `--cfg loom`.
 #![cfg(loom)]
 #![forbid(unsafe_code)]
 
 pub mod atomic;
 mod eventfd;
+mod once;
 
 pub use eventfd::EventFd;
 pub use loom::sync::{Condvar, Mutex, MutexGuard};
 pub use loom::thread;
+pub use once::OnceLock;
 
 /// Switches between threads that are tried where no thread has to wait, unless
 /// `LOOM_MAX_PREEMPTIONS` says otherwise.

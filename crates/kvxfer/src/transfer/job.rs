@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::{Cause, JobId, PeerKey, TransferId};
 use crate::plan::source::OpSource;
+use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::time::Time;
 
@@ -192,7 +193,7 @@ pub struct JobReport {
 mod loom_tests {
     use std::sync::Mutex;
 
-    use kvxfer_loom::{model, thread};
+    use kvxfer_loom::{model, thread, weak_model};
 
     use super::*;
     use crate::plan::source::Op;
@@ -253,23 +254,31 @@ mod loom_tests {
         });
     }
 
+    fn two_failures() {
+        let job = job();
+        let failing = [Cause::PeerDead, Cause::LaneReset].map(|cause| {
+            let job = Arc::clone(&job);
+            thread::spawn(move || job.fail(JobError { op: 1, cause }))
+        });
+        let seen = job.is_stopped().then(|| job.error().cloned());
+        for other in failing {
+            other.join().expect("done");
+        }
+        if let Some(seen) = seen {
+            assert!(seen.is_some(), "stopped for no reason");
+            assert_eq!(seen.as_ref(), job.error());
+        }
+        assert!(job.is_stopped());
+    }
+
     #[test]
     fn a_job_that_failed_says_why_and_the_first_cause_stays() {
-        model(|| {
-            let job = job();
-            let failing = [Cause::PeerDead, Cause::LaneReset].map(|cause| {
-                let job = Arc::clone(&job);
-                thread::spawn(move || job.fail(JobError { op: 1, cause }))
-            });
-            let seen = job.is_stopped().then(|| job.error().cloned());
-            for other in failing {
-                other.join().expect("done");
-            }
-            if let Some(seen) = seen {
-                assert!(seen.is_some());
-                assert_eq!(seen.as_ref(), job.error());
-            }
-            assert!(job.is_stopped());
-        });
+        model(two_failures);
+    }
+
+    #[test]
+    #[should_panic(expected = "stopped for no reason")]
+    fn planted_stopping_without_order() {
+        weak_model(two_failures);
     }
 }
