@@ -23,7 +23,8 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn async_fd(&self) -> Option<BorrowedFd<'_>>;
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
     fn deregister(&self, key: &RegionKey);
-    fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error>;
+    /// With the number that the queue's events name.
+    fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error>;
     fn create_qp(
         &self,
         pd: u32,
@@ -41,7 +42,8 @@ pub(crate) trait CqBackend: Send + Sync + fmt::Debug {
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
 }
 
-/// Something that happened to a device or a queue pair and that no completion tells.
+/// Something that happened to a device, a port, a queue or a queue pair, and that no completion
+/// tells, or none tells in full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AsyncEvent {
@@ -62,8 +64,72 @@ pub enum AsyncEvent {
         /// The queue pair.
         qp_num: u32,
     },
+    /// A queue pair failed: a request that came in on it was not valid for it.
+    QpRequestError {
+        /// The queue pair.
+        qp_num: u32,
+    },
+    /// A queue pair failed: a request that came in on it broke the rights of local memory.
+    QpAccessError {
+        /// The queue pair.
+        qp_num: u32,
+    },
+    /// A completion queue failed, for it was overrun or cannot be written: nothing more can be
+    /// learnt from it, and the queue pairs that complete there are in ERR.
+    CqError {
+        /// Its [number](CompletionQueue::number).
+        cq: u32,
+    },
     /// The device failed: all its queue pairs are in ERR. Only opening it anew helps.
     DeviceFatal,
+    /// Something else, that ends no work by itself.
+    Other {
+        /// Which event, as `enum ibv_event_type` counts them.
+        code: u32,
+    },
+}
+
+/// The names of `enum ibv_event_type`, in its order.
+const EVENT_NAMES: [&str; 20] = [
+    "completion queue error",
+    "queue pair fatal",
+    "queue pair request error",
+    "queue pair access error",
+    "communication established",
+    "send queue drained",
+    "path migrated",
+    "path migration failed",
+    "device fatal",
+    "port active",
+    "port error",
+    "LID change",
+    "partition key change",
+    "subnet manager change",
+    "shared receive queue error",
+    "shared receive queue limit reached",
+    "last work request reached",
+    "client reregister",
+    "GID change",
+    "work queue fatal",
+];
+
+impl fmt::Display for AsyncEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |code: u32| EVENT_NAMES.get(code as usize).copied();
+        match *self {
+            Self::PortDown { port } => write!(f, "port {port} is down"),
+            Self::PortUp { port } => write!(f, "port {port} is up"),
+            Self::QpFatal { qp_num } => write!(f, "queue pair {qp_num:#x}: fatal"),
+            Self::QpRequestError { qp_num } => write!(f, "queue pair {qp_num:#x}: request error"),
+            Self::QpAccessError { qp_num } => write!(f, "queue pair {qp_num:#x}: access error"),
+            Self::CqError { cq } => write!(f, "completion queue {cq}: error"),
+            Self::DeviceFatal => f.write_str("device fatal"),
+            Self::Other { code } => match name(code) {
+                Some(name) => f.write_str(name),
+                None => write!(f, "event {code}"),
+            },
+        }
+    }
 }
 
 /// Which device it is.
@@ -92,6 +158,8 @@ pub struct DeviceInfo {
     pub max_msg_sz: u64,
     /// Completions a completion queue holds.
     pub max_cqe: u32,
+    /// The port that its queue pairs use, from 1.
+    pub port: u8,
     /// Regions registered at once.
     pub max_mr: u32,
 }
@@ -157,7 +225,9 @@ impl Context {
     }
 
     /// The oldest event that nobody has taken yet; does not wait. Each event is given once, so one
-    /// place of a program should ask.
+    /// place of a program should ask. A queue pair's events end with it: none is given after it has
+    /// been destroyed, so a number that is used again is not taken for the old one. (One that was
+    /// given just before may still be in the hands of whoever asked.)
     #[must_use]
     pub fn async_event(&self) -> Option<AsyncEvent> {
         self.backend.async_event()
@@ -188,8 +258,10 @@ impl Context {
     ///
     /// [`Error::Limit`] for a depth that the device does not take, [`Error::Os`].
     pub fn create_cq(&self, depth: u32) -> Result<CompletionQueue, Error> {
+        let (number, inner) = self.backend.create_cq(depth)?;
         Ok(CompletionQueue {
-            inner: self.backend.create_cq(depth)?,
+            inner,
+            number,
             backend: Arc::clone(&self.backend),
         })
     }
@@ -271,10 +343,17 @@ impl ProtectionDomain {
 #[derive(Debug, Clone)]
 pub struct CompletionQueue {
     pub(crate) inner: Arc<dyn CqBackend>,
+    number: u32,
     backend: Arc<dyn DeviceBackend>,
 }
 
 impl CompletionQueue {
+    /// Its number on the device, which [`AsyncEvent::CqError`] names.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
     /// Completions it holds.
     #[must_use]
     pub fn depth(&self) -> u32 {

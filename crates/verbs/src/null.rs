@@ -31,6 +31,7 @@ pub fn open_null() -> Context {
             max_sge: 32,
             max_msg_sz: 1 << 31,
             max_cqe: 1 << 22,
+            port: 1,
             max_mr: u32::MAX,
         },
         address: DeviceAddr {
@@ -90,7 +91,7 @@ impl DeviceBackend for NullDevice {
 
     fn deregister(&self, _: &RegionKey) {}
 
-    fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error> {
+    fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error> {
         if depth == 0 || depth > self.info.max_cqe {
             let max = self.info.max_cqe.into();
             return Err(Error::Limit {
@@ -99,7 +100,8 @@ impl DeviceBackend for NullDevice {
                 max,
             });
         }
-        Ok(Arc::new(NullCq(CqCore::new(depth)?)))
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        Ok((number, Arc::new(NullCq(CqCore::new(depth)?))))
     }
 
     fn create_qp(

@@ -267,6 +267,84 @@ fn a_queue_pair_that_fails_by_itself_is_an_event() {
     }
 }
 
+/// Each kind of failure of a queue pair has its event, and the event goes with the queue pair.
+#[test]
+fn a_queue_pair_has_its_events_while_it_lives() {
+    type Made = fn(u32) -> AsyncEvent;
+    let kinds: [(&str, Made); 2] = [
+        ("qp-request=1", |qp_num| AsyncEvent::QpRequestError {
+            qp_num,
+        }),
+        ("qp-access=1", |qp_num| AsyncEvent::QpAccessError { qp_num }),
+    ];
+    for (plan, event) in kinds {
+        let p = meet(How::Arena, &options(plan));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(How::Arena, WcStatus::WrFlush, 0);
+        assert_eq!(events(&p.a.ctx), [event(p.a.qp.qp_num())]);
+        // Nobody has taken it when its queue pair is destroyed.
+        let p = meet(How::Arena, &options(plan));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(How::Arena, WcStatus::WrFlush, 0);
+        assert!(readable(&p.a.ctx, Duration::ZERO));
+        let Side { ctx, qp, .. } = p.a;
+        drop(qp);
+        assert!(!readable(&ctx, Duration::ZERO));
+        assert_eq!(events(&ctx), []);
+    }
+}
+
+/// Completions first, the event later; and not at all if the queue pair is gone by then.
+#[test]
+fn events_can_come_late() {
+    let late = "qp-fatal=1,event-lag=100ms";
+    for gone in [false, true] {
+        let before = Instant::now();
+        let p = meet(How::Arena, &options(late));
+        p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+        p.fails(How::Arena, WcStatus::WrFlush, 0);
+        let Side { ctx, qp, .. } = p.a;
+        let qp_num = qp.qp_num();
+        let keep = (!gone).then_some(qp);
+        let wait = if gone {
+            Duration::from_millis(300)
+        } else {
+            WAIT
+        };
+        assert_eq!(readable(&ctx, wait), !gone);
+        assert!(before.elapsed() >= Duration::from_millis(100));
+        let told = keep.iter().map(|_| AsyncEvent::QpFatal { qp_num });
+        assert!(events(&ctx).into_iter().eq(told));
+    }
+}
+
+#[test]
+fn a_completion_queue_that_fails_takes_its_queue_pairs_along() {
+    let p = meet(
+        How::Arena,
+        &options("cq-error=50ms,event=60ms:18,delay=1:1000s"),
+    );
+    assert_eq!(p.a.send_cq.number(), 1);
+    p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
+    p.fails(How::Arena, WcStatus::WrFlush, 0);
+    assert!(readable(&p.a.ctx, WAIT));
+    let first = p.a.ctx.async_event();
+    assert_eq!(first, Some(AsyncEvent::CqError { cq: 1 }));
+    assert!(readable(&p.a.ctx, WAIT));
+    let other = AsyncEvent::Other { code: 18 };
+    assert_eq!(events(&p.a.ctx), [other]);
+    assert_eq!(other.to_string(), "GID change");
+    assert_eq!(AsyncEvent::Other { code: 77 }.to_string(), "event 77");
+    // Nothing can be had of that queue again; another one works.
+    let caps = QpCaps::default();
+    let pd = p.a.ctx.alloc_pd().unwrap();
+    let again = pd.create_qp(caps, &p.a.send_cq, &p.a.send_cq).unwrap();
+    assert_eq!(again.state(), QpState::Err);
+    let other = p.a.ctx.create_cq(16).unwrap();
+    let well = pd.create_qp(caps, &other, &other).unwrap();
+    assert_eq!(well.state(), QpState::Reset);
+}
+
 #[test]
 fn a_port_that_is_down_holds_everything_up() {
     for how in EVERY {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::device::{
     AsyncEvent, CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
@@ -16,14 +17,14 @@ use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, SoftPath};
 use crate::region::{Access, RegionKey, SegmentSpan};
 use crate::soft::cq::SoftCq;
-use crate::soft::events::Events;
+use crate::soft::events::{Events, qp_of};
 use crate::soft::injector::Injector;
 use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
 use crate::soft::segment::{MapCache, Segments};
 use crate::soft::server::{self, Command, Mailbox};
-use crate::soft::{SoftConfig, fill_random};
+use crate::soft::{FIRST_CQ, PORT, SoftConfig, fill_random};
 use crate::sync::{Mutex, MutexGuard, lock};
 
 /// The key table behind a lock that the responder thread holds while it copies. A plain lock would
@@ -68,6 +69,9 @@ pub(crate) struct SoftShared {
     /// The first queue pair's number is random, so that a stale one names nobody.
     first_qpn: u32,
     qps: AtomicU32,
+    cqs: AtomicU32,
+    /// For the plan: the first completion queue, and whether it has failed.
+    first_cq: Mutex<(Weak<SoftCq>, bool)>,
     pub(crate) events: Events,
     pub(crate) faults: Option<Arc<Injector>>,
 }
@@ -107,6 +111,38 @@ impl SoftShared {
 
     pub(crate) fn forget_token(&self, token: &[u8; 16]) {
         lock(&self.tokens).remove(token);
+    }
+
+    /// Tells an event, at once or as late as the plan wants it.
+    pub(crate) fn tell(&self, event: AsyncEvent) {
+        let lag = self.faults.as_ref().and_then(|faults| faults.lag());
+        match lag.and_then(|lag| Instant::now().checked_add(lag)) {
+            Some(at) => self.mailbox.send(Command::Tell(at, event)),
+            None => self.tell_now(event),
+        }
+    }
+
+    /// Tells an event, unless its queue pair has been destroyed.
+    pub(crate) fn tell_now(&self, event: AsyncEvent) {
+        self.events.push_if(event, || match qp_of(&event) {
+            Some(qp_num) => self.queue_pairs().iter().any(|qp| qp.qpn == qp_num),
+            None => true,
+        });
+    }
+
+    /// The first completion queue fails, and all that completes there.
+    pub(crate) fn fail_first_cq(&self) {
+        let cq = {
+            let mut first = lock(&self.first_cq);
+            first.1 = true;
+            first.0.upgrade()
+        };
+        let Some(cq) = cq else { return };
+        for qp in self.queue_pairs() {
+            if qp.completes_on(&cq) {
+                qp.fail_all(false);
+            }
+        }
     }
 
     /// Where this context's guid lies.
@@ -159,6 +195,7 @@ impl SoftDevice {
                 max_sge: config.max_sge,
                 max_msg_sz: config.max_msg_sz,
                 max_cqe: config.max_cqe,
+                port: PORT,
                 max_mr: config.max_mr,
             },
             config,
@@ -176,6 +213,8 @@ impl SoftDevice {
             next_pd: AtomicU32::new(1),
             first_qpn: first,
             qps: AtomicU32::new(0),
+            cqs: AtomicU32::new(FIRST_CQ),
+            first_cq: Mutex::default(),
             events: Events::new()?,
             faults,
         });
@@ -261,7 +300,7 @@ impl DeviceBackend for SoftDevice {
         }
     }
 
-    fn create_cq(&self, depth: u32) -> Result<Arc<dyn CqBackend>, Error> {
+    fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error> {
         let max = self.shared.info.max_cqe;
         if depth == 0 || depth > max {
             let what = "completion queue depth";
@@ -271,10 +310,12 @@ impl DeviceBackend for SoftDevice {
                 max: max.into(),
             });
         }
-        Ok(Arc::new(SoftCq::new(
-            depth,
-            self.shared.config.poll_budget,
-        )?))
+        let cq = Arc::new(SoftCq::new(depth, self.shared.config.poll_budget)?);
+        let number = self.shared.cqs.fetch_add(1, Ordering::Relaxed);
+        if number == FIRST_CQ {
+            lock(&self.shared.first_cq).0 = Arc::downgrade(&cq);
+        }
+        Ok((number, cq))
     }
 
     fn create_qp(
@@ -312,6 +353,12 @@ impl DeviceBackend for SoftDevice {
         let qp = Arc::new(qp);
         send_cq.add(Arc::clone(&qp));
         lock(&self.shared.tokens).insert(token, Arc::downgrade(&qp));
+        let failed = lock(&self.shared.first_cq);
+        let on_failed = failed.1 && failed.0.upgrade().is_some_and(|cq| qp.completes_on(&cq));
+        drop(failed);
+        if on_failed {
+            qp.fail_all(false);
+        }
         Ok(Arc::new(SoftQpHandle(qp)))
     }
 }

@@ -1,4 +1,6 @@
 //! Asynchronous events of the software device: they come only from a fault plan.
+//!
+//! As in a kernel, the events of a queue pair that nobody has taken go with it.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,8 +30,13 @@ impl Events {
         })
     }
 
-    pub(crate) fn push(&self, event: AsyncEvent) {
+    /// Tells an event if `holds` says, with no event forgotten meanwhile, that what it is about still
+    /// is.
+    pub(crate) fn push_if(&self, event: AsyncEvent, holds: impl FnOnce() -> bool) {
         let mut queue = lock(&self.queue);
+        if !holds() {
+            return;
+        }
         if queue.len() >= MAX_EVENTS {
             tracing::warn!(?event, "nobody takes this device's events: lost");
             return;
@@ -49,7 +56,27 @@ impl Events {
         event
     }
 
+    /// Forgets the events of a queue pair that is destroyed.
+    pub(crate) fn forget(&self, qp_num: u32) {
+        let mut queue = lock(&self.queue);
+        queue.retain(|event| qp_of(event) != Some(qp_num));
+        if queue.is_empty() {
+            // As above.
+            let _ = self.event.read();
+        }
+    }
+
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
+    }
+}
+
+/// The queue pair that an event is about.
+pub(crate) fn qp_of(event: &AsyncEvent) -> Option<u32> {
+    match *event {
+        AsyncEvent::QpFatal { qp_num }
+        | AsyncEvent::QpRequestError { qp_num }
+        | AsyncEvent::QpAccessError { qp_num } => Some(qp_num),
+        _ => None,
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::device::AsyncEvent;
 use crate::wr::WcStatus;
 
 /// What goes wrong on a software device, and how often. Work requests are numbered on each queue
@@ -22,8 +23,13 @@ use crate::wr::WcStatus;
 /// | `cut=RATE` | the stream to the peer is shut down: `RetryExc` with [`vendor::PEER_GONE`](super::vendor::PEER_GONE) |
 /// | `wr-error=RATE:STATUS` | it fails with `STATUS` and [`vendor::PLANNED`](super::vendor::PLANNED) |
 /// | `qp-fatal=RATE` | its queue pair fails with no completion that says why; [`AsyncEvent::QpFatal`](crate::AsyncEvent::QpFatal) |
+/// | `qp-request=RATE` | the same with [`AsyncEvent::QpRequestError`](crate::AsyncEvent::QpRequestError) |
+/// | `qp-access=RATE` | the same with [`AsyncEvent::QpAccessError`](crate::AsyncEvent::QpAccessError) |
 /// | `port-down=AT:TIME` | that long after the device was opened, nothing starts for `TIME`; [`AsyncEvent::PortDown`](crate::AsyncEvent::PortDown), later [`PortUp`](crate::AsyncEvent::PortUp) |
+/// | `cq-error=AT` | that long after the device was opened, its first completion queue fails, and each queue pair that completes there, also one made later; [`AsyncEvent::CqError`](crate::AsyncEvent::CqError) |
 /// | `device-fatal=AT` | that long after the device was opened, all queue pairs fail; [`AsyncEvent::DeviceFatal`](crate::AsyncEvent::DeviceFatal) |
+/// | `event=AT:CODE` | that long after the device was opened, nothing but [`AsyncEvent::Other`](crate::AsyncEvent::Other) with this code |
+/// | `event-lag=TIME` | events are told that much later than what they are about happens |
 ///
 /// `RATE` is a share of all work requests, from 0 to 1. `TIME` and `AT` are whole numbers with `ns`,
 /// `us`, `ms` or `s`. `STATUS` is one of `loc-len`, `loc-qp-op`, `loc-prot`, `rem-inv-req`,
@@ -55,10 +61,20 @@ pub struct FaultPlan {
     pub wr_error: Option<(f64, WcStatus)>,
     /// Share at which the queue pair fails by itself.
     pub qp_fatal: f64,
+    /// Share at which the queue pair fails over a request that came in.
+    pub qp_request: f64,
+    /// Share at which the queue pair fails over the rights of local memory.
+    pub qp_access: f64,
     /// When, after the device was opened, its port goes down, and for how long.
     pub port_down: Option<(Duration, Duration)>,
+    /// When, after the device was opened, its first completion queue fails.
+    pub cq_error: Option<Duration>,
     /// When, after the device was opened, it fails as a whole.
     pub device_fatal: Option<Duration>,
+    /// When, after the device was opened, another event comes, and its code.
+    pub event: Option<(Duration, u32)>,
+    /// How much later than what they are about events are told.
+    pub event_lag: Option<Duration>,
 }
 
 /// What is wrong with the text of a fault plan.
@@ -107,6 +123,12 @@ pub enum FaultPlanError {
         /// The value.
         value: String,
     },
+    /// An event's code is not a number.
+    #[error("event code {value:?} is not a whole number under 2^32")]
+    Code {
+        /// The value.
+        value: String,
+    },
     /// A status is none.
     #[error("status {value:?} of wr-error is none of {}", statuses())]
     Status {
@@ -115,7 +137,7 @@ pub enum FaultPlanError {
     },
 }
 
-const ITEMS: [(&str, &str); 10] = [
+const ITEMS: [(&str, &str); 15] = [
     ("seed", "seed=N"),
     ("delay", "delay=RATE:TIME"),
     ("reorder", "reorder=RATE:TIME"),
@@ -124,8 +146,13 @@ const ITEMS: [(&str, &str); 10] = [
     ("cut", "cut=RATE"),
     ("wr-error", "wr-error=RATE:STATUS"),
     ("qp-fatal", "qp-fatal=RATE"),
+    ("qp-request", "qp-request=RATE"),
+    ("qp-access", "qp-access=RATE"),
     ("port-down", "port-down=AT:TIME"),
+    ("cq-error", "cq-error=AT"),
     ("device-fatal", "device-fatal=AT"),
+    ("event", "event=AT:CODE"),
+    ("event-lag", "event-lag=TIME"),
 ];
 
 const STATUSES: [(&str, WcStatus); 8] = [
@@ -238,12 +265,23 @@ impl FromStr for FaultPlan {
                     plan.wr_error = Some((item.rate(rate)?, found.1));
                 }
                 "qp-fatal" => plan.qp_fatal = item.rate(value)?,
+                "qp-request" => plan.qp_request = item.rate(value)?,
+                "qp-access" => plan.qp_access = item.rate(value)?,
                 "port-down" => {
                     let (at, time) = item.pair()?;
                     plan.port_down = Some((item.time(at)?, item.time(time)?));
                 }
+                "cq-error" => plan.cq_error = Some(item.time(value)?),
+                "device-fatal" => plan.device_fatal = Some(item.time(value)?),
+                "event" => {
+                    let (at, code) = item.pair()?;
+                    let code = code.parse().map_err(|_| FaultPlanError::Code {
+                        value: code.to_owned(),
+                    })?;
+                    plan.event = Some((item.time(at)?, code));
+                }
                 // The table has no other name.
-                _ => plan.device_fatal = Some(item.time(value)?),
+                _ => plan.event_lag = Some(item.time(value)?),
             }
         }
         Ok(plan)
@@ -277,14 +315,28 @@ impl fmt::Display for FaultPlan {
             let name = STATUSES.iter().find(|s| s.1 == status);
             write!(f, ",wr-error={rate}:{}", name.map_or("rem-op", |n| n.0))?;
         }
-        if self.qp_fatal > 0.0 {
-            write!(f, ",qp-fatal={}", self.qp_fatal)?;
+        let rates = [
+            ("qp-fatal", self.qp_fatal),
+            ("qp-request", self.qp_request),
+            ("qp-access", self.qp_access),
+        ];
+        for (name, rate) in rates.into_iter().filter(|r| r.1 > 0.0) {
+            write!(f, ",{name}={rate}")?;
         }
         if let Some((at, time)) = self.port_down {
             write!(f, ",port-down={}:{}", Time(at), Time(time))?;
         }
+        if let Some(at) = self.cq_error {
+            write!(f, ",cq-error={}", Time(at))?;
+        }
         if let Some(at) = self.device_fatal {
             write!(f, ",device-fatal={}", Time(at))?;
+        }
+        if let Some((at, code)) = self.event {
+            write!(f, ",event={}:{code}", Time(at))?;
+        }
+        if let Some(lag) = self.event_lag {
+            write!(f, ",event-lag={}", Time(lag))?;
         }
         Ok(())
     }
@@ -297,7 +349,26 @@ pub(crate) enum Fault {
     Drop,
     Cut,
     Error(WcStatus),
-    QpFatal,
+    /// The queue pair fails, with an event and no completion that says why.
+    QueuePair(QpFault),
+}
+
+/// How a queue pair fails by itself.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum QpFault {
+    Fatal,
+    Request,
+    Access,
+}
+
+impl QpFault {
+    pub(crate) fn event(self, qp_num: u32) -> AsyncEvent {
+        match self {
+            Self::Fatal => AsyncEvent::QpFatal { qp_num },
+            Self::Request => AsyncEvent::QpRequestError { qp_num },
+            Self::Access => AsyncEvent::QpAccessError { qp_num },
+        }
+    }
 }
 
 /// What a plan has for one work request.
@@ -338,7 +409,13 @@ impl FaultPlan {
         } else if let Some((_, status)) = self.wr_error.filter(|e| hit(e.0, 5)) {
             Some(Fault::Error(status))
         } else {
-            hit(self.qp_fatal, 6).then_some(Fault::QpFatal)
+            let fails = [
+                (self.qp_fatal, 6, QpFault::Fatal),
+                (self.qp_request, 8, QpFault::Request),
+                (self.qp_access, 9, QpFault::Access),
+            ];
+            let fails = fails.into_iter().find(|f| hit(f.0, f.1));
+            fails.map(|f| Fault::QueuePair(f.2))
         };
         Fate {
             key: hit(self.key, 7),
@@ -396,6 +473,8 @@ mod tests {
             let got = err(&format!("device-fatal={bad}"));
             assert_eq!(got, FaultPlanError::Time { name, value });
         }
+        let got = err("event=1s:gid");
+        assert_eq!(got, FaultPlanError::Code { value: name("gid") });
         let got = err("wr-error=0.1:success");
         assert!(matches!(&got, FaultPlanError::Status { value } if value == "success"));
     }
@@ -424,15 +503,21 @@ mod tests {
         fn a_plan_comes_back_from_its_text(
             seed in any::<u64>(),
             (delay, reorder) in (timed(), timed()),
-            rates in prop::array::uniform4(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
+            rates in prop::array::uniform6(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
             wr_error in prop::option::of((0.0..=1.0, 0..STATUSES.len())),
             port_down in prop::option::of((time(), time())),
-            device_fatal in prop::option::of(time()),
+            (cq_error, device_fatal, event_lag) in (
+                prop::option::of(time()),
+                prop::option::of(time()),
+                prop::option::of(time()),
+            ),
+            event in prop::option::of((time(), any::<u32>())),
         ) {
-            let [drop, key, cut, qp_fatal] = rates;
+            let [drop, key, cut, qp_fatal, qp_request, qp_access] = rates;
             let wr_error = wr_error.map(|(rate, s)| (rate, STATUSES[s].1));
             let plan = FaultPlan {
-                seed, delay, reorder, drop, key, cut, wr_error, qp_fatal, port_down, device_fatal,
+                seed, delay, reorder, drop, key, cut, wr_error, qp_fatal, qp_request, qp_access,
+                port_down, cq_error, device_fatal, event, event_lag,
             };
             prop_assert_eq!(plan.to_string().parse(), Ok(plan));
         }
@@ -464,7 +549,8 @@ mod tests {
             share(&|f| matches!(f.end, Some(Fault::Error(_)))),
             0.05
         ));
-        assert!(near(share(&|f| f.end == Some(Fault::QpFatal)), 0.01));
+        let fatal = Some(Fault::QueuePair(QpFault::Fatal));
+        assert!(near(share(&|f| f.end == fatal), 0.01));
         assert!(near(share(&|f| f.delay.is_some()), 1.0 - 0.9 * 0.8));
         let again: Vec<Fate> = (0..n)
             .map(|i| plan.fate((i % 4).into(), i.into()))

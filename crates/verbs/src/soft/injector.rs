@@ -2,14 +2,23 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::device::AsyncEvent;
-use crate::soft::PORT;
 use crate::soft::faults::{Fault, FaultPlan};
 use crate::soft::requester::{Fail, Requester};
 use crate::soft::vendor;
+use crate::soft::{FIRST_CQ, PORT};
 use crate::wr::{Op, WcStatus, WrEntry};
+
+/// What is due on the device at some time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Planned {
+    /// It happens, and is told now or later.
+    Happens(AsyncEvent),
+    /// It has happened, and is told.
+    Told(AsyncEvent),
+}
 
 /// A plan, and since when it counts.
 #[derive(Debug)]
@@ -26,8 +35,13 @@ impl Injector {
         }
     }
 
+    /// How much later than what they are about events are told.
+    pub(crate) fn lag(&self) -> Option<Duration> {
+        self.plan.event_lag
+    }
+
     /// What happens to the device as a whole, and when; soonest first.
-    pub(crate) fn timeline(&self) -> VecDeque<(Instant, AsyncEvent)> {
+    pub(crate) fn timeline(&self) -> VecDeque<(Instant, Planned)> {
         let at = |after| self.opened.checked_add(after);
         let down = self.plan.port_down;
         let all = [
@@ -39,9 +53,22 @@ impl Injector {
                 down.and_then(|d| at(d.0.saturating_add(d.1))),
                 AsyncEvent::PortUp { port: PORT },
             ),
+            (
+                self.plan.cq_error.and_then(at),
+                AsyncEvent::CqError { cq: FIRST_CQ },
+            ),
             (self.plan.device_fatal.and_then(at), AsyncEvent::DeviceFatal),
+            (
+                self.plan.event.and_then(|e| at(e.0)),
+                AsyncEvent::Other {
+                    code: self.plan.event.map_or(0, |e| e.1),
+                },
+            ),
         ];
-        let mut list: Vec<_> = all.into_iter().filter_map(|(t, e)| Some((t?, e))).collect();
+        let all = all.into_iter();
+        let mut list: Vec<_> = all
+            .filter_map(|(t, e)| Some((t?, Planned::Happens(e))))
+            .collect();
         list.sort_by_key(|l| l.0);
         list.into()
     }
@@ -129,11 +156,11 @@ impl Requester {
                 // The streams are closed with the queue pair, on both sides.
                 Fault::Cut => return Err(Fail::gone()),
                 // An error is the oldest work request's: those before it end first.
-                Fault::Error(_) | Fault::QpFatal if !oldest => return Ok(false),
+                Fault::Error(_) | Fault::QueuePair(_) if !oldest => return Ok(false),
                 Fault::Error(status) => return Err(Fail::new(status, vendor::PLANNED)),
-                Fault::QpFatal => {
-                    let qp_num = self.qpn;
-                    self.ctx.events.push(AsyncEvent::QpFatal { qp_num });
+                Fault::QueuePair(how) => {
+                    // Before its work is flushed, unless the plan lets it come late.
+                    self.ctx.tell(how.event(self.qpn));
                     return Err(Fail::new(WcStatus::WrFlush, 0));
                 }
             }

@@ -36,6 +36,8 @@ pub use faults::{FaultPlan, FaultPlanError};
 
 /// The software device's one port.
 const PORT: u8 = 1;
+/// The number of a device's first completion queue.
+const FIRST_CQ: u32 = 1;
 
 pub mod vendor {
     //! What `vendor_err` of a failed completion means on the software device.

@@ -356,6 +356,10 @@ impl SoftQp {
         }
     }
 
+    pub(crate) fn completes_on(&self, cq: &Arc<SoftCq>) -> bool {
+        Arc::ptr_eq(&self.send_cq, cq) || Arc::ptr_eq(&self.recv_cq, cq)
+    }
+
     pub(crate) fn fail_all(&self, keep_stream: bool) {
         self.set_state(QpState::Err);
         let mut req = lock(&self.requester);
@@ -612,6 +616,7 @@ impl QpBackend for SoftQpHandle {
         let qp = &self.0;
         qp.ctx.forget_token(&qp.token);
         qp.fail_all(false);
+        qp.ctx.events.forget(qp.qpn);
         qp.send_cq.remove(qp.qpn);
         qp.send_cq.core.purge(qp.qpn);
         qp.recv_cq.core.purge(qp.qpn);

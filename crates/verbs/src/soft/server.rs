@@ -19,6 +19,7 @@ use crate::device::AsyncEvent;
 use crate::error::{Error, os};
 use crate::soft::context::{SoftShared, key_fd};
 use crate::soft::frame::{HELLO, Hello, Role};
+use crate::soft::injector::Planned;
 use crate::soft::link::path_of;
 use crate::soft::link::{Incoming, answer};
 use crate::soft::process_vm::PeerProcess;
@@ -45,6 +46,8 @@ pub(crate) enum Command {
     Serve(Arc<SoftQp>),
     /// A receive was posted, or the half was stopped.
     Run(u32),
+    /// Tell an event at that time.
+    Tell(Instant, AsyncEvent),
     Stop,
 }
 
@@ -105,7 +108,7 @@ struct Server {
     ready: VecDeque<u64>,
     next_id: u64,
     /// What a fault plan has for the device, soonest first.
-    timeline: VecDeque<(Instant, AsyncEvent)>,
+    timeline: VecDeque<(Instant, Planned)>,
 }
 
 fn nix_os(op: &'static str) -> impl Fn(nix::Error) -> Error {
@@ -198,12 +201,10 @@ impl Server {
     }
 
     fn timers(&mut self) {
-        while let Some((_, event)) = self.timeline.pop_front_if(|p| p.0 <= Instant::now()) {
-            self.shared.events.push(event);
-            if event == AsyncEvent::DeviceFatal {
-                for qp in self.shared.queue_pairs() {
-                    qp.fail_all(false);
-                }
+        while let Some((_, planned)) = self.timeline.pop_front_if(|p| p.0 <= Instant::now()) {
+            match planned {
+                Planned::Told(event) => self.shared.tell_now(event),
+                Planned::Happens(event) => self.happens(event),
             }
         }
         if self.opening.is_empty() && self.halves.values().all(|h| h.at.is_none()) {
@@ -219,6 +220,21 @@ impl Server {
             .collect();
         for id in due {
             self.queue(id);
+        }
+    }
+
+    /// Something befalls the device as a whole. It is told first, where the plan does not let it come
+    /// late.
+    fn happens(&self, event: AsyncEvent) {
+        self.shared.tell(event);
+        match event {
+            AsyncEvent::DeviceFatal => {
+                for qp in self.shared.queue_pairs() {
+                    qp.fail_all(false);
+                }
+            }
+            AsyncEvent::CqError { .. } => self.shared.fail_first_cq(),
+            _ => {}
         }
     }
 
@@ -253,6 +269,10 @@ impl Server {
             match command {
                 Command::Stop => return true,
                 Command::Serve(qp) => self.serve(qp),
+                Command::Tell(at, event) => {
+                    let place = self.timeline.partition_point(|p| p.0 <= at);
+                    self.timeline.insert(place, (at, Planned::Told(event)));
+                }
                 Command::Run(qpn) => {
                     let ids = self.halves.iter().filter(|(_, h)| h.qp.qpn == qpn);
                     for id in ids.map(|h| *h.0).collect::<Vec<_>>() {
