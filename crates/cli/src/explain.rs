@@ -83,6 +83,8 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
             Problem::from_chain(Exit::Device, error)
         }
+        Error::DeviceFailed => Problem::new(Exit::Device, "the device has failed")
+            .with_fix("look at the kernel's log for the device, and start the command again"),
         // What is left is said by the peer, or of it.
         _ => Problem::from_chain(Exit::Peer, error),
     }
@@ -258,6 +260,11 @@ fn no_path(forced: Option<PathKind>, candidates: &[kvxfer::wire::Candidate]) -> 
 pub(crate) fn transfer(failed: &Failed) -> Problem {
     let exit = match failed.cause {
         Cause::Post { .. } | Cause::LocalDevice { .. } => Exit::Device,
+        // Said by this side's own device.
+        Cause::QueuePair { .. }
+        | Cause::CompletionQueue
+        | Cause::PortDown { .. }
+        | Cause::DeviceFatal => Exit::Device,
         _ => Exit::Peer,
     };
     let problem = Problem::new(exit, failed.to_string()).with_evidence(failed.cause.to_string());
@@ -266,6 +273,12 @@ pub(crate) fn transfer(failed: &Failed) -> Problem {
             "look whether the server is busy or stopped; --timeout allows more than {:?}",
             failed.timeout
         )),
+        Cause::PortDown { .. } => {
+            problem.with_fix("look at the port's link, cable and switch; `ip link` shows its state")
+        }
+        Cause::DeviceFatal | Cause::CompletionQueue => {
+            problem.with_fix("look at the kernel's log for the device, and start the command again")
+        }
         _ => problem,
     }
 }

@@ -325,6 +325,10 @@ pub enum Error {
     /// new work.
     #[error("a thread of the engine has panicked; drop the engine and make another")]
     WorkerPanicked,
+    /// The device has failed as a whole. What used it has failed, and the engine takes no new work: only
+    /// opening the device anew helps.
+    #[error("the engine's device has failed; drop the engine and make another")]
+    DeviceFailed,
     /// The engine was made by another process, of which this one is a fork. It has the engine's
     /// memory and none of its threads.
     #[error(

@@ -5,7 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -192,6 +192,15 @@ pub struct RtsAttr {
     pub retry_cnt: u8,
     /// Tries after the first where the peer had no receive (0 to 7, 7 is for ever).
     pub rnr_retry: u8,
+}
+
+impl RtsAttr {
+    /// How long a request is tried in all; `None`: for ever. Devices may take some times longer.
+    #[must_use]
+    pub fn retry_time(&self) -> Option<Duration> {
+        let once = Duration::from_nanos(4096 << self.timeout.min(31));
+        (self.timeout > 0).then(|| once * (u32::from(self.retry_cnt) + 1))
+    }
 }
 
 impl Default for RtsAttr {

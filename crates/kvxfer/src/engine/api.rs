@@ -67,6 +67,12 @@ impl Drop for Owner {
 /// and the transfers over it fail in the same way; so do all expectations, and offers end, if a thread
 /// panics over their ledgers. Memory is released as after any failure. The engine takes no new work
 /// then ([`Error::WorkerPanicked`]).
+///
+/// # Failures of the device
+///
+/// When the device says that it has failed as a whole, all transfers fail with
+/// [`Cause::DeviceFatal`] and all sessions end. The engine takes no new work then
+/// ([`Error::DeviceFailed`]), for as long as it lives: drop it and make another.
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,

@@ -10,6 +10,7 @@ use tracing::info;
 
 use kvxfer_verbs::{DeviceAddr, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
 
+use super::async_events::Watched;
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
@@ -33,7 +34,7 @@ use crate::wire::{
 
 /// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
 /// their own; these only end what nobody waits for.
-const RTS: RtsAttr = RtsAttr {
+pub(super) const RTS: RtsAttr = RtsAttr {
     timeout: 18,
     retry_cnt: 7,
     rnr_retry: 7,
@@ -53,6 +54,7 @@ pub(crate) enum Step {
 pub(crate) struct Made {
     pub(crate) qp: QueuePair<Init>,
     pub(crate) inbox: Option<Inbox>,
+    pub(crate) watched: Arc<Watched>,
 }
 
 /// A queue pair on its way up.
@@ -345,6 +347,7 @@ impl Bringup {
             Some(seat) => vec![Made {
                 qp: seat.queue_pair()?,
                 inbox: None,
+                watched: Arc::default(),
             }],
             None => {
                 self.key = PeerKey(engine.runtime.next_id());
@@ -627,6 +630,7 @@ fn join(made: Made, remote: QpEndpoint, link: QpLink) -> Result<Joined, Error> {
     Ok(Joined {
         qp: made.qp.rtr(attr)?.rts(RTS)?,
         inbox: made.inbox,
+        watched: made.watched,
     })
 }
 

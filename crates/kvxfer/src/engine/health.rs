@@ -1,6 +1,7 @@
-//! Whether an engine can be used: in the process that made it, and while its workers work.
+//! Whether an engine can be used: in the process that made it, and while its workers and its device
+//! work.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::Error;
 
@@ -10,20 +11,37 @@ pub(crate) struct Health {
     /// The process that made the engine. A forked child has the memory of its handles, and neither
     /// its threads nor its locks in a known state.
     pid: u32,
-    broken: AtomicBool,
+    /// What has ended its use: the first such thing.
+    broken: AtomicU8,
 }
+
+const WELL: u8 = 0;
+const WORKER_PANICKED: u8 = 1;
+const DEVICE_FAILED: u8 = 2;
 
 impl Health {
     pub(crate) fn new() -> Self {
         Self {
             pid: std::process::id(),
-            broken: AtomicBool::new(false),
+            broken: AtomicU8::new(WELL),
         }
     }
 
     /// A worker has panicked.
     pub(crate) fn break_down(&self) {
-        self.broken.store(true, Ordering::Release);
+        self.breaks(WORKER_PANICKED);
+    }
+
+    /// The device has failed.
+    pub(crate) fn device_failed(&self) {
+        self.breaks(DEVICE_FAILED);
+    }
+
+    fn breaks(&self, why: u8) {
+        // What came first stays.
+        let _ = self
+            .broken
+            .compare_exchange(WELL, why, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Whether this is a forked child of the engine's process. Nothing of the engine may be touched
@@ -52,12 +70,13 @@ impl Health {
     ///
     /// # Errors
     ///
-    /// [`Error::Forked`] and [`Error::WorkerPanicked`].
+    /// [`Error::Forked`], [`Error::WorkerPanicked`] and [`Error::DeviceFailed`].
     pub(crate) fn check(&self) -> Result<(), Error> {
         self.check_process()?;
-        if self.broken.load(Ordering::Acquire) {
-            return Err(Error::WorkerPanicked);
+        match self.broken.load(Ordering::Acquire) {
+            WELL => Ok(()),
+            DEVICE_FAILED => Err(Error::DeviceFailed),
+            _ => Err(Error::WorkerPanicked),
         }
-        Ok(())
     }
 }

@@ -3,6 +3,7 @@
 
 mod accept;
 mod api;
+mod async_events;
 mod books;
 mod bringup;
 mod connect;

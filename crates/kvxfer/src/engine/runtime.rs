@@ -11,11 +11,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use tracing::{info, warn};
 
-use kvxfer_verbs::{
-    CompletionQueue, Context, InitAttr, ProtectionDomain, QpCaps, SoftConfig, open_soft,
-};
+use kvxfer_verbs::{Context, InitAttr, ProtectionDomain, QpCaps, SoftConfig, open_soft};
 
 use super::accept::{Arrivals, accept};
+use super::async_events::AsyncEvents;
 use super::bringup::Made;
 use super::health::Health;
 use super::link::Link;
@@ -57,7 +56,7 @@ struct Listener {
 pub(crate) struct Runtime {
     context: Context,
     pd: ProtectionDomain,
-    cqs: Vec<CompletionQueue>,
+    events: Arc<AsyncEvents>,
     workers: Vec<WorkerHandle>,
     threads: Mutex<Vec<JoinHandle<Vec<Live>>>>,
     pub(crate) clock: Clock,
@@ -112,6 +111,8 @@ impl Runtime {
         let cqs = (0..count)
             .map(|_| context.create_cq(depth))
             .collect::<Result<Vec<_>, _>>()?;
+        let events = AsyncEvents::new(context.clone(), clock, Arc::clone(&health), cqs.clone());
+        let events = Arc::new(events);
         let mut threads = Vec::new();
         for ((index, seat), cq) in (0..count).zip(seats).zip(&cqs) {
             let scheduler = SchedulerConfig {
@@ -130,6 +131,7 @@ impl Runtime {
             };
             let worker = Worker::new(
                 seat,
+                Arc::clone(&events),
                 Arc::clone(&health),
                 workers.clone(),
                 cq.clone(),
@@ -143,7 +145,7 @@ impl Runtime {
         Ok(Arc::new(Self {
             context,
             pd,
-            cqs,
+            events,
             workers,
             threads: Mutex::new(threads),
             clock,
@@ -230,17 +232,16 @@ impl Runtime {
         self.spread(key, count as usize)
             .into_iter()
             .map(|worker| {
-                let cq = self
-                    .cqs
-                    .get(usize::from(worker))
-                    .ok_or(Error::ShuttingDown)?;
-                let qp = self.pd.create_qp(caps, cq, cq)?.init(InitAttr { access })?;
+                let cq = self.events.cq(worker).ok_or(Error::ShuttingDown)?;
+                let qp = self.pd.create_qp(caps, &cq, &cq)?;
+                let watched = self.events.watch(qp.qp_num(), &cq);
+                let qp = qp.init(InitAttr { access })?;
                 let inbox = if notices {
                     Some(Inbox::new(&self.pd, &qp)?)
                 } else {
                     None
                 };
-                Ok(Made { qp, inbox })
+                Ok(Made { qp, inbox, watched })
             })
             .collect()
     }

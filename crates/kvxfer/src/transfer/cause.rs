@@ -102,6 +102,24 @@ pub enum Cause {
     /// The queue pair went to the error state and no request was named for it.
     #[error("queue pair failed")]
     LaneFailed,
+    /// The queue pair went to the error state, and the device has told so by an event.
+    #[error("queue pair failed: {event}")]
+    QueuePair {
+        /// The event.
+        event: QpEvent,
+    },
+    /// The completion queue of the queue pair failed.
+    #[error("completion queue failed")]
+    CompletionQueue,
+    /// The port of this side's device is down, or was while the work was tried.
+    #[error("port {port} of the device is down")]
+    PortDown {
+        /// The port's number on the device, from 1.
+        port: u8,
+    },
+    /// The device of this side failed as a whole.
+    #[error("device failed")]
+    DeviceFatal,
     /// This side reset the queue pair, to drain it or because it was no longer wanted.
     #[error("queue pair reset by this side")]
     LaneReset,
@@ -167,6 +185,18 @@ pub enum Cause {
     Forked,
 }
 
+/// What a device tells of a queue pair that failed with no request of its own to blame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum QpEvent {
+    /// An error that it could not tell by a completion.
+    Fatal,
+    /// A request of the peer that was not valid.
+    RequestError,
+    /// A request of the peer that broke the rights of local memory.
+    AccessError,
+}
+
 /// What was tried on the local device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -196,6 +226,9 @@ impl Cause {
                 _ => Class::Fatal,
             },
             Self::LaneFailed
+            | Self::QueuePair { .. }
+            | Self::CompletionQueue
+            | Self::PortDown { .. }
             | Self::LaneReset
             | Self::PeerStalled { .. }
             | Self::PeerUnreachable
@@ -222,6 +255,7 @@ impl Cause {
             | Self::NoPath
             | Self::ShuttingDown
             | Self::LostWork { .. }
+            | Self::DeviceFatal
             | Self::WorkerPanicked
             | Self::Forked => Class::Fatal,
         }
@@ -238,6 +272,19 @@ impl Cause {
         matches!(
             status,
             S::RemoteInvalidRequest | S::RemoteAccess | S::RemoteOperation
+        )
+    }
+
+    /// Whether it is about a queue pair or what that stands on, by the device's own word, and not about
+    /// one request: all that was lost with the queue pair was lost to this.
+    #[must_use]
+    pub fn is_of_lane(&self) -> bool {
+        matches!(
+            self,
+            Self::QueuePair { .. }
+                | Self::CompletionQueue
+                | Self::PortDown { .. }
+                | Self::DeviceFatal
         )
     }
 
@@ -292,6 +339,16 @@ impl fmt::Display for Refusal {
     }
 }
 
+impl fmt::Display for QpEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fatal => "fatal error",
+            Self::RequestError => "invalid request of the peer",
+            Self::AccessError => "a request of the peer without the right",
+        })
+    }
+}
+
 impl fmt::Display for LocalOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -338,6 +395,23 @@ mod tests {
             "work request failed: remote access error (vendor error 0x3)"
         );
         assert_eq!(Cause::PeerUnreachable.class(), Class::Retry);
+        let of_lane = [
+            (Cause::PortDown { port: 1 }, Class::Retry),
+            (Cause::CompletionQueue, Class::Retry),
+            (Cause::DeviceFatal, Class::Fatal),
+            (
+                Cause::QueuePair {
+                    event: QpEvent::AccessError,
+                },
+                Class::Retry,
+            ),
+        ];
+        for (cause, class) in of_lane {
+            assert_eq!(cause.class(), class, "{cause}");
+            // The device here knows nothing of what the peer has carried out.
+            assert!(cause.is_of_lane() && !cause.stops_responder() && !cause.is_flush());
+        }
+        assert!(!remote.is_of_lane() && !Cause::LaneFailed.is_of_lane());
         assert_eq!(
             Cause::Refused {
                 reason: Refusal::FormatMismatch

@@ -73,6 +73,8 @@ pub struct Transfers {
     out: VecDeque<Output>,
     next_job: u64,
     last_token: u64,
+    /// What keeps all posted work from moving.
+    held_up: Option<Cause>,
 }
 
 impl Transfers {
@@ -88,6 +90,7 @@ impl Transfers {
             // Ids of different owners never meet.
             next_job: u64::from(cfg.owner) << 48,
             last_token: 0,
+            held_up: None,
         }
     }
 
@@ -353,6 +356,27 @@ impl Transfers {
         self.drop_peer_if_unused(peer);
     }
 
+    /// Says what keeps all posted work from moving (a port that is down), or that nothing does: work
+    /// that is under way when its deadline passes has failed for that.
+    pub fn held_up(&mut self, by: Option<Cause>) {
+        self.held_up = by;
+    }
+
+    /// Why a transfer is not over by its deadline.
+    fn lateness(&self, id: TransferId) -> Cause {
+        let under_way = |r: &Record| match r.state {
+            State::CheckingLease => true,
+            _ => r
+                .jobs
+                .iter()
+                .any(|j| matches!(j.progress, Progress::Queued | Progress::Started)),
+        };
+        let held_up = self.held_up.clone();
+        held_up
+            .filter(|_| self.records.get(&id).is_some_and(under_way))
+            .unwrap_or(Cause::DeadlinePassed)
+    }
+
     /// Does what is due at `now`.
     pub fn on_time(&mut self, now: Time) {
         while let Some(&(at, id)) = self.timers.first() {
@@ -362,7 +386,8 @@ impl Transfers {
             self.set_timer(id, None);
             match self.records.get(&id).map(|r| &r.state) {
                 Some(State::Active | State::CheckingLease) => {
-                    self.stop(now, id, Cause::DeadlinePassed, None, false);
+                    let cause = self.lateness(id);
+                    self.stop(now, id, cause, None, false);
                 }
                 Some(State::Stopping(_)) => self.quarantine(now, id),
                 Some(State::Quarantined(_)) => self.force_drain(id),

@@ -393,3 +393,52 @@ fn a_push_in_doubt_is_closed_when_its_queue_pairs_are_down() {
     let closed = "notice 1 PushAborted { cause: LaneFailed }";
     assert_eq!(said(&mut t), [closed, "released 1"]);
 }
+
+#[test]
+fn what_is_late_while_all_is_held_up_has_that_cause() {
+    let port = Cause::PortDown { port: 1 };
+    let ends = |by: Option<&Cause>, spec: Spec, work: bool| {
+        let mut t = ledger();
+        t.held_up(Some(port.clone()));
+        t.submit(ms(0), spec).expect("taken");
+        if work {
+            t.add_job(ms(0), T1, even(4, 10)).expect("open");
+        }
+        t.held_up(by.cloned());
+        said(&mut t);
+        t.on_time(ms(1000));
+        said(&mut t)
+            .pop()
+            .into_iter()
+            .chain({
+                t.on_time(ms(1000));
+                said(&mut t)
+            })
+            .next_back()
+    };
+    let late = |cause: &Cause| Some(format!("failed 1 {cause} Quarantined"));
+    assert_eq!(ends(Some(&port), pull(T1, 4), false), late(&port));
+    assert_eq!(ends(Some(&port), push(T1), true), late(&port));
+    // The port is up again: it is the deadline's own doing.
+    let passed = Cause::DeadlinePassed;
+    assert_eq!(ends(None, pull(T1, 4), false), late(&passed));
+    // A push that has nothing to write waits for nothing that the port keeps back.
+    let idle = ends(Some(&port), push(T1), false);
+    assert_eq!(idle, Some(format!("failed 1 {passed} Released")));
+}
+
+#[test]
+fn a_lease_check_that_a_port_holds_up_is_late_for_it() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.job_report(ms(1), &report(0, T1, 4, true));
+    let port = Cause::PortDown { port: 1 };
+    t.held_up(Some(port.clone()));
+    t.on_time(ms(1000));
+    let told = said(&mut t);
+    assert_eq!(
+        told.last(),
+        Some(&format!("failed 1 {port} Released")),
+        "{told:?}"
+    );
+}

@@ -143,6 +143,7 @@ pub(crate) fn cause_name(cause: &Cause) -> &'static str {
         Cause::Completion { .. } => "cause: completion",
         Cause::Post { .. } => "cause: post",
         Cause::LaneFailed => "cause: lane failed",
+        Cause::QueuePair { .. } => "cause: queue pair event",
         Cause::LaneReset => "cause: lane reset",
         Cause::PeerDead => "cause: peer dead",
         Cause::PeerStalled { .. } => "cause: peer stalled",

@@ -500,10 +500,8 @@ impl QpBackend for SoftQpHandle {
         }
         let mut req = lock(&qp.requester);
         req.rnr_retry = attr.rnr_retry;
-        req.retry_time = (attr.timeout > 0).then(|| {
-            let once = Duration::from_nanos(4096u64 << attr.timeout);
-            (once * (u32::from(attr.retry_cnt) + 1)).max(qp.ctx.config.min_retry_time)
-        });
+        let least = qp.ctx.config.min_retry_time;
+        req.retry_time = attr.retry_time().map(|time| time.max(least));
         drop(req);
         qp.set_state(QpState::Rts);
         Ok(())

@@ -37,6 +37,9 @@ impl Worker {
                 self.received(lane, slot, completion);
                 continue;
             }
+            if self.holds(lane, completion) {
+                continue;
+            }
             let result = match completion.status {
                 WcStatus::Success => Ok(()),
                 status => {
@@ -51,10 +54,14 @@ impl Worker {
             self.look_at_peer_of(lane);
         }
         self.completions = completions;
+        self.singles_done();
+        any | more
+    }
+
+    pub(super) fn singles_done(&mut self) {
         while let Some(single) = self.scheduler.poll_single() {
             self.single_done(single.token, single.result);
         }
-        any | more
     }
 
     fn lane_of_qp(&mut self, qp_num: u32) -> Option<LaneId> {
@@ -70,7 +77,7 @@ impl Worker {
 
     /// Sets the session with a peer up anew when its last lane here has failed: what is left to do
     /// for it has nowhere to go.
-    fn look_at_peer_of(&self, lane: LaneId) {
+    pub(super) fn look_at_peer_of(&self, lane: LaneId) {
         let Some(at) = self.lanes.get(&lane) else {
             return;
         };
@@ -99,11 +106,14 @@ impl Worker {
         }
     }
 
-    fn cause_of(&self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
+    fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
         if vendor == kvxfer_verbs::vendor::PEER_GONE {
             // The control connection knows better than the data path how the peer went.
             let known = self.lanes.get(&lane).and_then(|at| at.peer.lost());
             return known.unwrap_or(Cause::PeerDead);
+        }
+        if let Some(cause) = self.blame_port(lane, status) {
+            return cause;
         }
         let status = if vendor == kvxfer_verbs::vendor::PROTOCOL {
             // This side's own verdict on what the peer sent: its responder has refused nothing.

@@ -1,6 +1,7 @@
 //! A worker thread: it owns queue pairs (lanes) and transfers, and drives the state machines of
 //! [`crate::transfer`] over them.
 
+mod async_events;
 mod completions;
 mod outputs;
 mod posting;
@@ -17,6 +18,7 @@ use tracing::{debug, warn};
 
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
+use super::async_events::{AsyncEvents, Watched};
 use super::handle::{Failure, Outcome, Shared, TransferReport};
 use super::health::Health;
 use super::notices::{Inbox, Outbox};
@@ -117,6 +119,8 @@ pub(crate) enum Command {
     Stop(JobId),
     /// What another worker has done of one of this one's jobs.
     Report(JobReport),
+    /// The device has told something that matters: look what it is.
+    AsyncEvents,
     /// End the thread.
     Shutdown,
     /// Panic, as a defect would have it.
@@ -172,6 +176,7 @@ pub(crate) struct Joined {
     pub(crate) qp: QueuePair<Rts>,
     /// Its receives, if the peer sends notices on it.
     pub(crate) inbox: Option<Inbox>,
+    pub(crate) watched: Arc<Watched>,
 }
 
 /// A queue pair on this worker.
@@ -180,6 +185,8 @@ struct LaneQp {
     qp: QueuePair<Rts>,
     /// Where the peer's notices land, if it sends any.
     inbox: Option<Inbox>,
+    /// What the device tells of it.
+    watched: Arc<Watched>,
     peer: Arc<Peer>,
 }
 
@@ -204,6 +211,8 @@ enum Single {
 pub(crate) struct Worker {
     index: u16,
     clock: Clock,
+    events: Arc<AsyncEvents>,
+    seen: async_events::Seen,
     health: Arc<Health>,
     commands: Receiver<Command>,
     wake: Arc<Wake>,
@@ -233,8 +242,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call, and each is a different thing"
+    )]
     pub(crate) fn new(
         seat: Seat,
+        events: Arc<AsyncEvents>,
         health: Arc<Health>,
         others: Vec<WorkerHandle>,
         cq: CompletionQueue,
@@ -245,6 +259,8 @@ impl Worker {
         Self {
             index: seat.index,
             clock: seat.clock,
+            events,
+            seen: async_events::Seen::default(),
             health,
             commands: seat.commands,
             wake: seat.handle.wake,
@@ -284,9 +300,11 @@ impl Worker {
 
     fn work(&mut self) {
         while !self.stopping {
+            self.look_for_events();
             let mut busy = self.take_commands();
             busy |= self.post();
             busy |= self.poll();
+            self.let_go();
             self.finish_drops();
             self.transfers.on_time(self.clock.now());
             busy |= self.settle();
@@ -314,11 +332,19 @@ impl Worker {
                 lane,
                 send_wr,
             } => {
-                let Joined { qp, inbox } = *lane;
+                let Joined { qp, inbox, watched } = *lane;
                 let lane = self.scheduler.add_lane(peer.key, LaneLimits { send_wr });
                 self.lane_of.insert(qp.qp_num(), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
-                self.lanes.insert(lane, LaneQp { qp, inbox, peer });
+                let at = LaneQp {
+                    qp,
+                    inbox,
+                    watched,
+                    peer,
+                };
+                self.lanes.insert(lane, at);
+                // It may have failed on its way here.
+                self.heed(lane);
             }
             Command::PeerLost { peer, cause } => {
                 // Before what may panic: somebody waits to be told of it.
@@ -377,6 +403,7 @@ impl Worker {
             Command::Start(job) => self.scheduler.start(job),
             Command::Stop(job) => self.scheduler.stop(job),
             Command::Report(report) => self.transfers.job_report(now, &report),
+            Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]
             Command::Panic => panic!("a worker's panic, which the test wants"),
@@ -414,7 +441,8 @@ impl Worker {
 
     fn drop_lanes(&mut self, peer: Arc<Peer>) {
         let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
-        let cause = peer.lost().unwrap_or(Cause::LaneReset);
+        let of_port = self.seen.port.cause();
+        let cause = peer.lost().or(of_port).unwrap_or(Cause::LaneReset);
         for lane in &lanes {
             if let Some(at) = self.lanes.get(lane) {
                 at.qp.to_error();
@@ -427,7 +455,7 @@ impl Worker {
     fn finish_drops(&mut self) {
         let mut at = 0;
         while let Some((_, lanes)) = self.dropping.get(at) {
-            if !lanes.iter().all(|lane| self.scheduler.lane_drained(*lane)) {
+            if !lanes.iter().all(|lane| self.is_over(*lane)) {
                 at += 1;
                 continue;
             }
@@ -439,12 +467,19 @@ impl Worker {
                     // Destroyed before the lane's work is reported as drained.
                     drop(gone);
                 }
+                self.seen.forget(lane);
                 self.scheduler.remove_lane(lane);
             }
             let (peer, _) = self.dropping.swap_remove(at);
             self.peers.remove(&peer.key);
             peer.worker_drained();
         }
+    }
+
+    /// Whether a failed lane has nothing posted any more, or will never say so.
+    fn is_over(&self, lane: LaneId) -> bool {
+        let mute = |at: &LaneQp| at.watched.is_mute();
+        self.scheduler.lane_drained(lane) || self.lanes.get(&lane).is_some_and(mute)
     }
 
     fn sleep(&mut self) {
@@ -454,14 +489,21 @@ impl Worker {
             Err(error) => self.device_failed(&error),
         }
         let now = self.clock.now();
-        let mut timeout = self.transfers.next_timeout().map(|at| at.since(now));
+        let due = self.transfers.next_timeout().into_iter();
+        let due = due.chain(self.seen.next_timeout()).min();
+        let mut timeout = due.map(|at| at.since(now));
         if !self.waiting_checks.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));
         }
         let commands = &self.commands;
-        self.wake
-            .sleep(&[(self.cq.as_fd(), PollFlags::POLLIN)], timeout, || {
-                commands.is_empty()
-            });
+        let idle = || commands.is_empty();
+        let cq = (self.cq.as_fd(), PollFlags::POLLIN);
+        match self.events.fd() {
+            Some(fd) => self
+                .wake
+                .sleep(&[cq, (fd, PollFlags::POLLIN)], timeout, idle),
+            None => self.wake.sleep(&[cq], timeout, idle),
+        }
+        self.seen.slept();
     }
 }

@@ -94,7 +94,13 @@ impl Worker {
 
     fn force_drain(&mut self, key: PeerKey, token: DrainToken) {
         match self.peer(key) {
-            Some(peer) => peer.drain(self.index, token),
+            Some(peer) => {
+                // Whose work does not drain because nothing moves loses its session for that.
+                if let Some(cause) = self.seen.port.cause() {
+                    peer.fail(cause);
+                }
+                peer.drain(self.index, token);
+            }
             // No lanes to it, and no transfers with it.
             None => self.transfers.peer_drained(key, token),
         }

@@ -168,7 +168,7 @@ impl Scheduler {
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
-            Some(f) if !f.named => f.cause.clone(),
+            Some(f) if !f.named || f.cause.is_of_lane() => f.cause.clone(),
             _ => Cause::LaneFailed,
         };
         self.cq_credits += ended;
@@ -189,11 +189,11 @@ impl Scheduler {
                 let in_doubt = in_doubt && slot.job.dir == Direction::Write && !lost.is_empty();
                 slot.in_doubt |= in_doubt;
                 if !slot.over() && !lost.is_empty() {
-                    // A lane that this side reset says nothing against the work on it.
-                    let tries = if lane_cause == Cause::LaneReset {
-                        tries
-                    } else {
-                        tries + 1
+                    // A lane that this side reset, or that could not send, says nothing against the
+                    // work on it.
+                    let tries = match lane_cause {
+                        Cause::LaneReset | Cause::PortDown { .. } => tries,
+                        _ => tries + 1,
                     };
                     // Posted again, the first one could come after what is done with the block later.
                     if in_doubt || tries > MAX_TRIES {

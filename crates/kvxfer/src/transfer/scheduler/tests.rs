@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::transfer::testing::even;
-use crate::transfer::{CompletionStatus, Direction, TransferId};
+use crate::transfer::{CompletionStatus, Direction, QpEvent, TransferId};
 
 const PEER: PeerKey = PeerKey(1);
 
@@ -407,4 +407,34 @@ fn a_victim_of_others_is_not_given_their_cause() {
     let cause = Cause::LaneFailed;
     assert_eq!(report.job, JobId(99));
     assert_eq!(report.error, Some(JobError { op: 0, cause }));
+}
+
+/// Between its event and its flushes a lane's work is lost to the event, whomever a completion names.
+#[test]
+fn what_an_event_took_down_has_its_cause() {
+    let event = Cause::QueuePair {
+        event: QpEvent::Fatal,
+    };
+    let port = Cause::PortDown { port: 1 };
+    for (cause, named) in [(&event, None), (&event, Some(1)), (&port, Some(1))] {
+        let (mut s, lanes) = scheduler(BatchSize::Fixed(4), &[100]);
+        s.start(job_to(Direction::Write, 1, 4, 10));
+        s.start(job_to(Direction::Write, 2, 4, 10));
+        let posted = [next(&mut s, lanes[0]), next(&mut s, lanes[0])].concat();
+        s.lane_failed(lanes[0], cause.clone());
+        for (at, id) in posted.into_iter().enumerate() {
+            let result = match named {
+                Some(named) if named == at => cause.clone(),
+                _ => status(CompletionStatus::Flush, 0),
+            };
+            s.complete(lanes[0], id, Err(result));
+        }
+        for job in [1, 2] {
+            let report = s.poll_report().expect("it has failed");
+            assert_eq!(report.job, JobId(job));
+            assert_eq!(report.error.map(|e| e.cause), Some(cause.clone()));
+            assert!(report.in_doubt && report.quiescent, "{cause}: {named:?}");
+        }
+        assert!(s.lane_drained(lanes[0]));
+    }
 }

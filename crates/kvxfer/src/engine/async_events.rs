@@ -1,0 +1,397 @@
+//! The asynchronous events of an engine's device: what no completion tells, or none tells in full.
+//!
+//! Every worker has the device's descriptor among what it sleeps on, and looks now and then while it is
+//! busy. Whoever comes first reads for all, and every worker is then told to look what has become of its
+//! own. A queue pair is found by its number and known by what was made for it: an event that comes
+//! when it is gone changes nothing, whoever has its number then.
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use tracing::{error, info, warn};
+
+use kvxfer_verbs::{AsyncEvent, CompletionQueue, Context};
+
+use super::Clock;
+use super::health::Health;
+use super::worker::{Command, WorkerHandle};
+use crate::error::Error;
+use crate::time::Time;
+use crate::transfer::{Cause, QpEvent};
+
+/// A queue pair, to those who hear of its events; what it is made for keeps it.
+#[derive(Debug, Default)]
+pub(crate) struct Watched {
+    /// The completion queue that it completes on.
+    cq: u32,
+    fate: OnceLock<Cause>,
+}
+
+impl Watched {
+    /// Why it has failed, if an event has told.
+    pub(crate) fn fate(&self) -> Option<&Cause> {
+        self.fate.get()
+    }
+
+    /// Whether its completions may never come: only destroying it ends what is posted on it.
+    pub(crate) fn is_mute(&self) -> bool {
+        matches!(
+            self.fate(),
+            Some(Cause::CompletionQueue | Cause::DeviceFatal)
+        )
+    }
+
+    /// The first event stands.
+    fn fail(&self, cause: Cause) {
+        let _ = self.fate.set(cause);
+    }
+}
+
+/// The device's port, as its events tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Port {
+    /// Its number while it is down.
+    down: Option<u8>,
+    /// Its number and the time when it came up again.
+    was_down: Option<(u8, Time)>,
+}
+
+impl Port {
+    /// What keeps work from moving, if it is down.
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        self.down.map(|port| Cause::PortDown { port })
+    }
+
+    /// What a request has failed for that has tried for `tried`, if the port was down in that time.
+    pub(crate) fn blame(&self, now: Time, tried: Duration) -> Option<Cause> {
+        let lately = self.was_down.filter(|(_, up)| now.since(*up) < tried);
+        let port = self.down.or(lately.map(|(port, _)| port));
+        port.map(|port| Cause::PortDown { port })
+    }
+}
+
+/// What events have told; pure.
+#[derive(Debug, Default)]
+struct Desk {
+    /// The port of this device that counts.
+    port_num: u8,
+    watched: HashMap<u32, Weak<Watched>>,
+    failed_cqs: Vec<u32>,
+    port: Port,
+    failed: bool,
+}
+
+impl Desk {
+    fn watch(&mut self, qp_num: u32, cq: u32) -> Arc<Watched> {
+        self.watched.retain(|_, watched| watched.strong_count() > 0);
+        let watched = Arc::new(Watched {
+            cq,
+            fate: OnceLock::new(),
+        });
+        if self.failed {
+            watched.fail(Cause::DeviceFatal);
+        } else if self.failed_cqs.contains(&cq) {
+            watched.fail(Cause::CompletionQueue);
+        }
+        self.watched.insert(qp_num, Arc::downgrade(&watched));
+        watched
+    }
+
+    /// Takes an event in. Returns whether it matters to what workers do.
+    fn event(&mut self, now: Time, event: AsyncEvent) -> bool {
+        match event {
+            AsyncEvent::QpFatal { qp_num } => self.of_qp(event, qp_num, QpEvent::Fatal),
+            AsyncEvent::QpRequestError { qp_num } => {
+                self.of_qp(event, qp_num, QpEvent::RequestError)
+            }
+            AsyncEvent::QpAccessError { qp_num } => self.of_qp(event, qp_num, QpEvent::AccessError),
+            AsyncEvent::PortDown { port } if port == self.port_num => {
+                warn!(%event, "the device's port: what is posted waits, and fails if that lasts");
+                self.port.down = Some(port);
+                true
+            }
+            AsyncEvent::PortUp { port } if port == self.port_num => {
+                info!(%event, "the device's port");
+                if self.port.down.take().is_some() {
+                    self.port.was_down = Some((port, now));
+                }
+                true
+            }
+            AsyncEvent::CqError { cq } => {
+                error!(%event, "the device: its queue pairs are lost");
+                self.failed_cqs.push(cq);
+                let of_cq = self.live().filter(|watched| watched.cq == cq);
+                of_cq.for_each(|watched| watched.fail(Cause::CompletionQueue));
+                true
+            }
+            AsyncEvent::DeviceFatal => {
+                error!("the device has failed; the engine takes no new work");
+                self.failed = true;
+                self.live()
+                    .for_each(|watched| watched.fail(Cause::DeviceFatal));
+                true
+            }
+            _ => {
+                info!(%event, "the device tells of something that ends no work");
+                false
+            }
+        }
+    }
+
+    fn of_qp(&mut self, event: AsyncEvent, qp_num: u32, kind: QpEvent) -> bool {
+        let watched = self.watched.get(&qp_num).and_then(Weak::upgrade);
+        let Some(watched) = watched else {
+            info!(%event, "of a queue pair that no transfer uses");
+            return false;
+        };
+        warn!(%event, "the device");
+        watched.fail(Cause::QueuePair { event: kind });
+        true
+    }
+
+    fn live(&self) -> impl Iterator<Item = Arc<Watched>> + '_ {
+        self.watched.values().filter_map(Weak::upgrade)
+    }
+}
+
+/// How the device stands with one worker.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Standing {
+    pub(crate) port: Port,
+    /// Whether the worker's completion queue has failed and the device has not.
+    pub(crate) needs_cq: bool,
+}
+
+/// The events of one device, and the completion queues that its workers use.
+#[derive(Debug)]
+pub(crate) struct AsyncEvents {
+    context: Context,
+    clock: Clock,
+    health: Arc<Health>,
+    /// One a worker. A worker puts another in the place of one that has failed.
+    cqs: Mutex<Vec<CompletionQueue>>,
+    /// Held while events are taken and what they are about is found.
+    desk: Mutex<Desk>,
+    over: AtomicBool,
+}
+
+impl AsyncEvents {
+    pub(crate) fn new(
+        context: Context,
+        clock: Clock,
+        health: Arc<Health>,
+        cqs: Vec<CompletionQueue>,
+    ) -> Self {
+        let desk = Desk {
+            port_num: context.device().port,
+            ..Desk::default()
+        };
+        Self {
+            context,
+            clock,
+            health,
+            cqs: Mutex::new(cqs),
+            desk: Mutex::new(desk),
+            over: AtomicBool::new(false),
+        }
+    }
+
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        // Each event is taken in as a whole or not at all.
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the i-th worker's queue pairs complete.
+    pub(crate) fn cq(&self, worker: u16) -> Option<CompletionQueue> {
+        let cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+        cqs.get(usize::from(worker)).cloned()
+    }
+
+    /// Another completion queue in place of a worker's that has failed.
+    ///
+    /// # Errors
+    ///
+    /// Those of making one.
+    pub(crate) fn replace_cq(&self, worker: u16, depth: u32) -> Result<CompletionQueue, Error> {
+        let cq = self.context.create_cq(depth)?;
+        let mut cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = cqs.get_mut(usize::from(worker)) {
+            *place = cq.clone();
+        }
+        Ok(cq)
+    }
+
+    /// Hears of a queue pair's events from now on.
+    pub(crate) fn watch(&self, qp_num: u32, cq: &CompletionQueue) -> Arc<Watched> {
+        self.desk().watch(qp_num, cq.number())
+    }
+
+    /// Readable while the device has something to tell; nothing once it has failed.
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        if self.over.load(Ordering::Acquire) {
+            return None;
+        }
+        self.context.async_fd()
+    }
+
+    /// Takes what the device has to tell, and tells the workers to look.
+    pub(crate) fn read(&self, workers: &[WorkerHandle]) {
+        let mut news = false;
+        let mut desk = self.desk();
+        while let Some(event) = self.context.async_event() {
+            news |= desk.event(self.clock.now(), event);
+        }
+        self.told(desk, news, workers);
+    }
+
+    /// The device does not do what it must: as if it had said that it has failed.
+    pub(crate) fn give_up(&self, workers: &[WorkerHandle]) {
+        let mut desk = self.desk();
+        let news = desk.event(self.clock.now(), AsyncEvent::DeviceFatal);
+        self.told(desk, news, workers);
+    }
+
+    fn told(&self, desk: MutexGuard<'_, Desk>, news: bool, workers: &[WorkerHandle]) {
+        if desk.failed {
+            // Before anybody is told: who hears of the end and asks again is refused.
+            self.health.device_failed();
+            self.over.store(true, Ordering::Release);
+        }
+        drop(desk);
+        if news {
+            for worker in workers {
+                worker.send(Command::AsyncEvents);
+            }
+        }
+    }
+
+    /// How the device stands, to a worker with this completion queue.
+    pub(crate) fn standing(&self, cq: &CompletionQueue) -> Standing {
+        let desk = self.desk();
+        Standing {
+            port: desk.port,
+            needs_cq: !desk.failed && desk.failed_cqs.contains(&cq.number()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: u8 = 1;
+
+    fn desk() -> Desk {
+        Desk {
+            port_num: PORT,
+            ..Desk::default()
+        }
+    }
+
+    fn at(seconds: u64) -> Time {
+        Time::from_millis(seconds * 1000)
+    }
+
+    #[test]
+    fn an_event_reaches_its_queue_pair_and_no_other() {
+        type Kind = (fn(u32) -> AsyncEvent, QpEvent);
+        let kinds: [Kind; 3] = [
+            (|qp_num| AsyncEvent::QpFatal { qp_num }, QpEvent::Fatal),
+            (
+                |qp_num| AsyncEvent::QpRequestError { qp_num },
+                QpEvent::RequestError,
+            ),
+            (
+                |qp_num| AsyncEvent::QpAccessError { qp_num },
+                QpEvent::AccessError,
+            ),
+        ];
+        for (of, kind) in kinds {
+            let mut desk = desk();
+            let (one, two) = (desk.watch(7, 1), desk.watch(8, 1));
+            assert!(desk.event(at(0), of(7)));
+            assert_eq!(one.fate(), Some(&Cause::QueuePair { event: kind }));
+            assert_eq!(two.fate(), None);
+            assert!(!one.is_mute(), "its work is flushed");
+            // What comes later is not the first cause.
+            assert!(desk.event(at(0), AsyncEvent::DeviceFatal));
+            assert_eq!(one.fate(), Some(&Cause::QueuePair { event: kind }));
+            assert_eq!(two.fate(), Some(&Cause::DeviceFatal));
+        }
+    }
+
+    #[test]
+    fn an_event_of_a_queue_pair_that_is_gone_hits_nobody() {
+        let mut desk = desk();
+        let fatal = AsyncEvent::QpFatal { qp_num: 7 };
+        let old = desk.watch(7, 1);
+        drop(old);
+        assert!(!desk.event(at(0), fatal), "it is gone");
+        // The event was for the old one; the number has a new one, which lives when the old one goes.
+        let old = desk.watch(7, 1);
+        let new = desk.watch(7, 1);
+        drop(old);
+        assert_eq!(new.fate(), None);
+        assert!(desk.event(at(0), fatal), "the new one's own");
+        assert!(new.fate().is_some());
+        assert!(!desk.event(at(0), AsyncEvent::QpFatal { qp_num: 9 }));
+    }
+
+    #[test]
+    fn a_completion_queue_takes_its_queue_pairs_along_also_later_ones() {
+        let mut desk = desk();
+        let (on, off) = (desk.watch(7, 1), desk.watch(8, 2));
+        assert!(desk.event(at(0), AsyncEvent::CqError { cq: 1 }));
+        assert_eq!(on.fate(), Some(&Cause::CompletionQueue));
+        assert!(on.is_mute());
+        assert_eq!(off.fate(), None);
+        assert_eq!(desk.watch(9, 1).fate(), Some(&Cause::CompletionQueue));
+        assert_eq!(desk.watch(9, 3).fate(), None);
+    }
+
+    #[test]
+    fn a_failed_device_has_no_good_queue_pair() {
+        let mut desk = desk();
+        let before = desk.watch(7, 1);
+        assert!(desk.event(at(0), AsyncEvent::DeviceFatal));
+        for watched in [before, desk.watch(8, 1)] {
+            assert_eq!(watched.fate(), Some(&Cause::DeviceFatal));
+            assert!(watched.is_mute());
+        }
+    }
+
+    #[test]
+    fn a_port_is_to_blame_while_it_is_down_and_for_what_was_tried_then() {
+        let mut desk = desk();
+        let tried = Duration::from_secs(8);
+        let down = Some(Cause::PortDown { port: PORT });
+        assert_eq!(desk.port.blame(at(0), tried), None);
+        // Another port of the card is nobody's here.
+        assert!(!desk.event(at(1), AsyncEvent::PortDown { port: 2 }));
+        assert_eq!(desk.port, Port::default());
+        assert!(desk.event(at(1), AsyncEvent::PortDown { port: PORT }));
+        assert_eq!(desk.port.cause(), down);
+        assert_eq!(desk.port.blame(at(1000), tried), down);
+        assert!(desk.event(at(1000), AsyncEvent::PortUp { port: PORT }));
+        assert_eq!(desk.port.cause(), None);
+        assert_eq!(desk.port.blame(at(1007), tried), down);
+        assert_eq!(desk.port.blame(at(1008), tried), None);
+        // Up again without having been down, after a change of speed for one.
+        assert!(desk.event(at(2000), AsyncEvent::PortUp { port: PORT }));
+        assert_eq!(desk.port.blame(at(2001), tried), None);
+    }
+
+    #[test]
+    fn other_events_change_nothing() {
+        let mut desk = desk();
+        let watched = desk.watch(7, 1);
+        for code in 0..100 {
+            assert!(!desk.event(at(0), AsyncEvent::Other { code }));
+        }
+        assert_eq!(watched.fate(), None);
+        assert_eq!(desk.port, Port::default());
+    }
+}

@@ -1,0 +1,187 @@
+//! What asynchronous events of the device mean for a worker's lanes and transfers.
+
+use std::time::Duration;
+
+use tracing::error;
+
+use kvxfer_verbs::{Completion, WcStatus};
+
+use super::Worker;
+use crate::engine::async_events::Port;
+use crate::engine::bringup::RTS;
+use crate::error::chain;
+use crate::time::Time;
+use crate::transfer::{Cause, CompletionStatus, LaneId};
+
+/// How often a worker that does not sleep looks for events.
+const EVERY: Duration = Duration::from_millis(1);
+/// How long flushed work of a lane waits for the event that says why. A device that tells is
+/// quicker; one that does not tell costs this much once a lane.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Flushes of a lane of which nobody has said why it failed.
+#[derive(Debug)]
+pub(super) struct Held {
+    lane: LaneId,
+    until: Time,
+    wr_ids: Vec<u64>,
+}
+
+/// What a worker keeps of the device's events.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// When it last looked since it slept.
+    looked: Option<Time>,
+    pub(super) port: Port,
+    held: Vec<Held>,
+}
+
+impl Seen {
+    /// After a sleep the worker looks at once: it may be what has woken it.
+    pub(super) fn slept(&mut self) {
+        self.looked = None;
+    }
+
+    /// When flushes that wait for their event need wait no longer.
+    pub(super) fn next_timeout(&self) -> Option<Time> {
+        self.held.iter().map(|held| held.until).min()
+    }
+
+    /// Forgets what is held of a lane that is gone.
+    pub(super) fn forget(&mut self, lane: LaneId) {
+        self.held.retain(|held| held.lane != lane);
+    }
+}
+
+impl Worker {
+    pub(super) fn look_for_events(&mut self) {
+        let now = self.clock.now();
+        if self.seen.looked.is_some_and(|at| now.since(at) < EVERY) {
+            return;
+        }
+        self.seen.looked = Some(now);
+        self.events.read(&self.others);
+    }
+
+    /// Somebody has read events that matter.
+    pub(super) fn events_read(&mut self) {
+        let standing = self.events.standing(&self.cq);
+        self.set_port(standing.port);
+        if standing.needs_cq {
+            self.replace_cq();
+        }
+        let mut told: Vec<LaneId> = self
+            .lanes
+            .iter()
+            .filter(|(_, at)| at.watched.fate().is_some())
+            .map(|(lane, _)| *lane)
+            .collect();
+        told.sort_unstable();
+        for lane in told {
+            self.heed(lane);
+        }
+    }
+
+    fn set_port(&mut self, port: Port) {
+        self.seen.port = port;
+        self.transfers.held_up(port.cause());
+    }
+
+    /// Takes a lane for failed if an event has said so. Its work is flushed, and moves or fails as
+    /// with any lane that fails; where the device flushes nothing any more, the session ends.
+    pub(super) fn heed(&mut self, lane: LaneId) {
+        let Some(at) = self.lanes.get(&lane) else {
+            return;
+        };
+        let Some(cause) = at.watched.fate() else {
+            return;
+        };
+        if at.watched.is_mute() {
+            at.peer.fail(cause.clone());
+        }
+        if self.scheduler.lane_failure(lane).is_none() {
+            at.qp.to_error();
+            self.scheduler.lane_failed(lane, cause.clone());
+        }
+        self.look_at_peer_of(lane);
+    }
+
+    /// The completion queue has failed: what comes after those queue pairs completes on another.
+    fn replace_cq(&mut self) {
+        match self.events.replace_cq(self.index, self.cq.depth()) {
+            Ok(cq) => self.cq = cq,
+            Err(error) => {
+                error!(error = %chain(&error), "no other completion queue");
+                self.events.give_up(&self.others);
+            }
+        }
+    }
+
+    /// Whether a completion waits: it is flushed, nobody has said why, and an event may yet.
+    pub(super) fn holds(&mut self, lane: LaneId, completion: &Completion) -> bool {
+        let explained = |worker: &Self| worker.scheduler.lane_failure(lane).is_some();
+        if completion.status != WcStatus::WrFlush || explained(self) || self.events.fd().is_none() {
+            return false;
+        }
+        if let Some(held) = self.seen.held.iter_mut().find(|held| held.lane == lane) {
+            held.wr_ids.push(completion.wr_id);
+            return true;
+        }
+        self.events.read(&self.others);
+        self.heed(lane);
+        if explained(self) {
+            return false;
+        }
+        self.seen.held.push(Held {
+            lane,
+            until: self.clock.now() + PATIENCE,
+            wr_ids: vec![completion.wr_id],
+        });
+        true
+    }
+
+    /// Lets flushes go that have their event, or have waited for long enough.
+    pub(super) fn let_go(&mut self) {
+        if self.seen.held.is_empty() {
+            return;
+        }
+        let now = self.clock.now();
+        let scheduler = &self.scheduler;
+        let due: Vec<Held> = self
+            .seen
+            .held
+            .extract_if(.., |held| {
+                held.until <= now || scheduler.lane_failure(held.lane).is_some()
+            })
+            .collect();
+        for held in due {
+            for wr_id in held.wr_ids {
+                let flushed = Cause::Completion {
+                    status: CompletionStatus::Flush,
+                    vendor: 0,
+                };
+                self.scheduler.complete(held.lane, wr_id, Err(flushed));
+            }
+            self.look_at_peer_of(held.lane);
+        }
+        self.singles_done();
+    }
+
+    /// The port, if it was down while a request was tried that has failed so. All of the peer's queue
+    /// pairs go the same way: its session ends, with this cause.
+    pub(super) fn blame_port(&mut self, lane: LaneId, status: WcStatus) -> Option<Cause> {
+        // A port that is down here makes some devices refuse the request themselves.
+        if !matches!(status, WcStatus::RetryExc | WcStatus::LocQpOp) {
+            return None;
+        }
+        self.events.read(&self.others);
+        self.set_port(self.events.standing(&self.cq).port);
+        let tried = RTS.retry_time().unwrap_or(Duration::MAX);
+        let cause = self.seen.port.blame(self.clock.now(), tried)?;
+        if let Some(at) = self.lanes.get(&lane) {
+            at.peer.fail(cause.clone());
+        }
+        self.scheduler.lane_failed(lane, cause.clone());
+        Some(cause)
+    }
+}
