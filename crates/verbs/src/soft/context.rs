@@ -141,6 +141,8 @@ impl SoftShared {
         for qp in self.queue_pairs() {
             if qp.completes_on(&cq) {
                 qp.fail_all(false);
+                // As on hardware, its flushes find no way out.
+                cq.core.purge(qp.qpn);
             }
         }
     }

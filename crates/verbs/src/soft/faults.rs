@@ -26,7 +26,7 @@ use crate::wr::WcStatus;
 /// | `qp-request=RATE` | the same with [`AsyncEvent::QpRequestError`](crate::AsyncEvent::QpRequestError) |
 /// | `qp-access=RATE` | the same with [`AsyncEvent::QpAccessError`](crate::AsyncEvent::QpAccessError) |
 /// | `port-down=AT:TIME` | that long after the device was opened, nothing starts for `TIME`; [`AsyncEvent::PortDown`](crate::AsyncEvent::PortDown), later [`PortUp`](crate::AsyncEvent::PortUp) |
-/// | `cq-error=AT` | that long after the device was opened, its first completion queue fails, and each queue pair that completes there, also one made later; [`AsyncEvent::CqError`](crate::AsyncEvent::CqError) |
+/// | `cq-error=AT` | that long after the device was opened, its first completion queue fails with all its completions, and each queue pair that completes there, also one made later; [`AsyncEvent::CqError`](crate::AsyncEvent::CqError) |
 /// | `device-fatal=AT` | that long after the device was opened, all queue pairs fail; [`AsyncEvent::DeviceFatal`](crate::AsyncEvent::DeviceFatal) |
 /// | `event=AT:CODE` | that long after the device was opened, nothing but [`AsyncEvent::Other`](crate::AsyncEvent::Other) with this code |
 /// | `event-lag=TIME` | events are told that much later than what they are about happens |
