@@ -12,7 +12,7 @@ use super::message::{Answer, Ask, pack};
 use super::side::{BenchMemory, BenchSide};
 use crate::blocks::GroupBlocks;
 use crate::config::{Config, KvRole};
-use crate::engine::{Engine, Inner, Peer, spawn};
+use crate::engine::{Engine, Inner, PeerSession, spawn};
 use crate::error::Error;
 use crate::event::Event;
 use crate::ids::RequestId;
@@ -133,7 +133,7 @@ impl BenchSeat {
     }
 
     /// Transfers can run: begins to answer.
-    pub(crate) fn serve(&mut self, peer: &Arc<Peer>) -> Result<(), Error> {
+    pub(crate) fn serve(&mut self, peer: &Arc<PeerSession>) -> Result<(), Error> {
         let (stop, stopped) = bounded(0);
         self.stop = Some(stop);
         let target = Target {
@@ -172,7 +172,7 @@ struct Armed {
 struct Target {
     engine: Engine,
     side: BenchSide,
-    peer: Arc<Peer>,
+    peer: Arc<PeerSession>,
     /// By the request that stands.
     armed: HashMap<RequestId, Armed>,
 }

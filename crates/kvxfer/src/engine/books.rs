@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tracing::{debug, error};
 
-use super::peer::Peer;
+use super::peer_session::PeerSession;
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
 use crate::expects::{ExpectOutput, Expects, PushRefusal};
@@ -265,7 +265,7 @@ impl Ledgers {
     pub(crate) fn push_started(
         &mut self,
         now: Time,
-        peer: &Arc<Peer>,
+        peer: &Arc<PeerSession>,
         request: RequestId,
         nonce: Option<Nonce>,
     ) {
@@ -303,7 +303,7 @@ impl Ledgers {
         Ok(())
     }
 
-    fn answer(&mut self, peer: &Arc<Peer>, ticket: &Ticket) {
+    fn answer(&mut self, peer: &Arc<PeerSession>, ticket: &Ticket) {
         let (request, nonce) = (ticket.request.clone(), ticket.nonce);
         match self.expects.announce(&request, nonce, peer.key, &peer.name) {
             Ok(()) => match ticket.to_bytes() {
@@ -341,7 +341,7 @@ pub(crate) fn reason(refusal: PushRefusal) -> Refusal {
     }
 }
 
-fn refuse(peer: &Peer, request: RequestId, nonce: Option<Nonce>, reason: Refusal) {
+fn refuse(peer: &PeerSession, request: RequestId, nonce: Option<Nonce>, reason: Refusal) {
     debug!(%request, ?reason, peer = %peer.name.engine, "push refused");
     peer.link.send(revoke(
         request,

@@ -14,7 +14,7 @@ use super::async_events::Watched;
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
-use super::peer::{Peer, Standing};
+use super::peer_session::{PeerSession, Standing};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
@@ -93,8 +93,8 @@ pub(crate) struct Bringup {
     /// A server's queue pairs that wait for their streams.
     joining: Vec<Joining>,
     lanes: Vec<Joined>,
-    peer: Option<Arc<Peer>>,
-    up: Option<Sender<Arc<Peer>>>,
+    peer: Option<Arc<PeerSession>>,
+    up: Option<Sender<Arc<PeerSession>>>,
     /// The engine that the client wants to have reached.
     wanted: Option<EngineId>,
     bench: Option<BenchSeat>,
@@ -108,7 +108,7 @@ impl Bringup {
         address: SocketAddr,
         wanted: Option<EngineId>,
         deadline: Instant,
-        up: Sender<Arc<Peer>>,
+        up: Sender<Arc<PeerSession>>,
     ) -> Self {
         Self {
             up: Some(up),
@@ -144,7 +144,7 @@ impl Bringup {
     }
 
     /// The peer, once transfers can run.
-    pub(crate) fn peer(&self) -> Option<&Arc<Peer>> {
+    pub(crate) fn peer(&self) -> Option<&Arc<PeerSession>> {
         self.peer.as_ref()
     }
 
@@ -512,7 +512,7 @@ impl Bringup {
             "peer is up"
         );
         let describe = known.describe;
-        let peer = Arc::new(Peer {
+        let peer = Arc::new(PeerSession {
             key,
             name: PeerName {
                 engine: describe.engine,

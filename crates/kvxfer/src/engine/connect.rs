@@ -121,7 +121,7 @@ fn keep_up(
     first_link: Arc<Link>,
     first_socket: TcpStream,
     first_until: Instant,
-    up: Sender<Arc<super::peer::Peer>>,
+    up: Sender<Arc<super::peer_session::PeerSession>>,
     failed: &Sender<Error>,
     held: &Receiver<()>,
 ) {
@@ -191,7 +191,7 @@ fn session(
     link: Arc<Link>,
     socket: TcpStream,
     until: Instant,
-    up: Sender<Arc<super::peer::Peer>>,
+    up: Sender<Arc<super::peer_session::PeerSession>>,
 ) -> Result<Ended, Error> {
     let address = socket.peer_addr().map_err(|source| Error::Unreachable {
         address: target.name.clone(),

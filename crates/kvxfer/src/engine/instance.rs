@@ -10,7 +10,7 @@ use super::Inner;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::link::Link;
 use super::net;
-use super::peer::Peer;
+use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
 use super::worker::{Command, Live};
 use crate::blocks::{GroupBlocks, GroupPairs};
@@ -27,8 +27,8 @@ use crate::wire::{GoodbyeReason, Release, RemoteSpan};
 #[derive(Debug)]
 pub(crate) struct Tether {
     now: Mutex<Now>,
-    again: Sender<Arc<Peer>>,
-    came_again: Receiver<Arc<Peer>>,
+    again: Sender<Arc<PeerSession>>,
+    came_again: Receiver<Arc<PeerSession>>,
     link: Mutex<Weak<Link>>,
     /// Dropped with the last handle, which wakes the keeper.
     held: Mutex<Option<Sender<()>>>,
@@ -36,7 +36,7 @@ pub(crate) struct Tether {
 
 #[derive(Debug)]
 enum Now {
-    Up(Arc<Peer>),
+    Up(Arc<PeerSession>),
     Down(Cause),
 }
 
@@ -68,7 +68,7 @@ impl Tether {
     }
 
     /// Where a session that stands again is told.
-    pub(crate) fn again(&self) -> Sender<Arc<Peer>> {
+    pub(crate) fn again(&self) -> Sender<Arc<PeerSession>> {
         self.again.clone()
     }
 
@@ -78,7 +78,7 @@ impl Tether {
         *self.now() = Now::Down(cause);
     }
 
-    fn peer(&self) -> Result<Arc<Peer>, Error> {
+    fn peer(&self) -> Result<Arc<PeerSession>, Error> {
         let mut now = self.now();
         while let Ok(peer) = self.came_again.try_recv() {
             *now = Now::Up(peer);
@@ -116,7 +116,7 @@ enum Lead {
     /// A session that this side keeps up.
     Kept(Arc<Tether>),
     /// A session that the peer has opened, the newest when it was last looked for.
-    Accepted(Mutex<Arc<Peer>>),
+    Accepted(Mutex<Arc<PeerSession>>),
 }
 
 #[derive(Debug)]
@@ -172,7 +172,11 @@ pub struct PullOptions {
 }
 
 impl Instance {
-    pub(crate) fn connected(engine: Arc<Inner>, peer: Arc<Peer>, tether: Arc<Tether>) -> Self {
+    pub(crate) fn connected(
+        engine: Arc<Inner>,
+        peer: Arc<PeerSession>,
+        tether: Arc<Tether>,
+    ) -> Self {
         let name = peer.name.clone();
         *tether.now() = Now::Up(peer);
         Self {
@@ -184,7 +188,7 @@ impl Instance {
         }
     }
 
-    pub(crate) fn accepted(engine: Arc<Inner>, peer: Arc<Peer>) -> Self {
+    pub(crate) fn accepted(engine: Arc<Inner>, peer: Arc<PeerSession>) -> Self {
         let name = peer.name.clone();
         Self {
             shares: Arc::new(Shares {
@@ -200,7 +204,7 @@ impl Instance {
     }
 
     /// The peer, while a session stands.
-    pub(crate) fn peer(&self) -> Result<Arc<Peer>, Error> {
+    pub(crate) fn peer(&self) -> Result<Arc<PeerSession>, Error> {
         self.engine().runtime.health.check()?;
         if self.engine().runtime.stopping.load(Ordering::Acquire) {
             return Err(Error::ShuttingDown);
@@ -414,7 +418,7 @@ impl Instance {
     }
 
     /// The peer, if the ticket is one of its own.
-    fn peer_of(&self, ticket: &Ticket, kind: TicketKind) -> Result<Arc<Peer>, Error> {
+    fn peer_of(&self, ticket: &Ticket, kind: TicketKind) -> Result<Arc<PeerSession>, Error> {
         ticket.check()?;
         let peer = self.peer()?;
         if ticket.engine != peer.name.engine || ticket.rank != peer.name.rank {

@@ -16,7 +16,7 @@ pub(crate) mod net;
 mod notices;
 #[cfg(test)]
 mod panic_tests;
-mod peer;
+mod peer_session;
 mod presence;
 mod runtime;
 mod scratch;
@@ -44,7 +44,7 @@ pub use push::{Push, PushOptions};
 
 pub(crate) use connect::connect;
 pub(crate) use dial::Dialler;
-pub(crate) use peer::Peer;
+pub(crate) use peer_session::PeerSession;
 pub(crate) use runtime::{Runtime, open_device, random_nonce, session_config, spawn};
 pub(crate) use wake::poll_timeout;
 
@@ -92,7 +92,7 @@ impl Clock {
 /// The peers of an engine.
 #[derive(Debug, Default)]
 struct Roster {
-    up: HashMap<PeerKey, Arc<Peer>>,
+    up: HashMap<PeerKey, Arc<PeerSession>>,
     /// Lost ones whose queue pairs are not gone yet.
     draining: HashSet<PeerKey>,
     /// What the owner is told of them.
@@ -276,12 +276,12 @@ impl Inner {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn peer(&self, key: PeerKey) -> Option<Arc<Peer>> {
+    pub(crate) fn peer(&self, key: PeerKey) -> Option<Arc<PeerSession>> {
         self.roster().up.get(&key).cloned()
     }
 
     /// The peer of that name, if a session with it stands; the newest where there are several.
-    pub(crate) fn peer_named(&self, name: &PeerName) -> Option<Arc<Peer>> {
+    pub(crate) fn peer_named(&self, name: &PeerName) -> Option<Arc<PeerSession>> {
         let roster = self.roster();
         roster
             .up
@@ -313,7 +313,7 @@ impl Inner {
             Met::Retired => return false,
             Met::Current(old) => old,
         };
-        let old: Vec<Arc<Peer>> = old
+        let old: Vec<Arc<PeerSession>> = old
             .iter()
             .filter_map(|key| roster.up.get(key).cloned())
             .collect();
@@ -325,7 +325,7 @@ impl Inner {
         true
     }
 
-    pub(crate) fn peer_up(&self, peer: &Arc<Peer>) {
+    pub(crate) fn peer_up(&self, peer: &Arc<PeerSession>) {
         let mut roster = self.roster();
         roster.up.insert(peer.key, Arc::clone(peer));
         let current = roster.presence.up(&peer.name, peer.key, peer.generation);
@@ -337,7 +337,7 @@ impl Inner {
     }
 
     /// A session is over: everything that ran over it ends.
-    pub(crate) fn peer_down(self: &Arc<Self>, peer: &Arc<Peer>, cause: &Cause) {
+    pub(crate) fn peer_down(self: &Arc<Self>, peer: &Arc<PeerSession>, cause: &Cause) {
         {
             let mut roster = self.roster();
             roster.up.remove(&peer.key);
@@ -357,7 +357,7 @@ impl Inner {
     }
 
     /// Every transfer with a peer whose session is over has told its outcome.
-    pub(crate) fn peer_told(&self, peer: &Peer) {
+    pub(crate) fn peer_told(&self, peer: &PeerSession) {
         let mut roster = self.roster();
         roster.presence.gone(&peer.name, peer.key);
         self.tell(&mut roster);
@@ -390,7 +390,7 @@ impl Inner {
     /// A peer's message. The error says why the peer cannot be trusted any more.
     pub(crate) fn on_message(
         self: &Arc<Self>,
-        peer: &Arc<Peer>,
+        peer: &Arc<PeerSession>,
         message: Message,
     ) -> Result<(), String> {
         match message {

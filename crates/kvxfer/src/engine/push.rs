@@ -12,7 +12,7 @@ use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::instance::{in_ticket, transfer, zip};
-use super::peer::Peer;
+use super::peer_session::PeerSession;
 use super::worker::{Command, Live};
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::error::Error;
@@ -68,7 +68,7 @@ struct Pushing {
     id: TransferId,
     owner: u16,
     request: RequestId,
-    peer: Arc<Peer>,
+    peer: Arc<PeerSession>,
     /// The try that it was begun for, where the ticket came by another way.
     asked_for: Option<Nonce>,
     stage: Mutex<Stage>,
@@ -137,7 +137,7 @@ impl Pushes {
     }
 
     /// The consumer has sent a ticket.
-    pub(crate) fn announced(&self, peer: &Arc<Peer>, ticket: Ticket) {
+    pub(crate) fn announced(&self, peer: &Arc<PeerSession>, ticket: Ticket) {
         let ticket = Arc::new(ticket);
         let (push, used) = {
             let mut table = self.lock();
@@ -160,7 +160,7 @@ impl Pushes {
     /// The consumer wants a push no more, or never did.
     pub(crate) fn revoked(
         &self,
-        peer: &Arc<Peer>,
+        peer: &Arc<PeerSession>,
         request: &RequestId,
         nonce: Nonce,
         cause: Cause,
@@ -224,7 +224,7 @@ impl Pushes {
 }
 
 /// Says that nothing of a push is under way.
-pub(crate) fn close(peer: &Peer, request: &RequestId, nonce: Nonce) {
+pub(crate) fn close(peer: &PeerSession, request: &RequestId, nonce: Nonce) {
     let sender = peer
         .engine
         .upgrade()
@@ -413,7 +413,7 @@ pub struct Push {
 impl Push {
     pub(crate) fn begin(
         engine: &Arc<Inner>,
-        peer: Arc<Peer>,
+        peer: Arc<PeerSession>,
         request: &RequestId,
         options: PushOptions,
     ) -> Result<Self, Error> {

@@ -20,7 +20,7 @@ use super::health::Health;
 use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
-use super::peer::Peer;
+use super::peer_session::PeerSession;
 use super::worker::{Command, Joined, Live, Seat, Worker, WorkerHandle};
 use crate::config::Config;
 use crate::engine::{Clock, Inner};
@@ -246,7 +246,7 @@ impl Runtime {
             .collect()
     }
 
-    pub(crate) fn add_lanes(&self, peer: &Arc<Peer>, lanes: Vec<Joined>, spread: &[u16]) {
+    pub(crate) fn add_lanes(&self, peer: &Arc<PeerSession>, lanes: Vec<Joined>, spread: &[u16]) {
         for (lane, worker) in lanes.into_iter().zip(spread) {
             if let Some(worker) = self.worker(*worker) {
                 let (peer, lane) = (Arc::clone(peer), Box::new(lane));

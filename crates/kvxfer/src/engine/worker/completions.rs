@@ -8,7 +8,7 @@ use kvxfer_verbs::{Completion, WcStatus};
 
 use super::{Single, Worker};
 use crate::engine::notices::Inbox;
-use crate::engine::peer::Peer;
+use crate::engine::peer_session::PeerSession;
 use crate::error::chain;
 use crate::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, LocalOperation, TransferId};
 
@@ -100,7 +100,8 @@ impl Worker {
             operation: LocalOperation::Poll,
             errno,
         };
-        let peers: Vec<Arc<Peer>> = self.lanes.values().map(|at| Arc::clone(&at.peer)).collect();
+        let peers: Vec<Arc<PeerSession>> =
+            self.lanes.values().map(|at| Arc::clone(&at.peer)).collect();
         for peer in peers {
             peer.fail(cause.clone());
         }

@@ -22,7 +22,7 @@ use super::async_events::{AsyncEvents, Watched};
 use super::handle::{Failure, Outcome, Shared, TransferReport};
 use super::health::Health;
 use super::notices::{Inbox, Outbox};
-use super::peer::Peer;
+use super::peer_session::PeerSession;
 use super::push::close;
 use super::wake::Wake;
 use super::{Clock, Inner};
@@ -46,7 +46,7 @@ const RETRY: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(crate) struct Live {
     pub(crate) engine: Arc<Inner>,
-    pub(crate) peer: Arc<Peer>,
+    pub(crate) peer: Arc<PeerSession>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) request: RequestId,
     pub(crate) nonce: Nonce,
@@ -79,14 +79,17 @@ impl Drop for Live {
 pub(crate) enum Command {
     /// A queue pair to a peer.
     AddLane {
-        peer: Arc<Peer>,
+        peer: Arc<PeerSession>,
         lane: Box<Joined>,
         send_wr: u32,
     },
     /// The peer is gone: its transfers fail.
-    PeerLost { peer: Arc<Peer>, cause: Cause },
+    PeerLost {
+        peer: Arc<PeerSession>,
+        cause: Cause,
+    },
     /// Take the peer's queue pairs down, and say so to the peer when nothing moves on them.
-    DropLanes { peer: Arc<Peer> },
+    DropLanes { peer: Arc<PeerSession> },
     /// Nothing posted to the peer can touch memory any more; answers a drain.
     PeerDrained { peer: PeerKey, token: DrainToken },
     /// A new transfer, owned by this worker.
@@ -103,7 +106,7 @@ pub(crate) enum Command {
         id: TransferId,
         nonce: Nonce,
         request: RequestId,
-        peer: Arc<Peer>,
+        peer: Arc<PeerSession>,
     },
     /// A push has all its operations.
     Commit { id: TransferId },
@@ -187,7 +190,7 @@ struct LaneQp {
     inbox: Option<Inbox>,
     /// What the device tells of it.
     watched: Arc<Watched>,
-    peer: Arc<Peer>,
+    peer: Arc<PeerSession>,
 }
 
 /// A work request of the worker's own that is under way.
@@ -203,7 +206,7 @@ enum Single {
     /// A notice, which goes by the control connection if it fails.
     Notice {
         slot: u32,
-        peer: Arc<Peer>,
+        peer: Arc<PeerSession>,
         message: Box<Message>,
     },
 }
@@ -221,12 +224,12 @@ pub(crate) struct Worker {
     scheduler: Scheduler,
     transfers: Transfers,
     /// Peers with lanes or transfers here.
-    peers: HashMap<PeerKey, Arc<Peer>>,
+    peers: HashMap<PeerKey, Arc<PeerSession>>,
     lanes: HashMap<LaneId, LaneQp>,
     lane_of: HashMap<u32, LaneId>,
-    dropping: Vec<(Arc<Peer>, Vec<LaneId>)>,
+    dropping: Vec<(Arc<PeerSession>, Vec<LaneId>)>,
     /// Peers whose sessions are over, until all outcomes of their transfers are told.
-    lost: Vec<Arc<Peer>>,
+    lost: Vec<Arc<PeerSession>>,
     /// How many transfers of a peer have no outcome.
     running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
@@ -439,7 +442,7 @@ impl Worker {
         }
     }
 
-    fn drop_lanes(&mut self, peer: Arc<Peer>) {
+    fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
         let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
         let of_port = self.seen.port.cause();
         let cause = peer.lost().or(of_port).unwrap_or(Cause::LaneReset);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Command, Worker};
 use crate::blocks::GroupBlocks;
 use crate::engine::handle::{Failure, Outcome};
-use crate::engine::peer::Peer;
+use crate::engine::peer_session::PeerSession;
 use crate::event::{Event, MemoryState, ReleaseReason};
 use crate::transfer::{
     self, Cause, DrainToken, Incomplete, Job, JobId, Notice, Output, PeerKey, TransferId,
@@ -75,14 +75,14 @@ impl Worker {
 
     /// The peer of some transfer here, also when this worker's lanes to it are gone: other workers
     /// may have theirs still.
-    fn peer(&self, key: PeerKey) -> Option<Arc<Peer>> {
+    fn peer(&self, key: PeerKey) -> Option<Arc<PeerSession>> {
         let of_live = || self.live.values().map(|live| &live.peer);
         let peer = self.peers.get(&key);
         peer.or_else(|| of_live().find(|peer| peer.key == key))
             .map(Arc::clone)
     }
 
-    fn broadcast(&mut self, peer: &Peer, command: impl Fn() -> Command) {
+    fn broadcast(&mut self, peer: &PeerSession, command: impl Fn() -> Command) {
         for &worker in &peer.workers {
             if worker == self.index {
                 self.command(command());

@@ -8,7 +8,7 @@ use tracing::error;
 use kvxfer_verbs::{PostCause, Remote, SendOp, Sge};
 
 use super::{Single, Worker};
-use crate::engine::peer::Peer;
+use crate::engine::peer_session::PeerSession;
 use crate::leases::SLOT_BYTES;
 use crate::plan::Piece;
 use crate::transfer::{
@@ -189,7 +189,7 @@ impl Worker {
     }
 
     /// Sends a notice on a queue pair of the peer. `false`: nothing is free, or it is too long.
-    pub(super) fn post_notice(&mut self, peer: &Arc<Peer>, message: &Message) -> bool {
+    pub(super) fn post_notice(&mut self, peer: &Arc<PeerSession>, message: &Message) -> bool {
         let Ok(notice) = message.encode() else {
             return false;
         };

@@ -15,7 +15,7 @@ use tracing::error;
 use super::outputs::by_group;
 use super::{Command, Live, Worker};
 use crate::engine::handle::{Failure, Outcome};
-use crate::engine::peer::Peer;
+use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
 use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
 
@@ -49,7 +49,7 @@ impl Wreck {
 
     fn abandon(&mut self) {
         let worker = &mut self.worker;
-        let mut peers: HashMap<PeerKey, Arc<Peer>> = HashMap::new();
+        let mut peers: HashMap<PeerKey, Arc<PeerSession>> = HashMap::new();
         peers.extend(
             worker
                 .lanes
@@ -76,7 +76,7 @@ impl Wreck {
             self.has_no_lanes(peer);
         }
         // Whose memory waits for queue pairs of other workers.
-        let waiting: HashMap<PeerKey, Arc<Peer>> = self
+        let waiting: HashMap<PeerKey, Arc<PeerSession>> = self
             .worker
             .live
             .values()
@@ -89,7 +89,7 @@ impl Wreck {
     }
 
     /// Says so to a peer, once.
-    fn has_no_lanes(&mut self, peer: &Peer) {
+    fn has_no_lanes(&mut self, peer: &PeerSession) {
         if self.drained.insert(peer.key) {
             peer.worker_drained();
         }
@@ -178,7 +178,7 @@ impl Wreck {
 }
 
 /// Ends the session with a peer, and for every worker what runs over it.
-fn give_up(peer: &Arc<Peer>) {
+fn give_up(peer: &Arc<PeerSession>) {
     peer.fail(Cause::WorkerPanicked);
     peer.lose(Cause::WorkerPanicked);
 }

@@ -1,4 +1,4 @@
-//! One life of one remote rank: what is known of it, and how its queue pairs are taken down.
+//! One session with one remote rank: what is known of it, and how its queue pairs are taken down.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -35,9 +35,9 @@ struct Fate {
     waiting: Vec<(u16, DrainToken)>,
 }
 
-/// A peer with whom a session stands or stood. A peer that reconnects is a new `Peer`.
+/// A peer with whom a session stands or stood. One that reconnects is another.
 #[derive(Debug)]
-pub(crate) struct Peer {
+pub(crate) struct PeerSession {
     pub(crate) key: PeerKey,
     pub(crate) name: PeerName,
     pub(crate) generation: Generation,
@@ -91,7 +91,7 @@ impl Standing {
     }
 }
 
-impl Peer {
+impl PeerSession {
     fn fate(&self) -> MutexGuard<'_, Fate> {
         // Valid at every step, so a panic elsewhere does not spoil it.
         self.standing
