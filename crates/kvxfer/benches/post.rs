@@ -2,7 +2,7 @@
 //!
 //! `post/…` drives the scheduler, the translation into work requests and `post`/`poll` of a device
 //! that completes at once: credits, slots and all, 80 layers × 1250 scattered blocks.
-//! `submit/…` is one call of [`kvxfer::Instance::pull`] of the same size on a real session.
+//! `submit/…` is one call of [`kvxfer::Peer::pull`] of the same size on a real session.
 
 #![expect(missing_docs, reason = "criterion_group makes a function without any")]
 

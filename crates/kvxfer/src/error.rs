@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::bench::WrongByte;
 use crate::config::ConfigError;
 use crate::event::Class;
-use crate::ids::{EngineId, Generation, RequestId};
+use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::LayoutError;
 use crate::layout::LayoutMismatch;
 use crate::plan::{CompileError, PlanError};
@@ -203,12 +203,75 @@ pub enum Error {
         /// Why it was lost.
         cause: Cause,
     },
-    /// The ticket was made by another engine or rank than this instance leads to.
-    #[error("ticket of {ticket}, this instance leads to {here}")]
+    /// One of the ranks that were to be connected to together could not be.
+    #[error("cannot connect to the rank at {address}")]
+    ConnectRank {
+        /// Its address.
+        address: String,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// An instance has at least one rank.
+    #[error("no address to connect to: an instance has at least one rank")]
+    NoRanks,
+    /// The ranks of an instance are of one engine.
+    #[error(
+        "{address} is rank {rank} of engine {engine}, and {first} is of engine {wanted}: give the ranks of an engine one engine_id"
+    )]
+    OtherEngine {
+        /// The address.
+        address: String,
+        /// The engine that is there.
+        engine: EngineId,
+        /// Its rank.
+        rank: Rank,
+        /// The address that was given first.
+        first: String,
+        /// The engine that is there.
+        wanted: EngineId,
+    },
+    /// Two addresses lead to one rank.
+    #[error("{first} and {second} are both rank {rank} of the engine")]
+    SameRank {
+        /// The rank.
+        rank: Rank,
+        /// One address.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// The instance has no such rank.
+    #[error(
+        "engine {engine} was not connected to at rank {rank}; the instance has {}",
+        list(ranks)
+    )]
+    NoSuchRank {
+        /// The engine.
+        engine: EngineId,
+        /// The rank asked for.
+        rank: Rank,
+        /// Those that there are.
+        ranks: Vec<Rank>,
+    },
+    /// What was asked of the instance is for one rank to do, and it has several.
+    #[error(
+        "{operation} is of one rank, and the instance of engine {engine} has {}; choose with peer(rank)",
+        list(ranks)
+    )]
+    SeveralRanks {
+        /// What was asked.
+        operation: &'static str,
+        /// The engine.
+        engine: EngineId,
+        /// Its ranks.
+        ranks: Vec<Rank>,
+    },
+    /// The ticket was made by another engine or rank than this instance or peer leads to.
+    #[error("ticket of {ticket}, this leads to {here}")]
     WrongInstance {
         /// Who made the ticket.
         ticket: String,
-        /// Who the instance leads to.
+        /// Who is led to.
         here: String,
     },
     /// The ticket is of an earlier life of the engine.
@@ -355,6 +418,7 @@ impl Error {
     pub fn class(&self) -> Class {
         match self {
             Error::NotConnected { cause } => cause.class(),
+            Error::ConnectRank { source, .. } => source.class(),
             Error::Unreachable { .. } | Error::Deadline { .. } => Class::Retry,
             Error::Session {
                 source: SessionError::Busy,
@@ -364,6 +428,11 @@ impl Error {
             _ => Class::Fatal,
         }
     }
+}
+
+fn list(ranks: &[Rank]) -> String {
+    let ranks: Vec<String> = ranks.iter().map(Rank::to_string).collect();
+    ranks.join(", ")
 }
 
 /// An error and what it came from, in one line.

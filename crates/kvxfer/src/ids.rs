@@ -26,8 +26,10 @@ pub struct RequestId(pub Arc<str>);
 #[serde(transparent)]
 pub struct Nonce(pub u64);
 
-/// A rank's position in its engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+/// A rank's position in its engine. Ranks are in the order of these numbers, the first counting most.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 pub struct Rank {
     /// Data-parallel rank.
     pub dp: u32,

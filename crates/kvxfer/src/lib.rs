@@ -3,14 +3,16 @@
 //!
 //! Each rank of an engine has an [`Engine`] over its KV memory. Two of them meet by
 //! [`Engine::connect`], which compares their [formats](layout::KvFormat) field by field before a
-//! byte moves. Then blocks move in one of two ways:
+//! byte moves. It gives an [`Instance`]: the remote engine, of which one or
+//! [several ranks](Engine::connect_ranks) were connected to, each a [`Peer`]. Then blocks move in one
+//! of two ways:
 //!
 //! - **READ**: the producer [offers](Engine::offer) blocks and gets a [`Ticket`](ticket::Ticket); a
 //!   router carries it to the consumer, which [pulls](Instance::pull). The producer's CPU has no part
 //!   in it.
 //! - **WRITE**: the consumer [expects](Engine::expect) blocks; the producer
-//!   [begins a push](Instance::begin_push), pushes [layer](engine::Push::layer) after layer as they
-//!   are computed, and [commits](engine::Push::commit).
+//!   [begins a push](Peer::begin_push), pushes [layer](engine::Push::layer) after layer as they are
+//!   computed, and [commits](engine::Push::commit).
 //!
 //! How something ended comes as an [`Event`](event::Event), and for transfers also from their
 //! [`Transfer`], which is a future. Every outcome comes once, by its deadline. Whether memory may be
@@ -75,7 +77,7 @@
 //!
 //! # What is here
 //!
-//! - [`engine`]: [`Engine`], [`Instance`], pushes, transfers
+//! - [`engine`]: [`Engine`], [`Instance`], [`Peer`], pushes, transfers
 //! - [`layout`]: what a block is and where a rank keeps it; [`mem`]: memory that can be registered
 //! - [`ticket`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
 //! - [`config`]: settings from JSON, the environment and flags
@@ -112,7 +114,7 @@ pub mod transfer;
 mod transport;
 pub mod wire;
 
-pub use engine::{Engine, Instance, Outcome, Transfer};
+pub use engine::{Engine, Instance, Outcome, Peer, Transfer};
 pub use error::Error;
 pub use kvxfer_hipmem as mem;
 pub use kvxfer_verbs::Memory;

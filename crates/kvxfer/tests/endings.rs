@@ -10,7 +10,7 @@ use kvxfer::engine::PullOptions;
 use kvxfer::event::{Event, PeerName};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::{KvFormat, Topology};
-use kvxfer::{Engine, Instance};
+use kvxfer::{Engine, Peer};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -53,7 +53,7 @@ fn expect(consumer: &Engine, request: &str, block: u32) {
     ticket.expect("an expectation");
 }
 
-fn push(to: &Instance, request: &str, dst: u32) {
+fn push(to: &Peer, request: &str, dst: u32) {
     let push = to.begin_push(&RequestId::from(request)).expect("a push");
     let pairs = vec![BlockPair { src: 0, dst }];
     push.all_layers(&[GroupPairs { group: 0, pairs }])
@@ -79,7 +79,7 @@ fn a_push_given_up_early_leaves_nothing_behind() {
         Event::PeerUp { peer, .. } => Some(peer.clone()),
         _ => None,
     });
-    let to = producer.instance_of(&name).expect("the session stands");
+    let to = producer.peer_of(&name).expect("the session stands");
 
     let given_up = to.begin_push(&RequestId::from("r")).expect("a push");
     assert!(given_up.abort().wait(LONG).is_some());

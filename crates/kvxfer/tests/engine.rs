@@ -158,7 +158,7 @@ fn write_mode(path: PathKind, notices: bool) {
     });
     let to_consumer = producer
         .engine
-        .instance_of(&name)
+        .peer_of(&name)
         .expect("the consumer's session");
     let request = RequestId::from("w1");
     // The push begins before the consumer expects it.
@@ -233,7 +233,7 @@ fn many_notices_on_the_data_plane() {
     };
     let to_consumer = producer
         .engine
-        .instance_of(&name)
+        .peer_of(&name)
         .expect("the consumer's session");
     for round in 0..5 {
         let begun: Vec<_> = (0..BLOCKS)

@@ -90,7 +90,7 @@ fn try_all(of: Inherited) -> i32 {
         !engine.cancel_expect(&RequestId::from("parent")),
         engine.poll_events(&mut events) == 0,
         engine.wait_events(&mut events, LONG) == 0,
-        engine.instance_of(instance.name()).is_none(),
+        engine.peer_of(&instance.peers()[0].name()).is_none(),
         forked(instance.path()),
         forked(instance.lanes()),
         forked(instance.facts()),

@@ -13,7 +13,7 @@ use kvxfer::Error;
 use kvxfer::bench::BenchMemory;
 use kvxfer::blocks::{GroupBlocks, GroupPairs};
 use kvxfer::config::{KvRole, PathKind};
-use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions, Transfer};
+use kvxfer::engine::{Instance, Outcome, Peer, PullOptions, PushOptions, Transfer};
 use kvxfer::event::{Class, Event, MemoryState, ReleaseReason};
 use kvxfer::ids::{EngineId, Generation, RequestId};
 use kvxfer::layout::KvFormat;
@@ -58,14 +58,14 @@ fn pair() -> (Node, Node, Instance) {
 }
 
 /// The producer's way to a consumer that has connected to it.
-fn back(producer: &Node, consumer: &Node) -> Instance {
+fn back(producer: &Node, consumer: &Node) -> Peer {
     let name = consumer.name();
     let mut log = Log::new(&producer.engine);
     log.wait(
         "peer",
         |event| matches!(event, Event::PeerUp { peer, .. } if *peer == name),
     );
-    producer.engine.instance_of(&name).expect("a session")
+    producer.engine.peer_of(&name).expect("a session")
 }
 
 fn offer(producer: &Node, request: &str, blocks: u32) -> Ticket {

@@ -77,7 +77,7 @@ fn told_in_order(path: PathKind) {
     let wanted = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
     let mut back = None;
     until("the session on the other side", || {
-        back = producer.engine.instance_of(&consumer.name());
+        back = producer.engine.peer_of(&consumer.name());
         back.is_some()
     });
     let back = back.expect("a session");
@@ -216,7 +216,7 @@ fn a_restart_is_seen_before_the_loss() {
     let back = || {
         let mut way = None;
         until("the session on this side", || {
-            way = survivor.engine.instance_of(&name);
+            way = survivor.engine.peer_of(&name);
             way.is_some()
         });
         way.expect("a session")

@@ -332,15 +332,15 @@ impl Run<'_> {
     }
 
     fn ways(&self, client: &BenchClient, op: Op) -> Result<Ways, kvxfer::Error> {
-        let instance = client.instance();
-        let (lanes, workers) = instance.lanes()?;
-        let facts = instance.facts()?;
+        let peer = client.peer();
+        let (lanes, workers) = peer.lanes()?;
+        let facts = peer.facts()?;
         let target = self.target.and_then(|target| {
             let span = facts.memory.first()?;
             Some((i32::try_from(target.pid()).ok()?, span.addr))
         });
         Ok(Ways {
-            path: instance.path()?.path,
+            path: peer.path()?.path,
             op,
             lanes,
             workers,
@@ -355,7 +355,7 @@ impl Run<'_> {
             // The largest memory has the best chances of large pages: the last case's are told.
             self.pages = Some(Pages::from(&pages));
         }
-        let facts = client.instance().facts()?;
+        let facts = client.peer().facts()?;
         let here = self.config;
         let number = u64::from;
         let both = [

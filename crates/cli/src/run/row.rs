@@ -8,7 +8,7 @@ use kvxfer::blocks::GroupPairs;
 use kvxfer::engine::{Outcome, PullOptions, PushOptions, TransferReport};
 use kvxfer::ids::RequestId;
 use kvxfer::ticket::Ticket;
-use kvxfer::{Instance, Transfer};
+use kvxfer::{Peer, Transfer};
 
 use super::case::Case;
 use super::limit::Limit;
@@ -78,8 +78,8 @@ impl Bench<'_> {
     /// [`kvxfer::Error::BenchWrong`] if a byte differs; a transfer that fails or comes too late; a
     /// target that is gone.
     pub(crate) fn run(&self, limit: Option<&Limit>) -> anyhow::Result<Row> {
-        let instance = self.client.instance();
-        let path = instance.path()?;
+        let peer = self.client.peer();
+        let path = peer.path()?;
         let mut slots = self.prepare()?;
         let count = slots.len();
 
@@ -233,13 +233,13 @@ impl Bench<'_> {
         samples: &mut Samples,
         more: impl Fn(u64, Duration) -> bool,
     ) -> anyhow::Result<(u64, Duration)> {
-        let instance = self.client.instance();
+        let peer = self.client.peer();
         let mut running: VecDeque<(usize, Transfer)> = VecDeque::new();
         let begun = Instant::now();
         let mut started = 0;
         for (at, slot) in slots.iter_mut().enumerate() {
             if more(started, begun.elapsed()) {
-                running.push_back((at, self.start(instance, slot)?));
+                running.push_back((at, self.start(peer, slot)?));
                 started += 1;
             }
         }
@@ -249,14 +249,14 @@ impl Bench<'_> {
             if more(started, begun.elapsed())
                 && let Some(slot) = slots.get_mut(at)
             {
-                running.push_back((at, self.start(instance, slot)?));
+                running.push_back((at, self.start(peer, slot)?));
                 started += 1;
             }
         }
         Ok((started, begun.elapsed()))
     }
 
-    fn start(&self, instance: &Instance, slot: &mut Slot) -> Result<Transfer, kvxfer::Error> {
+    fn start(&self, peer: &Peer, slot: &mut Slot) -> Result<Transfer, kvxfer::Error> {
         match slot {
             Slot::Pull { ticket, pairs } => {
                 let options = PullOptions {
@@ -264,7 +264,7 @@ impl Bench<'_> {
                     hold: true,
                     ..PullOptions::default()
                 };
-                instance.pull(ticket, pairs, options)
+                peer.pull(ticket, pairs, options)
             }
             Slot::Push {
                 prefix,
@@ -277,7 +277,7 @@ impl Bench<'_> {
                     deadline: Some(self.timeout),
                     ..PushOptions::default()
                 };
-                let push = instance.begin_push_with(&request, options)?;
+                let push = peer.begin_push_with(&request, options)?;
                 push.all_layers(pairs)?;
                 push.commit()
             }
@@ -309,7 +309,7 @@ impl Bench<'_> {
     fn finish(&self, slots: Vec<Slot>) -> Result<(), kvxfer::Error> {
         for slot in slots {
             match slot {
-                Slot::Pull { ticket, .. } => self.client.instance().release(&ticket)?,
+                Slot::Pull { ticket, .. } => self.client.peer().release(&ticket)?,
                 Slot::Push { prefix, .. } => self.client.disarm(&prefix)?,
             }
         }

@@ -8,7 +8,7 @@ use kvxfer::engine::{PushOptions, Transfer};
 use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::RequestId;
 use kvxfer::ticket::Ticket;
-use kvxfer::{Engine, Error, Instance};
+use kvxfer::{Engine, Error, Peer};
 
 use crate::Failed;
 use crate::cache::{Cache, Table};
@@ -33,7 +33,7 @@ struct Prefill {
     engine: Engine,
     cache: Cache,
     /// The decode process, once it has connected: whom to push to.
-    consumer: Option<Instance>,
+    consumer: Option<Peer>,
     running: HashMap<String, Running>,
     /// Requests for which there were no free blocks.
     waiting: VecDeque<(Job, Option<Ticket>)>,
@@ -158,7 +158,7 @@ impl Prefill {
     /// The push, if it was committed.
     fn push_layers(
         &self,
-        consumer: &Instance,
+        consumer: &Peer,
         job: &Job,
         table: &Table,
         ticket: Option<Ticket>,
@@ -217,10 +217,7 @@ impl Prefill {
     fn event(&mut self, event: Event) -> Result<(), Failed> {
         match event {
             Event::PeerUp { peer, .. } => {
-                let consumer = self
-                    .engine
-                    .instance_of(&peer)
-                    .ok_or("the consumer has gone")?;
+                let consumer = self.engine.peer_of(&peer).ok_or("the consumer has gone")?;
                 let path = consumer.path()?.path.to_string();
                 self.consumer = Some(consumer);
                 tell(&Answer::Connected { path })

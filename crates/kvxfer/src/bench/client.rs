@@ -9,7 +9,7 @@ use super::message::{Answer, Ask, pack};
 use super::side::{BenchShape, BenchSide};
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole};
-use crate::engine::{Engine, Inner, Instance, Runtime, connect};
+use crate::engine::{Engine, Inner, Peer, Runtime, Target, connect};
 use crate::error::Error;
 use crate::ids::RequestId;
 use crate::ticket::Ticket;
@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// One side of a bandwidth test, with its counterpart in another process.
 #[derive(Debug)]
 pub struct BenchClient {
-    instance: Instance,
+    peer: Peer,
     engine: Engine,
     side: BenchSide,
     answers: Receiver<Vec<u8>>,
@@ -58,9 +58,10 @@ impl BenchClient {
             runtime.shut_down();
         }
         let engine = Engine::owned(inner?, true);
-        let instance = connect(engine.inner(), address, None, Role::Bench, timeout)?;
+        let target = Target::address(address, Role::Bench)?;
+        let peer = connect(engine.inner(), target, timeout)?;
         Ok(Self {
-            instance,
+            peer,
             engine,
             side,
             answers,
@@ -70,8 +71,8 @@ impl BenchClient {
 
     /// The way to the target.
     #[must_use]
-    pub fn instance(&self) -> &Instance {
-        &self.instance
+    pub fn peer(&self) -> &Peer {
+        &self.peer
     }
 
     /// This side's engine.
@@ -194,7 +195,7 @@ impl BenchClient {
     }
 
     fn ask(&self, ask: &Ask) -> Result<Answer, Error> {
-        let peer = self.instance.peer()?;
+        let peer = self.peer.session()?;
         peer.link.send(pack(ask)?);
         let until = std::time::Instant::now() + self.timeout;
         loop {

@@ -3,8 +3,8 @@
 //! A client says which layout it wants to test ([`BenchShape`]); the engine that it connects to
 //! allocates the counterpart, if it allows benchmarks, and carries out what the client's messages
 //! ask: fill, offer, expect, verify. The blocks themselves move through the same calls as an
-//! engine's: [`Instance::pull`](crate::engine::Instance::pull) and
-//! [`Instance::begin_push`](crate::engine::Instance::begin_push).
+//! engine's: [`Peer::pull`](crate::engine::Peer::pull) and
+//! [`Peer::begin_push`](crate::engine::Peer::begin_push).
 
 mod client;
 mod message;

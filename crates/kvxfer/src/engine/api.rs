@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::Inner;
-use super::connect::{Metadata, connect};
+use super::connect::{Metadata, Target, connect, connect_ranks};
 use super::instance::Instance;
 use super::net;
+use super::peer::Peer;
 use super::runtime::Runtime;
 use crate::blocks::GroupBlocks;
 use crate::config::Config;
@@ -49,8 +50,8 @@ impl Drop for Owner {
 ///
 /// Clones are the same engine; when the last one goes, offers are retracted, expectations and
 /// transfers end, and sessions are closed. All calls may be made from any thread. Those that submit
-/// work never block on the network: [`connect`](Self::connect) alone does, for as long as it is
-/// told.
+/// work never block on the network: [`connect`](Self::connect) and its like alone do, for as long as
+/// they are told.
 ///
 /// # Fork
 ///
@@ -149,7 +150,8 @@ impl Engine {
 
     /// Connects to the rank that listens at `address` and brings queue pairs up, by `deadline`
     /// from now. The session is kept up from then on: it reconnects by itself until the instance
-    /// and its clones are dropped.
+    /// and its clones are dropped. The instance has this one rank;
+    /// [`connect_ranks`](Self::connect_ranks) makes one of several.
     ///
     /// # Errors
     ///
@@ -157,7 +159,38 @@ impl Engine {
     /// version, a wrong secret, …), [`Error::Mismatch`] with every field in which the layouts differ,
     /// [`Error::NoPath`] with the reason for each path, [`Error::Deadline`].
     pub fn connect(&self, address: &str, deadline: Duration) -> Result<Instance, Error> {
-        connect(self.inner(), address, None, Role::Engine, deadline)
+        self.inner().runtime.health.check()?;
+        let target = Target::address(address, Role::Engine)?;
+        connect(self.inner(), target, deadline).map(Instance::of)
+    }
+
+    /// Connects to several ranks of one engine at once, all by `deadline` from now; their order does
+    /// not matter. They know themselves as one engine by their `engine_id`, which must be set. Each
+    /// session is kept up for itself, and takes no other rank or engine that should come to its address
+    /// later.
+    ///
+    /// All of them or none: when one fails, those that have been opened are closed, after their
+    /// [`PeerUp`](Event::PeerUp) perhaps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ConnectRank`] with the address that failed first and what [`connect`](Self::connect)
+    /// says of it; [`Error::OtherEngine`], [`Error::SameRank`], [`Error::NoRanks`].
+    pub fn connect_ranks<A: AsRef<str>>(
+        &self,
+        addresses: &[A],
+        deadline: Duration,
+    ) -> Result<Instance, Error> {
+        self.inner().runtime.health.check()?;
+        let target = |address: &A| {
+            let address = address.as_ref();
+            Target::address(address, Role::Engine).map_err(|source| Error::ConnectRank {
+                address: address.to_owned(),
+                source: Box::new(source),
+            })
+        };
+        let targets = addresses.iter().map(target).collect::<Result<_, _>>()?;
+        connect_ranks(self.inner(), targets, deadline)
     }
 
     /// What a peer needs to connect to this rank, as bytes that an engine's own control plane can
@@ -183,29 +216,41 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`Error::Metadata`], and as [`connect`](Self::connect).
+    /// [`Error::Metadata`], and as [`connect`](Self::connect); [`Error::Session`] or
+    /// [`Error::Refused`] if another engine or rank is at the address.
     pub fn connect_with(&self, metadata: &[u8], deadline: Duration) -> Result<Instance, Error> {
-        let metadata = Metadata::from_bytes(metadata)?;
-        let wanted = Some(metadata.engine);
-        connect(
-            self.inner(),
-            &metadata.address,
-            wanted,
-            Role::Engine,
-            deadline,
-        )
+        self.inner().runtime.health.check()?;
+        let target = Target::metadata(metadata)?;
+        connect(self.inner(), target, deadline).map(Instance::of)
     }
 
-    /// The instance behind a session that the peer has opened, if one stands: a producer can push to
-    /// a consumer that has connected to it. When the session is lost and the peer comes back, the
-    /// instance works again.
+    /// Connects to the ranks of one engine whose [`metadata`](Self::metadata) these are, as
+    /// [`connect_ranks`](Self::connect_ranks) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Metadata`], and as [`connect_ranks`](Self::connect_ranks).
+    pub fn connect_ranks_with<M: AsRef<[u8]>>(
+        &self,
+        metadata: &[M],
+        deadline: Duration,
+    ) -> Result<Instance, Error> {
+        self.inner().runtime.health.check()?;
+        let target = |metadata: &M| Target::metadata(metadata.as_ref());
+        let targets = metadata.iter().map(target).collect::<Result<_, _>>()?;
+        connect_ranks(self.inner(), targets, deadline)
+    }
+
+    /// The rank of that name, if a session with it stands, whichever side has opened it: a producer can
+    /// push to a consumer that has connected to it. When the session is lost and the rank comes back,
+    /// the peer works again. It keeps no session up itself.
     #[must_use]
-    pub fn instance_of(&self, peer: &PeerName) -> Option<Instance> {
+    pub fn peer_of(&self, name: &PeerName) -> Option<Peer> {
         if self.is_forked() {
             return None;
         }
-        let peer = self.inner().peer_named(peer)?;
-        Some(Instance::accepted(Arc::clone(self.inner()), peer))
+        let session = self.inner().peer_named(name)?;
+        Some(Peer::accepted(Arc::clone(self.inner()), session))
     }
 
     fn is_forked(&self) -> bool {
@@ -292,7 +337,7 @@ impl Engine {
     /// Lets `senders` producers write the blocks of a request, by `deadline` from now. The blocks
     /// must not be used until [`Event::Received`], or after a failure until [`Event::Released`].
     /// The ticket goes by itself to a producer that asks for it
-    /// ([`Instance::begin_push`]); it can be relayed as well.
+    /// ([`Peer::begin_push`]); it can be relayed as well.
     ///
     /// # Errors
     ///

@@ -20,7 +20,7 @@ use crate::bench::BenchSeat;
 use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
-use crate::ids::EngineId;
+use crate::ids::{EngineId, Rank};
 use crate::layout::{KvFormat, PlacementDesc, Side};
 use crate::ping::ProbeSeat;
 use crate::plan::{CompileError, Compiled, PlanLimits, Role as PlanRole};
@@ -95,8 +95,9 @@ pub(crate) struct Bringup {
     lanes: Vec<Joined>,
     peer: Option<Arc<PeerSession>>,
     up: Option<Sender<Arc<PeerSession>>>,
-    /// The engine that the client wants to have reached.
+    /// The engine, and the rank, that the client wants to have reached.
     wanted: Option<EngineId>,
+    wanted_rank: Option<Rank>,
     bench: Option<BenchSeat>,
     probe: Option<ProbeSeat>,
 }
@@ -106,7 +107,7 @@ impl Bringup {
     pub(crate) fn client(
         role: Role,
         address: SocketAddr,
-        wanted: Option<EngineId>,
+        (wanted, wanted_rank): (Option<EngineId>, Option<Rank>),
         deadline: Instant,
         up: Sender<Arc<PeerSession>>,
     ) -> Self {
@@ -114,6 +115,7 @@ impl Bringup {
             up: Some(up),
             address: Some(address),
             wanted,
+            wanted_rank,
             ..Self::new(End::Client, role, deadline)
         }
     }
@@ -138,6 +140,7 @@ impl Bringup {
             peer: None,
             up: None,
             wanted: None,
+            wanted_rank: None,
             bench: None,
             probe: None,
         }
@@ -195,6 +198,13 @@ impl Bringup {
         if self.probe.is_some() {
             // It has no layout.
             return Ok(vec![Step::Accept]);
+        }
+        if let Some(wanted) = self.wanted_rank.filter(|wanted| *wanted != describe.rank) {
+            // The wire has no refusal of its own for it. That the engine is the right one, the session
+            // has seen.
+            let name = |rank: Rank| cut(format!("{} {rank}", describe.engine));
+            let (here, wanted) = (name(describe.rank), name(wanted));
+            return Ok(vec![refuse(Refusal::WrongEngine { here, wanted })]);
         }
         let bad = |detail: String| Ok(vec![refuse(Refusal::BadDescription { detail })]);
         let format: KvFormat = match describe.format.unpack("format") {

@@ -1,22 +1,25 @@
 //! Sessions that this side opens, and keeps up.
 
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, never};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info};
 
 use super::bringup::Bringup;
-use super::instance::{Instance, Tether};
+use super::instance::Instance;
 use super::link::{Driver, Ended, Link};
-use super::runtime::random_nonce;
+use super::peer::Peer;
+use super::peer_session::PeerSession;
+use super::runtime::{Runtime, random_nonce};
+use super::tether::Tether;
 use super::{Inner, net};
 use crate::error::Error;
 use crate::ids::{EngineId, Generation, Rank};
 use crate::session::Session;
-use crate::wire::{Blob, GoodbyeReason, Role};
+use crate::wire::{Blob, Role};
 
 /// The first pause before a lost session is set up again; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -46,141 +49,290 @@ impl Metadata {
     }
 }
 
-/// Where a session goes.
-struct Target {
+/// Where a session goes, and who is to be there.
+#[derive(Debug)]
+pub(crate) struct Target {
     name: String,
     addresses: Vec<SocketAddr>,
-    wanted: Option<EngineId>,
+    engine: Option<EngineId>,
+    rank: Option<Rank>,
     role: Role,
 }
 
-/// Connects, and leaves a thread behind that keeps the session up while the instance is held.
+impl Target {
+    /// Whoever listens at the address.
+    pub(crate) fn address(address: &str, role: Role) -> Result<Self, Error> {
+        Ok(Self {
+            name: address.to_owned(),
+            addresses: net::resolve(address, crate::config::DEFAULT_PORT)?,
+            engine: None,
+            rank: None,
+            role,
+        })
+    }
+
+    /// The rank that the metadata is of.
+    pub(crate) fn metadata(bytes: &[u8]) -> Result<Self, Error> {
+        let metadata = Metadata::from_bytes(bytes)?;
+        Ok(Self {
+            engine: Some(metadata.engine),
+            rank: Some(metadata.rank),
+            ..Self::address(&metadata.address, Role::Engine)?
+        })
+    }
+}
+
+/// Connects, and leaves a thread behind that keeps the session up while the peer is held.
 pub(crate) fn connect(
     engine: &Arc<Inner>,
-    address: &str,
-    wanted: Option<EngineId>,
-    role: Role,
+    target: Target,
     deadline: Duration,
-) -> Result<Instance, Error> {
-    engine.runtime.health.check()?;
-    let until = net::after(deadline);
-    let addresses = net::resolve(address, crate::config::DEFAULT_PORT)?;
-    let target = Target {
-        name: address.to_owned(),
-        addresses,
-        wanted,
-        role,
-    };
-    let stop = &engine.runtime.stopping;
-    let socket = net::connect(&target.name, &target.addresses, until, stop)?;
-    let (tether, held) = Tether::new();
-    let (up, came_up) = bounded(1);
-    let (failed, failure) = bounded(1);
-    let link = Arc::new(Link::new()?);
-    engine.adopt(&link);
-    let keeper = {
-        let (engine, link, tether) = (Arc::clone(engine), Arc::clone(&link), Arc::clone(&tether));
-        move || {
-            keep_up(
-                engine, &tether, target, link, socket, until, up, &failed, &held,
-            )
-        }
-    };
-    engine.runtime.spawn_link(keeper)?;
-    let left = until.saturating_duration_since(Instant::now());
-    // One of the two comes: the peer, or why there is none.
-    crossbeam_channel::select! {
-        recv(came_up) -> peer => if let Ok(peer) = peer {
-            return Ok(Instance::connected(Arc::clone(engine), peer, tether));
-        },
-        recv(failure) -> error => if let Ok(error) = error {
-            return Err(error);
-        },
-        default(left + SAY_WHY) => {}
-    }
-    // A session that fails also drops its end of the other channel, which may be seen first.
-    if let Ok(error) = failure.try_recv() {
-        return Err(error);
-    }
-    link.close(GoodbyeReason::Finished);
-    Err(Error::Deadline {
-        what: "connecting",
-        after: deadline,
-    })
+) -> Result<Peer, Error> {
+    let mut attempts = Attempts::new(engine, deadline);
+    attempts.begin(target, false)?;
+    let mut peers = attempts.wait().map_err(|(_, error)| error)?;
+    peers.pop().ok_or(Error::NoRanks)
 }
 
-/// The body of the thread: one session after another, until nobody holds the instance.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a thread's beginning, called in one place"
-)]
-fn keep_up(
-    engine: Arc<Inner>,
-    tether: &Tether,
+/// Connects to the ranks of one engine, all at once. The error names the one that failed first; what
+/// was opened to the others is closed then, and what is still being dialled is given up.
+pub(crate) fn connect_ranks(
+    engine: &Arc<Inner>,
+    targets: Vec<Target>,
+    deadline: Duration,
+) -> Result<Instance, Error> {
+    let names: Vec<String> = targets.iter().map(|target| target.name.clone()).collect();
+    let of_rank = |at: usize, error| Error::ConnectRank {
+        address: names.get(at).cloned().unwrap_or_default(),
+        source: Box::new(error),
+    };
+    let mut attempts = Attempts::new(engine, deadline);
+    for (at, target) in targets.into_iter().enumerate() {
+        attempts
+            .begin(target, true)
+            .map_err(|error| of_rank(at, error))?;
+    }
+    let peers = attempts.wait().map_err(|(at, error)| of_rank(at, error))?;
+    Instance::of_ranks(names.into_iter().zip(peers).collect())
+}
+
+/// Sessions that are being opened together, by one deadline. Those that nobody has taken as peers are
+/// closed when this is dropped.
+struct Attempts<'a> {
+    engine: &'a Arc<Inner>,
+    deadline: Duration,
+    until: Instant,
+    all: Vec<Attempt>,
+}
+
+struct Attempt {
+    tether: Option<Arc<Tether>>,
+    /// One of the two comes: the session, or why there is none.
+    came_up: Receiver<Arc<PeerSession>>,
+    failure: Receiver<Error>,
+    session: Option<Arc<PeerSession>>,
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if let Some(tether) = &self.tether {
+            tether.let_go();
+        }
+    }
+}
+
+impl<'a> Attempts<'a> {
+    fn new(engine: &'a Arc<Inner>, deadline: Duration) -> Self {
+        Self {
+            engine,
+            deadline,
+            until: net::after(deadline),
+            all: Vec::new(),
+        }
+    }
+
+    /// Starts the thread that opens a session. One of `several` may not become another engine's later.
+    fn begin(&mut self, target: Target, several: bool) -> Result<(), Error> {
+        let runtime = &self.engine.runtime;
+        runtime.health.check()?;
+        let (tether, held) = Tether::new();
+        let (up, came_up) = bounded(1);
+        let (failed, failure) = bounded(1);
+        let keeper = Keeper {
+            engine: Arc::downgrade(self.engine),
+            runtime: Arc::clone(runtime),
+            tether: Arc::clone(&tether),
+            held,
+            target,
+            several,
+        };
+        let until = self.until;
+        runtime.spawn_link(move || keeper.run(until, up, &failed))?;
+        self.all.push(Attempt {
+            tether: Some(tether),
+            came_up,
+            failure,
+            session: None,
+        });
+        Ok(())
+    }
+
+    /// Waits for all of them, or for the first that fails: its place, and why.
+    fn wait(mut self) -> Result<Vec<Peer>, (usize, Error)> {
+        // A session that runs out of time knows how far it came, and says so.
+        let until = self.until + SAY_WHY;
+        while let Some(at) = self.all.iter().position(|a| a.session.is_none()) {
+            if !self.news(until) {
+                let (what, after) = ("connecting", self.deadline);
+                return Err((at, Error::Deadline { what, after }));
+            }
+            for (at, attempt) in self.all.iter_mut().enumerate() {
+                attempt.look().map_err(|error| (at, error))?;
+            }
+        }
+        let engine = self.engine;
+        let peer = |attempt: &mut Attempt| {
+            let (session, tether) = (attempt.session.take()?, attempt.tether.take()?);
+            Some(Peer::connected(Arc::clone(engine), session, tether))
+        };
+        Ok(self.all.iter_mut().filter_map(peer).collect())
+    }
+
+    /// Waits until one of those that are not up has something to say; not beyond `until`.
+    fn news(&self, until: Instant) -> bool {
+        let mut select = Select::new();
+        for attempt in self.all.iter().filter(|a| a.session.is_none()) {
+            select.recv(&attempt.came_up);
+            select.recv(&attempt.failure);
+        }
+        select.ready_deadline(until).is_ok()
+    }
+}
+
+impl Attempt {
+    /// Takes what has come.
+    fn look(&mut self) -> Result<(), Error> {
+        if self.session.is_some() {
+            return Ok(());
+        }
+        let failure = self.failure.try_recv();
+        match self.came_up.try_recv() {
+            Ok(session) => {
+                self.session = Some(session);
+                return Ok(());
+            }
+            Err(TryRecvError::Empty) => {}
+            // The reason follows, or is here.
+            Err(TryRecvError::Disconnected) => self.came_up = never(),
+        }
+        match failure {
+            Ok(error) => Err(error),
+            Err(TryRecvError::Empty) => Ok(()),
+            // The thread went without a word: the engine goes.
+            Err(TryRecvError::Disconnected) => Err(Error::ShuttingDown),
+        }
+    }
+}
+
+/// The thread of one peer: one session after another, until nobody holds the peer.
+struct Keeper {
+    engine: Weak<Inner>,
+    runtime: Arc<Runtime>,
+    tether: Arc<Tether>,
+    held: Receiver<()>,
     target: Target,
-    first_link: Arc<Link>,
-    first_socket: TcpStream,
-    first_until: Instant,
-    up: Sender<Arc<super::peer_session::PeerSession>>,
-    failed: &Sender<Error>,
-    held: &Receiver<()>,
-) {
-    let (weak, runtime) = (Arc::downgrade(&engine), Arc::clone(&engine.runtime));
-    let mut attempt = Some((engine, first_link, first_socket, first_until));
-    let mut established_once = false;
-    let mut pause = FIRST_PAUSE;
-    loop {
-        if let Some((engine, link, socket, until)) = attempt.take() {
-            tether.hold_link(&link);
-            let up = if established_once {
-                tether.again()
-            } else {
-                up.clone()
+    /// Whether it is one of several ranks, which all are of one engine.
+    several: bool,
+}
+
+impl Keeper {
+    /// The first session is to stand by `until`, and is given to `up`; if it does not, the reason goes
+    /// to `failed`, and that is all.
+    fn run(mut self, until: Instant, up: Sender<Arc<PeerSession>>, failed: &Sender<Error>) {
+        match self.session(until, up) {
+            Some(Ok(ended)) if ended.established => {
+                self.met(&ended);
+                if ended.wanted {
+                    return;
+                }
+            }
+            Some(Ok(Ended { error, .. }) | Err(error)) => {
+                // Whoever connects hears of it, or has given up waiting.
+                let _ = failed.send(error);
+                return;
+            }
+            None => return,
+        }
+        let mut pause = FIRST_PAUSE;
+        // Sleeps, unless the last handle of the peer or the engine goes.
+        while self.pause(pause) {
+            pause = (pause * 2).min(LAST_PAUSE);
+            let Some(timeout) = self.engine.upgrade().map(|e| e.config.connect_timeout) else {
+                return;
             };
-            match session(engine, &target, link, socket, until, up) {
-                Ok(ended) if ended.established => {
-                    established_once = true;
+            match self.session(net::after(timeout), self.tether.again()) {
+                Some(Ok(ended)) if ended.established => {
                     pause = FIRST_PAUSE;
-                    tether.lost(ended.cause);
+                    self.met(&ended);
                     if ended.wanted {
                         return;
                     }
                 }
-                Ok(Ended { error, .. }) | Err(error) if !established_once => {
-                    // Whoever connects hears of it, or has given up waiting.
-                    let _ = failed.send(error);
-                    return;
+                Some(Ok(Ended { error, .. })) => {
+                    info!(peer = %self.target.name, error = %crate::error::chain(&error), "not reconnected");
                 }
-                Ok(Ended { error, .. }) | Err(error) => {
-                    info!(peer = %target.name, error = %crate::error::chain(&error), "not reconnected");
+                Some(Err(error)) => {
+                    debug!(peer = %self.target.name, %error, "not reconnected yet");
                 }
+                None => return,
             }
         }
-        // Sleeps, unless the last handle of the instance or the engine goes.
+    }
+
+    /// Whether to go on after the pause.
+    fn pause(&self, pause: Duration) -> bool {
         crossbeam_channel::select! {
-            recv(held) -> _ => return,
-            recv(runtime.stopped) -> _ => return,
+            recv(self.held) -> _ => return false,
+            recv(self.runtime.stopped) -> _ => return false,
             default(pause) => {}
         }
-        pause = (pause * 2).min(LAST_PAUSE);
-        if runtime.health.check().is_err() {
-            return;
-        }
-        let Some(engine) = weak.upgrade() else { return };
-        let until = net::after(engine.config.connect_timeout);
-        // An address that does not answer must not keep an engine that is dropped meanwhile.
-        drop(engine);
-        match net::connect(&target.name, &target.addresses, until, &runtime.stopping)
-            .and_then(|socket| Ok((socket, Link::new()?)))
-        {
-            Ok((socket, link)) => {
-                let Some(engine) = weak.upgrade() else { return };
-                let link = Arc::new(link);
-                engine.adopt(&link);
-                attempt = Some((engine, link, socket, until));
+        self.runtime.health.check().is_ok()
+    }
+
+    /// A session has stood and is over. Later ones are with the same rank.
+    fn met(&mut self, ended: &Ended) {
+        self.tether.lost(ended.cause.clone());
+        if let Some(name) = &ended.name {
+            self.target.rank = Some(name.rank);
+            if self.several {
+                self.target.engine = Some(name.engine.clone());
             }
-            Err(error) => debug!(peer = %target.name, %error, "not reconnected yet"),
         }
+    }
+
+    /// One session, from dialling to end; none if nobody wants it any more.
+    fn session(
+        &self,
+        until: Instant,
+        up: Sender<Arc<PeerSession>>,
+    ) -> Option<Result<Ended, Error>> {
+        let Target {
+            name, addresses, ..
+        } = &self.target;
+        // An address that does not answer must not keep an engine that is dropped meanwhile.
+        let dialled = net::connect(name, addresses, until, &self.runtime.stopping)
+            .and_then(|socket| Ok((socket, Link::new()?)));
+        let (socket, link) = match dialled {
+            Ok((socket, link)) => (socket, Arc::new(link)),
+            Err(error) => return Some(Err(error)),
+        };
+        if !self.tether.is_held() {
+            return None;
+        }
+        let engine = self.engine.upgrade()?;
+        engine.adopt(&link);
+        self.tether.hold_link(&link);
+        Some(session(engine, &self.target, link, socket, until, up))
     }
 }
 
@@ -191,7 +343,7 @@ fn session(
     link: Arc<Link>,
     socket: TcpStream,
     until: Instant,
-    up: Sender<Arc<super::peer_session::PeerSession>>,
+    up: Sender<Arc<PeerSession>>,
 ) -> Result<Ended, Error> {
     let address = socket.peer_addr().map_err(|source| Error::Unreachable {
         address: target.name.clone(),
@@ -202,7 +354,8 @@ fn session(
     config.handshake_timeout = config.handshake_timeout.min(left);
     config.establish_timeout = config.establish_timeout.min(left);
     let session = Session::client(config, random_nonce()?);
-    let bringup = Bringup::client(target.role, address, target.wanted.clone(), until, up);
+    let wanted = (target.engine.clone(), target.rank);
+    let bringup = Bringup::client(target.role, address, wanted, until, up);
     let driver = Driver::new(engine, link, session, socket, target.name.clone(), bringup)?;
     Ok(driver.run(&[]))
 }

@@ -1,518 +1,244 @@
-//! A remote rank as its user sees it: what can be pulled from it and pushed to it.
+//! The ranks of one remote engine as their user sees them.
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-
-use super::Inner;
-use super::handle::{Shared, Transfer, TransferReport};
-use super::link::Link;
+use super::handle::Transfer;
 use super::net;
-use super::peer_session::PeerSession;
+use super::peer::{Peer, PeerFacts, PullOptions};
 use super::push::{Push, PushOptions};
-use super::worker::{Command, Live};
-use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::blocks::GroupPairs;
 use crate::error::Error;
-use crate::event::PeerName;
-use crate::ids::RequestId;
-use crate::plan::LayerScope;
-use crate::ticket::{Ticket, TicketKind};
-use crate::transfer::{Cause, Kind, Spec, TransferId};
+use crate::ids::{EngineId, Rank, RequestId};
+use crate::ticket::Ticket;
 use crate::transport::PathInfo;
-use crate::wire::{GoodbyeReason, Release, RemoteSpan};
 
-/// Ties a kept-up session to the handles of its instance.
-#[derive(Debug)]
-pub(crate) struct Tether {
-    now: Mutex<Now>,
-    again: Sender<Arc<PeerSession>>,
-    came_again: Receiver<Arc<PeerSession>>,
-    link: Mutex<Weak<Link>>,
-    /// Dropped with the last handle, which wakes the keeper.
-    held: Mutex<Option<Sender<()>>>,
-}
-
-#[derive(Debug)]
-enum Now {
-    Up(Arc<PeerSession>),
-    Down(Cause),
-}
-
-impl Tether {
-    /// The tether, and the receiver that is cut off when the instance goes.
-    pub(crate) fn new() -> (Arc<Self>, Receiver<()>) {
-        let (held, gone) = bounded(0);
-        let (again, came_again) = bounded(4);
-        let tether = Self {
-            now: Mutex::new(Now::Down(Cause::PeerUnreachable)),
-            again,
-            came_again,
-            link: Mutex::new(Weak::new()),
-            held: Mutex::new(Some(held)),
-        };
-        (Arc::new(tether), gone)
-    }
-
-    fn now(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn hold_link(&self, link: &Arc<Link>) {
-        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(link);
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.is_none() {
-            link.close(GoodbyeReason::Finished);
-        }
-    }
-
-    /// Where a session that stands again is told.
-    pub(crate) fn again(&self) -> Sender<Arc<PeerSession>> {
-        self.again.clone()
-    }
-
-    pub(crate) fn lost(&self, cause: Cause) {
-        // A peer that came up again on the session that is now lost is lost with it.
-        while self.came_again.try_recv().is_ok() {}
-        *self.now() = Now::Down(cause);
-    }
-
-    fn peer(&self) -> Result<Arc<PeerSession>, Error> {
-        let mut now = self.now();
-        while let Ok(peer) = self.came_again.try_recv() {
-            *now = Now::Up(peer);
-        }
-        match &*now {
-            Now::Up(peer) => match peer.lost() {
-                Some(cause) => Err(Error::NotConnected { cause }),
-                None => Ok(Arc::clone(peer)),
-            },
-            Now::Down(cause) => Err(Error::NotConnected {
-                cause: cause.clone(),
-            }),
-        }
-    }
-
-    fn let_go(&self) {
-        self.held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let link = self
-            .link
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .upgrade();
-        if let Some(link) = link {
-            link.close(GoodbyeReason::Finished);
-        }
-    }
-}
-
-/// Which peer an instance leads to.
-#[derive(Debug)]
-enum Lead {
-    /// A session that this side keeps up.
-    Kept(Arc<Tether>),
-    /// A session that the peer has opened, the newest when it was last looked for.
-    Accepted(Mutex<Arc<PeerSession>>),
-}
-
-#[derive(Debug)]
-struct Shares {
-    engine: Arc<Inner>,
-    lead: Lead,
-    name: PeerName,
-}
-
-impl Drop for Shares {
-    fn drop(&mut self) {
-        if self.engine.runtime.health.is_forked() {
-            // Nor may the child be the last to let go of what its parent uses.
-            return std::mem::forget(Arc::clone(&self.engine));
-        }
-        if let Lead::Kept(tether) = &self.lead {
-            tether.let_go();
-        }
-    }
-}
-
-/// A remote rank. Clones are the same; with the last one a session that was opened for it closes.
+/// A remote engine: those of its ranks that were connected to, each a [`Peer`].
+///
+/// What a ticket is for says the ticket: [`pull`](Self::pull) and [`release`](Self::release) go to
+/// the rank that made it. Where no ticket says it, a [`peer`](Self::peer) is to be chosen, unless
+/// there is only one.
+///
+/// Ranks are lost and come back each for itself. What is under way with the others goes on, more can
+/// be asked of them, and a rank that is back works again through the same instance; the events of
+/// peers name the rank. One transfer is with one rank: an engine that needs blocks of several makes a
+/// transfer with each, and each rank offers to as many readers as there are.
+///
+/// Clones are the same instance. The sessions close with the last of them, but for those whose `Peer`
+/// somebody has cloned.
 #[derive(Debug, Clone)]
 pub struct Instance {
-    shares: Arc<Shares>,
-}
-
-/// What a peer has told of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct PeerFacts {
-    /// Whether it runs under the same kernel.
-    pub same_host: bool,
-    /// Its `qp_per_transfer`; the connecting side's is the one that is used.
-    pub qp_per_transfer: u32,
-    /// Its `num_worker_threads`.
-    pub num_worker_threads: u32,
-    /// Its memories, at the addresses of its own process.
-    pub memory: Vec<RemoteSpan>,
-}
-
-/// Settings of one pull.
-#[derive(Debug, Clone, Default)]
-pub struct PullOptions {
-    /// Comes back with the events.
-    pub tag: u64,
-    /// How long the transfer may take; `None`: the configured `transfer_timeout`.
-    pub deadline: Option<Duration>,
-    /// Keep the producer's blocks on offer for this reader when the pull is done: more will be
-    /// pulled under the ticket, and [`Instance::release`] ends it. Otherwise a pull that is done
-    /// releases.
-    pub hold: bool,
+    /// At least one, by rank, each rank once, all of one engine.
+    peers: Arc<[Peer]>,
 }
 
 impl Instance {
-    pub(crate) fn connected(
-        engine: Arc<Inner>,
-        peer: Arc<PeerSession>,
-        tether: Arc<Tether>,
-    ) -> Self {
-        let name = peer.name.clone();
-        *tether.now() = Now::Up(peer);
+    /// Of one rank.
+    pub(crate) fn of(peer: Peer) -> Self {
         Self {
-            shares: Arc::new(Shares {
-                engine,
-                lead: Lead::Kept(tether),
-                name,
-            }),
+            peers: Arc::new([peer]),
         }
     }
 
-    pub(crate) fn accepted(engine: Arc<Inner>, peer: Arc<PeerSession>) -> Self {
-        let name = peer.name.clone();
-        Self {
-            shares: Arc::new(Shares {
-                engine,
-                lead: Lead::Accepted(Mutex::new(peer)),
-                name,
-            }),
-        }
-    }
-
-    pub(crate) fn engine(&self) -> &Arc<Inner> {
-        &self.shares.engine
-    }
-
-    /// The peer, while a session stands.
-    pub(crate) fn peer(&self) -> Result<Arc<PeerSession>, Error> {
-        self.engine().runtime.health.check()?;
-        if self.engine().runtime.stopping.load(Ordering::Acquire) {
-            return Err(Error::ShuttingDown);
-        }
-        match &self.shares.lead {
-            Lead::Kept(tether) => tether.peer(),
-            Lead::Accepted(place) => {
-                let mut peer = place.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(cause) = peer.lost() else {
-                    return Ok(Arc::clone(&peer));
-                };
-                match self.engine().peer_named(self.name()) {
-                    Some(newer) if newer.lost().is_none() => {
-                        *peer = Arc::clone(&newer);
-                        Ok(newer)
-                    }
-                    _ => Err(Error::NotConnected { cause }),
-                }
+    /// Of the ranks at these addresses, which must be different ones of one engine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanks`], [`Error::OtherEngine`], [`Error::SameRank`].
+    pub(crate) fn of_ranks(mut ranks: Vec<(String, Peer)>) -> Result<Self, Error> {
+        let Some((first_address, first)) = ranks.first() else {
+            return Err(Error::NoRanks);
+        };
+        let wanted = first.name().engine;
+        for (address, peer) in &ranks {
+            let name = peer.name();
+            if name.engine != wanted {
+                return Err(Error::OtherEngine {
+                    address: address.clone(),
+                    engine: name.engine,
+                    rank: name.rank,
+                    first: first_address.clone(),
+                    wanted,
+                });
             }
         }
-    }
-
-    /// The remote engine and rank.
-    #[must_use]
-    pub fn name(&self) -> &PeerName {
-        &self.shares.name
-    }
-
-    /// Whether a session stands now.
-    #[must_use]
-    pub fn is_up(&self) -> bool {
-        self.peer().is_ok()
-    }
-
-    /// The path that blocks take, why, and why not another.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotConnected`].
-    pub fn path(&self) -> Result<PathInfo, Error> {
-        Ok(self.peer()?.path.clone())
-    }
-
-    /// How many queue pairs lead to the rank, and how many workers drive them.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotConnected`].
-    pub fn lanes(&self) -> Result<(usize, usize), Error> {
-        let peer = self.peer()?;
-        Ok((peer.lanes, peer.workers.len()))
-    }
-
-    /// What the remote rank has told of itself.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotConnected`].
-    pub fn facts(&self) -> Result<PeerFacts, Error> {
-        let peer = self.peer()?;
-        Ok(PeerFacts {
-            same_host: peer.same_host,
-            qp_per_transfer: peer.facts.qp_per_transfer,
-            num_worker_threads: peer.facts.num_worker_threads,
-            memory: peer.remote.clone(),
+        // Stable: of two that are the same rank, the one that was given first stays first.
+        ranks.sort_by_key(|(_, peer)| peer.rank());
+        for pair in ranks.windows(2) {
+            if let [(first, peer), (second, same)] = pair
+                && peer.rank() == same.rank()
+            {
+                return Err(Error::SameRank {
+                    rank: peer.rank(),
+                    first: first.clone(),
+                    second: second.clone(),
+                });
+            }
+        }
+        Ok(Self {
+            peers: ranks.into_iter().map(|(_, peer)| peer).collect(),
         })
     }
 
-    /// Waits until a session stands, for at most `timeout`; says whether one does.
+    /// The engine's name. Of an instance of one rank it can change as [`Peer::name`] can.
+    #[must_use]
+    pub fn engine_id(&self) -> EngineId {
+        // There is at least one.
+        let name = self.peers.first().map(Peer::name);
+        name.map_or_else(|| EngineId::from(""), |name| name.engine)
+    }
+
+    /// The ranks, in their order. There is at least one.
+    #[must_use]
+    pub fn peers(&self) -> &[Peer] {
+        &self.peers
+    }
+
+    /// The peer of that rank.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRank`].
+    pub fn peer(&self, rank: Rank) -> Result<&Peer, Error> {
+        let at = self.peers.binary_search_by_key(&rank, Peer::rank);
+        at.ok()
+            .and_then(|at| self.peers.get(at))
+            .ok_or_else(|| Error::NoSuchRank {
+                engine: self.engine_id(),
+                rank,
+                ranks: self.ranks(),
+            })
+    }
+
+    /// The peer, where there is only one.
+    fn only(&self, operation: &'static str) -> Result<&Peer, Error> {
+        match &*self.peers {
+            [peer] => Ok(peer),
+            _ => Err(Error::SeveralRanks {
+                operation,
+                engine: self.engine_id(),
+                ranks: self.ranks(),
+            }),
+        }
+    }
+
+    fn ranks(&self) -> Vec<Rank> {
+        self.peers.iter().map(Peer::rank).collect()
+    }
+
+    /// Whether a session with every rank stands now. [`Peer::is_up`] says it of one.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.peers.iter().all(Peer::is_up)
+    }
+
+    /// Waits until a session with every rank stands, for at most `timeout`; says whether they do.
     #[must_use]
     pub fn wait_up(&self, timeout: Duration) -> bool {
         let until = net::after(timeout);
         loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if !self.peers.iter().all(|peer| peer.wait_up(left)) {
+                return false;
+            }
+            // One may have been lost while another was waited for.
             if self.is_up() {
                 return true;
             }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            std::thread::sleep(left.min(Duration::from_millis(5)));
         }
     }
 
-    // ---- READ mode, consumer -----------------------------------------------------------------
-
-    /// Reads blocks of an offer into this rank's blocks. `pairs` may name any part of what the
-    /// ticket holds. No pairs at all is fine: nothing is read and the offer is released.
-    ///
-    /// The transfer is done when every byte is here *and* the producer's lease was found live
-    /// after the last one: the blocks then hold what was offered. Until its outcome the destination
-    /// blocks must not be used, and after a failure not before the memory is released.
+    /// The path to the only rank: [`Peer::path`].
     ///
     /// # Errors
     ///
-    /// Before anything moves: [`Error::NotConnected`], [`Error::WrongInstance`],
-    /// [`Error::OldGeneration`], [`Error::WrongTicket`], [`Error::NotInTicket`], [`Error::Plan`] (a
-    /// block out of range, a destination twice, …), [`Error::WrongRole`].
+    /// [`Error::SeveralRanks`], [`Error::NotConnected`].
+    pub fn path(&self) -> Result<PathInfo, Error> {
+        self.only("path")?.path()
+    }
+
+    /// The queue pairs to the only rank, and how many workers drive them: [`Peer::lanes`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SeveralRanks`], [`Error::NotConnected`].
+    pub fn lanes(&self) -> Result<(usize, usize), Error> {
+        self.only("lanes")?.lanes()
+    }
+
+    /// What the only rank has told of itself: [`Peer::facts`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SeveralRanks`], [`Error::NotConnected`].
+    pub fn facts(&self) -> Result<PeerFacts, Error> {
+        self.only("facts")?.facts()
+    }
+
+    /// Reads blocks of an offer of one of the ranks: [`Peer::pull`] of the one that the ticket is of.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRank`], [`Error::WrongInstance`], and as [`Peer::pull`].
     pub fn pull(
         &self,
         ticket: &Ticket,
         pairs: &[GroupPairs],
         options: PullOptions,
     ) -> Result<Transfer, Error> {
-        let begun = Instant::now();
-        let engine = self.engine();
-        if !engine.config.kv_role.consumes() {
-            return Err(Error::WrongRole {
-                role: "kv_producer",
-                operation: "pull",
-            });
-        }
-        let peer = self.peer_of(ticket, TicketKind::Offer)?;
-        let Some(compiled) = &peer.pull else {
-            return Err(Error::WrongRole {
-                role: "kv_consumer",
-                operation: "be pulled from",
-            });
-        };
-        for group in pairs {
-            let src = || group.pairs.iter().map(|pair| pair.src);
-            in_ticket(ticket, group.group, group.pairs.len(), src)?;
-        }
-        let plan = compiled.plan(pairs, LayerScope::All, peer.limits(compiled, pairs))?;
-        let report = plan.report();
-        let id = TransferId(engine.runtime.next_id());
-        let owner = peer.owner(id);
-        let shared = Arc::new(Shared::default());
-        let now = engine.now();
-        let source = Arc::new(plan);
-        let live = Box::new(Live {
-            engine: Arc::clone(engine),
-            peer: Arc::clone(&peer),
-            shared: Arc::clone(&shared),
-            request: ticket.request.clone(),
-            nonce: ticket.nonce,
-            tag: options.tag,
-            lease: ticket.lease,
-            push: false,
-            submitted: now,
-            jobs: Vec::new(),
-            report: TransferReport {
-                operations: report.operations,
-                merged_runs: report.runs,
-                bytes: report.bytes,
-                prepare: begun.elapsed(),
-                ..TransferReport::default()
-            },
-        });
-        let spec = Spec {
-            id,
-            peer: peer.key,
-            kind: Kind::Pull {
-                source,
-                check_lease: report.operations > 0,
-                release: !options.hold,
-            },
-            deadline: now
-                .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
-            workers: peer.worker_count(),
-        };
-        peer.submit(owner, spec, live)?;
-        Ok(self.transfer(id, owner, shared))
+        self.maker_of(ticket)?.pull(ticket, pairs, options)
     }
 
-    /// Tells the producer that this reader needs the blocks no more, whether it has read them or
-    /// not (a prefix that was all here already, an abort). Doing it again is fine.
+    /// Tells the rank that the ticket is of that this reader needs its blocks no more:
+    /// [`Peer::release`].
     ///
     /// # Errors
     ///
     /// As [`pull`](Self::pull) for the ticket and the connection.
     pub fn release(&self, ticket: &Ticket) -> Result<(), Error> {
-        let peer = self.peer_of(ticket, TicketKind::Offer)?;
-        let (request, nonce) = (ticket.request.clone(), ticket.nonce);
-        peer.link.send(Release { request, nonce }.into());
-        Ok(())
+        self.maker_of(ticket)?.release(ticket)
     }
 
-    // ---- WRITE mode, producer ----------------------------------------------------------------
-
-    /// Begins to push a request. The consumer is asked for its ticket at once; layers that are
-    /// pushed before it comes wait for it.
+    /// Begins to push a request to the only rank: [`Peer::begin_push`]. Where there are several, each
+    /// of those that take a part of the request gets a push of its own, through
+    /// [`peer`](Self::peer).
     ///
     /// # Errors
     ///
-    /// [`Error::NotConnected`], [`Error::WrongRole`], [`Error::RequestName`].
+    /// [`Error::SeveralRanks`], and as [`Peer::begin_push`].
     pub fn begin_push(&self, request: &RequestId) -> Result<Push, Error> {
-        self.begin_push_with(request, PushOptions::default())
+        self.only("begin_push")?.begin_push(request)
     }
 
-    /// The same with settings.
+    /// The same with settings. A ticket among them says which rank it is, also where there are several.
     ///
     /// # Errors
     ///
-    /// As [`begin_push`](Self::begin_push); and those of [`pull`](Self::pull) for a ticket among the
-    /// settings.
+    /// [`Error::SeveralRanks`] without a ticket; [`Error::NoSuchRank`], [`Error::WrongInstance`]; and
+    /// as [`Peer::begin_push_with`].
     pub fn begin_push_with(
         &self,
         request: &RequestId,
         options: PushOptions,
     ) -> Result<Push, Error> {
-        Inner::check_request(request)?;
-        if let Some(ticket) = &options.ticket {
-            self.peer_of(ticket, TicketKind::Expect)?;
-        }
-        Push::begin(self.engine(), self.peer()?, request, options)
+        let peer = match &options.ticket {
+            Some(ticket) => self.maker_of(ticket)?,
+            None => self.only("begin_push")?,
+        };
+        peer.begin_push_with(request, options)
     }
 
-    pub(crate) fn transfer(&self, id: TransferId, owner: u16, shared: Arc<Shared>) -> Transfer {
-        transfer(self.engine(), id, owner, shared)
+    /// The peer that a ticket is of by its rank. Whether it is of that engine, the peer looks.
+    fn maker_of(&self, ticket: &Ticket) -> Result<&Peer, Error> {
+        self.peer(ticket.rank).map_err(|error| {
+            let here = self.engine_id();
+            if ticket.engine == here {
+                return error;
+            }
+            Error::WrongInstance {
+                ticket: format!("{} {}", ticket.engine, ticket.rank),
+                here: here.to_string(),
+            }
+        })
     }
-
-    /// The peer, if the ticket is one of its own.
-    fn peer_of(&self, ticket: &Ticket, kind: TicketKind) -> Result<Arc<PeerSession>, Error> {
-        ticket.check()?;
-        let peer = self.peer()?;
-        if ticket.engine != peer.name.engine || ticket.rank != peer.name.rank {
-            let name = |engine, rank| format!("{engine} {rank}");
-            return Err(Error::WrongInstance {
-                ticket: name(&ticket.engine, ticket.rank),
-                here: name(&peer.name.engine, peer.name.rank),
-            });
-        }
-        if ticket.generation != peer.generation {
-            return Err(Error::OldGeneration {
-                engine: ticket.engine.clone(),
-                ticket: ticket.generation,
-                now: peer.generation,
-            });
-        }
-        if ticket.kind != kind {
-            let name = |kind| match kind {
-                TicketKind::Offer => "offer",
-                TicketKind::Expect => "expectation",
-            };
-            return Err(Error::WrongTicket {
-                request: ticket.request.clone(),
-                got: name(ticket.kind),
-                wanted: name(kind),
-            });
-        }
-        Ok(peer)
-    }
-}
-
-pub(crate) fn transfer(
-    engine: &Arc<Inner>,
-    id: TransferId,
-    owner: u16,
-    shared: Arc<Shared>,
-) -> Transfer {
-    let runtime = Arc::clone(&engine.runtime);
-    let health = Arc::clone(&runtime.health);
-    let canceller = Arc::new(move |id| {
-        if let Some(worker) = runtime.worker(owner) {
-            worker.send(Command::Cancel { id });
-        }
-    });
-    Transfer {
-        id,
-        shared,
-        canceller,
-        health,
-    }
-}
-
-/// Checks that the ticket's blocks of a group hold all of these.
-pub(crate) fn in_ticket<I: Iterator<Item = u32>>(
-    ticket: &Ticket,
-    group: u32,
-    count: usize,
-    ids: impl Fn() -> I,
-) -> Result<(), Error> {
-    let held: &[u32] = ticket
-        .groups
-        .iter()
-        .find(|g| g.group == group)
-        .map_or(&[], |g| &g.blocks);
-    // All of them in the ticket's order is the usual case.
-    if held.len() == count && held.iter().copied().eq(ids()) {
-        return Ok(());
-    }
-    let missing = |block| Error::NotInTicket {
-        request: ticket.request.clone(),
-        group,
-        block,
-    };
-    let mut set = crate::block_set::BlockSet::default();
-    // The ticket was checked: no block is there twice.
-    let _ = set.insert_all(group, held);
-    match ids().find(|id| !set.contains(group, *id)) {
-        Some(block) => Err(missing(block)),
-        None => Ok(()),
-    }
-}
-
-/// Pairs of the two lists, which must be of one length.
-pub(crate) fn zip(group: u32, src: &[u32], dst: &GroupBlocks) -> Result<GroupPairs, Error> {
-    if src.len() != dst.blocks.len() {
-        return Err(Error::UnequalLengths {
-            group,
-            src: src.len(),
-            dst: dst.blocks.len(),
-        });
-    }
-    let pairs = src.iter().zip(&dst.blocks);
-    let pairs = pairs
-        .map(|(&src, &dst)| crate::blocks::BlockPair { src, dst })
-        .collect();
-    Ok(GroupPairs { group, pairs })
 }

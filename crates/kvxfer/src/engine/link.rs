@@ -19,6 +19,7 @@ use super::bringup::{Bringup, Step};
 use super::wake::Wake;
 use crate::engine::Inner;
 use crate::error::Error;
+use crate::event::PeerName;
 use crate::session::{Closed, Event as SessionEvent, Session, SessionError};
 use crate::sync::{Mutex, MutexGuard};
 use crate::transfer::Cause;
@@ -99,6 +100,8 @@ impl Link {
 pub(crate) struct Ended {
     /// Whether transfers could run.
     pub(crate) established: bool,
+    /// Who the peer was, if they could.
+    pub(crate) name: Option<PeerName>,
     pub(crate) error: Error,
     pub(crate) cause: Cause,
     /// Whether there is no point in trying again.
@@ -396,9 +399,11 @@ impl Driver {
             peer: self.name.clone(),
             source: session_error,
         });
+        let name = self.bringup.peer().map(|peer| peer.name.clone());
         let established = self.bringup.end(&self.engine, &cause);
         Ended {
             established,
+            name,
             error,
             cause,
             wanted: self.wanted,

@@ -16,10 +16,12 @@ pub(crate) mod net;
 mod notices;
 #[cfg(test)]
 mod panic_tests;
+mod peer;
 mod peer_session;
 mod presence;
 mod runtime;
 mod scratch;
+mod tether;
 mod wake;
 mod worker;
 
@@ -39,10 +41,11 @@ use kvxfer_verbs::{Access, RegionTable};
 
 pub use api::Engine;
 pub use handle::{Failure, Outcome, Transfer, TransferReport};
-pub use instance::{Instance, PeerFacts, PullOptions};
+pub use instance::Instance;
+pub use peer::{Peer, PeerFacts, PullOptions};
 pub use push::{Push, PushOptions};
 
-pub(crate) use connect::connect;
+pub(crate) use connect::{Target, connect};
 pub(crate) use dial::Dialler;
 pub(crate) use peer_session::PeerSession;
 pub(crate) use runtime::{Runtime, open_device, random_nonce, session_config, spawn};

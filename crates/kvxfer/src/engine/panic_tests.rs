@@ -8,7 +8,7 @@ use crate::Error;
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole, PathKind, PathSet};
-use crate::engine::{Engine, Instance, PullOptions, Transfer};
+use crate::engine::{Engine, Instance, Peer, PullOptions, Transfer};
 use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
@@ -73,7 +73,7 @@ impl Node {
     }
 
     /// Takes no work, and goes when it is told to.
-    fn takes_no_more(self, instance: Instance, address: &str) {
+    fn takes_no_more(self, way: Peer, address: &str) {
         let request = RequestId::from("later");
         let error = self.engine.connect(address, LONG).expect_err("broken");
         assert!(matches!(error, Error::WorkerPanicked), "{error}");
@@ -83,11 +83,11 @@ impl Node {
         };
         let error = error.expect_err("broken");
         assert!(matches!(error, Error::WorkerPanicked), "{error}");
-        let error = instance.path().expect_err("broken");
+        let error = way.path().expect_err("broken");
         assert!(matches!(error, Error::WorkerPanicked), "{error}");
         let (gone, is_gone) = channel();
         std::thread::spawn(move || {
-            drop((instance, self.engine));
+            drop((way, self.engine));
             gone.send(())
         });
         is_gone.recv_timeout(LONG).expect("the drop ends");
@@ -205,7 +205,9 @@ fn pulls_of_a_worker_that_panics() {
         assert_eq!(held, 0, "{seen:#?}");
         std::thread::sleep(Duration::from_millis(100));
         consumer.assert_recycled();
-        consumer.takes_no_more(instance, &address);
+        let way = instance.peers()[0].clone();
+        drop(instance);
+        consumer.takes_no_more(way, &address);
         // Its peer goes on with others.
         let other = node(KvRole::Consumer, path);
         let instance = other.engine.connect(&address, LONG).expect("a session");
@@ -230,7 +232,7 @@ fn pushes_of_a_worker_that_panics() {
         wait_for(&producer.engine, &mut there, |event| {
             matches!(event, Event::PeerUp { .. })
         });
-        let back = producer.engine.instance_of(&name).expect("a session");
+        let back = producer.engine.peer_of(&name).expect("a session");
         let request = RequestId::from("r");
         consumer
             .engine
@@ -242,7 +244,7 @@ fn pushes_of_a_worker_that_panics() {
         }
         let (broken, of_it) = match of_producer {
             true => (&producer, &back),
-            false => (&consumer, &instance),
+            false => (&consumer, &instance.peers()[0]),
         };
         broken.panic(1);
         let Event::Failed { first_cause, .. } = wait_for(&consumer.engine, &mut seen, |event| {
@@ -357,7 +359,9 @@ fn links_that_panic() {
             let error = producer.engine.offer(&request, &groups(0..1), 1, LONG);
             assert!(matches!(error, Err(Error::WorkerPanicked)), "{error:?}");
         } else {
-            consumer.takes_no_more(instance, &address);
+            let way = instance.peers()[0].clone();
+            drop(instance);
+            consumer.takes_no_more(way, &address);
         }
     }
 }

@@ -11,7 +11,7 @@ use tracing::debug;
 use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
-use super::instance::{in_ticket, transfer, zip};
+use super::peer::{in_ticket, transfer, zip};
 use super::peer_session::PeerSession;
 use super::worker::{Command, Live};
 use crate::blocks::{GroupBlocks, GroupPairs};

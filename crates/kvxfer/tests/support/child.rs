@@ -9,9 +9,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{KvRole, PathKind};
-use kvxfer::engine::{Instance, PullOptions, Push, PushOptions};
+use kvxfer::engine::{Peer, PullOptions, Push, PushOptions};
 use kvxfer::event::{Event, MemoryState, PeerName};
-use kvxfer::ids::{EngineId, RequestId};
+use kvxfer::ids::{EngineId, Rank, RequestId};
 use kvxfer::ticket::Ticket;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -49,8 +49,13 @@ pub(crate) struct Spec {
 
 impl Child {
     pub(crate) fn start(spec: &Spec) -> Child {
+        Self::start_rank(spec, 0, 1)
+    }
+
+    /// As the data-parallel rank `dp` of `ranks`.
+    pub(crate) fn start_rank(spec: &Spec, dp: u32, ranks: u32) -> Child {
         let text = format!(
-            "{}|{}|{}|{}|{}|{}|{}",
+            "{}|{}|{}|{}|{}|{}|{}|{dp}|{ranks}",
             match spec.role {
                 KvRole::Producer => "producer",
                 KvRole::Consumer => "consumer",
@@ -268,7 +273,18 @@ pub(crate) fn entry() {
 /// The child's side, and the seed of its pattern.
 fn build(text: &str) -> (Node, u64) {
     let parts: Vec<&str> = text.split('|').collect();
-    let [role, path, block_bytes, blocks, listen, engine_id, seed] = parts[..] else {
+    let [
+        role,
+        path,
+        block_bytes,
+        blocks,
+        listen,
+        engine_id,
+        seed,
+        dp,
+        ranks,
+    ] = parts[..]
+    else {
         panic!("not a child's description: {text}");
     };
     let role = match role {
@@ -282,7 +298,9 @@ fn build(text: &str) -> (Node, u64) {
         .expect("a path");
     let number = |text: &str| text.parse::<u64>().expect("a number");
     let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
-    let recipe = recipe(role, path, number(block_bytes), blocks).with(|config| {
+    let recipe = recipe(role, path, number(block_bytes), blocks);
+    let count = |text| u32::try_from(number(text)).expect("a rank");
+    let recipe = recipe.rank(count(dp), count(ranks)).with(|config| {
         // Whoever listens elsewhere is in a network of the test's own.
         config.allow_unauthenticated = !listen.starts_with("127.");
         if !engine_id.is_empty() {
@@ -309,15 +327,15 @@ fn say(line: &str) {
     println!("{MARK}{line}");
 }
 
-/// The session that a peer has opened, when it stands.
-fn way_to(node: &Node, peer: &str) -> Instance {
+/// The session that a peer, the only rank of its engine, has opened, when it stands.
+fn way_to(node: &Node, peer: &str) -> Peer {
     let name = PeerName {
         engine: EngineId::from(peer),
-        rank: node.engine.rank(),
+        rank: Rank::default(),
     };
     let mut found = None;
     until("a session", || {
-        found = node.engine.instance_of(&name);
+        found = node.engine.peer_of(&name);
         found.is_some()
     });
     found.expect("a session")
@@ -338,9 +356,9 @@ fn begin(node: &Node, peer: &str, request: &str) -> Push {
 fn try_push(node: &Node, peer: &str, request: &str, how: &str, to: &str) -> Option<Option<Push>> {
     let name = PeerName {
         engine: EngineId::from(peer),
-        rank: node.engine.rank(),
+        rank: Rank::default(),
     };
-    let way = node.engine.instance_of(&name)?;
+    let way = node.engine.peer_of(&name)?;
     let push = way.begin_push(&RequestId::from(request)).ok()?;
     let to = to.split(',').map(|b| b.parse().expect("a block"));
     push.all_layers(&pairs((0..).zip(to))).ok()?;
@@ -484,12 +502,12 @@ fn serve(node: &Node, seed: u64) {
                 let ticket = Ticket::from_json(ticket).expect("a ticket");
                 let name = PeerName {
                     engine: EngineId::from(peer),
-                    rank: node.engine.rank(),
+                    rank: Rank::default(),
                 };
                 received = number(blocks);
                 node.fill_blocks(0..received, POISON);
                 let wanted = pairs((0..received).map(|b| (b, b)));
-                let way = node.engine.instance_of(&name);
+                let way = node.engine.peer_of(&name);
                 let pull = way.and_then(|w| w.pull(&ticket, &wanted, PullOptions::default()).ok());
                 say(&format!("tried {}", pull.is_some()));
             }

@@ -40,6 +40,8 @@ pub(crate) struct Recipe {
     pub(crate) format: KvFormat,
     pub(crate) blocks: u32,
     pub(crate) memory: BenchMemory,
+    /// Which data-parallel rank of how many.
+    pub(crate) dp: (u32, u32),
 }
 
 /// A side over one path; its memory is of the kind that the path wants.
@@ -59,6 +61,7 @@ pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32
             PathKind::ProcessVm => BenchMemory::Anonymous,
             _ => BenchMemory::Arena,
         },
+        dp: (0, 1),
     }
 }
 
@@ -68,11 +71,18 @@ impl Recipe {
         self
     }
 
+    pub(crate) fn rank(mut self, dp: u32, ranks: u32) -> Self {
+        self.dp = (dp, ranks);
+        self
+    }
+
     pub(crate) fn try_node(&self) -> Result<Node, kvxfer::Error> {
+        let mut topology = Topology::single(&self.format);
+        (topology.rank.dp, topology.dp) = self.dp;
         let shape = BenchShape {
             format: self.format.clone(),
             num_blocks: vec![self.blocks],
-            topology: Topology::single(&self.format),
+            topology,
             memory: self.memory,
         };
         let side = BenchSide::new(&shape)?;

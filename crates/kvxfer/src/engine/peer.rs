@@ -1,0 +1,448 @@
+//! A remote rank as its user sees it, over all its sessions: what can be pulled from it and pushed
+//! to it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Inner;
+use super::handle::{Shared, Transfer, TransferReport};
+use super::net;
+use super::peer_session::PeerSession;
+use super::push::{Push, PushOptions};
+use super::tether::Tether;
+use super::worker::{Command, Live};
+use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::error::Error;
+use crate::event::PeerName;
+use crate::ids::{Rank, RequestId};
+use crate::plan::LayerScope;
+use crate::ticket::{Ticket, TicketKind};
+use crate::transfer::{Kind, Spec, TransferId};
+use crate::transport::PathInfo;
+use crate::wire::{Release, RemoteSpan};
+
+/// Where a peer's sessions come from.
+#[derive(Debug)]
+enum Lead {
+    /// A session that this side keeps up.
+    Kept(Arc<Tether>),
+    /// A session that the peer has opened, the newest when it was last looked for.
+    Accepted(Mutex<Arc<PeerSession>>),
+}
+
+#[derive(Debug)]
+struct Shares {
+    engine: Arc<Inner>,
+    lead: Lead,
+    /// Who was met first.
+    name: PeerName,
+}
+
+impl Drop for Shares {
+    fn drop(&mut self) {
+        if self.engine.runtime.health.is_forked() {
+            // Nor may the child be the last to let go of what its parent uses.
+            return std::mem::forget(Arc::clone(&self.engine));
+        }
+        if let Lead::Kept(tether) = &self.lead {
+            tether.let_go();
+        }
+    }
+}
+
+/// One rank of a remote engine: what is pulled from it and pushed to it. It is one of the peers of an
+/// [`Instance`](super::Instance), or what [`Engine::peer_of`](super::Engine::peer_of) has given.
+///
+/// Clones are the same peer. A session that was opened for it closes with the last of them, and of
+/// the instances that hold it. Until then a session that is lost is set up again by the side that had
+/// opened it, and the peer works again; what its earlier sessions and lives had under way has failed.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    shares: Arc<Shares>,
+}
+
+/// What a peer has told of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PeerFacts {
+    /// Whether it runs under the same kernel.
+    pub same_host: bool,
+    /// Its `qp_per_transfer`; the connecting side's is the one that is used.
+    pub qp_per_transfer: u32,
+    /// Its `num_worker_threads`.
+    pub num_worker_threads: u32,
+    /// Its memories, at the addresses of its own process.
+    pub memory: Vec<RemoteSpan>,
+}
+
+/// Settings of one pull.
+#[derive(Debug, Clone, Default)]
+pub struct PullOptions {
+    /// Comes back with the events.
+    pub tag: u64,
+    /// How long the transfer may take; `None`: the configured `transfer_timeout`.
+    pub deadline: Option<Duration>,
+    /// Keep the producer's blocks on offer for this reader when the pull is done: more will be
+    /// pulled under the ticket, and [`Peer::release`] ends it. Otherwise a pull that is done
+    /// releases.
+    pub hold: bool,
+}
+
+impl Peer {
+    /// Over sessions that this side keeps up; this is the first.
+    pub(crate) fn connected(
+        engine: Arc<Inner>,
+        session: Arc<PeerSession>,
+        tether: Arc<Tether>,
+    ) -> Self {
+        let name = session.name.clone();
+        tether.up(session);
+        Self {
+            shares: Arc::new(Shares {
+                engine,
+                lead: Lead::Kept(tether),
+                name,
+            }),
+        }
+    }
+
+    /// Over sessions that the peer opens.
+    pub(crate) fn accepted(engine: Arc<Inner>, session: Arc<PeerSession>) -> Self {
+        let name = session.name.clone();
+        Self {
+            shares: Arc::new(Shares {
+                engine,
+                lead: Lead::Accepted(Mutex::new(session)),
+                name,
+            }),
+        }
+    }
+
+    fn engine(&self) -> &Arc<Inner> {
+        &self.shares.engine
+    }
+
+    /// The session that stands.
+    pub(crate) fn session(&self) -> Result<Arc<PeerSession>, Error> {
+        self.engine().runtime.health.check()?;
+        if self.engine().runtime.stopping.load(Ordering::Acquire) {
+            return Err(Error::ShuttingDown);
+        }
+        match &self.shares.lead {
+            Lead::Kept(tether) => tether.session(),
+            Lead::Accepted(place) => {
+                let mut session = place.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(cause) = session.lost() else {
+                    return Ok(Arc::clone(&session));
+                };
+                match self.engine().peer_named(&self.shares.name) {
+                    Some(newer) if newer.lost().is_none() => {
+                        *session = Arc::clone(&newer);
+                        Ok(newer)
+                    }
+                    _ => Err(Error::NotConnected { cause }),
+                }
+            }
+        }
+    }
+
+    /// The remote engine and rank. Only the name of an engine that was reached by its address and was
+    /// given no `engine_id` can change: it has another after a restart.
+    #[must_use]
+    pub fn name(&self) -> PeerName {
+        let first = || self.shares.name.clone();
+        match &self.shares.lead {
+            Lead::Kept(tether) if !self.engine().runtime.health.is_forked() => {
+                tether.name().unwrap_or_else(first)
+            }
+            _ => first(),
+        }
+    }
+
+    /// The rank's position in its engine. It never changes.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.shares.name.rank
+    }
+
+    /// Whether a session stands now.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.session().is_ok()
+    }
+
+    /// The path that blocks take, why, and why not another.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotConnected`].
+    pub fn path(&self) -> Result<PathInfo, Error> {
+        Ok(self.session()?.path.clone())
+    }
+
+    /// How many queue pairs lead to the rank, and how many workers drive them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotConnected`].
+    pub fn lanes(&self) -> Result<(usize, usize), Error> {
+        let peer = self.session()?;
+        Ok((peer.lanes, peer.workers.len()))
+    }
+
+    /// What the remote rank has told of itself.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotConnected`].
+    pub fn facts(&self) -> Result<PeerFacts, Error> {
+        let peer = self.session()?;
+        Ok(PeerFacts {
+            same_host: peer.same_host,
+            qp_per_transfer: peer.facts.qp_per_transfer,
+            num_worker_threads: peer.facts.num_worker_threads,
+            memory: peer.remote.clone(),
+        })
+    }
+
+    /// Waits until a session stands, for at most `timeout`; says whether one does.
+    #[must_use]
+    pub fn wait_up(&self, timeout: Duration) -> bool {
+        let until = net::after(timeout);
+        loop {
+            if self.is_up() {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(5)));
+        }
+    }
+
+    // ---- READ mode, consumer -----------------------------------------------------------------
+
+    /// Reads blocks of an offer into this rank's blocks. `pairs` may name any part of what the
+    /// ticket holds. No pairs at all is fine: nothing is read and the offer is released.
+    ///
+    /// The transfer is done when every byte is here *and* the producer's lease was found live
+    /// after the last one: the blocks then hold what was offered. Until its outcome the destination
+    /// blocks must not be used, and after a failure not before the memory is released.
+    ///
+    /// # Errors
+    ///
+    /// Before anything moves: [`Error::NotConnected`], [`Error::WrongInstance`],
+    /// [`Error::OldGeneration`], [`Error::WrongTicket`], [`Error::NotInTicket`], [`Error::Plan`] (a
+    /// block out of range, a destination twice, …), [`Error::WrongRole`].
+    pub fn pull(
+        &self,
+        ticket: &Ticket,
+        pairs: &[GroupPairs],
+        options: PullOptions,
+    ) -> Result<Transfer, Error> {
+        let begun = Instant::now();
+        let engine = self.engine();
+        if !engine.config.kv_role.consumes() {
+            return Err(Error::WrongRole {
+                role: "kv_producer",
+                operation: "pull",
+            });
+        }
+        let peer = self.session_for(ticket, TicketKind::Offer)?;
+        let Some(compiled) = &peer.pull else {
+            return Err(Error::WrongRole {
+                role: "kv_consumer",
+                operation: "be pulled from",
+            });
+        };
+        for group in pairs {
+            let src = || group.pairs.iter().map(|pair| pair.src);
+            in_ticket(ticket, group.group, group.pairs.len(), src)?;
+        }
+        let plan = compiled.plan(pairs, LayerScope::All, peer.limits(compiled, pairs))?;
+        let report = plan.report();
+        let id = TransferId(engine.runtime.next_id());
+        let owner = peer.owner(id);
+        let shared = Arc::new(Shared::default());
+        let now = engine.now();
+        let source = Arc::new(plan);
+        let live = Box::new(Live {
+            engine: Arc::clone(engine),
+            peer: Arc::clone(&peer),
+            shared: Arc::clone(&shared),
+            request: ticket.request.clone(),
+            nonce: ticket.nonce,
+            tag: options.tag,
+            lease: ticket.lease,
+            push: false,
+            submitted: now,
+            jobs: Vec::new(),
+            report: TransferReport {
+                operations: report.operations,
+                merged_runs: report.runs,
+                bytes: report.bytes,
+                prepare: begun.elapsed(),
+                ..TransferReport::default()
+            },
+        });
+        let spec = Spec {
+            id,
+            peer: peer.key,
+            kind: Kind::Pull {
+                source,
+                check_lease: report.operations > 0,
+                release: !options.hold,
+            },
+            deadline: now
+                .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
+            workers: peer.worker_count(),
+        };
+        peer.submit(owner, spec, live)?;
+        Ok(transfer(engine, id, owner, shared))
+    }
+
+    /// Tells the producer that this reader needs the blocks no more, whether it has read them or
+    /// not (a prefix that was all here already, an abort). Doing it again is fine.
+    ///
+    /// # Errors
+    ///
+    /// As [`pull`](Self::pull) for the ticket and the connection.
+    pub fn release(&self, ticket: &Ticket) -> Result<(), Error> {
+        let peer = self.session_for(ticket, TicketKind::Offer)?;
+        let (request, nonce) = (ticket.request.clone(), ticket.nonce);
+        peer.link.send(Release { request, nonce }.into());
+        Ok(())
+    }
+
+    // ---- WRITE mode, producer ----------------------------------------------------------------
+
+    /// Begins to push a request. The consumer is asked for its ticket at once; layers that are
+    /// pushed before it comes wait for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotConnected`], [`Error::WrongRole`], [`Error::RequestName`].
+    pub fn begin_push(&self, request: &RequestId) -> Result<Push, Error> {
+        self.begin_push_with(request, PushOptions::default())
+    }
+
+    /// The same with settings.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin_push`](Self::begin_push); and those of [`pull`](Self::pull) for a ticket among the
+    /// settings.
+    pub fn begin_push_with(
+        &self,
+        request: &RequestId,
+        options: PushOptions,
+    ) -> Result<Push, Error> {
+        Inner::check_request(request)?;
+        let session = match &options.ticket {
+            Some(ticket) => self.session_for(ticket, TicketKind::Expect)?,
+            None => self.session()?,
+        };
+        Push::begin(self.engine(), session, request, options)
+    }
+
+    /// The session that stands, if the ticket is of the peer's own, and of this life of it.
+    fn session_for(&self, ticket: &Ticket, kind: TicketKind) -> Result<Arc<PeerSession>, Error> {
+        ticket.check()?;
+        let peer = self.session()?;
+        if ticket.engine != peer.name.engine || ticket.rank != peer.name.rank {
+            let name = |engine, rank| format!("{engine} {rank}");
+            return Err(Error::WrongInstance {
+                ticket: name(&ticket.engine, ticket.rank),
+                here: name(&peer.name.engine, peer.name.rank),
+            });
+        }
+        if ticket.generation != peer.generation {
+            return Err(Error::OldGeneration {
+                engine: ticket.engine.clone(),
+                ticket: ticket.generation,
+                now: peer.generation,
+            });
+        }
+        if ticket.kind != kind {
+            let name = |kind| match kind {
+                TicketKind::Offer => "offer",
+                TicketKind::Expect => "expectation",
+            };
+            return Err(Error::WrongTicket {
+                request: ticket.request.clone(),
+                got: name(ticket.kind),
+                wanted: name(kind),
+            });
+        }
+        Ok(peer)
+    }
+}
+
+pub(crate) fn transfer(
+    engine: &Arc<Inner>,
+    id: TransferId,
+    owner: u16,
+    shared: Arc<Shared>,
+) -> Transfer {
+    let runtime = Arc::clone(&engine.runtime);
+    let health = Arc::clone(&runtime.health);
+    let canceller = Arc::new(move |id| {
+        if let Some(worker) = runtime.worker(owner) {
+            worker.send(Command::Cancel { id });
+        }
+    });
+    Transfer {
+        id,
+        shared,
+        canceller,
+        health,
+    }
+}
+
+/// Checks that the ticket's blocks of a group hold all of these.
+pub(crate) fn in_ticket<I: Iterator<Item = u32>>(
+    ticket: &Ticket,
+    group: u32,
+    count: usize,
+    ids: impl Fn() -> I,
+) -> Result<(), Error> {
+    let held: &[u32] = ticket
+        .groups
+        .iter()
+        .find(|g| g.group == group)
+        .map_or(&[], |g| &g.blocks);
+    // All of them in the ticket's order is the usual case.
+    if held.len() == count && held.iter().copied().eq(ids()) {
+        return Ok(());
+    }
+    let missing = |block| Error::NotInTicket {
+        request: ticket.request.clone(),
+        group,
+        block,
+    };
+    let mut set = crate::block_set::BlockSet::default();
+    // The ticket was checked: no block is there twice.
+    let _ = set.insert_all(group, held);
+    match ids().find(|id| !set.contains(group, *id)) {
+        Some(block) => Err(missing(block)),
+        None => Ok(()),
+    }
+}
+
+/// Pairs of the two lists, which must be of one length.
+pub(crate) fn zip(group: u32, src: &[u32], dst: &GroupBlocks) -> Result<GroupPairs, Error> {
+    if src.len() != dst.blocks.len() {
+        return Err(Error::UnequalLengths {
+            group,
+            src: src.len(),
+            dst: dst.blocks.len(),
+        });
+    }
+    let pairs = src.iter().zip(&dst.blocks);
+    let pairs = pairs
+        .map(|(&src, &dst)| crate::blocks::BlockPair { src, dst })
+        .collect();
+    Ok(GroupPairs { group, pairs })
+}
