@@ -260,7 +260,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) trust: Trust,
 
-    /// Give up on a client that does not finish connecting, or on a transfer, after this long
+    /// Give up on a client that does not finish connecting or falls silent, or on a transfer, after
+    /// this long
     #[arg(long, value_name = "TIME", value_parser = size::duration)]
     pub(crate) timeout: Option<Duration>,
 

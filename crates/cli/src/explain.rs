@@ -13,6 +13,10 @@ use kvxfer::wire::{Refusal, Role, WireError};
 use crate::problem::{Exit, Problem};
 use crate::run::Failed;
 
+const START_AGAIN: &str = "look whether it still runs and why it ended, and start it again";
+const DEVICE_FAILED: &str = "look at the kernel's log for the device, and start the command again";
+const LOOK_AT_LOGS: &str = "look at the server's log (KVXFER_LOG=debug says more on both sides)";
+
 /// What an error of the library is.
 pub(crate) fn library(error: &Error) -> Problem {
     match error {
@@ -56,7 +60,7 @@ pub(crate) fn library(error: &Error) -> Problem {
         }
         Error::NotConnected { cause } => Problem::new(Exit::Peer, "the server is gone")
             .with_evidence(cause.to_string())
-            .with_fix("look whether it still runs and why it ended, and start it again"),
+            .with_fix(START_AGAIN),
         Error::BenchWrong(wrong) => Problem::new(Exit::Check, "a byte is not what was sent")
             .with_evidence(wrong.to_string())
             .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
@@ -80,13 +84,24 @@ pub(crate) fn library(error: &Error) -> Problem {
         | Error::Compile(_) => Problem::from_chain(Exit::Check, error),
         Error::Memory(_) => Problem::from_chain(Exit::Device, error)
             .with_fix("say fewer --blocks or --tokens, or free some memory"),
+        Error::Verbs(kvxfer_verbs::Error::DialDeadline { .. }) => {
+            Problem::from_chain(Exit::Peer, error).with_fix(
+                "look whether its process is stopped (`ps -o stat`: T) or its machine overloaded; \
+                 --timeout waits longer",
+            )
+        }
+        // It was there when the path was chosen.
+        Error::Verbs(kvxfer_verbs::Error::Path { .. }) => {
+            Problem::from_chain(Exit::Peer, error).with_fix(START_AGAIN)
+        }
         Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
             Problem::from_chain(Exit::Device, error)
         }
-        Error::DeviceFailed => Problem::new(Exit::Device, "the device has failed")
-            .with_fix("look at the kernel's log for the device, and start the command again"),
+        Error::DeviceFailed => {
+            Problem::new(Exit::Device, "the device has failed").with_fix(DEVICE_FAILED)
+        }
         // What is left is said by the peer, or of it.
-        _ => Problem::from_chain(Exit::Peer, error),
+        _ => Problem::from_chain(Exit::Peer, error).with_fix(LOOK_AT_LOGS),
     }
 }
 
@@ -152,16 +167,14 @@ fn session(peer: &str, source: &SessionError) -> Problem {
              whether a proxy or firewall stands in between",
         ),
         SessionError::PeerClosed { .. } | SessionError::ConnectionLost { .. } => {
-            new("died, or the connection to it was cut")
-                .with_fix("look whether it still runs and why it ended, and start it again")
+            new("died, or the connection to it was cut").with_fix(START_AGAIN)
         }
         SessionError::PeerStalled { .. } => {
             new("stalled: the connection stands, and nothing comes").with_fix(
                 "look whether its process is stopped (`ps -o stat`: T) or its machine overloaded",
             )
         }
-        _ => new("the session ended")
-            .with_fix("look at the server's log (KVXFER_LOG=debug says more on both sides)"),
+        _ => new("the session ended").with_fix(LOOK_AT_LOGS),
     }
 }
 
@@ -276,10 +289,17 @@ pub(crate) fn transfer(failed: &Failed) -> Problem {
         Cause::PortDown { .. } => {
             problem.with_fix("look at the port's link, cable and switch; `ip link` shows its state")
         }
-        Cause::DeviceFatal | Cause::CompletionQueue => {
-            problem.with_fix("look at the kernel's log for the device, and start the command again")
+        Cause::DeviceFatal | Cause::CompletionQueue => problem.with_fix(DEVICE_FAILED),
+        Cause::PeerDead | Cause::PeerClosed | Cause::PeerRestarted | Cause::PeerUnreachable => {
+            problem.with_fix(START_AGAIN)
         }
-        _ => problem,
+        Cause::Completion { .. }
+        | Cause::QueuePair { .. }
+        | Cause::LaneFailed
+        | Cause::LaneReset => {
+            problem.with_fix(format!("--path tcp takes another way; {LOOK_AT_LOGS}"))
+        }
+        _ => problem.with_fix(LOOK_AT_LOGS),
     }
 }
 
@@ -319,6 +339,19 @@ mod tests {
             text.contains("no rdma here") && text.contains("no arena here"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_peer_that_does_not_answer_a_dial_is_no_device_that_fails() {
+        let (path, peer) = (kvxfer_verbs::SoftPath::Arena, "kvxfer/0".to_owned());
+        let late = kvxfer_verbs::Error::DialDeadline { path, peer };
+        let (exit, text) = exit_of(Error::Verbs(late));
+        assert_eq!(exit, Exit::Peer);
+        assert!(text.contains("fix: ") && text.contains("stopped"), "{text}");
+        let (path, peer) = (kvxfer_verbs::SoftPath::Arena, "kvxfer/0".to_owned());
+        let fault = kvxfer_verbs::PathFault::Connect(io::ErrorKind::ConnectionRefused.into());
+        let gone = kvxfer_verbs::Error::Path { path, peer, fault };
+        assert_eq!(exit_of(Error::Verbs(gone)).0, Exit::Peer);
     }
 
     #[test]

@@ -171,8 +171,11 @@ fn end(child: &mut Child) -> Option<ExitStatus> {
         return Some(status);
     }
     if let Ok(pid) = i32::try_from(child.id()) {
-        // It has not been waited for, so the number is still its own.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        // It has not been waited for, so the number is still its own. One that was stopped hears
+        // the first with the second.
+        for signal in [Signal::SIGTERM, Signal::SIGCONT] {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
     }
     let deadline = Instant::now() + GRACE;
     while Instant::now() < deadline {
@@ -223,6 +226,24 @@ mod tests {
         let problem = spawn("echo hello; exec sleep 600", Duration::from_secs(60)).err();
         let text = problem.map(|p| p.to_string()).unwrap_or_default();
         assert!(text.contains("it said \"hello\""), "{text}");
+    }
+
+    #[test]
+    fn a_stopped_target_ends_by_itself() -> Result<(), Problem> {
+        let script = "trap 'touch \"$0\"; exit' TERM; echo listening 127.0.0.1:1; kill -STOP $$";
+        let dir = tempfile::tempdir().map_err(|e| Problem::from_chain(Exit::Device, &e))?;
+        let done = dir.path().join("done");
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(&done);
+        let target =
+            OwnTarget::spawn(command, Duration::from_secs(60)).map_err(|e| Problem::of(&e))?;
+        let stat = format!("/proc/{}/stat", target.pid());
+        while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T ")) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(target);
+        assert!(done.exists(), "it was killed");
+        Ok(())
     }
 
     #[test]

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use support::{children_of, command, run, runs, serve, spawn, start, wait_until};
@@ -209,69 +207,6 @@ fn nothing_is_left_of_a_run() {
     });
     assert!(!targets.is_empty());
     assert!(!targets.into_iter().any(runs));
-}
-
-/// Kills or stops the server in the middle of a run, over each path.
-fn peer_fails(signal: Signal, timeout: &str) {
-    for path in ["arena", "tcp"] {
-        let (server, address) = serve(&[]);
-        let client = start(&[
-            "bw",
-            &address,
-            "--size",
-            "64K",
-            "--blocks",
-            "64",
-            "-D",
-            "600",
-            "--path",
-            path,
-            "--op",
-            "write",
-            "--timeout",
-            timeout,
-        ]);
-        // Its measuring takes ten minutes: whenever this is, it is in the middle.
-        std::thread::sleep(Duration::from_millis(1500));
-        server.signal(signal);
-        let ended = client.end();
-        ended.failed(3, &[&address]);
-        assert!(ended.stdout.is_empty(), "{ended:?}");
-    }
-}
-
-#[test]
-fn a_killed_server_is_told_in_time() {
-    peer_fails(Signal::SIGKILL, "20");
-}
-
-#[test]
-fn a_stopped_server_is_told_in_time() {
-    peer_fails(Signal::SIGSTOP, "2");
-}
-
-#[test]
-fn a_killed_target_is_told_in_time() {
-    let client = start(&[
-        "bw",
-        "--size",
-        "4K",
-        "--blocks",
-        "64",
-        "-D",
-        "600",
-        "--timeout",
-        "20",
-    ]);
-    let mut target = None;
-    wait_until("a target", || {
-        target = children_of(client.pid()).first().copied();
-        target.is_some()
-    });
-    std::thread::sleep(Duration::from_millis(1500));
-    let target = nix::unistd::Pid::from_raw(target.expect("a target"));
-    nix::sys::signal::kill(target, Signal::SIGKILL).expect("it runs");
-    client.end().failed(3, &["the target process", "SIGKILL"]);
 }
 
 struct Secrets {

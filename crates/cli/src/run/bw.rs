@@ -39,15 +39,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         flags.push(("path", "--path", path.to_string()));
     }
     if let Some(timeout) = args.timeout {
-        let text = format!("{}s", timeout.as_secs_f64());
-        flags.push(("connect_timeout", "--timeout", text.clone()));
-        flags.push(("transfer_timeout", "--timeout", text));
-        // A server that falls silent is given up after three of these.
-        let silence = (timeout / 3).clamp(Duration::from_millis(100), Duration::from_secs(5));
-        let text = |d: Duration| format!("{}s", d.as_secs_f64());
-        flags.push(("heartbeat_timeout", "--timeout", text(silence)));
-        let beat = (silence / 3).min(Duration::from_secs(1));
-        flags.push(("heartbeat_interval", "--timeout", text(beat)));
+        flags.extend(settings::timeout(timeout));
     }
     let settings = Settings::gather(&args.tuning, &args.trust, &flags, true)?;
     if args.tuning.explain_config {

@@ -39,10 +39,7 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         flags.push(("max_memory", "--max-memory", size.0.to_string()));
     }
     if let Some(timeout) = args.timeout {
-        // A handshake that takes longer, and a client that is silent for longer, is given up.
-        let text = || format!("{}s", timeout.as_secs_f64());
-        flags.push(("connect_timeout", "--timeout", text()));
-        flags.push(("transfer_timeout", "--timeout", text()));
+        flags.extend(settings::timeout(timeout));
     }
     // A parent has warned of its own settings, which these are.
     let warn = args.exit_with_parent.is_none();

@@ -1,6 +1,7 @@
 //! Settings from flags, environment, file and defaults.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kvxfer::config::{Config, ConfigBuilder, Row};
 
@@ -11,6 +12,11 @@ use crate::say;
 /// Names of the device that is always there.
 const SOFT: [&str; 2] = ["soft", "soft0"];
 
+/// Bounds of the heartbeat that follows from `--timeout`; the upper ones are the defaults.
+const SHORTEST_SILENCE: Duration = Duration::from_millis(100);
+const LONGEST_SILENCE: Duration = Duration::from_secs(5);
+const LONGEST_BEAT: Duration = Duration::from_secs(1);
+
 /// What an engine is started with, and where each setting came from.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -20,6 +26,21 @@ pub(crate) struct Settings {
 
 /// A flag that gives a setting: the setting's key, what was typed, the value.
 pub(crate) type Flag<'a> = (&'static str, &'a str, String);
+
+/// `--timeout`: a session that takes longer to come about is given up, so is a transfer, and so is
+/// a peer that is silent for longer.
+pub(crate) fn timeout(timeout: Duration) -> [Flag<'static>; 4] {
+    // A peer is given up after three of these.
+    let silence = (timeout / 3).clamp(SHORTEST_SILENCE, LONGEST_SILENCE);
+    let beat = (silence / 3).min(LONGEST_BEAT);
+    [
+        ("connect_timeout", timeout),
+        ("transfer_timeout", timeout),
+        ("heartbeat_timeout", silence),
+        ("heartbeat_interval", beat),
+    ]
+    .map(|(key, time)| (key, "--timeout", format!("{}s", time.as_secs_f64())))
+}
 
 impl Settings {
     /// Gathers them. Warnings go to standard error, if they are wanted.
