@@ -70,8 +70,10 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::PingFailed { .. } => Problem::new(Exit::Peer, "the data path has failed")
             .with_evidence(error.to_string())
             .with_fix("--path tcp takes another way; look at the peer's log"),
-        Error::Secret(_) => Problem::from_chain(Exit::Usage, error)
-            .with_fix("--secret-file or KVXFER_SECRET_FILE names a file with the shared secret"),
+        Error::Secret(_) => Problem::from_chain(Exit::Usage, error).with_fix(
+            "name a file with the shared secret that this user may read, with --secret-file or \
+                 KVXFER_SECRET_FILE",
+        ),
         Error::Config(error) => config(error),
         Error::Layout(LayoutError::UnevenShard { extent, tp, .. }) => Problem::usage(format!(
             "{extent} heads cannot be shared evenly by {tp} ranks"

@@ -36,25 +36,25 @@ pub(crate) struct OwnTarget {
 }
 
 impl OwnTarget {
-    /// Starts this very program as a server on a free port of the loopback.
+    /// Starts this very program as a server on a free port of the loopback, over the given path.
     ///
     /// Call it on the main thread: the target ends with the *thread* that started it.
     ///
     /// # Errors
     ///
     /// A [`Problem`] if it cannot be started or is not listening in time.
-    pub(crate) fn start(
-        more: &[String],
-        environment: &[(&str, &str)],
-        timeout: Duration,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn start(more: &[String], path: &str, timeout: Duration) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let mut command = Command::new(program);
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--exit-with-parent"])
             .arg(std::process::id().to_string())
             .args(more)
-            .envs(environment.iter().copied());
+            .env("KVXFER_PATH", path);
+        if std::env::var_os("KVXFER_LOG").is_none() {
+            // What goes wrong is told once, by this side.
+            command.env("KVXFER_LOG", "error");
+        }
         Self::spawn(command, timeout)
     }
 
@@ -90,6 +90,12 @@ impl OwnTarget {
                 .into())
             }
         }
+    }
+
+    /// Where the server is: it, if it was started, or the host that was named.
+    pub(crate) fn or_host(target: Option<&Self>, host: Option<&Address>) -> String {
+        let address = target.map(Self::address).or(host);
+        address.map(ToString::to_string).unwrap_or_default()
     }
 
     /// Where it listens.

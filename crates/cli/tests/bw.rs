@@ -4,7 +4,9 @@ mod support;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{children_of, command, run, runs, serve, spawn, start, wait_until};
+use support::{
+    Secrets, children_of, command, leaves_nothing, run, runs, serve, spawn, start, wait_until,
+};
 
 /// A short run.
 const SMALL: [&str; 6] = ["--size", "4K,64K", "--blocks", "16", "--iters", "12"];
@@ -199,36 +201,7 @@ fn the_target_ends_with_its_parent() {
 #[test]
 fn nothing_is_left_of_a_run() {
     let args = bw(&["--json"]);
-    let mut client = start(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    let mut targets = Vec::new();
-    wait_until("the end of the run", || {
-        targets.extend(children_of(client.pid()));
-        client.has_ended()
-    });
-    assert!(!targets.is_empty());
-    assert!(!targets.into_iter().any(runs));
-}
-
-struct Secrets {
-    dir: tempfile::TempDir,
-}
-
-impl Secrets {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        for name in ["one", "two"] {
-            let text = format!("{name}: 0123456789abcdef0123456789abcdef");
-            let path = dir.path().join(name);
-            std::fs::write(&path, text).expect("written");
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-            std::fs::set_permissions(&path, mode).expect("set");
-        }
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.dir.path().join(name).display().to_string()
-    }
+    leaves_nothing(start(&args.iter().map(String::as_str).collect::<Vec<_>>()));
 }
 
 #[test]

@@ -10,12 +10,10 @@ use std::time::{Duration, Instant};
 
 use namespaces::{Far, THERE, between};
 use nix::sys::signal::Signal;
-use support::{Ended, Process, command, run, spawn, start};
-
-/// What both sides are given as `--timeout`, and what may come on top of it.
-const TIMEOUT: Duration = Duration::from_millis(1500);
-const TIMEOUT_TEXT: &str = "1500ms";
-const SLACK: Duration = Duration::from_secs(6);
+use support::{
+    Ended, Process, TIMEOUT_TEXT, command, endless_pings, in_time, ping_line, run, spawn, start,
+    whole,
+};
 
 /// A server on the far host.
 fn serve(far: &Far) -> (Process, String) {
@@ -68,32 +66,8 @@ fn works(address: &str) {
     verified(&run(&bw(address, &rest)), 2);
 }
 
-#[track_caller]
-fn in_time(begun: Instant, ended: &Ended) {
-    let took = begun.elapsed();
-    assert!(took < TIMEOUT + SLACK, "it took {took:?}: {ended:?}");
-}
-
-/// Endless pings whose peer is given up after one and a half seconds of silence.
-fn ping(address: &str) -> Process {
-    let args = ["ping", address, "-c", "0", "-i", "20ms", "-W", "200ms"];
-    let client = spawn(
-        command(&[&args[..], &["--allow-unauthenticated"]].concat())
-            .env("KVXFER_HEARTBEAT_TIMEOUT", "500ms")
-            .env("KVXFER_HEARTBEAT_INTERVAL", "100ms"),
-    );
-    assert!(client.line().starts_with("PING "));
-    next(&client, whole);
-    client
-}
-
-/// Whether a line is of a ping of which everything came back.
-fn whole(line: &str) -> bool {
-    line.matches(" us").count() == 3
-}
-
-fn next(client: &Process, wanted: fn(&str) -> bool) {
-    while !wanted(&client.line()) {}
+fn pings(address: &str) -> Process {
+    endless_pings(address, &["--allow-unauthenticated"])
 }
 
 #[test]
@@ -164,11 +138,11 @@ fn a_link_that_is_cut() {
 fn pings_over_a_link_that_is_cut() {
     between("pings_over_a_link_that_is_cut", |far| {
         let (_server, address) = serve(far);
-        let client = ping(&address);
+        let client = pings(&address);
         Far::link("down");
-        next(&client, |line| line.contains("stalled"));
+        ping_line(&client, |line| line.contains("stalled"));
         Far::link("up");
-        next(&client, whole);
+        ping_line(&client, whole);
         Far::link("down");
         let begun = Instant::now();
         let ended = client.end();
@@ -183,7 +157,7 @@ fn pings_over_a_link_that_is_cut() {
         let summary = ended.stdout.split_once(" ping ---\n").expect("a summary").1;
         assert!(!summary.contains(" 0 % lost"), "{ended:?}");
         Far::link("up");
-        drop(ping(&address));
+        drop(pings(&address));
     });
 }
 
@@ -215,7 +189,7 @@ fn who_does_not_answer_is_told_apart() {
         try_both(&["no answer in time", "stopped"]);
         server.signal(Signal::SIGCONT);
         // It dies while it is pinged.
-        let client = ping(&address);
+        let client = pings(&address);
         server.signal(Signal::SIGKILL);
         client
             .end()

@@ -12,7 +12,10 @@ use kvxfer::config::{Config, KvRole};
 use kvxfer::layout::{KvFormat, Topology};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Ended, LONG, Process, children_of, command, run, runs, serve, start, wait_until};
+use support::{
+    Ended, LONG, Process, Secrets, children_of, command, leaves_nothing, run, serve, start,
+    wait_until,
+};
 
 /// The report of a run in which every ping was answered.
 #[track_caller]
@@ -94,14 +97,7 @@ fn people_get_a_line_a_ping_and_a_summary() {
 
 #[test]
 fn nothing_is_left_of_its_own_target() {
-    let mut client = start(&["ping", "-c", "20", "-i", "20ms", "--json"]);
-    let mut targets = Vec::new();
-    wait_until("the end of the run", || {
-        targets.extend(children_of(client.pid()));
-        client.has_ended()
-    });
-    assert!(!targets.is_empty());
-    assert!(!targets.into_iter().any(runs));
+    leaves_nothing(start(&["ping", "-c", "20", "-i", "20ms", "--json"]));
 }
 
 #[test]
@@ -306,16 +302,8 @@ fn a_host_that_does_not_answer_cannot_be_reached() {
 
 #[test]
 fn secrets_must_be_the_same() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let secret = |name: &str| {
-        let path = dir.path().join(name);
-        std::fs::write(&path, format!("{name}: 0123456789abcdef0123456789abcdef"))
-            .expect("written");
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        std::fs::set_permissions(&path, mode).expect("set");
-        path.display().to_string()
-    };
-    let (one, two) = (secret("one"), secret("two"));
+    let secrets = Secrets::new();
+    let (one, two) = (secrets.path("one"), secrets.path("two"));
     let (_server, address) = serve(&["--secret-file", &one]);
     let report = all_answered(&json(&[&address, "--secret-file", &one]), 20, "arena");
     assert_eq!(report["peer"]["authenticated"], true);

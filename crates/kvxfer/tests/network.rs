@@ -21,30 +21,15 @@ const BLOCK: u64 = 16 << 10;
 const BLOCKS: u32 = 512;
 const SEED: u64 = 3;
 
-/// Two engines that have met, and the network between them.
-struct Met<'a> {
-    far: &'a Far,
-    child: Child,
-    node: Node,
-    log: Log,
-    from: Instance,
-}
-
 /// Runs a test of an engine of one role here and of another there.
-fn meet(test: &str, here: KvRole, there: KvRole, act: fn(Met<'_>)) {
+fn meet(test: &str, here: KvRole, there: KvRole, act: fn(&Far, Child, Node, Log, Instance)) {
     between(test, |far| {
         let child = peer(far, there);
         let node = node(here);
         let log = Log::new(&node.engine);
         let from = node.engine.connect(&child.address, LONG);
         let from = from.expect("a session");
-        act(Met {
-            far,
-            child,
-            node,
-            log,
-            from,
-        });
+        act(far, child, node, log, from);
     });
 }
 
@@ -110,34 +95,33 @@ fn works(node: &Node, from: &Instance, child: &mut Child, request: &str) {
 /// READ and WRITE over a link that loses one packet in fifty: slower, and every byte right.
 #[test]
 fn a_link_that_loses() {
-    meet("a_link_that_loses", KvRole::Both, KvRole::Both, |met| {
-        let Met {
-            far,
-            mut child,
-            node,
-            mut log,
-            from,
-        } = met;
-        far.lose(2);
-        let ticket = child.offer("r", BLOCKS, LONG);
-        let transfers: Vec<Transfer> = (0..4).map(|tag| pull(&from, &ticket, tag, LONG)).collect();
-        transfers.iter().for_each(done);
-        node.side.verify(SEED, &all()).expect("every byte");
-        node.side.poison().expect("poisoned");
-        let request = RequestId::from("w");
-        node.engine
-            .expect(&request, &groups(0..BLOCKS), 1, LONG)
-            .expect("an expectation");
-        child.push(&node.name(), "w", BLOCKS, 2);
-        log.wait(
-            "push",
-            |event| matches!(event, Event::Received { request: r, .. } if *r == request),
-        );
-        let table = pairs((0..BLOCKS).map(|b| (b, b)));
-        node.side.verify(SEED, &table).expect("every byte");
-        far.lose_no_more();
-        log.assert_told_once();
-    });
+    meet(
+        "a_link_that_loses",
+        KvRole::Both,
+        KvRole::Both,
+        |far, mut child, node, mut log, from| {
+            far.lose(2);
+            let ticket = child.offer("r", BLOCKS, LONG);
+            let transfers: Vec<Transfer> =
+                (0..4).map(|tag| pull(&from, &ticket, tag, LONG)).collect();
+            transfers.iter().for_each(done);
+            node.side.verify(SEED, &all()).expect("every byte");
+            node.side.poison().expect("poisoned");
+            let request = RequestId::from("w");
+            node.engine
+                .expect(&request, &groups(0..BLOCKS), 1, LONG)
+                .expect("an expectation");
+            child.push(&node.name(), "w", BLOCKS, 2);
+            log.wait(
+                "push",
+                |event| matches!(event, Event::Received { request: r, .. } if *r == request),
+            );
+            let table = pairs((0..BLOCKS).map(|b| (b, b)));
+            node.side.verify(SEED, &table).expect("every byte");
+            far.lose_no_more();
+            log.assert_told_once();
+        },
+    );
 }
 
 /// A link on which packets queue: what has time arrives, what has not ends in time, and nothing of
@@ -148,14 +132,7 @@ fn a_link_that_delays() {
         "a_link_that_delays",
         KvRole::Consumer,
         KvRole::Producer,
-        |met| {
-            let Met {
-                far,
-                mut child,
-                node,
-                mut log,
-                from,
-            } = met;
+        |far, mut child, node, mut log, from| {
             far.slow("200mbit");
             // 16 MiB take two thirds of a second.
             let ticket = child.offer("r", BLOCKS, LONG);
@@ -184,14 +161,7 @@ fn a_link_that_is_cut() {
         "a_link_that_is_cut",
         KvRole::Consumer,
         KvRole::Producer,
-        |met| {
-            let Met {
-                far,
-                mut child,
-                node,
-                mut log,
-                from,
-            } = met;
+        |far, mut child, node, mut log, from| {
             far.slow("400mbit");
             let ticket = child.offer("r", BLOCKS, LONG);
             // Shortly: TCP sends again what was lost.

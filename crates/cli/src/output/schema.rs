@@ -134,6 +134,16 @@ pub(crate) struct Candidate {
     pub(crate) why_not: Option<String>,
 }
 
+impl From<&kvxfer::wire::Candidate> for Candidate {
+    fn from(candidate: &kvxfer::wire::Candidate) -> Self {
+        Self {
+            path: candidate.path.to_string(),
+            usable: candidate.usable(),
+            why_not: candidate.why_not.clone(),
+        }
+    }
+}
+
 /// One block size, one operation, one path. Made from [`Measured`], which keeps the rules.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Row {

@@ -65,11 +65,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         Some(_) => None,
         None => Some(start_target(args, &settings, largest, timeout)?),
     };
-    let address = match (&args.host, &target) {
-        (Some(host), _) => host.to_string(),
-        (None, Some(target)) => target.address().to_string(),
-        (None, None) => String::new(),
-    };
+    let address = OwnTarget::or_host(target.as_ref(), args.host.as_ref());
     let mut run = Run {
         args,
         config: &settings.config,
@@ -218,13 +214,7 @@ fn start_target(
             .as_ref()
             .map(|file| file.display().to_string()),
     );
-    let path = settings.shown("path");
-    let mut environment = vec![("KVXFER_PATH", path.as_str())];
-    if std::env::var_os("KVXFER_LOG").is_none() {
-        // What goes wrong is told once, by this side.
-        environment.push(("KVXFER_LOG", "error"));
-    }
-    OwnTarget::start(&more, &environment, timeout)
+    OwnTarget::start(&more, &settings.shown("path"), timeout)
 }
 
 fn length(args: &BwArgs) -> Length {

@@ -42,6 +42,16 @@ struct Stretch {
     len: u64,
 }
 
+impl Stretch {
+    /// Where the bytes come from, and where they go.
+    fn ends(&self, op: Op) -> (u64, u64) {
+        match op {
+            Op::Read => (self.remote, self.local),
+            Op::Write => (self.local, self.remote),
+        }
+    }
+}
+
 /// A path's limit, ready to run.
 #[derive(Debug)]
 pub(crate) struct Limit {
@@ -145,23 +155,20 @@ impl Limit {
             .filter_map(|i| self.slots.get(i % self.slots.len().max(1)))
             .flat_map(|slot| slot.chunks(self.take))
             .collect();
+        let (from, to) = match self.op {
+            Op::Read => (&self.mirror, &self.local),
+            Op::Write => (&self.local, &self.mirror),
+        };
         let begun = Instant::now();
         match &self.how {
             How::Copy { threads } => {
-                let (from, to) = match self.op {
-                    Op::Read => (&self.mirror, &self.local),
-                    Op::Write => (&self.local, &self.mirror),
-                };
                 shared_out(
                     *threads,
                     &work,
                     |part: &[Stretch], pairs: &mut Vec<CopyPair>| {
                         pairs.clear();
                         pairs.extend(part.iter().map(|s| {
-                            let (src, dst) = match self.op {
-                                Op::Read => (s.remote, s.local),
-                                Op::Write => (s.local, s.remote),
-                            };
+                            let (src, dst) = s.ends(self.op);
                             CopyPair {
                                 src,
                                 dst,
@@ -181,10 +188,7 @@ impl Limit {
                     |part: &[Stretch], pieces: &mut Vec<RemotePiece>| {
                         pieces.clear();
                         pieces.extend(part.iter().map(|s| {
-                            let (src, dst) = match self.op {
-                                Op::Read => (s.remote, s.local),
-                                Op::Write => (s.local, s.remote),
-                            };
+                            let (src, dst) = s.ends(self.op);
                             RemotePiece {
                                 remote_addr: base + src,
                                 offset: dst,
@@ -196,10 +200,6 @@ impl Limit {
                 )?;
             }
             How::Tcp(streams) => {
-                let (from, to) = match self.op {
-                    Op::Read => (&self.mirror, &self.local),
-                    Op::Write => (&self.local, &self.mirror),
-                };
                 let read = self.op == Op::Read;
                 streams.run(&work, (from, !read), (to, read))?;
             }

@@ -60,11 +60,7 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         Some(_) => None,
         None => Some(start_target(args, &settings, timeout)?),
     };
-    let address = match (&args.host, &target) {
-        (Some(host), _) => host.to_string(),
-        (None, Some(target)) => target.address().to_string(),
-        (None, None) => String::new(),
-    };
+    let address = OwnTarget::or_host(target.as_ref(), args.host.as_ref());
     let named = |error: &anyhow::Error| {
         let problem = Problem::of(error);
         match problem.exit {
@@ -119,15 +115,7 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         peer,
         path: path.path.to_string(),
         path_reason: path.reason,
-        candidates: path
-            .candidates
-            .iter()
-            .map(|candidate| Candidate {
-                path: candidate.path.to_string(),
-                usable: candidate.usable(),
-                why_not: candidate.why_not.clone(),
-            })
-            .collect(),
+        candidates: path.candidates.iter().map(Candidate::from).collect(),
         sent: run.sent,
         answered: run.answered,
         lost_percent: match run.sent {
@@ -204,12 +192,7 @@ fn start_target(
     if let Some(file) = &settings.config.secret_file {
         more.extend(["--secret-file".to_owned(), file.display().to_string()]);
     }
-    let path = settings.shown("path");
-    let mut environment = vec![("KVXFER_PATH", path.as_str())];
-    if std::env::var_os("KVXFER_LOG").is_none() {
-        environment.push(("KVXFER_LOG", "error"));
-    }
-    OwnTarget::start(&more, &environment, timeout)
+    OwnTarget::start(&more, &settings.shown("path"), timeout)
 }
 
 /// Pings under way.

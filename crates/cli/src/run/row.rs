@@ -109,16 +109,11 @@ impl Bench<'_> {
         let of = |part: fn(&TransferReport) -> Duration| -> Vec<u64> {
             samples.reports.iter().map(|r| ns(part(r))).collect()
         };
-        let candidates = path.candidates.iter().map(|candidate| Candidate {
-            path: candidate.path.to_string(),
-            usable: candidate.usable(),
-            why_not: candidate.why_not.clone(),
-        });
         let row = Measured {
             op: self.op,
             path: path.path.to_string(),
             path_reason: path.reason.clone(),
-            candidates: candidates.collect(),
+            candidates: path.candidates.iter().map(Candidate::from).collect(),
             block_bytes: self.case.block_bytes,
             blocks: self.case.blocks,
             bytes: self.case.bytes(),

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::stages::{Case, all, each, each_path, ends_well, in_time, server, some, told};
-use crate::support::{LONG, Process, run};
+use crate::stages::{Case, all, each, each_path, ends_well, server, some, told};
+use crate::support::{LONG, Process, TIMEOUT, in_time, run};
 
 /// A run of which every byte is verified.
 #[track_caller]
@@ -91,7 +91,7 @@ fn struck(signal: Signal, cases: &[Case], at_once: usize) {
             }
             tap.let_go();
             healthy(&address, path);
-            std::thread::sleep(crate::stages::TIMEOUT * 2);
+            std::thread::sleep(TIMEOUT * 2);
             client.signal(Signal::SIGCONT);
             let begun = Instant::now();
             let ended = client.end();

@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::client::{at_rest, reaches};
-use crate::stages::{TIMEOUT, each_path, ends_well, in_time, server};
-use crate::support::{Process, command, run, spawn, start};
+use crate::stages::{each_path, ends_well, server};
+use crate::support::{Process, TIMEOUT, endless_pings, in_time, ping_line, run, start, whole};
 use crate::tap::{Mark, Tap};
 
 /// Pings that are all answered.
@@ -25,35 +25,8 @@ fn answered(address: &str, path: &str) -> Value {
     report
 }
 
-/// Whether a line is of a ping of which everything came back.
-fn whole(line: &str) -> bool {
-    line.starts_with("seq=") && line.matches(" us").count() == 3
-}
-
-/// The next line of a ping that satisfies; all before it are pings too.
-#[track_caller]
-fn line(client: &Process, wanted: fn(&str) -> bool) -> String {
-    loop {
-        let line = client.line();
-        assert!(line.starts_with("seq="), "{line:?}");
-        if wanted(&line) {
-            return line;
-        }
-    }
-}
-
-/// Endless pings that are being answered.
 fn pings(address: &str, path: &str) -> Process {
-    let args = ["ping", address, "-c", "0", "-i", "20ms", "-W", "200ms"];
-    let mut command = command(&[&args[..], &["--path", path]].concat());
-    let client = spawn(
-        command
-            .env("KVXFER_HEARTBEAT_TIMEOUT", "500ms")
-            .env("KVXFER_HEARTBEAT_INTERVAL", "100ms"),
-    );
-    assert!(client.line().starts_with("PING "));
-    line(&client, whole);
-    client
+    endless_pings(address, &["--path", path])
 }
 
 #[test]
@@ -62,9 +35,9 @@ fn a_server_that_goes_on_is_answered_again() {
         let (server, address) = server("127.0.0.1:0");
         let client = pings(&address, path);
         server.signal(Signal::SIGSTOP);
-        line(&client, |line| line.contains("stalled"));
+        ping_line(&client, |line| line.contains("stalled"));
         server.signal(Signal::SIGCONT);
-        line(&client, whole);
+        ping_line(&client, whole);
         client.signal(Signal::SIGINT);
         let ended = client.end();
         ended.failed(3, &["were lost", &address, "evidence: ", "fix: "]);

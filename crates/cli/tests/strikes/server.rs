@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::healthy;
-use crate::stages::{Case, Stage, TIMEOUT, all, cpu, each, ends_well, in_time, server, some, told};
-use crate::support::{Ended, children_of, run, runs, start, wait_until};
+use crate::stages::{Case, Stage, all, cpu, each, ends_well, server, some, told};
+use crate::support::{Ended, TIMEOUT, children_of, in_time, run, runs, start, wait_until};
 
 /// Strikes the server in each case; it is another one each time.
 fn struck(signal: Signal, cases: &[Case], at_once: usize) {

@@ -1,17 +1,11 @@
 //! The stages of a run of `kvxfer bw`, and bringing two commands to one of them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvxfer::wire::{MessageKind, frame_kind};
 
-use crate::support::{self, Ended, Process, start};
+use crate::support::{self, Ended, Process, TIMEOUT_TEXT, start};
 use crate::tap::{Mark, Tap};
-
-/// What both sides are given as `--timeout`.
-pub(crate) const TIMEOUT: Duration = Duration::from_millis(1500);
-const TIMEOUT_TEXT: &str = "1500ms";
-/// What may come on top of it: a machine with two cores and much to do.
-const SLACK: Duration = Duration::from_secs(6);
 
 const PATHS: [&str; 3] = ["arena", "process-vm", "tcp"];
 
@@ -190,13 +184,6 @@ pub(crate) fn ends_well(server: Process) {
     let ended = server.end();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(!ended.stderr.contains("panicked"), "{ended:?}");
-}
-
-/// Asserts that what was begun is over within the timeout and the slack.
-#[track_caller]
-pub(crate) fn in_time(begun: Instant, what: impl std::fmt::Debug) {
-    let took = begun.elapsed();
-    assert!(took < TIMEOUT + SLACK, "it took {took:?}: {what:?}");
 }
 
 /// The processor time that a process has had.

@@ -203,3 +203,82 @@ pub(crate) fn runs(pid: i32) -> bool {
     let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
     !state.starts_with(['Z', 'X'])
 }
+
+/// Waits for the end of a client, whose own target is gone with it.
+pub(crate) fn leaves_nothing(mut client: Process) {
+    let mut targets = Vec::new();
+    wait_until("the end of the run", || {
+        targets.extend(children_of(client.pid()));
+        client.has_ended()
+    });
+    assert!(!targets.is_empty());
+    assert!(!targets.into_iter().any(runs));
+}
+
+/// Whether a line is of a ping of which everything came back.
+pub(crate) fn whole(line: &str) -> bool {
+    line.starts_with("seq=") && line.matches(" us").count() == 3
+}
+
+/// Waits for a line of a ping that satisfies.
+#[track_caller]
+pub(crate) fn ping_line(client: &Process, wanted: fn(&str) -> bool) {
+    loop {
+        let line = client.line();
+        assert!(line.starts_with("seq="), "{line:?}");
+        if wanted(&line) {
+            return;
+        }
+    }
+}
+
+/// Endless pings that are being answered, of a server that is given up after one and a half seconds
+/// of silence.
+#[track_caller]
+pub(crate) fn endless_pings(address: &str, more: &[&str]) -> Process {
+    let args = ["ping", address, "-c", "0", "-i", "20ms", "-W", "200ms"];
+    let client = spawn(
+        command(&[&args[..], more].concat())
+            .env("KVXFER_HEARTBEAT_TIMEOUT", "500ms")
+            .env("KVXFER_HEARTBEAT_INTERVAL", "100ms"),
+    );
+    assert!(client.line().starts_with("PING "));
+    ping_line(&client, whole);
+    client
+}
+
+/// What both sides of a test of struck peers are given as `--timeout`.
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(1500);
+pub(crate) const TIMEOUT_TEXT: &str = "1500ms";
+/// What may come on top of it: a machine with two cores and much to do.
+const SLACK: Duration = Duration::from_secs(6);
+
+/// Asserts that what was begun is over within the timeout and the slack.
+#[track_caller]
+pub(crate) fn in_time(begun: Instant, what: impl std::fmt::Debug) {
+    let took = begun.elapsed();
+    assert!(took < TIMEOUT + SLACK, "it took {took:?}: {what:?}");
+}
+
+/// Two files with secrets, gone with it.
+pub(crate) struct Secrets {
+    dir: tempfile::TempDir,
+}
+
+impl Secrets {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in ["one", "two"] {
+            let text = format!("{name}: 0123456789abcdef0123456789abcdef");
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).expect("written");
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            std::fs::set_permissions(&path, mode).expect("set");
+        }
+        Self { dir }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+}

@@ -1,0 +1,314 @@
+//! Keys, bounds, rights and domains: what may be touched, and until when.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crate::support::*;
+use crate::{S, sge};
+use kvxfer_verbs::*;
+
+/// One good WRITE, one bad operation, two more WRITEs: the bad one is named, the later ones flush.
+fn violate(
+    how: How,
+    o: &Options,
+    access: Access,
+    op: impl Fn(&MemoryRegion) -> (SendOp, Sge),
+) -> Completion {
+    let (a, b) = pair_with(how, o);
+    let (near, far) = (
+        TestMemory::sealed(S as usize),
+        TestMemory::sealed(S as usize),
+    );
+    let (rn, rf) = (a.region(&near, all()), b.region(&far, access));
+    let good = b.region(&far, all());
+    let write = SendOp::Write(Remote {
+        addr: good.addr(),
+        rkey: good.rkey(),
+    });
+    let (bad, bad_sge) = op(&rf);
+    let mut chain = SendChain::new();
+    chain.push(1, write, true, &[sge(8, 0)]);
+    chain.push(2, bad, false, &[bad_sge]);
+    chain.push(3, write, false, &[sge(8, 0)]);
+    chain.push(4, write, true, &[sge(8, 0)]);
+    a.qp.post_send(&chain, &table(&[&rn])).unwrap();
+    let got = reap(&a.send_cq, 4);
+    let ids: Vec<_> = got.iter().map(|c| c.wr_id).collect();
+    assert_eq!(ids, [1, 2, 3, 4], "{how:?}");
+    assert_eq!(got[0].status, WcStatus::Success, "{how:?} {got:?}");
+    assert_eq!(got[2].status, WcStatus::WrFlush, "{how:?}");
+    assert_eq!(got[3].status, WcStatus::WrFlush, "{how:?}");
+    assert_eq!(a.qp.state(), QpState::Err);
+    assert_eq!(
+        (got[1].opcode(), got[1].byte_len(), got[1].imm()),
+        (None, None, None)
+    );
+    // Posting goes on and flushes.
+    chain.clear();
+    chain.push(9, write, false, &[sge(8, 0)]);
+    a.qp.post_send(&chain, &table(&[&rn])).unwrap();
+    let late = reap(&a.send_cq, 1);
+    assert_eq!((late[0].wr_id, late[0].status), (9, WcStatus::WrFlush));
+    got[1]
+}
+
+#[test]
+fn keys_bounds_and_rights_are_checked() {
+    let at = |r: &MemoryRegion, offset: u64| Remote {
+        addr: r.addr() + offset,
+        rkey: r.rkey(),
+    };
+    for how in EVERY {
+        let o = Options::default();
+        type Make = fn(Remote) -> SendOp;
+        for make in [SendOp::Read as Make, SendOp::Write as Make] {
+            let c = violate(how, &o, all(), |r| {
+                (make(at(r, u64::from(S) - 4095)), sge(4096, 0))
+            });
+            assert_eq!(
+                (c.status, c.vendor_err),
+                (WcStatus::RemAccess, vendor::BOUNDS),
+                "{how:?}"
+            );
+            let c = violate(how, &o, all(), |r| {
+                (
+                    make(Remote {
+                        addr: r.addr() - 1,
+                        rkey: r.rkey(),
+                    }),
+                    sge(1, 0),
+                )
+            });
+            assert_eq!(
+                (c.status, c.vendor_err),
+                (WcStatus::RemAccess, vendor::BOUNDS),
+                "{how:?}"
+            );
+            let c = violate(how, &o, all(), |r| {
+                (
+                    make(Remote {
+                        addr: u64::MAX - 3,
+                        rkey: r.rkey(),
+                    }),
+                    sge(8, 0),
+                )
+            });
+            assert_eq!(
+                (c.status, c.vendor_err),
+                (WcStatus::RemAccess, vendor::BOUNDS),
+                "{how:?}"
+            );
+            let c = violate(how, &o, Access::LOCAL_WRITE, |r| {
+                (make(at(r, 0)), sge(8, 0))
+            });
+            assert_eq!(
+                (c.status, c.vendor_err),
+                (WcStatus::RemAccess, vendor::RIGHTS),
+                "{how:?}"
+            );
+            // Another generation of the same slot, and a slot that does not exist.
+            for flip in [0x0001_0000, 0x0000_ffff] {
+                let c = violate(how, &o, all(), |r| {
+                    (
+                        make(Remote {
+                            addr: r.addr(),
+                            rkey: r.rkey() ^ flip,
+                        }),
+                        sge(8, 0),
+                    )
+                });
+                assert_eq!(
+                    (c.status, c.vendor_err),
+                    (WcStatus::RemAccess, vendor::BAD_KEY)
+                );
+            }
+            // Out of its own region.
+            let c = violate(how, &o, all(), |r| {
+                (make(at(r, 0)), sge(8, u64::from(S) - 7))
+            });
+            assert_eq!(c.status, WcStatus::LocProt, "{how:?}");
+        }
+    }
+}
+
+#[test]
+fn the_queue_pairs_own_rights_count() {
+    for how in EVERY {
+        let (a, b) = pair_with(
+            how,
+            &Options {
+                access: Access::NONE,
+                ..Options::default()
+            },
+        );
+        let (near, far) = (TestMemory::sealed(4096), TestMemory::sealed(4096));
+        let (rn, rf) = (a.region(&near, all()), b.region(&far, all()));
+        let mut chain = SendChain::new();
+        let remote = Remote {
+            addr: rf.addr(),
+            rkey: rf.rkey(),
+        };
+        chain.push(1, SendOp::Read(remote), true, &[sge(8, 0)]);
+        a.qp.post_send(&chain, &table(&[&rn])).unwrap();
+        let c = reap(&a.send_cq, 1)[0];
+        assert_eq!(
+            (c.status, c.vendor_err),
+            (WcStatus::RemAccess, vendor::RIGHTS),
+            "{how:?}"
+        );
+    }
+}
+
+#[test]
+fn domains_are_apart_on_both_sides() {
+    for how in EVERY {
+        let (a, b) = pair(how);
+        let mem = TestMemory::sealed(4096);
+        let far = b
+            .ctx
+            .alloc_pd()
+            .unwrap()
+            .register(mem.clone(), all())
+            .unwrap();
+        let near = a.region(&mem, all());
+        let other = a
+            .ctx
+            .alloc_pd()
+            .unwrap()
+            .register(mem.clone(), all())
+            .unwrap();
+        let own = b.region(&mem, all());
+        let mut chain = SendChain::new();
+        let remote = |r: &MemoryRegion| Remote {
+            addr: r.addr(),
+            rkey: r.rkey(),
+        };
+        chain.push(1, SendOp::Write(remote(&far)), true, &[sge(8, 0)]);
+        a.qp.post_send(&chain, &table(&[&near])).unwrap();
+        assert_eq!(
+            reap(&a.send_cq, 1)[0].status,
+            WcStatus::RemAccess,
+            "{how:?}"
+        );
+        let (a, _b) = join(how, &Options::default(), &a.ctx, &b.ctx);
+        chain.clear();
+        chain.push(1, SendOp::Write(remote(&own)), true, &[sge(8, 0)]);
+        a.qp.post_send(&chain, &table(&[&other])).unwrap();
+        assert_eq!(reap(&a.send_cq, 1)[0].status, WcStatus::LocProt, "{how:?}");
+    }
+}
+
+#[test]
+fn a_deregistered_region_is_refused_and_never_written() {
+    for how in EVERY {
+        let (a, b) = pair(how);
+        let src = TestMemory::sealed(1 << 20);
+        src.put(0, &vec![0xaa; 1 << 20]);
+        let ra = a.region(&src, all());
+        let t = table(&[&ra]);
+        let stop = AtomicBool::new(false);
+        let far = TestMemory::sealed(1 << 20);
+        let rf = b.region(&far, all());
+        let remote = Remote {
+            addr: rf.addr(),
+            rkey: rf.rkey(),
+        };
+        std::thread::scope(|s| {
+            let writer = s.spawn(|| {
+                let mut chain = SendChain::new();
+                let mut n = 0u64;
+                loop {
+                    chain.clear();
+                    let op = if n.is_multiple_of(2) {
+                        SendOp::Write(remote)
+                    } else {
+                        SendOp::Read(remote)
+                    };
+                    chain.push(n, op, true, &[sge(1 << 20, 0)]);
+                    a.qp.post_send(&chain, &t).unwrap();
+                    let c = reap(&a.send_cq, 1)[0];
+                    if c.status != WcStatus::Success {
+                        return (n, c);
+                    }
+                    n += 1;
+                    if n == 8 {
+                        stop.store(true, Ordering::Release);
+                    }
+                }
+            });
+            let end = Instant::now() + WAIT;
+            while !stop.load(Ordering::Acquire) {
+                assert!(Instant::now() < end && !writer.is_finished());
+                std::thread::yield_now();
+            }
+            drop(rf);
+            // From here on the memory is ours alone.
+            far.put(0, &vec![0x55; 1 << 20]);
+            let (n, c) = writer.join().unwrap();
+            assert!(n >= 8);
+            assert_eq!(c.status, WcStatus::RemAccess, "{how:?} {c:?}");
+            assert!(far.get(0, 1 << 20) == vec![0x55; 1 << 20], "{how:?}");
+        });
+    }
+}
+
+#[test]
+fn memory_that_could_shrink_is_refused() {
+    let ctx = open_soft(SoftConfig::default()).unwrap();
+    let pd = ctx.alloc_pd().unwrap();
+    for seals in [0, libc::F_SEAL_SHRINK, libc::F_SEAL_GROW] {
+        let e = pd
+            .register(TestMemory::memfd(4096, seals), all())
+            .unwrap_err();
+        assert!(
+            matches!(e, Error::Unsealed { seals: s } if s == seals),
+            "{e}"
+        );
+    }
+    let e = pd
+        .register(TestMemory::sealed(4096), Access::REMOTE_WRITE)
+        .unwrap_err();
+    assert!(matches!(e, Error::RegisterAccess));
+}
+
+#[test]
+fn the_key_table_has_an_end() {
+    let mut config = SoftConfig::default();
+    config.max_mr = 2;
+    let ctx = open_soft(config).unwrap();
+    let pd = ctx.alloc_pd().unwrap();
+    let mem = TestMemory::sealed(4096);
+    let a = pd.register(mem.clone(), all()).unwrap();
+    let b = pd.register(mem.clone(), all()).unwrap();
+    assert_ne!(a.rkey(), b.rkey());
+    assert!(matches!(
+        pd.register(mem.clone(), all()),
+        Err(Error::TooManyRegions { max: 2 })
+    ));
+    let old = a.rkey();
+    drop(a);
+    assert_ne!(pd.register(mem, all()).unwrap().rkey(), old);
+}
+
+#[test]
+fn a_posted_chain_keeps_its_memory_registered() {
+    let (a, b) = pair(How::Arena);
+    let mem = TestMemory::sealed(4096);
+    let ra = a.region(&mem, all());
+    let t = table(&[&ra]);
+    drop(ra);
+    let rkey = t.regions()[0].rkey();
+    let mut chain = SendChain::new();
+    chain.push(1, SendOp::Send, true, &[sge(8, 0)]);
+    a.qp.post_send(&chain, &t).unwrap();
+    drop(t);
+    let weak = Arc::downgrade(&mem);
+    drop(mem);
+    assert!(weak.upgrade().is_some(), "key {rkey:#x}");
+    let far = TestMemory::sealed(4096);
+    let rb = b.region(&far, all());
+    b.qp.post_recv(1, &[sge(8, 0)], &table(&[&rb])).unwrap();
+    assert_eq!(reap(&a.send_cq, 1)[0].status, WcStatus::Success);
+    assert!(weak.upgrade().is_none());
+}
