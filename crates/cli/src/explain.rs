@@ -71,8 +71,8 @@ pub(crate) fn library(error: &Error) -> Problem {
             .with_evidence(error.to_string())
             .with_fix("--path tcp takes another way; look at the peer's log"),
         Error::Secret(_) => Problem::from_chain(Exit::Usage, error).with_fix(
-            "name a file with the shared secret that this user may read, with --secret-file or \
-                 KVXFER_SECRET_FILE",
+            "--secret-file or KVXFER_SECRET_FILE names a file with the shared secret that this user \
+             may read",
         ),
         Error::Config(error) => config(error),
         Error::Layout(LayoutError::UnevenShard { extent, tp, .. }) => Problem::usage(format!(

@@ -60,7 +60,7 @@ pub(crate) fn pair() -> (Node, Node, Instance) {
 }
 
 /// The producer's way to a consumer that has connected to it.
-pub(crate) fn back(producer: &Node, consumer: &Node) -> Instance {
+pub(crate) fn back(producer: &Node, consumer: &Node) -> Peer {
     let name = consumer.name();
     let mut log = Log::new(&producer.engine);
     log.wait(
