@@ -10,6 +10,7 @@ use crate::event::Class;
 use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::LayoutError;
 use crate::layout::LayoutMismatch;
+use crate::metadata::MetadataError;
 use crate::plan::{CompileError, PlanError};
 use crate::session::SessionError;
 use crate::ticket::TicketError;
@@ -343,8 +344,9 @@ pub enum Error {
     /// Metadata bytes do not describe an engine.
     #[error("metadata does not describe an engine")]
     Metadata {
-        /// The decoder's words.
-        source: WireError,
+        /// What is wrong with them.
+        #[from]
+        source: MetadataError,
     },
     /// A bandwidth test moved a wrong byte.
     #[error("wrong byte after a transfer: {0}")]

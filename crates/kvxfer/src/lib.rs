@@ -79,7 +79,7 @@
 //!
 //! - [`engine`]: [`Engine`], [`Instance`], [`Peer`], pushes, transfers
 //! - [`layout`]: what a block is and where a rank keeps it; [`mem`]: memory that can be registered
-//! - [`ticket`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
+//! - [`ticket`], [`metadata`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
 //! - [`config`]: settings from JSON, the environment and flags
 //! - [`bench`](mod@bench): the two sides of a bandwidth test; [`ping`]: is a peer there, and how far away?
 //! - [`plan`], [`transfer`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
@@ -103,6 +103,7 @@ pub mod expects;
 pub mod ids;
 pub mod layout;
 pub mod leases;
+pub mod metadata;
 pub mod ping;
 pub mod plan;
 mod recent;

@@ -254,7 +254,7 @@ fn millis(d: Duration) -> u64 {
 }
 
 /// Whether it is a socket address, or a host name and a port other than 0.
-fn is_host_port(addr: &str) -> bool {
+pub(crate) fn is_host_port(addr: &str) -> bool {
     if let Ok(socket) = addr.parse::<std::net::SocketAddr>() {
         return socket.port() != 0;
     }

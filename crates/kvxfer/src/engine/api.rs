@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::Inner;
-use super::connect::{Metadata, Target, connect, connect_ranks};
+use super::connect::{Target, connect, connect_ranks};
 use super::instance::Instance;
 use super::net;
 use super::peer::Peer;
@@ -19,6 +19,7 @@ use crate::event::{Event, PeerName};
 use crate::expects::ExpectSpec;
 use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement};
+use crate::metadata::Metadata;
 use crate::plan::PlanError;
 use crate::ticket::{LeaseRef, MAX_TTL, Ticket, TicketError, TicketKind};
 use crate::transfer::Cause;
@@ -203,13 +204,13 @@ impl Engine {
         let inner = self.inner();
         inner.runtime.health.check()?;
         let address = self.address()?;
-        Metadata {
+        let metadata = Metadata {
             engine: inner.id.clone(),
             generation: inner.generation,
             rank: inner.rank(),
             address,
-        }
-        .to_bytes()
+        };
+        Ok(metadata.to_bytes()?)
     }
 
     /// Connects to the rank whose [`metadata`](Self::metadata) this is.

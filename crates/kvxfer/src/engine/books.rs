@@ -19,8 +19,10 @@ use crate::time::Time;
 use crate::transfer::{Cause, PeerKey, Refusal};
 use crate::wire::{Announce, Blob, Message, Revoke};
 
-/// Producers that asked for a ticket before its expectation stood; further ones are refused.
-const MAX_WANTED: usize = 4096;
+/// Pushes that were asked for before their expectations stood; further ones are refused.
+const MAX_WANTED: usize = 16_384;
+/// Those of one session: a peer that asks for more takes no other's place.
+const MAX_WANTED_OF_PEER: usize = 1024;
 /// What a push without a ticket names as its try.
 pub(crate) const NO_TICKET: Nonce = Nonce(0);
 /// The longest sleep of the time keeper; also how soon it notices that its engine is gone.
@@ -277,8 +279,16 @@ impl Ledgers {
             }
             Some(_) => refuse(peer, request, nonce, Refusal::Late),
             None if nonce.is_some() => refuse(peer, request, nonce, Refusal::Late),
-            None if self.wanted.len() >= MAX_WANTED => refuse(peer, request, nonce, Refusal::Busy),
-            None => self.wanted.push((request, peer.key)),
+            None => {
+                let of_peer = || self.wanted.iter().filter(|(_, key)| *key == peer.key);
+                if of_peer().any(|(wanted, _)| *wanted == request) {
+                    return;
+                }
+                if self.wanted.len() >= MAX_WANTED || of_peer().count() >= MAX_WANTED_OF_PEER {
+                    return refuse(peer, request, nonce, Refusal::Busy);
+                }
+                self.wanted.push((request, peer.key));
+            }
         }
     }
 

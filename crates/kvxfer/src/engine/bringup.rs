@@ -1,6 +1,7 @@
 //! From an authenticated session to queue pairs that carry transfers: descriptions are exchanged,
 //! layouts compared, a path is chosen, queue pairs are joined.
 
+use std::collections::HashSet;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,8 +29,8 @@ use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
 use crate::transport::{Choice, PathInfo, soft_path};
 use crate::wire::{
-    Blob, Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, Role, SessionId,
-    Side as End, StreamHalf, StreamKey, StreamOpening, limits,
+    Blob, Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, RemoteSpan, Role,
+    SessionId, Side as End, StreamHalf, StreamKey, StreamOpening, limits,
 };
 
 /// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
@@ -40,6 +41,8 @@ pub(super) const RTS: RtsAttr = RtsAttr {
     rnr_retry: 7,
 };
 const MIN_RNR_TIMER: u8 = 12;
+/// Queue pairs of one session: the most that `qp_per_transfer` can ask for.
+const MAX_QUEUE_PAIRS: usize = 64;
 
 /// What the driver is to do, in this order.
 #[derive(Debug)]
@@ -88,6 +91,8 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
+    /// Whether a server has taken the one set of queue pairs that a session has.
+    taken: bool,
     /// A client's queue pairs that wait for the answer.
     offered: Vec<Made>,
     /// A server's queue pairs that wait for their streams.
@@ -134,6 +139,7 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
+            taken: false,
             offered: Vec::new(),
             joining: Vec::new(),
             lanes: Vec::new(),
@@ -219,12 +225,8 @@ impl Bringup {
             Ok(device) => device,
             Err(error) => return bad(error.to_string()),
         };
-        let lengths: Vec<u64> = describe.memories.iter().map(|m| m.len).collect();
-        if lengths != placement.memory_len() {
-            return bad("memories are not of the lengths that the placement says".to_owned());
-        }
-        if let Err(error) = placement.validate(&format) {
-            return bad(error.to_string());
+        if let Err(detail) = consistent(&describe, &format, &placement) {
+            return bad(detail);
         }
         let mut steps = Vec::new();
         if (self.end, self.role) == (End::Server, Role::Bench) {
@@ -335,7 +337,7 @@ impl Bringup {
             };
             vec![Step::Send(answer.into())]
         };
-        if self.end == End::Client || self.path.is_some() {
+        if self.end == End::Client || self.taken {
             // One set of queue pairs a session, offered by the client.
             return Ok(none(Vec::new()));
         }
@@ -346,7 +348,19 @@ impl Bringup {
             }
             return Ok(none(candidates));
         }
-        let remote = unpack_endpoints(&offer.endpoints)?;
+        if soft_path(offer.path).is_none() && offer.path != PathKind::Tcp {
+            return Err(Error::PathNotHere { path: offer.path });
+        }
+        if offer.endpoints.len() > MAX_QUEUE_PAIRS {
+            return Ok(vec![refuse(Refusal::Full {
+                what: "queue pairs of a session".to_owned(),
+                limit: MAX_QUEUE_PAIRS as u64,
+            })]);
+        }
+        let remote = match unpack_endpoints(&offer.endpoints) {
+            Ok(remote) => remote,
+            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
+        };
         if remote.is_empty() {
             // A peer without queue pairs could never be drained.
             return Ok(none(candidates));
@@ -372,6 +386,7 @@ impl Bringup {
             candidates: offer.candidates.clone(),
             endpoints,
         };
+        self.taken = true;
         self.path = Some(PathInfo {
             path: offer.path,
             reason: "chosen by the peer that connected".to_owned(),
@@ -449,7 +464,14 @@ impl Bringup {
                 candidates: answer.candidates,
             });
         };
-        let remote = unpack_endpoints(&answer.endpoints)?;
+        if self.path.as_ref().map(|chosen| chosen.path) != Some(path) {
+            let detail = format!("path {path} is not the one that was offered");
+            return Ok(vec![refuse(Refusal::BadDescription { detail })]);
+        }
+        let remote = match unpack_endpoints(&answer.endpoints) {
+            Ok(remote) => remote,
+            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
+        };
         for (i, (made, remote)) in std::mem::take(&mut self.offered)
             .into_iter()
             .zip(remote)
@@ -650,9 +672,50 @@ fn pack_endpoints(qps: &[Made]) -> Result<Vec<Blob>, Error> {
         .collect()
 }
 
-fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, Error> {
-    endpoints
-        .iter()
-        .map(|blob| Ok(blob.unpack("endpoint")?))
-        .collect()
+/// The peer's queue pairs; the error says what is wrong with them.
+fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, String> {
+    let unpack = |blob: &Blob| blob.unpack::<QpEndpoint>("endpoint");
+    let all = endpoints.iter().map(unpack).collect::<Result<Vec<_>, _>>();
+    let all = all.map_err(|error| error.to_string())?;
+    let mut numbers = HashSet::new();
+    let mut tokens = HashSet::new();
+    for endpoint in &all {
+        if !numbers.insert(endpoint.qpn) || !tokens.insert(endpoint.token) {
+            return Err(format!("queue pair {} is there twice", endpoint.qpn));
+        }
+    }
+    Ok(all)
+}
+
+/// Whether the parts of a description agree with each other; the error says which do not.
+fn consistent(
+    describe: &Describe,
+    format: &KvFormat,
+    placement: &PlacementDesc,
+) -> Result<(), String> {
+    if describe.fingerprint.0 != format.fingerprint().0 {
+        return Err("the fingerprint is not that of the format".to_owned());
+    }
+    let rank = placement.topology().rank;
+    if describe.rank != rank {
+        return Err(format!(
+            "rank {} with the placement of {rank}",
+            describe.rank
+        ));
+    }
+    let lengths = describe.memories.iter().map(|m| m.len);
+    if !lengths.eq(placement.memory_len().iter().copied()) {
+        return Err("memories are not of the lengths that the placement says".to_owned());
+    }
+    // None of them reaches past the last address: that was checked when they were decoded.
+    let mut spans: Vec<&RemoteSpan> = describe.memories.iter().chain(&describe.leases).collect();
+    spans.sort_unstable_by_key(|span| span.addr);
+    if let Some((_, second)) = (spans.iter().zip(spans.iter().skip(1)))
+        .find(|(first, second)| second.addr - first.addr < first.len)
+    {
+        return Err(format!("two memories share address {:#x}", second.addr));
+    }
+    placement
+        .validate(format)
+        .map_err(|error| error.to_string())
 }

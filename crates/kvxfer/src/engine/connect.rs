@@ -5,7 +5,6 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, never};
-use serde::{Deserialize, Serialize};
 use tracing::{debug, info};
 
 use super::bringup::Bringup;
@@ -17,9 +16,10 @@ use super::runtime::{Runtime, random_nonce};
 use super::tether::Tether;
 use super::{Inner, net};
 use crate::error::Error;
-use crate::ids::{EngineId, Generation, Rank};
+use crate::ids::{EngineId, Rank};
+use crate::metadata::Metadata;
 use crate::session::Session;
-use crate::wire::{Blob, Role};
+use crate::wire::Role;
 
 /// The first pause before a lost session is set up again; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -27,27 +27,6 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// A session that runs out of time knows how far it came: whoever waits for it hears that instead of
 /// the bare deadline, if it is said so soon after.
 const SAY_WHY: Duration = Duration::from_millis(250);
-
-/// What a peer must know to connect to a rank.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Metadata {
-    pub(crate) engine: EngineId,
-    pub(crate) generation: Generation,
-    pub(crate) rank: Rank,
-    pub(crate) address: String,
-}
-
-impl Metadata {
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        Ok(Blob::pack("metadata", self)?.0)
-    }
-
-    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
-        Blob(bytes.to_vec())
-            .unpack("metadata")
-            .map_err(|source| Error::Metadata { source })
-    }
-}
 
 /// Where a session goes, and who is to be there.
 #[derive(Debug)]

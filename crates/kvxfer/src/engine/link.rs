@@ -18,7 +18,7 @@ use super::accept::Arriving;
 use super::bringup::{Bringup, Step};
 use super::wake::Wake;
 use crate::engine::Inner;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::session::{Closed, Event as SessionEvent, Session, SessionError};
 use crate::sync::{Mutex, MutexGuard};
@@ -34,6 +34,7 @@ enum Order {
     Send(Box<Message>),
     Stream(StreamOpening, TcpStream),
     Reset(Cause),
+    CutOff(String),
     Close(GoodbyeReason),
     /// Panic, as a defect would have it.
     #[cfg(test)]
@@ -82,6 +83,11 @@ impl Link {
     /// Ends the session because of `cause`.
     pub(crate) fn reset(&self, cause: Cause) {
         self.order(Order::Reset(cause));
+    }
+
+    /// Ends the session because of what the peer has said elsewhere than on it.
+    pub(crate) fn cut_off(&self, lie: String) {
+        self.order(Order::CutOff(lie));
     }
 
     /// Ends the session in good order.
@@ -289,6 +295,7 @@ impl Driver {
                     self.cause.get_or_insert(cause);
                     self.session.close(GoodbyeReason::Replaced);
                 }
+                Order::CutOff(lie) => self.session.cut_off(ErrorCode::Lie, &lie),
                 Order::Close(reason) => {
                     self.wanted = true;
                     self.session.close(reason);
@@ -401,6 +408,9 @@ impl Driver {
         });
         let name = self.bringup.peer().map(|peer| peer.name.clone());
         let established = self.bringup.end(&self.engine, &cause);
+        if established && matches!(cause, Cause::CutOff { .. }) {
+            warn!(peer = %self.name, error = %chain(&error), "peer cut off");
+        }
         Ended {
             established,
             name,
@@ -424,7 +434,11 @@ fn cause_of(closed: &Closed) -> Cause {
             SessionError::PeerStalled { silent } => Cause::PeerStalled {
                 silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
             },
-            _ => Cause::PeerUnreachable,
+            error => match error.report() {
+                // A fault of this side says nothing of the peer.
+                None | Some(ErrorCode::Internal) => Cause::PeerUnreachable,
+                Some(reason) => Cause::CutOff { reason },
+            },
         },
     }
 }

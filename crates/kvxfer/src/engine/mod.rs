@@ -63,11 +63,11 @@ use crate::bench::BenchSeat;
 use crate::config::Config;
 use crate::error::Error;
 use crate::event::PeerName;
-use crate::expects::PushProgress;
+use crate::expects::{PushProgress, PushRefusal};
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
-use crate::ticket::Ticket;
+use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Cause, Notice, PeerKey, TransferId};
 use crate::wire::{
@@ -396,6 +396,9 @@ impl Inner {
         peer: &Arc<PeerSession>,
         message: Message,
     ) -> Result<(), String> {
+        if !peer.may_say(message.kind()) {
+            return Err(format!("{} from a peer of that role", message.kind()));
+        }
         match message {
             Message::Release(Release { request, nonce }) => {
                 let answer = self.books.with(self, |books, _| {
@@ -411,18 +414,36 @@ impl Inner {
             Message::Announce(announce) => {
                 let ticket =
                     Ticket::from_bytes(&announce.ticket.0).map_err(|error| error.to_string())?;
-                if ticket.generation != peer.generation {
+                if ticket.generation != peer.generation
+                    || ticket.engine != peer.name.engine
+                    || ticket.rank != peer.name.rank
+                {
                     return Err("ticket of another engine".to_owned());
+                }
+                if ticket.kind != TicketKind::Expect {
+                    return Err("an offer announced as an expectation".to_owned());
                 }
                 self.pushes.announced(peer, ticket);
             }
-            Message::PushDone(PushDone { request, nonce, .. }) => {
+            Message::PushDone(PushDone {
+                request,
+                nonce,
+                sender,
+                ..
+            }) => {
+                if sender != peer.name.rank {
+                    return Err(format!("push done by {sender} from {}", peer.name.rank));
+                }
                 let counted = self.books.with(self, |books, now| {
                     books.expects.push_done(now, &request, nonce, peer.key)
                 });
                 match counted {
                     Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => {}
                     Ok(PushProgress::Repeated) => debug!(%request, "push done twice"),
+                    // It has had no ticket for what it says it has done.
+                    Err(refusal @ PushRefusal::NotASender) => {
+                        return Err(format!("push done: {refusal}"));
+                    }
                     Err(refusal) => debug!(%request, %refusal, "push not counted"),
                 }
             }

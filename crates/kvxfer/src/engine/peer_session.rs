@@ -15,7 +15,7 @@ use crate::ids::Generation;
 use crate::plan::{Compiled, PlanLimits};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{ConfigFacts, RemoteSpan};
+use crate::wire::{ConfigFacts, MessageKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
 const CHUNKS_PER_LANE: u64 = 4;
@@ -126,6 +126,22 @@ impl PeerSession {
     /// How many workers have lanes.
     pub(crate) fn worker_count(&self) -> u16 {
         u16::try_from(self.workers.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether a peer of its role has anything to say with such a message: what is said of pushes and
+    /// offers goes one way each.
+    pub(crate) fn may_say(&self, kind: MessageKind) -> bool {
+        match kind {
+            MessageKind::PushStart
+            | MessageKind::PushDone
+            | MessageKind::PushAborted
+            | MessageKind::PushClosed
+            | MessageKind::Retracted => self.pull.is_some(),
+            MessageKind::Release | MessageKind::Announce | MessageKind::Revoke => {
+                self.push.is_some()
+            }
+            _ => true,
+        }
     }
 
     /// Whether its queue pairs are gone.

@@ -80,32 +80,28 @@ pub(crate) struct Pushes {
     table: Mutex<Table>,
 }
 
-/// How many tries are remembered that a push was opened for, or refused.
+/// How many tries of a peer are remembered that a push was opened for, or refused.
 const REMEMBERED: usize = 4096;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Table {
     by_id: HashMap<TransferId, Arc<Pushing>>,
     /// One push of a request to a peer at a time: the consumer counts senders, not pushes.
     by_request: HashMap<(PeerKey, RequestId), TransferId>,
-    /// A try is for one push: its end counts as the end of all that this side writes for it.
-    used: Recent,
-}
-
-impl Default for Table {
-    fn default() -> Self {
-        Self {
-            by_id: HashMap::new(),
-            by_request: HashMap::new(),
-            used: Recent::new(REMEMBERED),
-        }
-    }
+    /// A try is for one push: its end counts as the end of all that this side writes for it. By
+    /// session: what one peer announces says nothing of another's tries.
+    used: HashMap<PeerKey, Recent>,
 }
 
 impl Table {
     fn of(&self, peer: PeerKey, request: &RequestId) -> Option<Arc<Pushing>> {
         let id = self.by_request.get(&(peer, request.clone()))?;
         self.by_id.get(id).cloned()
+    }
+
+    fn is_used(&self, peer: PeerKey, request: &RequestId, nonce: Nonce) -> bool {
+        let used = self.used.get(&peer);
+        used.is_some_and(|used| used.contains(request, nonce))
     }
 }
 
@@ -141,8 +137,11 @@ impl Pushes {
         let ticket = Arc::new(ticket);
         let (push, used) = {
             let mut table = self.lock();
-            let used = table.used.contains(&ticket.request, ticket.nonce);
-            table.used.push(&ticket.request, ticket.nonce);
+            let used = table.is_used(peer.key, &ticket.request, ticket.nonce);
+            let of_peer = table.used.entry(peer.key);
+            of_peer
+                .or_insert_with(|| Recent::new(REMEMBERED))
+                .push(&ticket.request, ticket.nonce);
             (table.of(peer.key, &ticket.request), used)
         };
         match push {
@@ -167,7 +166,7 @@ impl Pushes {
     ) {
         let mut known = false;
         if let Some(push) = self.of(peer.key, request) {
-            let used = self.lock().used.contains(request, nonce);
+            let used = self.lock().is_used(peer.key, request, nonce);
             let stage = push.stage();
             let meant = match &*stage {
                 Stage::Open(ticket) => ticket.nonce == nonce,
@@ -193,13 +192,11 @@ impl Pushes {
     /// The workers fail the transfers themselves; what waits for tickets is dropped.
     pub(crate) fn peer_lost(&self, peer: PeerKey) {
         let of_peer = |push: &&Arc<Pushing>| push.peer.key == peer;
-        let lost: Vec<Arc<Pushing>> = self
-            .lock()
-            .by_id
-            .values()
-            .filter(of_peer)
-            .cloned()
-            .collect();
+        let mut table = self.lock();
+        let lost: Vec<Arc<Pushing>> = table.by_id.values().filter(of_peer).cloned().collect();
+        // Its connection is over: it announces nothing any more.
+        table.used.remove(&peer);
+        drop(table);
         for push in lost {
             push.stage().end();
         }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::ErrorCode;
+
 /// What an engine can do after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Class {
@@ -138,6 +140,12 @@ pub enum Cause {
     /// The peer cannot be reached.
     #[error("peer is unreachable")]
     PeerUnreachable,
+    /// This side has cut the peer off: what it sent cannot be true, or breaks the protocol.
+    #[error("peer was cut off: {reason}")]
+    CutOff {
+        /// What was wrong; the log has the details.
+        reason: ErrorCode,
+    },
     /// The peer closed the connection in good order.
     #[error("peer closed the connection")]
     PeerClosed,
@@ -236,6 +244,7 @@ impl Cause {
             | Self::Cancelled => Class::Retry,
             Self::PeerDead
             | Self::PeerRestarted
+            | Self::CutOff { .. }
             | Self::DeadlinePassed
             | Self::LeaseExpired
             | Self::Retracted

@@ -189,7 +189,7 @@ impl Worker {
             });
         if let Err(lie) = told {
             warn!(peer = %at.peer.name.engine, %lie, "notice");
-            at.peer.fail(Cause::PeerUnreachable);
+            at.peer.link.cut_off(lie);
         }
     }
 }

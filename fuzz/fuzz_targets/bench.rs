@@ -1,0 +1,12 @@
+//! What the two ends of a bandwidth test say to each other.
+//!
+//! Input: which of the two (one byte), then the message.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    if let Some((which, bytes)) = data.split_first() {
+        kvxfer::bench::fuzzing::comes_back(which % 2 == 0, bytes);
+    }
+});
