@@ -169,7 +169,7 @@ fn bytes_changed_on_the_way() {
             let reason = ErrorCode::Protocol;
             assert_eq!(cause, Cause::CutOff { reason }, "deed {deed}");
             logged(match deed {
-                REPEAT | SWAP | LOSE | FIRST_AGAIN => "sequence",
+                REPEAT | SWAP | LOSE | FIRST_AGAIN => "replayed, lost or reordered",
                 _ => "authentication",
             });
             world.works();
