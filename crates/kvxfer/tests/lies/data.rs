@@ -152,6 +152,14 @@ fn notices_that_are_lies() {
         first.wire.say(PushStart { request, nonce });
         matches!(first.wire.hear(), Some(Message::Revoke(_)))
     });
+    // The engine has taken the queue pair up: before that nothing that comes over it is looked at.
+    let standing = || {
+        let liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+        until("the liar is up", || {
+            engine.instance_of(&liar.name).is_some()
+        });
+        liar
+    };
     type Lie<'a> = Box<dyn Fn(&Liar) -> Vec<u8> + 'a>;
     let lies: Vec<Lie<'_>> = vec![
         Box::new(|liar| notice(liar, |_| {})),
@@ -162,7 +170,7 @@ fn notices_that_are_lies() {
         Box::new(|_| vec![0xdd, 0xff, 0xff, 0xff, 0xff]),
     ];
     for (at, lie) in lies.into_iter().enumerate() {
-        let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+        let mut liar = standing();
         let bytes = lie(&liar);
         let sent = liar.notify(&bytes);
         assert_eq!(sent.status, WcStatus::Success, "lie {at}: {sent:?}");
@@ -170,14 +178,14 @@ fn notices_that_are_lies() {
         world.was_cut_off(&liar.name, ErrorCode::Lie);
     }
     // One that is longer than any receive, and a value where nobody asked for one.
-    let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+    let mut liar = standing();
     let sent = liar.notify(&[0; 4000]);
     assert_eq!(sent.status, WcStatus::RemInvReq, "{sent:?}");
-    liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+    liar = standing();
     liar.post(SendOp::SendImm(7), 64);
     liar.wire.reported(ErrorCode::Lie, "");
     // About nothing at all, many times: more than there are receives.
-    liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+    liar = standing();
     for _ in 0..200 {
         let bytes = notice(&liar, |done| done.nonce = Nonce(77));
         assert_eq!(liar.notify(&bytes).status, WcStatus::Success);
