@@ -79,18 +79,11 @@ fn ranges_and_keys_that_are_not_given() {
         // The engine's own landing slots are no peer's: their key is near, and is not given either.
         let mut liar = Liar::established(&world, KvRole::Both, path);
         let memory = liar.theirs.as_ref().expect("described").memories[0];
-        for rkey in [memory.rkey + 1] {
-            refused(
-                &liar.post(
-                    SendOp::Read(Remote {
-                        addr: memory.addr,
-                        rkey,
-                    }),
-                    8,
-                ),
-                "next key",
-            );
-        }
+        let next = Remote {
+            addr: memory.addr,
+            rkey: memory.rkey + 1,
+        };
+        refused(&liar.post(SendOp::Read(next), 8), "the next key");
         drop(liar);
         world.target.assert_blocks(32..BLOCKS, POISON);
         world.works();
