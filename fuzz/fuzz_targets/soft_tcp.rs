@@ -44,23 +44,50 @@ fuzz_target!(|data: &[u8]| {
         register(readable.memory(), Access::REMOTE_READ),
         register(private.memory(), Access::LOCAL_WRITE),
     ]));
-    let caps = QpCaps { max_send_wr: 8, max_recv_wr: 8, max_send_sge: 1, max_recv_sge: 1 };
+    let caps = QpCaps {
+        max_send_wr: 8,
+        max_recv_wr: 8,
+        max_send_sge: 1,
+        max_recv_sge: 1,
+    };
     let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE;
     let qp = pd.create_qp(caps, &cq, &cq).expect("a queue pair");
     let qp = qp.init(InitAttr { access }).expect("in INIT");
     let ((requester, mut asked), (responder, mut asks)) = (streams(), streams());
     let attr = RtrAttr {
-        remote: QpEndpoint { qpn: 1, psn: 0, token: [1; 16] },
-        link: Link::SoftTcp { requester, responder },
+        remote: QpEndpoint {
+            qpn: 1,
+            psn: 0,
+            token: [1; 16],
+        },
+        link: Link::SoftTcp {
+            requester,
+            responder,
+        },
         min_rnr_timer: 12,
     };
-    let rts = RtsAttr { timeout: 8, retry_cnt: 1, rnr_retry: 1 };
+    let rts = RtsAttr {
+        timeout: 8,
+        retry_cnt: 1,
+        rnr_retry: 1,
+    };
     let qp = qp.rtr(attr).expect("in RTR").rts(rts).expect("in RTS");
-    let sge = Sge { region: 1, len: 64, offset: 0 };
+    let sge = Sge {
+        region: 1,
+        len: 64,
+        offset: 0,
+    };
     qp.post_recv(9, &[sge], &table).expect("posted");
     let mut chain = SendChain::new();
-    let there = Remote { addr: 4096, rkey: 7 };
-    let source = Sge { region: 0, len: 64, offset: 0 };
+    let there = Remote {
+        addr: 4096,
+        rkey: 7,
+    };
+    let source = Sge {
+        region: 0,
+        len: 64,
+        offset: 0,
+    };
     chain.push(1, SendOp::Write(there), true, &[source]);
     chain.push(2, SendOp::Send, true, &[source]);
     qp.post_send(&chain, &table).expect("posted");
@@ -72,11 +99,20 @@ fuzz_target!(|data: &[u8]| {
     let _ = asks.shutdown(Shutdown::Write);
     let mut out = Vec::new();
     let end = Instant::now() + Duration::from_secs(10);
-    while out.iter().filter(|c: &&kvxfer_verbs::Completion| c.wr_id < 9).count() < 2 {
+    while out
+        .iter()
+        .filter(|c: &&kvxfer_verbs::Completion| c.wr_id < 9)
+        .count()
+        < 2
+    {
         cq.poll(&mut out, 16).expect("polled");
-        assert!(Instant::now() < end, "a work request without an end: {out:?}");
+        assert!(
+            Instant::now() < end,
+            "a work request without an end: {out:?}"
+        );
     }
-    asks.set_read_timeout(Some(Duration::from_secs(10))).expect("a socket");
+    asks.set_read_timeout(Some(Duration::from_secs(10)))
+        .expect("a socket");
     // To its end, so that what was asked has been served; a reset is an end, too.
     let _ = asks.read_to_end(&mut Vec::new());
     drop(qp);

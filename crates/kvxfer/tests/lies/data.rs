@@ -148,9 +148,7 @@ fn notices_that_are_lies() {
     // The engine has taken the queue pair up: before that nothing that comes over it is looked at.
     let standing = || {
         let liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
-        until("the liar is up", || {
-            engine.instance_of(&liar.name).is_some()
-        });
+        until("the liar is up", || engine.peer_of(&liar.name).is_some());
         liar
     };
     type Lie<'a> = Box<dyn Fn(&Liar) -> Vec<u8> + 'a>;
