@@ -198,7 +198,10 @@ pub(crate) struct Measured {
     pub(crate) rates: Vec<f64>,
     /// Rates of the limit's runs, one after each of them; empty where a path has no bare limit.
     pub(crate) limits: Vec<f64>,
-    /// One latency a timed transfer, from submission to outcome.
+    /// Timed transfers.
+    pub(crate) transfers: u64,
+    /// Latencies of timed transfers, from submission to outcome: of each, or of every nth if there
+    /// were very many.
     pub(crate) latency_ns: Vec<u64>,
     pub(crate) prepare_ns: Vec<u64>,
     pub(crate) post_ns: Vec<u64>,
@@ -234,7 +237,7 @@ impl Measured {
             block_bytes: self.block_bytes,
             blocks: self.blocks,
             bytes: self.bytes,
-            transfers: self.latency_ns.len() as u64,
+            transfers: self.transfers,
             operations: self.operations,
             gb_per_s: rate / 1e9,
             limit_gb_per_s: limit.map(|limit| limit / 1e9),
