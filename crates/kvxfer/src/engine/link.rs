@@ -22,12 +22,16 @@ use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::session::{Closed, Event as SessionEvent, Session, SessionError};
 use crate::sync::{Mutex, MutexGuard};
+use crate::time::Time;
 use crate::transfer::Cause;
 use crate::wire::{ErrorCode, GoodbyeReason, Message, StreamOpening};
 
 /// How long the last words of a session may take to leave.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const READ_CHUNK: usize = 64 * 1024;
+/// A queue pair often fails because the peer has died, and the end of the connection says so a moment
+/// later. What came first is the death then.
+const LAST_LOOK: Duration = Duration::from_millis(25);
 
 #[derive(Debug)]
 enum Order {
@@ -39,6 +43,9 @@ enum Order {
     /// Panic, as a defect would have it.
     #[cfg(test)]
     Panic,
+    /// Do nothing until this is told or its sender is gone.
+    #[cfg(test)]
+    Hold(std::sync::mpsc::Receiver<()>),
 }
 
 /// How other threads reach a link.
@@ -99,6 +106,11 @@ impl Link {
     pub(crate) fn panic(&self) {
         self.order(Order::Panic);
     }
+
+    #[cfg(test)]
+    pub(crate) fn hold(&self, until: std::sync::mpsc::Receiver<()>) {
+        self.order(Order::Hold(until));
+    }
 }
 
 /// How a session went.
@@ -128,6 +140,8 @@ pub(crate) struct Driver {
     arriving: Option<Arriving>,
     /// Why this side ends the session, where the session itself does not know.
     cause: Option<Cause>,
+    /// When it ends for queue pairs that have failed, if nothing else is heard until then.
+    resets_at: Option<(Time, Cause)>,
     error: Option<Error>,
     wanted: bool,
 }
@@ -158,6 +172,7 @@ impl Driver {
             bringup,
             arriving: None,
             cause: None,
+            resets_at: None,
             error: None,
             wanted: false,
         })
@@ -204,6 +219,9 @@ impl Driver {
                 self.session.on_time(self.clock.now());
             }
             self.take_orders();
+            if let Some((_, cause)) = self.resets_at.take_if(|(at, _)| *at <= self.clock.now()) {
+                self.reset(cause);
+            }
             while let Some(event) = self.session.poll_event() {
                 match event {
                     SessionEvent::Closed(how) => closed = Some(how),
@@ -258,10 +276,9 @@ impl Driver {
     }
 
     fn sleep(&self, closing: bool) {
-        let mut timeout = self
-            .session
-            .next_timeout()
-            .map(|at| at.since(self.clock.now()));
+        let reset = self.resets_at.as_ref().map(|(at, _)| *at);
+        let due = [self.session.next_timeout(), reset].into_iter().flatten();
+        let mut timeout = due.min().map(|at| at.since(self.clock.now()));
         if closing {
             timeout = Some(LAST_WORDS / 4);
         }
@@ -280,6 +297,14 @@ impl Driver {
             .sleep(others, timeout, || self.link.orders().is_empty());
     }
 
+    /// Ends the session for a cause of this side, unless it has ended.
+    fn reset(&mut self, cause: Cause) {
+        if !self.session.is_closed() {
+            self.cause.get_or_insert(cause);
+        }
+        self.session.close(GoodbyeReason::Replaced);
+    }
+
     fn take_orders(&mut self) {
         loop {
             let Some(order) = self.link.orders().pop_front() else {
@@ -291,10 +316,13 @@ impl Driver {
                     let step = self.bringup.stream(&self.engine, opening, stream);
                     self.step(step);
                 }
-                Order::Reset(cause) => {
-                    self.cause.get_or_insert(cause);
-                    self.session.close(GoodbyeReason::Replaced);
-                }
+                Order::Reset(cause) => match cause {
+                    Cause::LaneReset | Cause::LaneFailed | Cause::Completion { .. } => {
+                        let at = self.clock.now() + LAST_LOOK;
+                        self.resets_at.get_or_insert((at, cause));
+                    }
+                    cause => self.reset(cause),
+                },
                 Order::CutOff(lie) => self.session.cut_off(ErrorCode::Lie, &lie),
                 Order::Close(reason) => {
                     self.wanted = true;
@@ -302,6 +330,8 @@ impl Driver {
                 }
                 #[cfg(test)]
                 Order::Panic => panic!("a link's panic, which the test wants"),
+                #[cfg(test)]
+                Order::Hold(until) => drop(until.recv()),
             }
         }
     }

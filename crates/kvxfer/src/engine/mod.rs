@@ -12,6 +12,8 @@ mod events;
 mod handle;
 mod health;
 mod link;
+#[cfg(test)]
+mod link_tests;
 pub(crate) mod net;
 mod notices;
 #[cfg(test)]

@@ -18,9 +18,10 @@ const LONG: Duration = Duration::from_secs(60);
 const BLOCKS: u32 = 128;
 const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
 const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;
+const SENT: u64 = 0x3a3a_3a3a_3a3a_3a3a;
 
-struct Node {
-    engine: Engine,
+pub(super) struct Node {
+    pub(super) engine: Engine,
     side: BenchSide,
 }
 
@@ -57,10 +58,24 @@ impl Node {
     }
 
     fn recycle(&self) {
+        self.fill(RECYCLED);
+    }
+
+    fn fill(&self, word: u64) {
         for memory in self.side.memory() {
             memory
-                .fill_words(0, memory.len(), |_| RECYCLED)
+                .fill_words(0, memory.len(), |_| word)
                 .expect("inside");
+        }
+    }
+
+    /// Waits until the first block of what a producer sends is there.
+    fn await_sent(&self) {
+        let memory = &self.side.memory()[0];
+        let end = Instant::now() + LONG;
+        while memory.verify_words(0, 8, |_| SENT).is_err() {
+            assert!(Instant::now() < end, "blocks arrive");
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -112,7 +127,7 @@ fn all_blocks() -> Vec<GroupPairs> {
     }]
 }
 
-fn pair(path: PathKind) -> (Node, Node, Instance, String) {
+pub(super) fn pair(path: PathKind) -> (Node, Node, Instance, String) {
     let (producer, consumer) = (node(KvRole::Producer, path), node(KvRole::Consumer, path));
     let address = producer.engine.listen("127.0.0.1:0").expect("a port");
     let address = address.to_string();
@@ -120,7 +135,11 @@ fn pair(path: PathKind) -> (Node, Node, Instance, String) {
     (producer, consumer, instance, address)
 }
 
-fn wait_for(engine: &Engine, seen: &mut Vec<Event>, wanted: impl Fn(&Event) -> bool) -> Event {
+pub(super) fn wait_for(
+    engine: &Engine,
+    seen: &mut Vec<Event>,
+    wanted: impl Fn(&Event) -> bool,
+) -> Event {
     let end = Instant::now() + LONG;
     loop {
         if let Some(event) = seen.iter().find(|event| wanted(event)) {
@@ -239,9 +258,12 @@ fn pushes_of_a_worker_that_panics() {
             .expect(&request, &groups(0..BLOCKS), 1, LONG)
             .expect("an expectation");
         let push = back.begin_push(&request).expect("a push");
+        producer.fill(SENT);
         for _ in 0..32 {
             push.all_layers(&all_blocks()).expect("fits");
         }
+        // The consumer knows then who pushes, and ends what it expects of it.
+        consumer.await_sent();
         let (broken, of_it) = match of_producer {
             true => (&producer, &back),
             false => (&consumer, &instance.peers()[0]),
@@ -286,7 +308,7 @@ fn pushes_of_a_worker_that_panics() {
     }
 }
 
-fn name_of(node: &Node) -> PeerName {
+pub(super) fn name_of(node: &Node) -> PeerName {
     PeerName {
         engine: node.engine.id().clone(),
         rank: node.engine.rank(),
@@ -385,22 +407,14 @@ fn ledgers_over_which_a_thread_panics() {
             .offer(&offered, &groups(9..10), 1, LONG)
             .expect("offered");
         // The producer is bound: it has been given the ticket, so that a layer goes out.
-        producer.recycle();
+        producer.fill(SENT);
         let push = to_consumer.begin_push(&request).expect("a push");
         let pairs = vec![GroupPairs {
             group: 0,
             pairs: vec![BlockPair { src: 0, dst: 0 }],
         }];
         push.layer(0, &pairs).expect("fits");
-        let end = Instant::now() + LONG;
-        let arrived = || {
-            let memory = &consumer.side.memory()[0];
-            memory.verify_words(0, 8, |_| RECYCLED).is_ok()
-        };
-        while !arrived() {
-            assert!(Instant::now() < end, "the layer arrives");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        consumer.await_sent();
         let inner = engine.inner().clone();
         if of_keeper {
             inner.books.with(&inner, |books, _| books.panic = true);

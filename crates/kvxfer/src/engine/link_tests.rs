@@ -1,0 +1,50 @@
+//! What a link makes of things that happen at once.
+
+use std::sync::mpsc::channel;
+
+use super::panic_tests::{name_of, pair, wait_for};
+use crate::config::PathKind;
+use crate::event::Event;
+use crate::transfer::Cause;
+
+/// A queue pair fails because its peer has gone, and its worker is the first to say so.
+#[test]
+fn the_end_of_a_peer_is_the_cause_not_that_of_its_queue_pairs() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let mut seen = Vec::new();
+    wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerUp { .. })
+    });
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    let session = session.expect("a session");
+    let (resume, held) = channel();
+    session.link.hold(held);
+    drop(producer);
+    session.fail(Cause::LaneReset);
+    drop(resume);
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!();
+    };
+    assert_eq!(cause, Cause::PeerClosed);
+    drop(instance);
+}
+
+/// Where the connection stands, they are the cause.
+#[test]
+fn queue_pairs_alone_are_a_cause() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    session.expect("a session").fail(Cause::LaneReset);
+    let mut seen = Vec::new();
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!();
+    };
+    assert_eq!(cause, Cause::LaneReset);
+    drop(instance);
+}
