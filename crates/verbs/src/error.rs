@@ -1,6 +1,8 @@
 //! What can go wrong, one variant an operation.
 
+use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 use crate::qp::{QpState, SoftPath};
 
@@ -97,6 +99,19 @@ pub enum Error {
         /// Why not.
         fault: PathFault,
     },
+    /// This machine has no RDMA that could be used.
+    #[error("no RDMA: {0}")]
+    NoRdma(#[source] NoRdma),
+    /// A call on an RDMA device failed.
+    #[error("{device}: {call}: {source}")]
+    Device {
+        /// The device.
+        device: String,
+        /// The call.
+        call: &'static str,
+        /// The driver's answer.
+        source: io::Error,
+    },
     /// The peer did not answer in time.
     #[error("{peer} did not answer the {path} dial before the deadline")]
     DialDeadline {
@@ -105,6 +120,100 @@ pub enum Error {
         /// The peer's socket name.
         peer: String,
     },
+}
+
+/// Why there is no RDMA device at all. Four answers, for each has another remedy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoRdma {
+    /// libibverbs cannot be loaded.
+    #[error(
+        "libibverbs cannot be loaded ({}): install rdma-core (Debian: libibverbs1, ibverbs-providers)",
+        list(tried)
+    )]
+    Library {
+        /// Every name that was tried, in order.
+        tried: Vec<Tried>,
+    },
+    /// The library is there and too old, or is something else.
+    #[error("{} has no {symbol}@{version}: it is older than rdma-core, or another library of that name", library.display())]
+    Symbol {
+        /// The function.
+        symbol: &'static str,
+        /// The version of its symbol.
+        version: &'static str,
+        /// The file of the library.
+        library: PathBuf,
+    },
+    /// The library is there, and the kernel has no RDMA for it.
+    #[error("{fault}")]
+    Kernel {
+        /// What the kernel lacks.
+        fault: KernelFault,
+    },
+    /// Library and kernel are there, and no device.
+    #[error("{}", no_device(kernel))]
+    Device {
+        /// Devices that the kernel has and libibverbs does not give.
+        kernel: Vec<String>,
+    },
+}
+
+/// A name that the loader was given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tried {
+    /// The name, or path.
+    pub name: PathBuf,
+    /// The loader's words.
+    pub why: String,
+}
+
+/// What the kernel lacks that libibverbs needs.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelFault {
+    /// The kernel's interface for RDMA is not there.
+    #[error(
+        "this kernel has no RDMA interface, {} is not there: modprobe ib_uverbs, or in a container share the host's /sys and /dev/infiniband",
+        path.display()
+    )]
+    NoInterface {
+        /// Where it would be.
+        path: PathBuf,
+    },
+    /// The kernel's interface has a version that the library does not speak.
+    #[error("the kernel's RDMA interface has version {version}, which {} does not speak: install an rdma-core that fits the kernel", library.display())]
+    Version {
+        /// The kernel's version, in its words.
+        version: String,
+        /// The file of the library.
+        library: PathBuf,
+    },
+}
+
+fn list(tried: &[Tried]) -> impl fmt::Display {
+    fmt::from_fn(move |f| {
+        for (i, Tried { name, why }) in tried.iter().enumerate() {
+            let comma = if i == 0 { "" } else { "; " };
+            // The loader names the file first, most of the time.
+            let name = name.display().to_string();
+            match why.strip_prefix(&name) {
+                Some(_) => write!(f, "{comma}{why}")?,
+                None => write!(f, "{comma}{name}: {why}")?,
+            }
+        }
+        Ok(())
+    })
+}
+
+fn no_device(kernel: &[String]) -> String {
+    if kernel.is_empty() {
+        return "this machine has no RDMA device".to_owned();
+    }
+    format!(
+        "the kernel has {}, and libibverbs gives no device: install its driver (Debian: ibverbs-providers), and see that /dev/infiniband is there and may be opened",
+        kernel.join(", ")
+    )
 }
 
 /// Which attribute of a state transition is at fault.

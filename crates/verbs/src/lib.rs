@@ -5,6 +5,7 @@
 //! moves data between processes of one host (through mapped memory or `process_vm_readv`) and
 //! between hosts (through TCP) with the semantics of a reliable connection. [`open_null`] opens a
 //! device that completes everything at once and moves nothing, for benchmarks of the code above.
+//! [`rdma_devices`] tells which RDMA devices this machine has, through libibverbs if that is there.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvxfer-verbs needs 64-bit Linux");
@@ -15,21 +16,27 @@ mod error;
 mod memory;
 mod null;
 mod qp;
+mod rdma;
 mod region;
 mod soft;
 mod sync;
+mod sys;
 mod wr;
 
 pub use cq::Poll;
 pub use device::{
     AsyncEvent, CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain,
 };
-pub use error::{Error, PathFault, PostCause, PostError, StateFault};
+pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault, Tried};
 pub use memory::{FdSpan, Memory, MemoryKind};
 pub use null::open_null;
 pub use qp::{
     Init, InitAttr, Link, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr, Rts,
     RtsAttr, SoftPath,
+};
+pub use rdma::{
+    Gid, GidKind, LinkLayer, PortState, RdmaDetails, RdmaDevice, RdmaLimits, RdmaPort, Transport,
+    rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};

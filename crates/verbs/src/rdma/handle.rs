@@ -1,0 +1,267 @@
+//! The list of devices and an open device: pointers of libibverbs, freed when they are dropped.
+
+use std::ffi::CStr;
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::path::Path;
+use std::ptr::NonNull;
+
+use libc::{EINVAL, ENOSYS, c_int};
+
+use super::sysfs;
+use crate::error::{Error, KernelFault, NoRdma};
+use crate::sys::Verbs;
+use crate::sys::enums::{ibv_gid_type, ibv_transport_type};
+use crate::sys::inline;
+use crate::sys::types::{
+    ibv_context, ibv_device, ibv_device_attr, ibv_gid, ibv_gid_entry, ibv_port_attr,
+};
+
+/// GIDs that are asked for of one port: no device has more, and the number is a driver's word.
+const MAX_GIDS: u32 = 4096;
+
+/// The devices that libibverbs gives.
+pub(super) struct DeviceList {
+    verbs: &'static Verbs,
+    list: NonNull<*mut ibv_device>,
+    len: usize,
+}
+
+impl DeviceList {
+    /// Asks libibverbs; there is at least one device in what is returned.
+    pub(super) fn get(verbs: &'static Verbs, sys: &Path) -> Result<Self, Error> {
+        let mut len: c_int = 0;
+        // SAFETY: it writes one number.
+        let list = unsafe { (verbs.functions.ibv_get_device_list)(&raw mut len) };
+        let failure = io::Error::last_os_error();
+        let Some(list) = NonNull::new(list) else {
+            return Err(match failure.raw_os_error() {
+                Some(ENOSYS) => Error::NoRdma(no_kernel(verbs, sys)),
+                _ => Error::Os {
+                    op: "ibv_get_device_list",
+                    source: failure,
+                },
+            });
+        };
+        let list = Self {
+            verbs,
+            list,
+            len: usize::try_from(len).unwrap_or(0),
+        };
+        if list.len == 0 {
+            return Err(Error::NoRdma(match sysfs::interface_version(sys) {
+                None => no_kernel(verbs, sys),
+                Some(_) => NoRdma::Device {
+                    kernel: sysfs::devices(sys),
+                },
+            }));
+        }
+        Ok(list)
+    }
+
+    /// Each device, as libibverbs orders them.
+    pub(super) fn devices(&self) -> impl Iterator<Item = Listed<'_>> {
+        (0..self.len).filter_map(|at| {
+            // SAFETY: the place is within the array, whose length libibverbs told.
+            let place = unsafe { self.list.add(at) };
+            // SAFETY: the array stays until this is dropped.
+            let device = NonNull::new(unsafe { place.read() })?;
+            Some(Listed { list: self, device })
+        })
+    }
+}
+
+impl Drop for DeviceList {
+    fn drop(&mut self) {
+        // SAFETY: the list is freed once; devices that were opened stay.
+        unsafe { (self.verbs.functions.ibv_free_device_list)(self.list.as_ptr()) };
+    }
+}
+
+/// A device of the list.
+pub(super) struct Listed<'a> {
+    list: &'a DeviceList,
+    device: NonNull<ibv_device>,
+}
+
+impl Listed<'_> {
+    pub(super) fn name(&self) -> String {
+        // SAFETY: the list has the device.
+        let name = unsafe { (self.list.verbs.functions.ibv_get_device_name)(self.device.as_ptr()) };
+        if name.is_null() {
+            return String::new();
+        }
+        // SAFETY: the name is in the device, and ends with a zero byte.
+        let name = unsafe { CStr::from_ptr(name) };
+        name.to_string_lossy().into_owned()
+    }
+
+    pub(super) fn guid(&self) -> u64 {
+        // SAFETY: the list has the device.
+        let guid = unsafe { (self.list.verbs.functions.ibv_get_device_guid)(self.device.as_ptr()) };
+        u64::from_be(guid)
+    }
+
+    pub(super) fn transport(&self) -> ibv_transport_type {
+        // SAFETY: the list has the device, and nobody writes to it.
+        unsafe { (*self.device.as_ptr()).transport_type }
+    }
+
+    pub(super) fn open(&self) -> Result<OpenDevice, Error> {
+        let verbs = self.list.verbs;
+        // SAFETY: the list has the device.
+        let context = unsafe { (verbs.functions.ibv_open_device)(self.device.as_ptr()) };
+        let failure = io::Error::last_os_error();
+        match NonNull::new(context) {
+            Some(context) => Ok(OpenDevice {
+                verbs,
+                context,
+                name: self.name(),
+            }),
+            None => Err(Error::Device {
+                device: self.name(),
+                call: "ibv_open_device",
+                source: failure,
+            }),
+        }
+    }
+}
+
+/// What of the kernel is missing.
+fn no_kernel(verbs: &Verbs, sys: &Path) -> NoRdma {
+    NoRdma::Kernel {
+        fault: match sysfs::interface_version(sys) {
+            None => KernelFault::NoInterface {
+                path: sysfs::interface(sys),
+            },
+            Some(version) => KernelFault::Version {
+                version,
+                library: verbs.path.clone(),
+            },
+        },
+    }
+}
+
+/// A device that is open.
+pub(super) struct OpenDevice {
+    verbs: &'static Verbs,
+    context: NonNull<ibv_context>,
+    name: String,
+}
+
+/// An entry of a port's table of GIDs.
+pub(super) struct RawGid {
+    pub(super) port: u32,
+    pub(super) index: u32,
+    pub(super) raw: [u8; 16],
+    /// `None` where the library is too old to say.
+    pub(super) kind: Option<ibv_gid_type>,
+}
+
+impl OpenDevice {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn attr(&self) -> Result<ibv_device_attr, Error> {
+        let mut attr = MaybeUninit::<ibv_device_attr>::zeroed();
+        // SAFETY: the device is open; one structure is written.
+        let code = unsafe {
+            (self.verbs.functions.ibv_query_device)(self.context.as_ptr(), attr.as_mut_ptr())
+        };
+        self.check("ibv_query_device", code)?;
+        // SAFETY: numbers alone, for which all zero bytes are a value.
+        Ok(unsafe { attr.assume_init() })
+    }
+
+    pub(super) fn port(&self, number: u8) -> Result<ibv_port_attr, Error> {
+        let mut attr = ibv_port_attr::default();
+        let context = self.context.as_ptr();
+        // SAFETY: the device is open, by the same library.
+        let code = unsafe { inline::query_port(&self.verbs.functions, context, number, &mut attr) };
+        self.check("ibv_query_port", code)?;
+        Ok(attr)
+    }
+
+    /// The GIDs of all ports, which are given with the lengths of their tables.
+    pub(super) fn gids(&self, ports: &[(u8, u32)]) -> Result<Vec<RawGid>, Error> {
+        let Some(query) = self.verbs.functions._ibv_query_gid_table else {
+            return self.gids_one_by_one(ports);
+        };
+        let room = ports.iter().map(|(_, len)| (*len).min(MAX_GIDS) as usize);
+        let room = room.sum();
+        let mut entries = vec![ibv_gid_entry::default(); room];
+        let context = self.context.as_ptr();
+        let size = size_of::<ibv_gid_entry>();
+        // SAFETY: the device is open; no more than `room` entries of this size are written.
+        let got = unsafe { query(context, entries.as_mut_ptr(), room, 0, size) };
+        match usize::try_from(got) {
+            Ok(got) => entries.truncate(got),
+            Err(_) => {
+                let code = c_int::try_from(got).unwrap_or(-EINVAL);
+                self.check("ibv_query_gid_table", code)?;
+            }
+        }
+        Ok(entries.iter().map(RawGid::new).collect())
+    }
+
+    /// The same from a library before rdma-core 32, which does not tell the GIDs' types.
+    fn gids_one_by_one(&self, ports: &[(u8, u32)]) -> Result<Vec<RawGid>, Error> {
+        let mut gids = Vec::new();
+        for (port, len) in ports {
+            for index in 0..(*len).min(MAX_GIDS) {
+                let mut gid = ibv_gid::default();
+                let (context, at) = (self.context.as_ptr(), index.cast_signed());
+                // SAFETY: the device is open; one GID is written.
+                let code = unsafe {
+                    (self.verbs.functions.ibv_query_gid)(context, *port, at, &raw mut gid)
+                };
+                self.check("ibv_query_gid", code)?;
+                if gid.raw != [0; 16] {
+                    gids.push(RawGid {
+                        port: u32::from(*port),
+                        index,
+                        raw: gid.raw,
+                        kind: None,
+                    });
+                }
+            }
+        }
+        Ok(gids)
+    }
+
+    /// What a call returned: 0, the error's number or its negative, or -1 with the number in errno.
+    fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
+        let source = match code {
+            0 => return Ok(()),
+            -1 => io::Error::last_os_error(),
+            code => io::Error::from_raw_os_error(code.saturating_abs()),
+        };
+        Err(Error::Device {
+            device: self.name.clone(),
+            call,
+            source,
+        })
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        // SAFETY: it is closed once, and nothing of it is left.
+        let code = unsafe { (self.verbs.functions.ibv_close_device)(self.context.as_ptr()) };
+        if code != 0 {
+            tracing::warn!(device = self.name, code, "ibv_close_device failed");
+        }
+    }
+}
+
+impl RawGid {
+    fn new(entry: &ibv_gid_entry) -> Self {
+        Self {
+            port: entry.port_num,
+            index: entry.gid_index,
+            raw: entry.gid.raw,
+            kind: Some(entry.gid_type),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The library itself: found when it is first asked for, and never closed, for its drivers have
+//! threads and tables of their own.
+
+use std::ffi::{CStr, OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
+
+use libc::{c_char, c_void};
+use libloading::os::unix::{Library as Opened, RTLD_LOCAL, RTLD_NOW};
+
+use super::functions::Functions;
+use crate::error::{NoRdma, Tried};
+
+/// The name that holds for the ABI declared here, whatever the version of rdma-core.
+const NAMES: &[&str] = &["libibverbs.so.1"];
+
+/// libibverbs, loaded.
+pub(crate) struct Verbs {
+    pub(crate) functions: Functions,
+    /// The file, as the loader found it.
+    pub(crate) path: PathBuf,
+}
+
+impl Verbs {
+    /// The library of this process. What is not there is looked for again the next time.
+    ///
+    /// # Errors
+    ///
+    /// [`NoRdma::Library`], [`NoRdma::Symbol`].
+    pub(crate) fn get() -> Result<&'static Self, NoRdma> {
+        static LOADED: OnceLock<Verbs> = OnceLock::new();
+        if let Some(verbs) = LOADED.get() {
+            return Ok(verbs);
+        }
+        let verbs = Self::open(NAMES)?;
+        Ok(LOADED.get_or_init(|| verbs))
+    }
+
+    /// The first of `names` that can be loaded.
+    pub(crate) fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
+        let library = Library::open(names)?;
+        let functions = Functions::find(&library)?;
+        // SAFETY: it has no arguments, and may be called any number of times.
+        let code = unsafe { (functions.ibv_fork_init)() };
+        if code != 0 {
+            tracing::warn!(
+                code,
+                "ibv_fork_init failed: memory registered with RDMA devices is not safe in a process that forks"
+            );
+        }
+        let path = library.path();
+        tracing::debug!(path = %path.display(), "libibverbs is loaded");
+        Ok(Self { functions, path })
+    }
+}
+
+/// A shared library that stays loaded.
+pub(crate) struct Library {
+    handle: *mut c_void,
+    name: OsString,
+}
+
+/// The head of `struct link_map` in <link.h>.
+#[repr(C)]
+struct LinkMap {
+    address: usize,
+    name: *const c_char,
+}
+
+impl Library {
+    fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
+        let mut tried = Vec::new();
+        for name in names {
+            let name = name.as_ref();
+            // SAFETY: libibverbs and what it needs may be loaded at any time: their initialisers
+            // touch nothing of ours.
+            match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
+                Ok(opened) => {
+                    return Ok(Self {
+                        handle: opened.into_raw(),
+                        name: name.to_owned(),
+                    });
+                }
+                Err(e) => tried.push(Tried {
+                    name: name.into(),
+                    why: e.to_string(),
+                }),
+            }
+        }
+        Err(NoRdma::Library { tried })
+    }
+
+    /// The address of a symbol of this version. An unversioned library's symbols fit any.
+    pub(crate) fn symbol(&self, name: &CStr, version: &CStr) -> Option<NonNull<c_void>> {
+        // SAFETY: the handle is of a library that is never closed.
+        #[cfg(target_env = "gnu")]
+        let address = unsafe { libc::dlvsym(self.handle, name.as_ptr(), version.as_ptr()) };
+        // Other loaders know no versions, and pass over all that are not the default.
+        // SAFETY: as above.
+        #[cfg(not(target_env = "gnu"))]
+        let address = {
+            let _ = version;
+            unsafe { libc::dlsym(self.handle, name.as_ptr()) }
+        };
+        NonNull::new(address)
+    }
+
+    pub(crate) fn lacks(&self, symbol: &'static str, version: &'static str) -> NoRdma {
+        NoRdma::Symbol {
+            symbol,
+            version,
+            library: self.path(),
+        }
+    }
+
+    /// Its file, or the name that it was asked for by.
+    fn path(&self) -> PathBuf {
+        let mut map: *const LinkMap = ptr::null();
+        #[cfg(target_env = "gnu")]
+        {
+            let out = (&raw mut map).cast();
+            // SAFETY: the request writes one pointer to `out`.
+            let code = unsafe { libc::dlinfo(self.handle, libc::RTLD_DI_LINKMAP, out) };
+            if code != 0 {
+                map = ptr::null();
+            }
+        }
+        // SAFETY: null, or the entry of a library that is never closed.
+        let name = unsafe { map.as_ref() }.map_or(ptr::null(), |map| map.name);
+        if name.is_null() {
+            return self.name.clone().into();
+        }
+        // SAFETY: the loader's name of the file ends with a zero byte, and stays.
+        let name = unsafe { CStr::from_ptr(name) };
+        OsStr::from_bytes(name.to_bytes()).into()
+    }
+}
