@@ -9,24 +9,56 @@ use crate::command::quiet;
 ///
 /// Why the program is not there, for people to read.
 pub(crate) fn need(program: &str, package: &str) -> Result<(), String> {
-    if quiet(program, &["--version"]).is_some() {
+    install(program, package, || {
+        quiet(program, &["--version"]).is_some()
+    })
+}
+
+/// Makes sure that `what`, which `package` has, is `there`.
+fn install(what: &str, package: &str, there: impl Fn() -> bool) -> Result<(), String> {
+    if there() {
         return Ok(());
     }
     if !is_root() {
-        return Err(format!("{program} is missing: apt-get install {package}"));
+        return Err(format!("{what} is missing: apt-get install {package}"));
     }
-    println!("installing {package}, for {program} is missing");
+    println!("installing {package}, for {what} is missing");
     let install = ["install", "-y", "--no-install-recommends", package];
     let installed = quiet("apt-get", &install) == Some(true)
         || (quiet("apt-get", &["update"]) == Some(true)
             && quiet("apt-get", &install) == Some(true));
-    if installed && quiet(program, &["--version"]).is_some() {
+    if installed && there() {
         Ok(())
     } else {
         Err(format!(
-            "{program} is missing and apt-get install {package} failed"
+            "{what} is missing and apt-get install {package} failed"
         ))
     }
+}
+
+/// Makes sure that a C compiler, bindgen's clang and the headers of rdma-core are there.
+///
+/// # Errors
+///
+/// Why they are not, for people to read.
+pub(crate) fn rdma_headers() -> Result<(), String> {
+    need("cc", "gcc")?;
+    need("clang", "clang")?;
+    need("pkg-config", "pkg-config")?;
+    for (library, package) in [
+        ("libibverbs", "libibverbs-dev"),
+        ("librdmacm", "librdmacm-dev"),
+    ] {
+        let headers = format!("{library}'s headers");
+        install(&headers, package, || {
+            quiet("pkg-config", &["--exists", library]) == Some(true)
+        })?;
+    }
+    // Where bindgen looks for it, beside the linker's folders.
+    let find = "ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* | grep -v cpp";
+    install("libclang", "libclang-dev", || {
+        quiet("sh", &["-c", find]) == Some(true)
+    })
 }
 
 /// Makes sure that `cargo fuzz` is there, building it if it is not.

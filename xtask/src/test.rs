@@ -142,6 +142,15 @@ impl Session<'_> {
             let ended = command::show(&mut command, s.root)?;
             Ok(passed_if(ended.success))
         })?;
+        self.step("abi", |s| {
+            // What it needs is of other packages than Rust's: who has it not is told.
+            if let Err(why) = packages::rdma_headers() {
+                return Ok(s.missing(why));
+            }
+            let mut command = s.command(&["test", "--manifest-path", "tests/abi/Cargo.toml"]);
+            command.args(["--locked", "--lib"]);
+            Ok(tested(&command::show(&mut command, s.root)?))
+        })?;
         if root.join("fuzz/Cargo.toml").exists() {
             self.step("fuzz targets", |s| {
                 if let Err(why) = packages::need("c++", "g++") {
