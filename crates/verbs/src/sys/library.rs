@@ -2,12 +2,11 @@
 //! threads and tables of their own.
 
 use std::ffi::{CStr, OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::OnceLock;
 
-use libc::{c_char, c_void};
+use libc::c_void;
 use libloading::os::unix::{Library as Opened, RTLD_LOCAL, RTLD_NOW};
 
 use super::functions::Functions;
@@ -62,13 +61,6 @@ pub(crate) struct Library {
     name: OsString,
 }
 
-/// The head of `struct link_map` in <link.h>.
-#[repr(C)]
-struct LinkMap {
-    address: usize,
-    name: *const c_char,
-}
-
 impl Library {
     fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
         let mut tried = Vec::new();
@@ -117,23 +109,39 @@ impl Library {
 
     /// Its file, or the name that it was asked for by.
     fn path(&self) -> PathBuf {
-        let mut map: *const LinkMap = ptr::null();
-        #[cfg(target_env = "gnu")]
-        {
-            let out = (&raw mut map).cast();
-            // SAFETY: the request writes one pointer to `out`.
-            let code = unsafe { libc::dlinfo(self.handle, libc::RTLD_DI_LINKMAP, out) };
-            if code != 0 {
-                map = ptr::null();
-            }
+        self.file().unwrap_or_else(|| self.name.clone().into())
+    }
+
+    #[cfg(target_env = "gnu")]
+    fn file(&self) -> Option<PathBuf> {
+        use std::os::unix::ffi::OsStrExt;
+
+        /// The head of `struct link_map` in <link.h>.
+        #[repr(C)]
+        struct LinkMap {
+            address: usize,
+            name: *const libc::c_char,
+        }
+
+        let mut map: *const LinkMap = std::ptr::null();
+        let out = (&raw mut map).cast();
+        // SAFETY: the request writes one pointer to `out`.
+        let code = unsafe { libc::dlinfo(self.handle, libc::RTLD_DI_LINKMAP, out) };
+        if code != 0 {
+            return None;
         }
         // SAFETY: null, or the entry of a library that is never closed.
-        let name = unsafe { map.as_ref() }.map_or(ptr::null(), |map| map.name);
+        let name = unsafe { map.as_ref() }?.name;
         if name.is_null() {
-            return self.name.clone().into();
+            return None;
         }
         // SAFETY: the loader's name of the file ends with a zero byte, and stays.
         let name = unsafe { CStr::from_ptr(name) };
-        OsStr::from_bytes(name.to_bytes()).into()
+        Some(OsStr::from_bytes(name.to_bytes()).into())
+    }
+
+    #[cfg(not(target_env = "gnu"))]
+    fn file(&self) -> Option<PathBuf> {
+        None
     }
 }
