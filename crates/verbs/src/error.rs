@@ -102,6 +102,16 @@ pub enum Error {
     /// This machine has no RDMA that could be used.
     #[error("no RDMA: {0}")]
     NoRdma(#[source] NoRdma),
+    /// An RDMA device's file cannot be opened.
+    #[error("{device}: {} cannot be opened ({source}): it must be readable and writable here, in a container too", path.display())]
+    DeviceNode {
+        /// The device.
+        device: String,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// A call on an RDMA device failed.
     #[error("{device}: {call}: {source}")]
     Device {

@@ -1,8 +1,10 @@
 //! The list of devices and an open device: pointers of libibverbs, freed when they are dropped.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
+use std::fs::OpenOptions;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
@@ -118,11 +120,34 @@ impl Listed<'_> {
                 context,
                 name: self.name(),
             }),
-            None => Err(Error::Device {
-                device: self.name(),
-                call: "ibv_open_device",
-                source: failure,
-            }),
+            None => Err(self.why_not_open(failure)),
+        }
+    }
+
+    /// libibverbs tries another place after the device's file, and tells of that alone.
+    fn why_not_open(&self, failure: io::Error) -> Error {
+        // SAFETY: the list has the device, and nobody writes to it.
+        let name = unsafe { (*self.device.as_ptr()).dev_name };
+        let name: Vec<u8> = name
+            .iter()
+            .flat_map(|c| c.to_ne_bytes())
+            .take_while(|b| *b != 0)
+            .collect();
+        if !name.is_empty() {
+            let path = Path::new("/dev/infiniband").join(OsStr::from_bytes(&name));
+            let node = OpenOptions::new().read(true).write(true).open(&path);
+            if let Err(source) = node {
+                return Error::DeviceNode {
+                    device: self.name(),
+                    path,
+                    source,
+                };
+            }
+        }
+        Error::Device {
+            device: self.name(),
+            call: "ibv_open_device",
+            source: failure,
         }
     }
 }

@@ -148,6 +148,17 @@ extern "C" fn cannot_open(_: *mut ibv_device) -> *mut ibv_context {
     ptr::null_mut()
 }
 
+/// Names the device's file, which is not there.
+extern "C" fn cannot_open_node(device: *mut ibv_device) -> *mut ibv_context {
+    // SAFETY: the device above, of which one thread knows.
+    let device = unsafe { &mut *device };
+    for (to, from) in device.dev_name.iter_mut().zip(*b"kvxfer-none") {
+        *to = c_char::from_ne_bytes([from]);
+    }
+    fail(EIO);
+    ptr::null_mut()
+}
+
 extern "C" fn close(_: *mut ibv_context) -> c_int {
     OPEN.fetch_sub(1, Ordering::AcqRel);
     0
@@ -314,6 +325,13 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
     assert_eq!(e, ("ibv_query_device", Some(EIO)));
     let fails = |v: &mut Verbs| v.functions._ibv_query_gid_table = Some(gid_table_fails);
     assert_eq!(failure(one(fails, sys)), ("ibv_query_gid_table", Some(EIO)));
+
+    let device = one(|v| v.functions.ibv_open_device = cannot_open_node, sys);
+    let Err(Error::DeviceNode { path, source, .. }) = device.details else {
+        panic!("{:?}", device.details)
+    };
+    assert_eq!(path, Path::new("/dev/infiniband/kvxfer-none"));
+    assert_eq!(source.kind(), io::ErrorKind::NotFound);
 
     assert_eq!(OPEN.load(Ordering::Acquire), 0, "devices left open");
 }
