@@ -6,30 +6,22 @@ use serde::{Deserialize, Serialize};
 
 /// What an axis counts.
 ///
-/// The head size and the tokens of a block can each be one axis or split in two, outer and inner:
-/// `index = outer * inner_extent + inner`. So `[blocks, heads, dim/x, tokens, x]` is `Head`,
-/// `DimOuter`, `Token`, `DimInner`; and a kernel's block of 16 tokens inside a logical block of 64
-/// is `TokenOuter` 4, `TokenInner` 16.
+/// A kind that is there more than once is *split*: its axes are the digits of one index, the first
+/// in the list the most significant. So `[blocks, heads, dim/x, tokens, x]` is `Head`, `Dim` 16,
+/// `Token`, `Dim` 8; and kernel blocks of 16 tokens inside a block of 64 are `Token` 4, `Token` 16.
+/// Where the digits lie in memory is up to the strides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum AxisKind {
     /// Keys (0) and values (1) in one tensor; the extent is 2.
     Kv,
-    /// KV heads.
+    /// KV heads, or a linear attention's.
     Head,
     /// Tokens of the block.
     Token,
-    /// Tokens, outer part of a split.
-    TokenOuter,
-    /// Tokens, inner part of a split.
-    TokenInner,
     /// Elements of a head.
     Dim,
-    /// Elements of a head, outer part of a vector split.
-    DimOuter,
-    /// Elements of a head, inner part of a vector split.
-    DimInner,
     /// Elements of a compressed latent (MLA), including its rope part where they are one tensor.
     Latent,
     /// Elements of a recurrent state.
@@ -42,63 +34,19 @@ pub enum AxisKind {
     Opaque,
 }
 
-/// What an index along an axis is an index of; both parts of a split axis count the same thing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Coordinate {
-    /// Keys or values.
-    Kv,
-    /// KV heads.
-    Head,
-    /// Tokens of the block.
-    Token,
-    /// Elements of a head.
-    Dim,
-    /// Elements of a latent.
-    Latent,
-    /// Elements of a recurrent state.
-    State,
-    /// Channels of a convolution.
-    Channel,
-    /// Taps of a convolution.
-    Width,
-    /// Bytes.
-    Opaque,
-}
-
 impl AxisKind {
-    /// What the axis counts, splits aside.
-    #[must_use]
-    pub const fn coordinate(self) -> Coordinate {
-        match self {
-            Self::Kv => Coordinate::Kv,
-            Self::Head => Coordinate::Head,
-            Self::Token | Self::TokenOuter | Self::TokenInner => Coordinate::Token,
-            Self::Dim | Self::DimOuter | Self::DimInner => Coordinate::Dim,
-            Self::Latent => Coordinate::Latent,
-            Self::State => Coordinate::State,
-            Self::Channel => Coordinate::Channel,
-            Self::Width => Coordinate::Width,
-            Self::Opaque => Coordinate::Opaque,
-        }
-    }
-
-    /// The other half of a split axis, if this is one half.
-    #[must_use]
-    pub const fn other_half(self) -> Option<Self> {
-        match self {
-            Self::TokenOuter => Some(Self::TokenInner),
-            Self::TokenInner => Some(Self::TokenOuter),
-            Self::DimOuter => Some(Self::DimInner),
-            Self::DimInner => Some(Self::DimOuter),
-            _ => None,
-        }
-    }
-
-    /// Whether this is the inner half of a split.
-    pub(crate) const fn is_inner(self) -> bool {
-        matches!(self, Self::TokenInner | Self::DimInner)
-    }
+    /// Every kind, in the order of their codes.
+    pub const ALL: [Self; 9] = [
+        Self::Kv,
+        Self::Head,
+        Self::Token,
+        Self::Dim,
+        Self::Latent,
+        Self::State,
+        Self::Channel,
+        Self::Width,
+        Self::Opaque,
+    ];
 
     /// The name used in files and messages.
     #[must_use]
@@ -107,11 +55,7 @@ impl AxisKind {
             Self::Kv => "kv",
             Self::Head => "head",
             Self::Token => "token",
-            Self::TokenOuter => "token_outer",
-            Self::TokenInner => "token_inner",
             Self::Dim => "dim",
-            Self::DimOuter => "dim_outer",
-            Self::DimInner => "dim_inner",
             Self::Latent => "latent",
             Self::State => "state",
             Self::Channel => "channel",
@@ -126,16 +70,12 @@ impl AxisKind {
             Self::Kv => 1,
             Self::Head => 2,
             Self::Token => 3,
-            Self::TokenOuter => 4,
-            Self::TokenInner => 5,
-            Self::Dim => 6,
-            Self::DimOuter => 7,
-            Self::DimInner => 8,
-            Self::Latent => 9,
-            Self::State => 10,
-            Self::Channel => 11,
-            Self::Width => 12,
-            Self::Opaque => 13,
+            Self::Dim => 4,
+            Self::Latent => 5,
+            Self::State => 6,
+            Self::Channel => 7,
+            Self::Width => 8,
+            Self::Opaque => 9,
         }
     }
 }
@@ -169,7 +109,7 @@ impl fmt::Display for Axis {
     }
 }
 
-/// One part of a coordinate that both sides can address with one stride each.
+/// One part of an index that both sides can address with one stride each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CommonPart {
     /// Steps.
@@ -180,7 +120,7 @@ pub(crate) struct CommonPart {
     pub(crate) b: u64,
 }
 
-/// The coarsest common split of one coordinate that two sides split differently. Each side gives
+/// The coarsest common split of one kind of axis that two sides split differently. Each side gives
 /// its parts outermost first as (extent, stride). `None` where the extents do not nest, or where
 /// their products differ.
 pub(crate) fn common_split(a: &[(u64, u64)], b: &[(u64, u64)]) -> Option<Vec<CommonPart>> {

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use super::{Coordinate, KvFormat, PlacedTensor, PlacementDesc, TensorFormat, common_split};
+use super::{AxisKind, KvFormat, PlacedTensor, PlacementDesc, Scaling, TensorFormat, common_split};
 
 /// One side of a transfer: its format and where it keeps its part.
 #[derive(Debug, Clone, Copy)]
@@ -125,6 +126,11 @@ const DTYPE: Note = Note {
     why: "a copy does not convert",
     fix: "start both sides with the same cache dtype",
 };
+const SCALING: Note = Note {
+    severity: Severity::Incompatible,
+    why: "the same numbers would stand for other values",
+    fix: "use the same cache scales on both sides: the same checkpoint, and the same calibration",
+};
 const EXTENT: Note = Note {
     severity: Severity::Incompatible,
     why: "the tensors hold different things",
@@ -242,7 +248,7 @@ fn identity(p: &KvFormat, c: &KvFormat, found: &mut Found) {
         );
     }
     let optional = [
-        ("model.name", &p.name, &c.name),
+        ("model.id", &p.id, &c.id),
         ("model.revision", &p.revision, &c.revision),
     ];
     for (field, p, c) in optional {
@@ -358,31 +364,21 @@ fn tensors(
             GROUPS,
         );
         differ("dtype", pt.dtype.to_string(), ct.dtype.to_string(), DTYPE);
-        let scaling = |t: &TensorFormat| match &t.scaling {
-            None => "none".to_owned(),
-            Some(super::Scaling::PerTensor { bits }) => format!("{}", f32::from_bits(*bits)),
-            Some(super::Scaling::Tensor { name }) => format!("tensor {name}"),
-        };
-        differ("scaling", scaling(pt), scaling(ct), DTYPE);
+        differ("scaling", scaling(pt), scaling(ct), SCALING);
         let sharded = |t: &TensorFormat| match t.sharded_axis() {
             None => "replicated".to_owned(),
             Some(axis) => format!("by {}", axis.kind),
         };
         differ("sharded", sharded(pt), sharded(ct), SHARD);
         let mut extents_agree = true;
-        for coordinate in coordinates(pt, ct) {
+        for kind in kinds(pt, ct) {
             // Unequal blocks have been reported for the group.
-            if coordinate == Coordinate::Token && !same_blocks {
+            if kind == AxisKind::Token && !same_blocks {
                 continue;
             }
-            let (p, c) = (pt.extent_of(coordinate), ct.extent_of(coordinate));
+            let (p, c) = (pt.extent_of(kind), ct.extent_of(kind));
             extents_agree &= p == c;
-            differ(
-                extent_name(coordinate),
-                p.to_string(),
-                c.to_string(),
-                EXTENT,
-            );
+            differ(extent_name(kind), p.to_string(), c.to_string(), EXTENT);
         }
         if extents_agree && !splits_agree(pt, ct) {
             let axes = |t: &TensorFormat| {
@@ -394,48 +390,67 @@ fn tensors(
     }
 }
 
-/// The coordinates that either tensor has.
-fn coordinates(p: &TensorFormat, c: &TensorFormat) -> Vec<Coordinate> {
-    let mut all: Vec<Coordinate> = p
-        .axes
-        .iter()
-        .chain(&c.axes)
-        .map(|a| a.kind.coordinate())
-        .collect();
+/// How a tensor is scaled. Constants of 1 are no scaling; long lists are told by their hash.
+fn scaling(t: &TensorFormat) -> String {
+    match &t.scaling {
+        None => "none".to_owned(),
+        Some(Scaling::Tensor { name }) => format!("tensor {name}"),
+        Some(Scaling::Constant { bits, .. }) if bits.iter().all(|b| *b == ONE) => "none".to_owned(),
+        Some(Scaling::Constant { axes, bits }) => {
+            let along: Vec<&str> = axes.iter().map(|a| a.name()).collect();
+            let scales: Vec<String> = bits
+                .iter()
+                .take(SHOWN_SCALES)
+                .map(|b| f32::from_bits(*b).to_string())
+                .collect();
+            let mut text = scales.join(", ");
+            if bits.len() > SHOWN_SCALES {
+                let mut sum = Sha256::new();
+                bits.iter().for_each(|b| sum.update(b.to_le_bytes()));
+                let sum: [u8; 32] = sum.finalize().into();
+                let short = u32::from_be_bytes([sum[0], sum[1], sum[2], sum[3]]);
+                text = format!("{text}, … ({} scales, sha256 {short:08x}…)", bits.len());
+            }
+            match along.is_empty() {
+                true => text,
+                false => format!("by {}: {text}", along.join(", ")),
+            }
+        }
+    }
+}
+
+/// 1.0 as an IEEE single.
+const ONE: u32 = 0x3f80_0000;
+
+/// How many scales of a tensor a message shows.
+const SHOWN_SCALES: usize = 4;
+
+/// The kinds of axis that either tensor has.
+fn kinds(p: &TensorFormat, c: &TensorFormat) -> Vec<AxisKind> {
+    let mut all: Vec<AxisKind> = p.axes.iter().chain(&c.axes).map(|a| a.kind).collect();
     all.sort_unstable();
     all.dedup();
     all
 }
 
-const fn extent_name(coordinate: Coordinate) -> &'static str {
-    match coordinate {
-        Coordinate::Kv => "kv",
-        Coordinate::Head => "heads",
-        Coordinate::Token => "tokens",
-        Coordinate::Dim => "dim",
-        Coordinate::Latent => "latent",
-        Coordinate::State => "state",
-        Coordinate::Channel => "channels",
-        Coordinate::Width => "width",
-        Coordinate::Opaque => "bytes",
+const fn extent_name(kind: AxisKind) -> &'static str {
+    match kind {
+        AxisKind::Head => "heads",
+        AxisKind::Token => "tokens",
+        AxisKind::Channel => "channels",
+        AxisKind::Opaque => "bytes",
+        other => other.name(),
     }
 }
 
 fn splits_agree(p: &TensorFormat, c: &TensorFormat) -> bool {
-    coordinates(p, c).into_iter().all(|coordinate| {
+    kinds(p, c).into_iter().all(|kind| {
         let parts = |t: &TensorFormat| -> Vec<(u64, u64)> {
-            let mut parts: Vec<_> = t
-                .axes
-                .iter()
-                .filter(|a| a.kind.coordinate() == coordinate)
-                .map(|a| (a.kind.is_inner(), a.extent))
-                .collect();
-            parts.sort_unstable_by_key(|p| p.0);
-            parts.into_iter().map(|(_, extent)| (extent, 0)).collect()
+            let of_kind = t.axes.iter().filter(|a| a.kind == kind);
+            of_kind.map(|a| (a.extent, 0)).collect()
         };
         // Unequal block sizes are reported as such.
-        p.extent_of(coordinate) != c.extent_of(coordinate)
-            || common_split(&parts(p), &parts(c)).is_some()
+        p.extent_of(kind) != c.extent_of(kind) || common_split(&parts(p), &parts(c)).is_some()
     })
 }
 

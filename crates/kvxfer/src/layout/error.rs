@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::AxisKind;
+use super::{AxisKind, DType};
 
 /// A format or a placement that cannot be: which field, which value, and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -64,14 +64,6 @@ pub enum LayoutError {
         /// Its tokens a block.
         block_tokens: u32,
     },
-    /// Half of a split axis without the other half, or beside the whole axis.
-    #[error("{path}: axis {axis} needs its other half, and the whole axis must not be there too")]
-    HalfAxis {
-        /// The tensor.
-        path: String,
-        /// The half that is there.
-        axis: AxisKind,
-    },
     /// A key/value axis whose extent is not 2.
     #[error("{path}: the kv axis has extent {extent}, not 2")]
     KvExtent {
@@ -80,7 +72,7 @@ pub enum LayoutError {
         /// Its extent.
         extent: u64,
     },
-    /// The sharded axis does not exist or cannot be sharded.
+    /// The sharded axis does not exist, is split, or is of a kind that no engine shards.
     #[error("{path}: axis {index} cannot be the sharded one")]
     ShardedAxis {
         /// The tensor.
@@ -88,12 +80,36 @@ pub enum LayoutError {
         /// The index given.
         index: u32,
     },
-    /// A tensor's scale tensor is not in its layer.
-    #[error("{path}: its scale tensor {scale} is not in the layer")]
+    /// A tensor's scale tensor is not in its layer, is not one, or is scaled by a tensor itself.
+    #[error("{path}: its layer has no scale tensor {scale}, or not one that stands for itself")]
     MissingScale {
         /// The tensor.
         path: String,
         /// The name it gives.
+        scale: String,
+    },
+    /// Scales that differ along an axis that they cannot differ along.
+    #[error("{path}: scales cannot be dealt along {axis}")]
+    ScaleAxis {
+        /// The tensor's scaling.
+        path: String,
+        /// The kind of axis.
+        axis: AxisKind,
+    },
+    /// A constant scale that is not a number above zero.
+    #[error("{path}: {} is not a scale", f32::from_bits(*bits))]
+    ScaleValue {
+        /// The tensor's scaling.
+        path: String,
+        /// The scale's bits.
+        bits: u32,
+    },
+    /// Scales that are not dealt to the ranks as what they scale.
+    #[error("{path}: its scale tensor {scale} is not sharded as it is")]
+    ScaleShard {
+        /// The tensor.
+        path: String,
+        /// The scale tensor's name.
         scale: String,
     },
     /// No built-in model of this name.
@@ -103,6 +119,106 @@ pub enum LayoutError {
         name: String,
         /// The names there are.
         known: Vec<&'static str>,
+    },
+    /// A name that no tensor of the layer has.
+    #[error("group {group} layer {layer} has no tensor {name}")]
+    UnknownName {
+        /// Index of the group.
+        group: u32,
+        /// Model-wide index of the layer.
+        layer: u32,
+        /// The name.
+        name: String,
+    },
+    /// An engine's tensor whose elements are not as large as the format's dtype.
+    #[error("{path}: elements of {given} bytes, {dtype} has {}", dtype.bytes())]
+    ElementBytes {
+        /// The tensor.
+        path: String,
+        /// The engine's bytes of an element.
+        given: u64,
+        /// The format's dtype.
+        dtype: DType,
+    },
+    /// An axis of an engine's tensor that is not as long as the format's, or as the rank's part.
+    #[error("{path}: {given} along {axis}, this rank has {expected}")]
+    Extent {
+        /// The tensor.
+        path: String,
+        /// The axis.
+        axis: &'static str,
+        /// How many the engine's tensor has, all parts of a split multiplied.
+        given: u64,
+        /// How many the format has, or the rank's part of them.
+        expected: u64,
+    },
+    /// An axis that the format's tensor does not have.
+    #[error("{path} has no axis {axis}")]
+    UnknownAxis {
+        /// The tensor.
+        path: String,
+        /// The axis.
+        axis: AxisKind,
+    },
+    /// An axis that no dimension of the engine's tensor counts.
+    #[error("{path}: no dimension counts {axis}")]
+    MissingAxis {
+        /// The tensor.
+        path: String,
+        /// The axis, or `block`.
+        axis: &'static str,
+    },
+    /// A sharded axis that the engine splits.
+    #[error("{path}: {axis} is dealt to ranks and cannot be split too")]
+    SplitShard {
+        /// The tensor.
+        path: String,
+        /// The axis.
+        axis: AxisKind,
+    },
+    /// Kernel blocks that do not make whole blocks.
+    #[error("{path}: {blocks} kernel blocks, {per_block} to a block")]
+    KernelBlocks {
+        /// The tensor.
+        path: String,
+        /// Kernel blocks there are.
+        blocks: u64,
+        /// Kernel blocks of a block.
+        per_block: u32,
+    },
+    /// An index behind its dimension.
+    #[error("{path}: index {index} of a dimension of {extent}")]
+    Index {
+        /// The tensor.
+        path: String,
+        /// The index.
+        index: u64,
+        /// The dimension's extent.
+        extent: u64,
+    },
+    /// A stride that goes backwards.
+    #[error("{path}: the stride of {axis} is {stride} elements; a cache lies forwards")]
+    NegativeStride {
+        /// The tensor.
+        path: String,
+        /// The axis, or `block`.
+        axis: &'static str,
+        /// Its stride in elements.
+        stride: i64,
+    },
+    /// An address in none of the memories.
+    #[error("{path} is at {addr:#x}, which is in none of the memories")]
+    NoSpan {
+        /// The tensor.
+        path: String,
+        /// Its address.
+        addr: u64,
+    },
+    /// Memory that is not where the builder was told.
+    #[error("memory {memory} is not where its span was")]
+    MemoryMoved {
+        /// Index of the memory.
+        memory: u32,
     },
     /// A rank outside its parallel size.
     #[error("{what} rank {rank} of {size}")]
@@ -223,6 +339,18 @@ pub enum LayoutError {
         stride: u64,
         /// The bytes that everything with a smaller stride spans.
         needed: u64,
+    },
+    /// Two tensors that are one: the same place and the same blocks.
+    #[error("{first} and {second} are the same memory: each layer's tensors need their own")]
+    Alias {
+        /// One tensor.
+        first: String,
+        /// The other.
+        second: String,
+        /// Index of the memory.
+        memory: u32,
+        /// Where both begin.
+        offset: u64,
     },
     /// Two tensors that share bytes, or interleave with unequal block strides.
     #[error("{first} and {second} overlap in memory {memory}, near byte {offset}")]

@@ -7,28 +7,8 @@ use sha2::{Digest, Sha256};
 
 use super::{GroupKind, KvFormat, Scaling, TensorRole};
 
-/// SHA-256 over a format's canonical encoding: the same on every platform and in every version of
-/// this crate.
-///
-/// # The encoding, version 1
-///
-/// Integers are little endian. A *string* is its length in bytes as `u32`, then its bytes (UTF-8).
-/// A *list* is its length as `u32`, then its items. An *option* is the byte 0, or the byte 1 and
-/// the value. In this order:
-///
-/// | what | how |
-/// |---|---|
-/// | domain | the 16 bytes `kvxfer.kv-format`, then the version 1 as `u32` |
-/// | model | string `model_type`; option of string `name`; option of string `revision`; list of facts by rising key, each two strings |
-/// | groups | list of: string `name`; kind (below); `u32` block tokens; list of layers |
-/// | kind | `u8`: 1 full; 2 sliding window, then `u32` tokens; 3 state slots |
-/// | layer | `u32` index; `u8` draft (0 or 1); list of tensors |
-/// | tensor | string `name`; `u8` role; `u8` dtype; list of axes; option of `u32` sharded axis; option of scaling |
-/// | axis | `u8` kind; `u64` extent |
-/// | scaling | `u8`: 1 per tensor, then `u32` bits; 2 tensor, then string name |
-///
-/// Codes count from 1 in the order of the enums' variants ([`TensorRole`], [`super::DType`],
-/// [`super::AxisKind`]) and are never reused.
+/// SHA-256 over a format's [canonical bytes](KvFormat::canonical): the same on every platform and
+/// in every version of this crate.
 ///
 /// Equal fingerprints mean equal formats. Unequal ones say nothing about what differs, nor whether
 /// it matters: compare the formats for that.
@@ -51,29 +31,39 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
+/// The version of the canonical encoding.
+const VERSION: u32 = 2;
+
 impl KvFormat {
-    /// The format's fingerprint; see [`Fingerprint`] for what goes into it.
+    /// The format's fingerprint.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
-        let mut out = Encoder(Sha256::new());
+        Fingerprint(Sha256::digest(self.canonical()).into())
+    }
+
+    /// The format as bytes, one way and no other; what a fingerprint is made of. docs/layouts.md
+    /// has the encoding, in the section "The canonical encoding".
+    #[must_use]
+    pub fn canonical(&self) -> Vec<u8> {
+        let mut out = Encoder(Vec::new());
         out.format(self);
-        Fingerprint(out.0.finalize().into())
+        out.0
     }
 }
 
-struct Encoder(Sha256);
+struct Encoder(Vec<u8>);
 
 impl Encoder {
     fn u8(&mut self, v: u8) {
-        self.0.update([v]);
+        self.0.push(v);
     }
 
     fn u32(&mut self, v: u32) {
-        self.0.update(v.to_le_bytes());
+        self.0.extend_from_slice(&v.to_le_bytes());
     }
 
     fn u64(&mut self, v: u64) {
-        self.0.update(v.to_le_bytes());
+        self.0.extend_from_slice(&v.to_le_bytes());
     }
 
     fn len(&mut self, len: usize) {
@@ -83,7 +73,7 @@ impl Encoder {
 
     fn string(&mut self, s: &str) {
         self.len(s.len());
-        self.0.update(s.as_bytes());
+        self.0.extend_from_slice(s.as_bytes());
     }
 
     fn option<T>(&mut self, v: Option<T>, f: impl FnOnce(&mut Self, T)) {
@@ -97,11 +87,11 @@ impl Encoder {
     }
 
     fn format(&mut self, format: &KvFormat) {
-        self.0.update(b"kvxfer.kv-format");
-        self.u32(1);
+        self.0.extend_from_slice(b"kvxfer.kv-format");
+        self.u32(VERSION);
         let model = format.model();
         self.string(&model.model_type);
-        self.option(model.name.as_deref(), Self::string);
+        self.option(model.id.as_deref(), Self::string);
         self.option(model.revision.as_deref(), Self::string);
         self.len(model.facts.len());
         for (key, value) in &model.facts {
@@ -143,9 +133,12 @@ impl Encoder {
         }
         self.option(tensor.sharded, Self::u32);
         self.option(tensor.scaling.as_ref(), |out, scaling| match scaling {
-            Scaling::PerTensor { bits } => {
+            Scaling::Constant { axes, bits } => {
                 out.u8(1);
-                out.u32(*bits);
+                out.len(axes.len());
+                axes.iter().for_each(|axis| out.u8(axis.code()));
+                out.len(bits.len());
+                bits.iter().for_each(|bits| out.u32(*bits));
             }
             Scaling::Tensor { name } => {
                 out.u8(2);

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Axis, AxisKind, Coordinate, DType, LayoutError, ModelIdentity};
+use super::check::{at_most, check_group, check_identity, check_name};
+use super::{Axis, AxisKind, DType, LayoutError, ModelIdentity, Scaling};
 
 /// The most of everything that a format may have. Real caches stay far below; the limits keep a
 /// hostile one from costing more than its bytes.
@@ -21,6 +22,8 @@ pub mod limits {
     pub const NAME: usize = 256;
     /// Facts of a model's identity.
     pub const FACTS: usize = 128;
+    /// Constant scales of a tensor.
+    pub const SCALES: usize = 4096;
     /// Bytes of one block of one tensor.
     pub const BLOCK_BYTES: u64 = 1 << 48;
     /// Contiguous pieces of one block of one tensor.
@@ -70,23 +73,6 @@ pub enum TensorRole {
     Opaque,
 }
 
-/// Where the scales of a quantised tensor are.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Scaling {
-    /// One scale for the whole tensor, not part of the cache; its bits as an IEEE single.
-    PerTensor {
-        /// The scale's bits.
-        bits: u32,
-    },
-    /// Another tensor of the same layer, by name; its axes say what a scale covers.
-    Tensor {
-        /// That tensor's name.
-        name: String,
-    },
-}
-
 /// One tensor of a layer: what one of its blocks holds.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TensorFormat {
@@ -97,12 +83,14 @@ pub struct TensorFormat {
     /// Its elements' type.
     pub dtype: DType,
     /// The axes of a block with whole-model extents. Their order is the order of a dense placement;
-    /// a placement may have any strides.
+    /// a placement may have any strides. A kind that is there twice is one index in two digits; see
+    /// [`AxisKind`].
     pub axes: Vec<Axis>,
-    /// Index of the axis that tensor parallelism splits; `None`: every rank has the whole tensor.
+    /// Index of the axis that tensor parallelism deals out, the only one of its kind; `None`: every
+    /// rank has the whole tensor.
     #[serde(default)]
     pub sharded: Option<u32>,
-    /// Its scales, for a quantised tensor.
+    /// Its scales, for a quantised tensor; `None`: its numbers stand for themselves.
     #[serde(default)]
     pub scaling: Option<Scaling>,
 }
@@ -162,9 +150,9 @@ impl KvFormat {
     /// # Errors
     ///
     /// Every way in which the parts cannot be a cache: empty lists, zero extents, names or layers
-    /// that are there twice, token axes that do not match their group's block, half a split axis, a
-    /// sharded axis that is not there, sizes that overflow, or more of something than
-    /// [`limits`] allows.
+    /// that are there twice, token axes that do not match their group's block, a sharded axis that
+    /// is not there or is split, scales that do not fit what they scale, sizes that overflow, or
+    /// more of something than [`limits`] allows.
     pub fn new(model: ModelIdentity, groups: Vec<CacheGroup>) -> Result<Self, LayoutError> {
         check_identity(&model)?;
         at_most("groups", groups.len() as u64, limits::GROUPS as u64)?;
@@ -320,188 +308,18 @@ impl TensorFormat {
         self.axes.get(usize::try_from(self.sharded?).ok()?)
     }
 
-    /// The product of the extents of one coordinate, both halves of a split; 1 where it has none.
+    /// The extent of one kind of axis, all parts of a split multiplied; 1 where it has none.
     #[must_use]
-    pub fn extent_of(&self, coordinate: Coordinate) -> u64 {
+    pub fn extent_of(&self, kind: AxisKind) -> u64 {
         self.axes
             .iter()
-            .filter(|a| a.kind.coordinate() == coordinate)
+            .filter(|a| a.kind == kind)
             .fold(1, |n, a| n.saturating_mul(a.extent))
     }
-}
 
-fn at_most(path: &str, count: u64, max: u64) -> Result<(), LayoutError> {
-    if count > max {
-        return Err(LayoutError::TooMany {
-            path: path.to_owned(),
-            count,
-            max,
-        });
+    /// Whether it has an axis of this kind.
+    #[must_use]
+    pub fn has(&self, kind: AxisKind) -> bool {
+        self.axes.iter().any(|a| a.kind == kind)
     }
-    Ok(())
-}
-
-fn check_name(path: &str, name: &str) -> Result<(), LayoutError> {
-    if name.is_empty() {
-        return Err(LayoutError::Empty {
-            path: path.to_owned(),
-        });
-    }
-    at_most(path, name.len() as u64, limits::NAME as u64)
-}
-
-fn check_identity(model: &ModelIdentity) -> Result<(), LayoutError> {
-    check_name("model.model_type", &model.model_type)?;
-    if let Some(name) = &model.name {
-        check_name("model.name", name)?;
-    }
-    if let Some(revision) = &model.revision {
-        check_name("model.revision", revision)?;
-    }
-    let max = limits::FACTS as u64;
-    at_most("model.facts", model.facts.len() as u64, max)?;
-    for (key, value) in &model.facts {
-        check_name("model.facts", key)?;
-        let path = "model.facts (a value)";
-        at_most(path, value.len() as u64, limits::NAME as u64)?;
-    }
-    Ok(())
-}
-
-/// Checks a group and says how many bytes one of its blocks takes in all layers.
-fn check_group(path: &str, group: &CacheGroup) -> Result<u64, LayoutError> {
-    let slots = group.kind == GroupKind::StateSlots;
-    if slots != (group.block_tokens == 0) {
-        return Err(LayoutError::BlockTokens {
-            path: path.to_owned(),
-            block_tokens: group.block_tokens,
-        });
-    }
-    if let GroupKind::SlidingWindow { tokens: 0 } = group.kind {
-        return Err(LayoutError::Zero {
-            path: format!("{path}.kind.tokens"),
-        });
-    }
-    if group.layers.is_empty() {
-        return Err(LayoutError::Empty {
-            path: format!("{path}.layers"),
-        });
-    }
-    let mut total = 0_u64;
-    let mut previous = None;
-    for (l, layer) in group.layers.iter().enumerate() {
-        let path = format!("{path}.layers[{l}]");
-        let max = u64::from(limits::LAYERS - 1);
-        at_most(&format!("{path}.layer"), u64::from(layer.layer), max)?;
-        // Rising order makes the layers a set, and lets them be found by halving.
-        if previous.is_some_and(|p| p >= layer.layer) {
-            return Err(LayoutError::Duplicate {
-                path,
-                value: format!("layer {} (layers must rise)", layer.layer),
-            });
-        }
-        previous = Some(layer.layer);
-        if layer.tensors.is_empty() {
-            return Err(LayoutError::Empty {
-                path: format!("{path}.tensors"),
-            });
-        }
-        let mut names = BTreeSet::new();
-        for (t, tensor) in layer.tensors.iter().enumerate() {
-            let path = format!("{path}.tensors[{t}]");
-            if !names.insert(tensor.name.as_str()) {
-                return Err(LayoutError::Duplicate {
-                    path,
-                    value: tensor.name.clone(),
-                });
-            }
-            let bytes = check_tensor(&path, tensor, group.block_tokens)?;
-            total = total
-                .checked_add(bytes)
-                .ok_or(LayoutError::Overflow { path })?;
-        }
-        for (t, tensor) in layer.tensors.iter().enumerate() {
-            if let Some(Scaling::Tensor { name }) = &tensor.scaling
-                && (name == &tensor.name || !names.contains(name.as_str()))
-            {
-                return Err(LayoutError::MissingScale {
-                    path: format!("{path}.tensors[{t}]"),
-                    scale: name.clone(),
-                });
-            }
-        }
-    }
-    Ok(total)
-}
-
-/// Checks a tensor and says how many bytes one of its blocks takes.
-fn check_tensor(path: &str, tensor: &TensorFormat, block_tokens: u32) -> Result<u64, LayoutError> {
-    check_name(&format!("{path}.name"), &tensor.name)?;
-    let axes_path = format!("{path}.axes");
-    at_most(&axes_path, tensor.axes.len() as u64, limits::AXES as u64)?;
-    if tensor.axes.is_empty() {
-        return Err(LayoutError::Empty { path: axes_path });
-    }
-    let has = |kind| tensor.axes.iter().any(|a| a.kind == kind);
-    for (i, axis) in tensor.axes.iter().enumerate() {
-        if axis.extent == 0 {
-            return Err(LayoutError::Zero {
-                path: format!("{axes_path}[{i}].extent"),
-            });
-        }
-        if tensor.axes.iter().take(i).any(|a| a.kind == axis.kind) {
-            return Err(LayoutError::Duplicate {
-                path: axes_path,
-                value: axis.kind.to_string(),
-            });
-        }
-        if let Some(other) = axis.kind.other_half() {
-            let whole = match axis.kind.coordinate() {
-                Coordinate::Token => AxisKind::Token,
-                _ => AxisKind::Dim,
-            };
-            if !has(other) || has(whole) {
-                return Err(LayoutError::HalfAxis {
-                    path: path.to_owned(),
-                    axis: axis.kind,
-                });
-            }
-        }
-        if axis.kind == AxisKind::Kv && axis.extent != 2 {
-            return Err(LayoutError::KvExtent {
-                path: path.to_owned(),
-                extent: axis.extent,
-            });
-        }
-    }
-    // A tensor without tokens (a block's scales) is fine; one with other tokens than its group is
-    // not. In a group of state slots this leaves no token axis at all.
-    let tokens = tensor.extent_of(Coordinate::Token);
-    let has_tokens = tensor
-        .axes
-        .iter()
-        .any(|a| a.kind.coordinate() == Coordinate::Token);
-    if has_tokens && tokens != u64::from(block_tokens) {
-        return Err(LayoutError::TokenExtent {
-            path: path.to_owned(),
-            extent: tokens,
-            block_tokens,
-        });
-    }
-    if let Some(index) = tensor.sharded {
-        let shardable = tensor.sharded_axis().is_some_and(|a| {
-            matches!(a.kind, AxisKind::Head | AxisKind::State | AxisKind::Channel)
-        });
-        if !shardable {
-            return Err(LayoutError::ShardedAxis {
-                path: path.to_owned(),
-                index,
-            });
-        }
-    }
-    let bytes = tensor.block_bytes().ok_or_else(|| LayoutError::Overflow {
-        path: path.to_owned(),
-    })?;
-    at_most(path, bytes, limits::BLOCK_BYTES)?;
-    Ok(bytes)
 }

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 pub struct ModelIdentity {
     /// The architecture, as a Hugging Face config's `model_type` names it: `llama`, `qwen3_moe`.
     pub model_type: String,
-    /// The model's id, where the operator gave one; never a file name.
+    /// The model's id (`meta-llama/Llama-3.1-8B`), where the operator gave one; never a file name.
     #[serde(default)]
-    pub name: Option<String>,
+    pub id: Option<String>,
     /// The weights' revision, where the operator gave one.
     #[serde(default)]
     pub revision: Option<String>,
@@ -23,12 +23,12 @@ pub struct ModelIdentity {
 }
 
 impl ModelIdentity {
-    /// An identity with a type and a name.
+    /// An identity with a type and perhaps an id.
     #[must_use]
-    pub fn new(model_type: impl Into<String>, name: Option<&str>) -> Self {
+    pub fn new(model_type: impl Into<String>, id: Option<&str>) -> Self {
         Self {
             model_type: model_type.into(),
-            name: name.map(str::to_owned),
+            id: id.map(str::to_owned),
             ..Self::default()
         }
     }

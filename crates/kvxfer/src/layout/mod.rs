@@ -10,8 +10,11 @@
 //! No device code: a scheduler process can use everything here but `KvPlacement`'s memory.
 
 mod axis;
+mod builder;
+mod check;
 mod compare;
 mod dtype;
+mod engine_tensor;
 mod error;
 mod fingerprint;
 mod format;
@@ -19,20 +22,26 @@ mod identity;
 pub mod models;
 mod overlap;
 mod placement;
+mod scale;
+mod shard;
 mod uniform;
 
+#[cfg(test)]
+mod builder_tests;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use axis::common_split;
-pub use axis::{Axis, AxisKind, Coordinate};
+pub use axis::{Axis, AxisKind};
+pub use builder::{LayoutBuilder, Span};
 pub use compare::{Difference, LayoutMismatch, Severity, Side, compare};
 pub use dtype::DType;
+pub use engine_tensor::{Dim, EngineTensor, Start};
 pub use error::LayoutError;
 pub use fingerprint::Fingerprint;
-pub use format::{
-    CacheGroup, GroupKind, KvFormat, LayerFormat, Scaling, TensorFormat, TensorRole, limits,
-};
+pub use format::{CacheGroup, GroupKind, KvFormat, LayerFormat, TensorFormat, TensorRole, limits};
 pub use identity::ModelIdentity;
-pub use placement::{KvPlacement, LayerWindow, PlacedTensor, PlacementDesc, Shard, Topology};
+pub use placement::{KvPlacement, LayerWindow, PlacedTensor, PlacementDesc, Topology};
+pub use scale::Scaling;
+pub use shard::Shard;
 pub use uniform::{Packing, Uniform};

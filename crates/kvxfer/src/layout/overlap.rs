@@ -198,6 +198,14 @@ fn check_chain(
 ) -> Result<(), LayoutError> {
     let overlap = |a: usize, b: usize, offset: u64| {
         let (a, b) = (&tensors[a.min(b)], &tensors[a.max(b)]);
+        if (a.offset, a.block_stride) == (b.offset, b.block_stride) {
+            return LayoutError::Alias {
+                first: label(a),
+                second: label(b),
+                memory: a.memory,
+                offset: a.offset,
+            };
+        }
         LayoutError::Overlap {
             first: label(a),
             second: label(b),

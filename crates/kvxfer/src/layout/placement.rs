@@ -7,7 +7,7 @@ use kvxfer_verbs::Memory;
 use serde::{Deserialize, Serialize};
 
 use super::overlap::{self, Nest};
-use super::{KvFormat, LayoutError, TensorFormat, limits};
+use super::{KvFormat, LayoutError, Shard, TensorFormat, limits};
 use crate::ids::Rank;
 
 /// A run of model layers: those of one pipeline rank.
@@ -116,26 +116,6 @@ impl Topology {
             return Err(LayoutError::Window { first, end, layers });
         }
         Ok(())
-    }
-}
-
-/// The part of a sharded axis that a rank keeps, in whole-model indices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Shard {
-    /// The first index.
-    pub first: u64,
-    /// How many.
-    pub count: u64,
-}
-
-impl fmt::Display for Shard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}..{}",
-            self.first,
-            self.first.saturating_add(self.count)
-        )
     }
 }
 

@@ -77,7 +77,7 @@ impl KvPlacement {
                         block_stride: 0,
                         num_blocks: *blocks,
                         strides: Vec::new(),
-                        shard: shard(tensor, &topology, path)?,
+                        shard: Shard::of(tensor, &topology, path)?,
                     };
                     placed.block_stride = dense(tensor, &mut placed).ok_or_else(overflow)?;
                     let bytes = placed
@@ -155,40 +155,6 @@ impl Uniform {
             self.memory_bytes,
         )
     }
-}
-
-/// The part of a tensor's sharded axis that falls to a rank.
-fn shard(
-    tensor: &TensorFormat,
-    topology: &Topology,
-    path: impl Fn() -> String,
-) -> Result<Option<Shard>, LayoutError> {
-    let Some(axis) = tensor.sharded_axis() else {
-        return Ok(None);
-    };
-    let (tp, rank) = (u64::from(topology.tp), u64::from(topology.rank.tp));
-    if tp == 0 || rank >= tp {
-        return Err(LayoutError::Rank {
-            what: "tp",
-            rank: topology.rank.tp,
-            size: topology.tp,
-        });
-    }
-    if axis.extent.is_multiple_of(tp) {
-        let count = axis.extent / tp;
-        let first = rank * count;
-        return Ok(Some(Shard { first, count }));
-    }
-    if tp.is_multiple_of(axis.extent) {
-        let first = rank / (tp / axis.extent);
-        return Ok(Some(Shard { first, count: 1 }));
-    }
-    Err(LayoutError::UnevenShard {
-        path: path(),
-        axis: axis.kind,
-        extent: axis.extent,
-        tp: topology.tp,
-    })
 }
 
 /// Sets dense strides, the last axis innermost, and says how many bytes a block takes.

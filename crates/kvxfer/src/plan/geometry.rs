@@ -1,6 +1,6 @@
 //! How one block of a tensor lies on both sides.
 
-use crate::layout::{Coordinate, PlacedTensor, TensorFormat, common_split};
+use crate::layout::{AxisKind, PlacedTensor, TensorFormat, common_split};
 
 /// Part of a block that is contiguous on both sides; offsets from where the block begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,18 +28,13 @@ impl Shape {
         remote: (&TensorFormat, &PlacedTensor),
         local: (&TensorFormat, &PlacedTensor),
     ) -> Option<Self> {
-        let mut coordinates: Vec<Coordinate> = remote
-            .0
-            .axes
-            .iter()
-            .chain(&local.0.axes)
-            .map(|a| a.kind.coordinate())
-            .collect();
-        coordinates.sort_unstable();
-        coordinates.dedup();
+        let axes = remote.0.axes.iter().chain(&local.0.axes);
+        let mut kinds: Vec<AxisKind> = axes.map(|a| a.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
         let mut loops = Vec::new();
-        for coordinate in coordinates {
-            let common = common_split(&parts(remote, coordinate), &parts(local, coordinate))?;
+        for kind in kinds {
+            let common = common_split(&parts(remote, kind), &parts(local, kind))?;
             loops.extend(common.into_iter().map(|c| (c.a, c.b, c.extent)));
         }
         loops.sort_unstable();
@@ -94,19 +89,11 @@ impl Shape {
     }
 }
 
-/// A side's axes of one coordinate as (extent, stride), the outer half of a split first.
-fn parts((format, placed): (&TensorFormat, &PlacedTensor), of: Coordinate) -> Vec<(u64, u64)> {
-    let mut parts: Vec<_> = format
-        .axes
-        .iter()
-        .zip(placed.extents(format))
-        .zip(&placed.strides)
-        .filter(|((axis, _), _)| axis.kind.coordinate() == of)
-        .map(|((axis, extent), stride)| (axis.kind.is_inner(), extent, *stride))
-        .collect();
-    parts.sort_by_key(|p| p.0);
-    parts
-        .into_iter()
-        .map(|(_, extent, stride)| (extent, stride))
+/// A side's axes of one kind as (extent, stride), the most significant first.
+fn parts((format, placed): (&TensorFormat, &PlacedTensor), of: AxisKind) -> Vec<(u64, u64)> {
+    let axes = format.axes.iter().zip(placed.extents(format));
+    axes.zip(&placed.strides)
+        .filter(|((axis, _), _)| axis.kind == of)
+        .map(|((_, extent), stride)| (extent, *stride))
         .collect()
 }

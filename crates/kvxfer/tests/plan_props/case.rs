@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::formats::{Formats, formats, placement};
 use crate::tape::Tape;
 use kvxfer::blocks::{BlockPair, GroupPairs};
-use kvxfer::layout::{Coordinate, PlacedTensor, PlacementDesc, Side, TensorFormat};
+use kvxfer::layout::{AxisKind, PlacedTensor, PlacementDesc, Side, TensorFormat};
 use kvxfer::plan::{Compiled, PlanLimits, Role};
 
 /// Pairs in stretches and alone; no destination twice.
@@ -141,9 +141,9 @@ impl Case {
 pub(crate) fn elements(
     format: &TensorFormat,
     placed: &PlacedTensor,
-) -> BTreeMap<Vec<(Coordinate, u64)>, u64> {
+) -> BTreeMap<Vec<(AxisKind, u64)>, u64> {
     let mut out = BTreeMap::from([(Vec::new(), 0)]);
-    // Outer halves before inner ones: AxisKind's order has it so.
+    // Parts of one index together, in their order: the sort is stable.
     let mut axes: Vec<_> = format
         .axes
         .iter()
@@ -151,17 +151,15 @@ pub(crate) fn elements(
         .zip(&placed.strides)
         .map(|((axis, extent), stride)| (axis.kind, extent, *stride))
         .collect();
-    axes.sort();
+    axes.sort_by_key(|axis| axis.0);
     for (kind, extent, stride) in axes {
         let mut next = BTreeMap::new();
         for (meaning, at) in &out {
             for i in 0..extent {
-                let mut meaning: Vec<(Coordinate, u64)> = meaning.clone();
+                let mut meaning: Vec<(AxisKind, u64)> = meaning.clone();
                 match meaning.last_mut() {
-                    Some((coordinate, outer)) if *coordinate == kind.coordinate() => {
-                        *outer = *outer * extent + i;
-                    }
-                    _ => meaning.push((kind.coordinate(), i)),
+                    Some((last, outer)) if *last == kind => *outer = *outer * extent + i,
+                    _ => meaning.push((kind, i)),
                 }
                 next.insert(meaning, at + i * stride);
             }

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use crate::tape::Tape;
 use kvxfer::ids::Rank;
 use kvxfer::layout::{
-    Axis, AxisKind, CacheGroup, Coordinate, DType, GroupKind, KvFormat, LayerFormat, LayerWindow,
+    Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, LayerFormat, LayerWindow,
     ModelIdentity, PlacedTensor, PlacementDesc, Shard, TensorFormat, TensorRole, Topology,
 };
 
 /// What a tensor holds, apart from how a side cuts it into axes.
 #[derive(Clone)]
 pub(crate) struct Logical {
-    pub(crate) coordinates: Vec<(Coordinate, u64)>,
+    pub(crate) coordinates: Vec<(AxisKind, u64)>,
     pub(crate) dtype: DType,
     pub(crate) role: TensorRole,
     pub(crate) sharded: bool,
@@ -27,39 +27,39 @@ pub(crate) fn logical(tape: &mut Tape, slots: bool, tokens: u64) -> Logical {
         (true, 0..3) => (
             TensorRole::State,
             vec![
-                (Coordinate::Head, heads),
-                (Coordinate::Dim, dim),
-                (Coordinate::State, 3),
+                (AxisKind::Head, heads),
+                (AxisKind::Dim, dim),
+                (AxisKind::State, 3),
             ],
         ),
         (true, _) => (
             TensorRole::Conv,
-            vec![(Coordinate::Channel, dim), (Coordinate::Width, 4)],
+            vec![(AxisKind::Channel, dim), (AxisKind::Width, 4)],
         ),
         (false, 0 | 1) => (
             TensorRole::Key,
             vec![
-                (Coordinate::Token, tokens),
-                (Coordinate::Head, heads),
-                (Coordinate::Dim, dim),
+                (AxisKind::Token, tokens),
+                (AxisKind::Head, heads),
+                (AxisKind::Dim, dim),
             ],
         ),
         (false, 2) => (
             TensorRole::KeyValue,
             vec![
-                (Coordinate::Kv, 2),
-                (Coordinate::Token, tokens),
-                (Coordinate::Head, heads),
-                (Coordinate::Dim, dim),
+                (AxisKind::Kv, 2),
+                (AxisKind::Token, tokens),
+                (AxisKind::Head, heads),
+                (AxisKind::Dim, dim),
             ],
         ),
         (false, 3) => (
             TensorRole::Latent,
-            vec![(Coordinate::Token, tokens), (Coordinate::Latent, dim)],
+            vec![(AxisKind::Token, tokens), (AxisKind::Latent, dim)],
         ),
-        (false, _) => (TensorRole::Scale, vec![(Coordinate::Head, heads)]),
+        (false, _) => (TensorRole::Scale, vec![(AxisKind::Head, heads)]),
     };
-    let sharded = coordinates.iter().any(|c| c.0 == Coordinate::Head);
+    let sharded = coordinates.iter().any(|c| c.0 == AxisKind::Head);
     let shard = (sharded && tape.chance(2)).then(|| {
         let first = tape.below(heads);
         let count = 1 + tape.below(heads - first);
@@ -77,36 +77,25 @@ pub(crate) fn logical(tape: &mut Tape, slots: bool, tokens: u64) -> Logical {
 /// One side's way to cut a tensor into axes.
 pub(crate) fn tensor_format(tape: &mut Tape, name: &str, logical: &Logical) -> TensorFormat {
     let mut axes = Vec::new();
-    for &(coordinate, extent) in &logical.coordinates {
-        let (whole, halves) = match coordinate {
-            Coordinate::Kv => (AxisKind::Kv, None),
-            Coordinate::Head => (AxisKind::Head, None),
-            Coordinate::Token => (
-                AxisKind::Token,
-                Some((AxisKind::TokenOuter, AxisKind::TokenInner)),
-            ),
-            Coordinate::Dim => (
-                AxisKind::Dim,
-                Some((AxisKind::DimOuter, AxisKind::DimInner)),
-            ),
-            Coordinate::Latent => (AxisKind::Latent, None),
-            Coordinate::State => (AxisKind::State, None),
-            Coordinate::Channel => (AxisKind::Channel, None),
-            Coordinate::Width => (AxisKind::Width, None),
-            other => panic!("no tensor here has {other:?}"),
-        };
-        match halves {
-            Some((outer, inner)) if tape.chance(3) => {
-                // Powers of two, or all of it, so that the two sides' splits nest.
-                let inner_extent = match extent {
-                    8 => tape.pick(&[2, 4]),
-                    4 => tape.pick(&[2, 4, 1]),
-                    other => other,
-                };
-                axes.push(Axis::new(outer, extent / inner_extent));
-                axes.push(Axis::new(inner, inner_extent));
+    for &(kind, extent) in &logical.coordinates {
+        let splits = matches!(kind, AxisKind::Token | AxisKind::Dim | AxisKind::Latent);
+        if splits && tape.chance(3) {
+            // Powers of two, or all of it, so that the two sides' splits nest.
+            let inner = match extent {
+                8 => tape.pick(&[2, 4]),
+                4 => tape.pick(&[2, 4, 1]),
+                other => other,
+            };
+            axes.push(Axis::new(kind, extent / inner));
+            // Now and then in three parts.
+            if inner == 4 && tape.chance(2) {
+                axes.push(Axis::new(kind, 2));
+                axes.push(Axis::new(kind, 2));
+            } else {
+                axes.push(Axis::new(kind, inner));
             }
-            _ => axes.push(Axis::new(whole, extent)),
+        } else {
+            axes.push(Axis::new(kind, extent));
         }
     }
     if tape.chance(2) {

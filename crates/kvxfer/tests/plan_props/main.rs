@@ -4,6 +4,7 @@
 mod case;
 mod copied;
 mod formats;
+#[path = "../tape/mod.rs"]
 mod tape;
 
 use std::collections::BTreeMap;

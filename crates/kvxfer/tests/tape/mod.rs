@@ -1,4 +1,4 @@
-//! Numbers that proptest draws, and what is drawn from them.
+//! Random cases from a list of numbers.
 
 use proptest::prelude::*;
 
@@ -6,8 +6,8 @@ use proptest::prelude::*;
 /// case, so failures shrink.
 #[derive(Debug)]
 pub(crate) struct Tape {
-    pub(crate) numbers: Vec<u32>,
-    pub(crate) at: usize,
+    numbers: Vec<u32>,
+    at: usize,
 }
 
 impl Tape {
@@ -18,14 +18,17 @@ impl Tape {
         u64::from(number) % n
     }
 
+    /// One of these.
     pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }
 
+    /// Whether this happens.
     pub(crate) fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == one_in - 1
     }
 
+    /// These in any order.
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             // A zero leaves the order as it is.
@@ -35,6 +38,7 @@ impl Tape {
     }
 }
 
+/// Tapes.
 pub(crate) fn tape() -> impl Strategy<Value = Tape> {
     prop::collection::vec(any::<u32>(), 0..600).prop_map(|numbers| Tape { numbers, at: 0 })
 }
