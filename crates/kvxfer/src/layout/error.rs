@@ -2,12 +2,15 @@
 
 use thiserror::Error;
 
-use super::{AxisKind, DType};
+use super::{AxisKind, ConfigError, DType};
 
 /// A format or a placement that cannot be: which field, which value, and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum LayoutError {
+    /// A config.json that no format can be made of.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// More of something than any real cache has.
     #[error("{path}: {count} is more than the {max} allowed")]
     TooMany {

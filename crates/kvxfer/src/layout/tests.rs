@@ -87,11 +87,11 @@ fn fingerprints_are_what_they_always_were() {
     let golden = [
         (
             "llama-3.1-8b",
-            "89e2ee5683c444f556a07f589f9d892c85c27536917a6d543ae921d12e7cc003",
+            "adc6e12660851eef24b5fe86f80b819081dec7a78f1623ac715da46b6d1e15c8",
         ),
         (
             "deepseek-v3",
-            "8d1ce32d49e2f11690be6d7ce7ff7c3a0252e0be45f2473093f13ced5b322d97",
+            "1dc6e7ac962aefbe2abdc8b075dcdae897296ad74e165c3e159f475f5bffbc19",
         ),
     ];
     for (name, fingerprint) in golden {
