@@ -163,14 +163,22 @@ pub(crate) fn server(listen: &str) -> (Process, String) {
     (server, address)
 }
 
+/// Whether a client was done before it could be struck: at the end of a READ all is measured, and a
+/// release has no answer. It has given its whole report then.
+#[track_caller]
+pub(crate) fn done(ended: &Ended, case: Case) -> bool {
+    let done = (case.stage, case.op) == (Stage::Ending, Op::Read) && ended.code == Some(0);
+    if done {
+        assert_eq!(ended.json()["rows"].as_array().map(Vec::len), Some(2));
+        assert_eq!(ended.stderr, "", "{case:?}");
+    }
+    done
+}
+
 /// What a client says that has lost its server: all of it, and no report.
 #[track_caller]
 pub(crate) fn told(ended: &Ended, case: Case, address: &str) {
-    let done = (case.stage, case.op) == (Stage::Ending, Op::Read) && ended.code == Some(0);
-    if done {
-        // All was measured, and a release has no answer.
-        assert_eq!(ended.json()["rows"].as_array().map(Vec::len), Some(2));
-        assert_eq!(ended.stderr, "", "{case:?}");
+    if done(ended, case) {
         return;
     }
     ended.failed(3, &["kvxfer: ", address, "\n  evidence: ", "\n  fix: "]);
