@@ -142,6 +142,11 @@ fn calls_go_to_the_rank_that_is_meant() {
             push.all_layers(&back).expect("fits");
             let push = push.commit().expect("committed");
             assert_eq!(push.wait(LONG), Some(Outcome::Done));
+            // Until it has heard of it, the blocks are not the owner's.
+            Log::new(&of.engine).wait(
+                "received",
+                |event| matches!(event, Event::Received { request: r, .. } if *r == request),
+            );
             let own = pairs((0..8).map(|b| (b, b)));
             of.side.verify(seed, &own).expect("its bytes are back");
         }

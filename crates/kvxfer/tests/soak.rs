@@ -11,7 +11,7 @@ mod support;
 #[path = "sim/rng.rs"]
 mod rng;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{KvRole, PathKind};
@@ -60,6 +60,19 @@ struct Held {
     end: Instant,
     /// It has, and its blocks are quarantined.
     quarantined: bool,
+    /// Why.
+    why: String,
+}
+
+/// Tells the past of a block if it is not as it was left.
+struct Story<'a>(u32, Instant, Option<&'a VecDeque<String>>);
+
+impl Drop for Story<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("at {:?}, block {}: {:#?}", self.1.elapsed(), self.0, self.2);
+        }
+    }
 }
 
 struct Soak {
@@ -74,6 +87,9 @@ struct Soak {
     /// Pushes and offers: they hold nothing of the pool.
     others: HashMap<RequestId, Instant>,
     ended: HashSet<RequestId>,
+    /// How the last requests of a block of the pool ended.
+    stories: HashMap<u32, VecDeque<String>>,
+    begun: Instant,
     next: u64,
     /// What happened how often.
     told: BTreeMap<String, u64>,
@@ -131,6 +147,8 @@ impl Soak {
             held: HashMap::new(),
             others: HashMap::new(),
             ended: HashSet::new(),
+            stories: HashMap::new(),
+            begun: Instant::now(),
             next: 0,
             told: BTreeMap::new(),
             bytes: 0,
@@ -141,9 +159,9 @@ impl Soak {
         *self.told.entry(what.to_owned()).or_default() += 1;
     }
 
-    fn request(&mut self) -> RequestId {
+    fn request(&mut self, kind: &str) -> RequestId {
         self.next += 1;
-        RequestId::from(format!("soak-{}", self.next).as_str())
+        RequestId::from(format!("{kind}-{}", self.next).as_str())
     }
 
     fn deadline(&mut self) -> Duration {
@@ -163,13 +181,23 @@ impl Soak {
             let at = self.rng.index(self.free.len());
             taken.push(self.free.swap_remove(at));
         }
-        self.node.assert_blocks(taken.iter().copied(), RECYCLED);
+        for block in &taken {
+            let story = Story(*block, self.begun, self.stories.get(block));
+            self.node.assert_blocks([*block].into_iter(), RECYCLED);
+            drop(story);
+        }
         self.node.fill_blocks(taken.iter().copied(), POISON);
         taken
     }
 
-    fn give_back(&mut self, table: &[(u32, u32)]) {
+    fn give_back(&mut self, table: &[(u32, u32)], how: &str) {
         let blocks = table.iter().map(|(_, dst)| *dst);
+        let at = self.begun.elapsed();
+        for block in blocks.clone() {
+            let story = self.stories.entry(block).or_default();
+            story.truncate(7);
+            story.push_front(format!("{at:?}: {how}"));
+        }
         self.node.fill_blocks(blocks.clone(), RECYCLED);
         self.free.extend(blocks);
     }
@@ -179,6 +207,7 @@ impl Soak {
             table,
             end: Instant::now() + deadline + SLACK,
             quarantined: false,
+            why: String::new(),
         };
         assert!(self.held.insert(request.clone(), held).is_none());
     }
@@ -187,7 +216,7 @@ impl Soak {
 
     /// Pulls some blocks of an offer, each from anywhere in it to anywhere in the pool.
     fn pull(&mut self) {
-        let request = self.request();
+        let request = self.request("pull");
         let ticket = self
             .producer
             .0
@@ -213,17 +242,17 @@ impl Soak {
                 }
             }
             // The session is down.
-            Err(_) => {
+            Err(error) => {
                 self.tell("pull not begun");
                 self.held.remove(&request);
-                self.give_back(&table);
+                self.give_back(&table, &format!("{request} was not begun: {error}"));
             }
         }
     }
 
     /// Has the producer push into the pool.
     fn expect(&mut self) {
-        let request = self.request();
+        let request = self.request("expect");
         let blocks = self.take();
         let table: Vec<(u32, u32)> = (0..).zip(blocks.iter().copied()).collect();
         let deadline = self.deadline();
@@ -251,7 +280,7 @@ impl Soak {
 
     /// Pushes to the consumer, which checks what it is given.
     fn push(&mut self) {
-        let request = self.request();
+        let request = self.request("push");
         let deadline = self.deadline();
         let blocks = 1 + self.rng.index(MOST as usize) as u32;
         self.consumer.0.receive(&request.0, blocks, deadline);
@@ -282,7 +311,7 @@ impl Soak {
 
     /// Has the consumer pull, and check what it gets.
     fn offer(&mut self) {
-        let request = self.request();
+        let request = self.request("offer");
         let ttl = self.deadline().max(Duration::from_millis(50));
         let blocks: Vec<u32> = (0..MOST).collect();
         let ticket = self
@@ -353,7 +382,7 @@ impl Soak {
                     assert!(!held.quarantined, "{request:?} failed before");
                     let table = pairs(held.table.iter().copied());
                     self.bytes += self.node.side.verify(SEED, &table).expect("every byte");
-                    self.give_back(&held.table);
+                    self.give_back(&held.table, &format!("{request} received"));
                     self.tell("received");
                 }
                 Event::Failed {
@@ -372,11 +401,12 @@ impl Soak {
                     let held = self.held.get_mut(&request).expect("it was under way");
                     if memory == MemoryState::Quarantined {
                         held.quarantined = true;
+                        held.why = cause;
                         held.end = Instant::now() + SLACK;
                         self.tell("quarantined");
                     } else {
                         let held = self.held.remove(&request).expect("just seen");
-                        self.give_back(&held.table);
+                        self.give_back(&held.table, &format!("{request} failed: {cause}"));
                     }
                 }
                 Event::Released {
@@ -387,7 +417,7 @@ impl Soak {
                     // Of a push that failed, it says that its sources are free.
                     if let Some(held) = self.held.remove(&request) {
                         assert!(held.quarantined, "{request:?} is released twice");
-                        self.give_back(&held.table);
+                        self.give_back(&held.table, &format!("{request} released: {}", held.why));
                     }
                 }
                 Event::Sent { request, .. } => {

@@ -30,7 +30,8 @@ use crate::wire::{ErrorCode, GoodbyeReason, Message, StreamOpening};
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const READ_CHUNK: usize = 64 * 1024;
 /// A queue pair often fails because the peer has died, and the end of the connection says so a moment
-/// later. What came first is the death then.
+/// later. What came first is the death then. Until it is known nothing is said or heeded: that a push
+/// has closed, for one, is not true before its queue pairs are down.
 const LAST_LOOK: Duration = Duration::from_millis(25);
 
 #[derive(Debug)]
@@ -337,7 +338,7 @@ impl Driver {
     }
 
     fn send(&mut self, message: &Message) {
-        if self.session.is_closed() {
+        if self.session.is_closed() || self.resets_at.is_some() {
             return;
         }
         if let Err(error) = self.session.send(message) {
@@ -417,6 +418,9 @@ impl Driver {
         let Some(peer) = self.bringup.peer() else {
             return;
         };
+        if self.resets_at.is_some() {
+            return;
+        }
         if let Err(lie) = self.engine.on_message(peer, message) {
             self.session.cut_off(ErrorCode::Lie, &lie);
         }

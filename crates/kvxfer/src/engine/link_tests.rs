@@ -2,10 +2,13 @@
 
 use std::sync::mpsc::channel;
 
-use super::panic_tests::{name_of, pair, wait_for};
+use super::panic_tests::{LONG, name_of, pair, wait_for};
+use crate::blocks::GroupBlocks;
 use crate::config::PathKind;
 use crate::event::Event;
+use crate::ids::RequestId;
 use crate::transfer::Cause;
+use crate::wire::Release;
 
 /// A queue pair fails because its peer has gone, and its worker is the first to say so.
 #[test]
@@ -46,5 +49,40 @@ fn queue_pairs_alone_are_a_cause() {
         unreachable!();
     };
     assert_eq!(cause, Cause::LaneReset);
+    drop(instance);
+}
+
+/// A session that ends for its queue pairs says nothing more, though it waits for a moment.
+#[test]
+fn nothing_is_said_after_a_reset() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let request = RequestId::from("r");
+    let blocks = vec![GroupBlocks {
+        group: 0,
+        blocks: vec![0],
+    }];
+    let offer = producer.engine.offer(&request, &blocks, 1, LONG);
+    let nonce = offer.expect("an offer").nonce;
+    let mut seen = Vec::new();
+    wait_for(&producer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerUp { .. })
+    });
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    let session = session.expect("a session");
+    let (resume, held) = channel();
+    session.link.hold(held);
+    session.fail(Cause::LaneReset);
+    let release = Release {
+        request: request.clone(),
+        nonce,
+    };
+    session.link.send(release.into());
+    drop(resume);
+    wait_for(&producer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let told = |event: &Event| matches!(event, Event::Released { .. });
+    assert!(!seen.iter().any(told), "{seen:#?}");
+    assert!(producer.engine.retract(&request), "it is on offer");
     drop(instance);
 }

@@ -14,7 +14,7 @@ use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
 use crate::transfer::Cause;
 
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60);
 const BLOCKS: u32 = 128;
 const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
 const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;

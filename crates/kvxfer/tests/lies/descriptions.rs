@@ -207,7 +207,7 @@ fn parts_that_do_not_agree() {
         ),
         (
             |l, d| d.placement = placement(l, |t| t[1].offset = t[0].offset),
-            "overlap",
+            "the same memory",
         ),
         (
             |l, d| {
