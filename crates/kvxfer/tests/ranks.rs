@@ -149,10 +149,13 @@ impl Trio {
     /// A pull from a rank that is well, whose blocks are here then.
     fn pulls_from(&mut self, dp: u32, request: &str, blocks: u32) {
         let ticket = self.children[dp as usize].offer(request, blocks, LONG);
-        // A session that has just come back may be the one that is about to be replaced.
+        // A session that has just come back may be the one that is about to be replaced. Each try is
+        // told by its tag.
+        let mut options = PullOptions::default();
         until("a pull", || {
             let wanted = area(dp, blocks);
-            let Ok(pull) = self.instance.pull(&ticket, &wanted, PullOptions::default()) else {
+            options.tag += 1;
+            let Ok(pull) = self.instance.pull(&ticket, &wanted, options.clone()) else {
                 return false;
             };
             pull.wait(LONG) == Some(Outcome::Done)
