@@ -364,23 +364,27 @@ fn a_device_that_fails_ends_all_and_takes_no_more() {
 /// The lanes of one worker are lost with its completion queue, and those that come after work.
 #[test]
 fn a_completion_queue_that_fails_is_replaced() {
-    for (path, op) in PATHS.into_iter().flat_map(|p| OPS.map(|op| (p, op))) {
-        let mut rig = rig(path, op, "cq-error=1s,delay=1:5ms");
-        assert_eq!(
-            rig.until_one_fails(),
-            Cause::CompletionQueue,
-            "{path} {op:?}"
-        );
-        rig.until_one_is_done();
-        assert_eq!(rig.instance.lanes().expect("up"), (4, 2), "two workers");
-        for _ in 0..5 {
+    let sides = PATHS.into_iter().flat_map(|p| OPS.map(|op| (p, op)));
+    let rigs = sides.map(|(path, op)| {
+        std::thread::spawn(move || {
+            // The event finds work on both workers.
+            let mut rig = rig(path, op, "cq-error=1500ms,delay=1:300ms");
+            rig.wait_until(Duration::from_secs(1));
+            let transfer = rig.start(LONG).expect("the session stands");
+            let failure = rig.end(&transfer).expect_err("half of it is lost");
+            assert_eq!(failure.first_cause, Cause::CompletionQueue, "{path} {op:?}");
+            rig.until_one_is_done();
+            assert_eq!(rig.instance.lanes().expect("up"), (4, 2), "two workers");
             let transfer = rig.start(LONG).expect("the session stands");
             rig.end(&transfer).expect("done");
-        }
-        let down = |e: &Event| matches!(e, Event::PeerDown { .. });
-        assert_eq!(rig.log.count(down), 1, "one session was lost");
-        rig.log.assert_told_once();
-        rig.far_log.assert_told_once();
+            let down = |e: &Event| matches!(e, Event::PeerDown { .. });
+            assert_eq!(rig.log.count(down), 1, "one session was lost");
+            rig.log.assert_told_once();
+            rig.far_log.assert_told_once();
+        })
+    });
+    for rig in rigs.collect::<Vec<_>>() {
+        rig.join().expect("no panic");
     }
 }
 

@@ -281,6 +281,11 @@ impl AsyncEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
+    use crate::config::PathKind;
+    use crate::engine::panic_tests::{LONG, name_of, pair_with, wait_for};
+    use crate::event::Event;
+    use crate::ids::RequestId;
 
     const PORT: u8 = 1;
 
@@ -393,5 +398,38 @@ mod tests {
         }
         assert_eq!(watched.fate(), None);
         assert_eq!(desk.port, Port::default());
+    }
+
+    /// One worker has read what another's completions are about, and that one is not told yet.
+    #[test]
+    fn an_event_that_another_worker_has_read_names_the_cause() {
+        let plan = "qp-fatal=1,event-lag=1000s,delay=1:500ms";
+        let (producer, consumer, _instance, _) = pair_with(PathKind::Arena, Some(plan));
+        let request = RequestId::from("r");
+        let blocks = vec![GroupBlocks {
+            group: 0,
+            blocks: vec![0],
+        }];
+        let expected = consumer.engine.expect(&request, &blocks, 1, LONG);
+        expected.expect("an expectation");
+        let mut seen = Vec::new();
+        wait_for(&producer.engine, &mut seen, |event| {
+            matches!(event, Event::PeerUp { .. })
+        });
+        let back = producer.engine.peer_of(&name_of(&consumer));
+        let push = back.expect("a session").begin_push(&request);
+        let push = push.expect("a push");
+        let pairs = vec![GroupPairs {
+            group: 0,
+            pairs: vec![BlockPair { src: 0, dst: 0 }],
+        }];
+        push.all_layers(&pairs).expect("fits");
+        // It is posted by then, and completes later.
+        std::thread::sleep(Duration::from_millis(100));
+        producer.engine.inner().runtime.events().give_up(&[]);
+        let outcome = push.commit().expect("a push").wait(LONG);
+        let outcome = outcome.expect("an outcome");
+        let failure = outcome.failure().expect("its queue pair fails");
+        assert_eq!(failure.first_cause, Cause::DeviceFatal);
     }
 }

@@ -573,31 +573,31 @@ impl Bringup {
         });
         runtime.add_lanes(&peer, std::mem::take(&mut self.lanes), &spread);
         engine.peer_up(&peer);
+        // From here on it goes down with the session, whatever fails.
+        let peer = self.peer.insert(peer);
         if let Some(bench) = &mut self.bench {
-            bench.serve(&peer)?;
+            bench.serve(peer)?;
         }
         if let Some(up) = self.up.take() {
             // Whoever connected may have given up waiting.
-            let _ = up.send(Arc::clone(&peer));
+            let _ = up.send(Arc::clone(peer));
         }
-        self.peer = Some(peer);
         Ok(Vec::new())
     }
 
-    /// The session is over. Returns whether transfers could run.
-    pub(crate) fn end(&mut self, engine: &Arc<Inner>, cause: &Cause) -> bool {
+    /// The session is over. Returns whether transfers could run, and why they do no more.
+    pub(crate) fn end(&mut self, engine: &Arc<Inner>, cause: Cause) -> (bool, Cause) {
         if let Some((session, _)) = &self.session {
             engine.runtime.close_door(session);
         }
         self.bench = None;
         if let Some(seat) = self.probe.take() {
-            return seat.serves();
+            return (seat.serves(), cause);
         }
         let Some(peer) = self.peer.take() else {
-            return false;
+            return (false, cause);
         };
-        engine.peer_down(&peer, cause);
-        true
+        (true, engine.peer_down(&peer, cause))
     }
 }
 

@@ -47,6 +47,9 @@ enum Order {
     /// Do nothing until this is told or its sender is gone.
     #[cfg(test)]
     Hold(std::sync::mpsc::Receiver<()>),
+    /// The same, and then read before other orders are taken.
+    #[cfg(test)]
+    HoldAndRead(std::sync::mpsc::Receiver<()>),
 }
 
 /// How other threads reach a link.
@@ -112,6 +115,11 @@ impl Link {
     pub(crate) fn hold(&self, until: std::sync::mpsc::Receiver<()>) {
         self.order(Order::Hold(until));
     }
+
+    #[cfg(test)]
+    pub(crate) fn hold_and_read(&self, until: std::sync::mpsc::Receiver<()>) {
+        self.order(Order::HoldAndRead(until));
+    }
 }
 
 /// How a session went.
@@ -139,8 +147,6 @@ pub(crate) struct Driver {
     bringup: Bringup,
     /// An accepted connection's place among those that have not proved themselves.
     arriving: Option<Arriving>,
-    /// Why this side ends the session, where the session itself does not know.
-    cause: Option<Cause>,
     /// When it ends for queue pairs that have failed, if nothing else is heard until then.
     resets_at: Option<(Time, Cause)>,
     error: Option<Error>,
@@ -172,7 +178,6 @@ impl Driver {
             clock,
             bringup,
             arriving: None,
-            cause: None,
             resets_at: None,
             error: None,
             wanted: false,
@@ -192,17 +197,14 @@ impl Driver {
     pub(crate) fn run(mut self, input: &[u8]) -> Ended {
         let closed = catch_unwind(AssertUnwindSafe(|| self.serve(input)));
         self.link.over.store(true, Ordering::Release);
-        let closed = closed.unwrap_or_else(|_| {
+        if closed.is_err() {
             error!(peer = %self.name, "a link has panicked; the engine takes no new work");
             self.engine.runtime.health.break_down();
-            self.cause.get_or_insert(Cause::WorkerPanicked);
-            self.error.get_or_insert(Error::WorkerPanicked);
-            None
-        });
-        self.ended(closed)
+        }
+        self.ended(closed.ok())
     }
 
-    fn serve(&mut self, input: &[u8]) -> Option<Closed> {
+    fn serve(&mut self, input: &[u8]) -> Closed {
         self.session.start(self.clock.now());
         if !input.is_empty() {
             self.session.on_bytes(self.clock.now(), input);
@@ -225,17 +227,21 @@ impl Driver {
             }
             while let Some(event) = self.session.poll_event() {
                 match event {
-                    SessionEvent::Closed(how) => closed = Some(how),
+                    SessionEvent::Closed(how) => {
+                        self.will_end(cause_of(&how));
+                        closed = Some(how);
+                    }
                     event => self.event(event),
                 }
             }
             self.write();
-            if closed.is_some() {
+            if let Some(how) = closed.take() {
                 // The peer may not read any more: its last words get a moment, no more.
                 let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                 if self.session.is_finished() || Instant::now() >= until {
-                    return closed;
+                    return how;
                 }
+                closed = Some(how);
             }
             self.sleep(closed.is_some());
         }
@@ -301,9 +307,16 @@ impl Driver {
     /// Ends the session for a cause of this side, unless it has ended.
     fn reset(&mut self, cause: Cause) {
         if !self.session.is_closed() {
-            self.cause.get_or_insert(cause);
+            self.will_end(cause);
         }
         self.session.close(GoodbyeReason::Replaced);
+    }
+
+    /// Says why the session ends before its last words are said: what fails meanwhile fails for that.
+    fn will_end(&self, cause: Cause) {
+        if let Some(peer) = self.bringup.peer() {
+            peer.will_end(cause);
+        }
     }
 
     fn take_orders(&mut self) {
@@ -317,13 +330,11 @@ impl Driver {
                     let step = self.bringup.stream(&self.engine, opening, stream);
                     self.step(step);
                 }
-                Order::Reset(cause) => match cause {
-                    Cause::LaneReset | Cause::LaneFailed | Cause::Completion { .. } => {
-                        let at = self.clock.now() + LAST_LOOK;
-                        self.resets_at.get_or_insert((at, cause));
-                    }
-                    cause => self.reset(cause),
-                },
+                Order::Reset(cause) if cause.may_follow_the_peers_end() => {
+                    let at = self.clock.now() + LAST_LOOK;
+                    self.resets_at.get_or_insert((at, cause));
+                }
+                Order::Reset(cause) => self.reset(cause),
                 Order::CutOff(lie) => self.session.cut_off(ErrorCode::Lie, &lie),
                 Order::Close(reason) => {
                     self.wanted = true;
@@ -333,6 +344,8 @@ impl Driver {
                 Order::Panic => panic!("a link's panic, which the test wants"),
                 #[cfg(test)]
                 Order::Hold(until) => drop(until.recv()),
+                #[cfg(test)]
+                Order::HoldAndRead(until) => return drop(until.recv()),
             }
         }
     }
@@ -426,22 +439,21 @@ impl Driver {
         }
     }
 
+    /// What has come of a session that was closed so, or whose thread has panicked.
     fn ended(mut self, closed: Option<Closed>) -> Ended {
-        let closed = closed.unwrap_or(Closed::Local(GoodbyeReason::Finished));
-        let cause = self.cause.take().unwrap_or_else(|| cause_of(&closed));
-        let session_error = match closed {
-            Closed::Failed(error) => error,
-            Closed::Goodbye(_) | Closed::Local(_) => SessionError::PeerClosed {
-                state: self.session.state(),
-                mid_frame: false,
-            },
-        };
-        let error = self.error.take().unwrap_or(Error::Session {
-            peer: self.name.clone(),
-            source: session_error,
+        let cause = closed.as_ref().map_or(Cause::WorkerPanicked, cause_of);
+        let error = self.error.take().unwrap_or_else(|| match closed {
+            None => Error::WorkerPanicked,
+            Some(Closed::Failed(source)) => self.session_error(source),
+            Some(Closed::Goodbye(_) | Closed::Local(_)) => {
+                self.session_error(SessionError::PeerClosed {
+                    state: self.session.state(),
+                    mid_frame: false,
+                })
+            }
         });
         let name = self.bringup.peer().map(|peer| peer.name.clone());
-        let established = self.bringup.end(&self.engine, &cause);
+        let (established, cause) = self.bringup.end(&self.engine, cause);
         if established && matches!(cause, Cause::CutOff { .. }) {
             warn!(peer = %self.name, error = %chain(&error), "peer cut off");
         }
@@ -451,6 +463,13 @@ impl Driver {
             error,
             cause,
             wanted: self.wanted,
+        }
+    }
+
+    fn session_error(&self, source: SessionError) -> Error {
+        Error::Session {
+            peer: self.name.clone(),
+            source,
         }
     }
 }

@@ -1,10 +1,12 @@
 //! What a link makes of things that happen at once.
 
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use super::panic_tests::{LONG, name_of, pair, wait_for};
-use crate::blocks::GroupBlocks;
+use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::PathKind;
+use crate::engine::PullOptions;
 use crate::event::Event;
 use crate::ids::RequestId;
 use crate::transfer::Cause;
@@ -32,6 +34,70 @@ fn the_end_of_a_peer_is_the_cause_not_that_of_its_queue_pairs() {
         unreachable!();
     };
     assert_eq!(cause, Cause::PeerClosed);
+    drop(instance);
+}
+
+/// What this side knows before its peer resets the session is the cause, whoever's thread is the
+/// first to run.
+#[test]
+fn what_was_known_first_is_the_cause() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    let session = session.expect("a session");
+    let (resume, held) = channel();
+    session.link.hold_and_read(held);
+    session.fail(Cause::CompletionQueue);
+    let mut seen = Vec::new();
+    wait_for(&producer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerUp { .. })
+    });
+    let back = producer.engine.inner().peer_named(&name_of(&consumer));
+    back.expect("a session").fail(Cause::LaneReset);
+    wait_for(&producer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    drop(resume);
+    let mut seen = Vec::new();
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!();
+    };
+    assert_eq!(cause, Cause::CompletionQueue);
+    drop(instance);
+}
+
+/// Nor do transfers fail for what the peer does because of it.
+#[test]
+fn what_was_known_first_is_the_cause_of_transfers() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let blocks = vec![GroupBlocks {
+        group: 0,
+        blocks: vec![0],
+    }];
+    let offer = producer
+        .engine
+        .offer(&RequestId::from("r"), &blocks, 1, LONG);
+    let ticket = offer.expect("an offer");
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    let session = session.expect("a session");
+    let (resume, held) = channel();
+    session.link.hold(held);
+    session.fail(Cause::CompletionQueue);
+    drop(producer);
+    let pairs = vec![GroupPairs {
+        group: 0,
+        pairs: vec![BlockPair { src: 0, dst: 0 }],
+    }];
+    let transfer = instance.pull(&ticket, &pairs, PullOptions::default());
+    let transfer = transfer.expect("the session is not over");
+    // Its queue pair is gone at the peer, and that fails it, or the end of the session does.
+    std::thread::sleep(Duration::from_millis(100));
+    drop(resume);
+    let outcome = transfer.wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("its peer is gone");
+    assert_eq!(failure.first_cause, Cause::CompletionQueue);
     drop(instance);
 }
 

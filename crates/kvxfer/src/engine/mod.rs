@@ -341,24 +341,25 @@ impl Inner {
         }
     }
 
-    /// A session is over: everything that ran over it ends.
-    pub(crate) fn peer_down(self: &Arc<Self>, peer: &Arc<PeerSession>, cause: &Cause) {
+    /// A session is over: everything that ran over it ends. Returns the cause that stands.
+    pub(crate) fn peer_down(self: &Arc<Self>, peer: &Arc<PeerSession>, cause: Cause) -> Cause {
+        let cause = peer.lose(cause);
         {
             let mut roster = self.roster();
             roster.up.remove(&peer.key);
             if !peer.is_gone() {
                 roster.draining.insert(peer.key);
             }
-            roster.presence.lost(&peer.name, peer.key, cause);
+            roster.presence.lost(&peer.name, peer.key, &cause);
         }
         info!(peer = %peer.name.engine, %cause, "peer is down");
-        peer.lose(cause.clone());
         self.pushes.peer_lost(peer.key);
         self.books.with(self, |books, now| {
             books.forget_peer(peer.key);
-            books.expects.peer_lost(now, peer.key, cause);
+            books.expects.peer_lost(now, peer.key, &cause);
         });
         peer.told();
+        cause
     }
 
     /// Every transfer with a peer whose session is over has told its outcome.

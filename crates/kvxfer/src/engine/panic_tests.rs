@@ -25,7 +25,7 @@ pub(super) struct Node {
     side: BenchSide,
 }
 
-fn node(role: KvRole, path: PathKind) -> Node {
+fn node(role: KvRole, path: PathKind, faults: Option<&str>) -> Node {
     let format = KvFormat::opaque(256 << 10, 2).expect("a format");
     let shape = BenchShape {
         topology: Topology::single(&format),
@@ -42,6 +42,7 @@ fn node(role: KvRole, path: PathKind) -> Node {
         path: PathSet::only(path),
         num_worker_threads: 2,
         qp_per_transfer: 4,
+        faults: faults.map(|plan| plan.parse().expect("a plan")),
         ..Config::default()
     };
     let engine = Engine::new(config, side.format().clone(), side.placement().clone());
@@ -128,7 +129,13 @@ fn all_blocks() -> Vec<GroupPairs> {
 }
 
 pub(super) fn pair(path: PathKind) -> (Node, Node, Instance, String) {
-    let (producer, consumer) = (node(KvRole::Producer, path), node(KvRole::Consumer, path));
+    pair_with(path, None)
+}
+
+/// Two engines whose devices have this plan of faults.
+pub(super) fn pair_with(path: PathKind, faults: Option<&str>) -> (Node, Node, Instance, String) {
+    let producer = node(KvRole::Producer, path, faults);
+    let consumer = node(KvRole::Consumer, path, faults);
     let address = producer.engine.listen("127.0.0.1:0").expect("a port");
     let address = address.to_string();
     let instance = consumer.engine.connect(&address, LONG).expect("a session");
@@ -228,7 +235,7 @@ fn pulls_of_a_worker_that_panics() {
         drop(instance);
         consumer.takes_no_more(way, &address);
         // Its peer goes on with others.
-        let other = node(KvRole::Consumer, path);
+        let other = node(KvRole::Consumer, path, None);
         let instance = other.engine.connect(&address, LONG).expect("a session");
         let transfer = instance
             .pull(&ticket, &all_blocks(), PullOptions::default())
@@ -392,8 +399,8 @@ fn links_that_panic() {
 #[test]
 fn ledgers_over_which_a_thread_panics() {
     for of_keeper in [true, false] {
-        let producer = node(KvRole::Both, PathKind::Arena);
-        let consumer = node(KvRole::Both, PathKind::Arena);
+        let producer = node(KvRole::Both, PathKind::Arena, None);
+        let consumer = node(KvRole::Both, PathKind::Arena, None);
         let address = consumer.engine.listen("127.0.0.1:0").expect("a port");
         let address = address.to_string();
         let to_consumer = producer.engine.connect(&address, LONG).expect("a session");

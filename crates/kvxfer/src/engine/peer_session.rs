@@ -26,13 +26,21 @@ const MAX_CHUNK: u64 = 8 << 20;
 
 #[derive(Debug, Default)]
 struct Fate {
-    /// Why the peer is lost.
-    lost: Option<Cause>,
+    /// Why the session ends, from the moment when that is certain.
+    ends_for: Option<Cause>,
+    /// Whether it is over.
+    lost: bool,
     /// Whether its queue pairs are being taken down, or are gone.
     dropping: bool,
     gone: bool,
     /// Ledgers that wait for it.
     waiting: Vec<(u16, DrainToken)>,
+}
+
+impl Fate {
+    fn lost(&self) -> Option<Cause> {
+        self.ends_for.clone().filter(|_| self.lost)
+    }
 }
 
 /// A peer with whom a session stands or stood. One that reconnects is another.
@@ -151,24 +159,38 @@ impl PeerSession {
 
     /// Why the peer is lost, if it is.
     pub(crate) fn lost(&self) -> Option<Cause> {
-        self.fate().lost.clone()
+        self.fate().lost()
+    }
+
+    /// Why the session ends, if it does: before it is over there may be work that fails with it.
+    pub(crate) fn ends_for(&self) -> Option<Cause> {
+        self.fate().ends_for.clone()
+    }
+
+    /// The session is certain to end. The first cause stays.
+    pub(crate) fn will_end(&self, cause: Cause) {
+        self.fate().ends_for.get_or_insert(cause);
     }
 
     /// The peer cannot be used any more: its session ends, for `cause` unless another came first.
     pub(crate) fn fail(&self, cause: Cause) {
+        if !cause.may_follow_the_peers_end() {
+            self.will_end(cause.clone());
+        }
         self.link.reset(cause);
     }
 
-    /// The session is over. Tells every worker, and takes the queue pairs down. The first cause
-    /// stays; returns whether this was it.
-    pub(crate) fn lose(self: &Arc<Self>, cause: Cause) -> bool {
-        {
+    /// The session is over. Tells every worker, and takes the queue pairs down. Returns the first
+    /// cause, which stays.
+    pub(crate) fn lose(self: &Arc<Self>, cause: Cause) -> Cause {
+        let cause = {
             let mut fate = self.fate();
-            if fate.lost.is_some() {
-                return false;
+            let cause = fate.ends_for.get_or_insert(cause).clone();
+            if std::mem::replace(&mut fate.lost, true) {
+                return cause;
             }
-            fate.lost = Some(cause.clone());
-        }
+            cause
+        };
         for worker in self.own_workers() {
             worker.send(Command::PeerLost {
                 peer: Arc::clone(self),
@@ -176,7 +198,7 @@ impl PeerSession {
             });
         }
         self.drop_lanes();
-        true
+        cause
     }
 
     /// The workers that have lanes; they own all transfers with the peer.
@@ -195,7 +217,7 @@ impl PeerSession {
         // Sent under the lock, so that the worker has it before it hears of the peer's loss: every
         // transfer that was taken fails with its session, and before that is told.
         let fate = self.fate();
-        if let Some(cause) = fate.lost.clone() {
+        if let Some(cause) = fate.lost() {
             return Err(Error::NotConnected { cause });
         }
         let Some(worker) = self.all_workers.get(usize::from(owner)) else {

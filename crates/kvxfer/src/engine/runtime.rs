@@ -175,6 +175,11 @@ impl Runtime {
         &self.pd
     }
 
+    #[cfg(test)]
+    pub(super) fn events(&self) -> &AsyncEvents {
+        &self.events
+    }
+
     pub(crate) fn workers(&self) -> &[WorkerHandle] {
         &self.workers
     }

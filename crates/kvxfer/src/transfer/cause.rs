@@ -270,6 +270,15 @@ impl Cause {
         }
     }
 
+    /// Whether this is often only what the end of the peer has done to its queue pairs, and the end
+    /// itself is heard of a moment later.
+    pub(crate) fn may_follow_the_peers_end(&self) -> bool {
+        matches!(
+            self,
+            Self::LaneReset | Self::LaneFailed | Self::Completion { .. }
+        )
+    }
+
     /// Whether the responder itself has said it, and so takes nothing more from the queue pair.
     /// Otherwise what was sent may still be carried out, although the device here has let go of it.
     #[must_use]

@@ -120,16 +120,17 @@ impl Worker {
     /// Whether a completion waits: it is flushed, nobody has said why, and an event may yet.
     pub(super) fn holds(&mut self, lane: LaneId, completion: &Completion) -> bool {
         let explained = |worker: &Self| worker.scheduler.lane_failure(lane).is_some();
-        if completion.status != WcStatus::WrFlush || explained(self) || self.events.fd().is_none() {
+        if completion.status != WcStatus::WrFlush || explained(self) {
             return false;
         }
         if let Some(held) = self.seen.held.iter_mut().find(|held| held.lane == lane) {
             held.wr_ids.push(completion.wr_id);
             return true;
         }
+        // Another worker may have read the event that this one has not been told of yet.
         self.events.read(&self.others);
         self.heed(lane);
-        if explained(self) {
+        if explained(self) || self.events.fd().is_none() {
             return false;
         }
         self.seen.held.push(Held {

@@ -110,7 +110,7 @@ impl Worker {
     fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
         if vendor == kvxfer_verbs::vendor::PEER_GONE {
             // The control connection knows better than the data path how the peer went.
-            let known = self.lanes.get(&lane).and_then(|at| at.peer.lost());
+            let known = self.lanes.get(&lane).and_then(|at| at.peer.ends_for());
             return known.unwrap_or(Cause::PeerDead);
         }
         if let Some(cause) = self.blame_port(lane, status) {

@@ -445,7 +445,7 @@ impl Worker {
     fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
         let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
         let of_port = self.seen.port.cause();
-        let cause = peer.lost().or(of_port).unwrap_or(Cause::LaneReset);
+        let cause = peer.ends_for().or(of_port).unwrap_or(Cause::LaneReset);
         for lane in &lanes {
             if let Some(at) = self.lanes.get(lane) {
                 at.qp.to_error();
