@@ -345,7 +345,10 @@ impl Driver {
                 #[cfg(test)]
                 Order::Hold(until) => drop(until.recv()),
                 #[cfg(test)]
-                Order::HoldAndRead(until) => return drop(until.recv()),
+                Order::HoldAndRead(until) => {
+                    drop(until.recv());
+                    return;
+                }
             }
         }
     }
