@@ -22,11 +22,26 @@ use crate::error::Error;
 use crate::time::Time;
 use crate::transfer::{Cause, QpEvent};
 
+/// What has become of a completion queue, to those who complete on it.
+#[derive(Debug)]
+struct CqFate {
+    /// The device's number for it: unique while it is there.
+    number: u32,
+    failed: AtomicBool,
+}
+
+/// A worker's completion queue.
+#[derive(Debug, Clone)]
+pub(crate) struct WatchedCq {
+    pub(crate) cq: CompletionQueue,
+    fate: Arc<CqFate>,
+}
+
 /// A queue pair, to those who hear of its events; what it is made for keeps it.
 #[derive(Debug, Default)]
 pub(crate) struct Watched {
-    /// The completion queue that it completes on.
-    cq: u32,
+    /// Of the completion queue that it completes on.
+    cq: Option<Arc<CqFate>>,
     fate: OnceLock<Cause>,
 }
 
@@ -36,12 +51,11 @@ impl Watched {
         self.fate.get()
     }
 
-    /// Whether its completions may never come: only destroying it ends what is posted on it.
+    /// Whether its completions may never come, whatever was told first: only destroying it ends what
+    /// is posted on it.
     pub(crate) fn is_mute(&self) -> bool {
-        matches!(
-            self.fate(),
-            Some(Cause::CompletionQueue | Cause::DeviceFatal)
-        )
+        let failed = |cq: &Arc<CqFate>| cq.failed.load(Ordering::Acquire);
+        self.cq.as_ref().is_some_and(failed)
     }
 
     /// The first event stands.
@@ -79,81 +93,122 @@ struct Desk {
     /// The port of this device that counts.
     port_num: u8,
     watched: HashMap<u32, Weak<Watched>>,
-    failed_cqs: Vec<u32>,
+    cqs: Vec<Weak<CqFate>>,
     port: Port,
     failed: bool,
 }
 
+/// What an event was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum About {
+    QueuePair,
+    CompletionQueue,
+    PortDown,
+    PortUp,
+    Device,
+    /// A queue pair that no transfer uses.
+    Nobody,
+    /// What ends no work.
+    Other,
+}
+
+impl About {
+    /// Whether it matters to what workers do.
+    fn matters(self) -> bool {
+        !matches!(self, Self::Nobody | Self::Other)
+    }
+
+    fn log(self, event: AsyncEvent) {
+        match self {
+            Self::QueuePair => warn!(%event, "the device"),
+            Self::CompletionQueue => error!(%event, "the device: its queue pairs are lost"),
+            Self::PortDown => {
+                warn!(%event, "the device's port: what is posted waits, and fails if that lasts");
+            }
+            Self::PortUp => info!(%event, "the device's port"),
+            Self::Device => error!("the device has failed; the engine takes no new work"),
+            Self::Nobody => info!(%event, "of a queue pair that no transfer uses"),
+            Self::Other => info!(%event, "the device tells of something that ends no work"),
+        }
+    }
+}
+
 impl Desk {
-    fn watch(&mut self, qp_num: u32, cq: u32) -> Arc<Watched> {
+    fn add_cq(&mut self, number: u32) -> Arc<CqFate> {
+        self.cqs.retain(|cq| cq.strong_count() > 0);
+        let fate = Arc::new(CqFate {
+            number,
+            failed: AtomicBool::new(self.failed),
+        });
+        self.cqs.push(Arc::downgrade(&fate));
+        fate
+    }
+
+    fn watch(&mut self, qp_num: u32, cq: &Arc<CqFate>) -> Arc<Watched> {
         self.watched.retain(|_, watched| watched.strong_count() > 0);
         let watched = Arc::new(Watched {
-            cq,
+            cq: Some(Arc::clone(cq)),
             fate: OnceLock::new(),
         });
         if self.failed {
             watched.fail(Cause::DeviceFatal);
-        } else if self.failed_cqs.contains(&cq) {
+        } else if watched.is_mute() {
             watched.fail(Cause::CompletionQueue);
         }
         self.watched.insert(qp_num, Arc::downgrade(&watched));
         watched
     }
 
-    /// Takes an event in. Returns whether it matters to what workers do.
-    fn event(&mut self, now: Time, event: AsyncEvent) -> bool {
+    /// Takes an event in.
+    fn event(&mut self, now: Time, event: AsyncEvent) -> About {
         match event {
-            AsyncEvent::QpFatal { qp_num } => self.of_qp(event, qp_num, QpEvent::Fatal),
-            AsyncEvent::QpRequestError { qp_num } => {
-                self.of_qp(event, qp_num, QpEvent::RequestError)
-            }
-            AsyncEvent::QpAccessError { qp_num } => self.of_qp(event, qp_num, QpEvent::AccessError),
+            AsyncEvent::QpFatal { qp_num } => self.of_qp(qp_num, QpEvent::Fatal),
+            AsyncEvent::QpRequestError { qp_num } => self.of_qp(qp_num, QpEvent::RequestError),
+            AsyncEvent::QpAccessError { qp_num } => self.of_qp(qp_num, QpEvent::AccessError),
             AsyncEvent::PortDown { port } if port == self.port_num => {
-                warn!(%event, "the device's port: what is posted waits, and fails if that lasts");
                 self.port.down = Some(port);
-                true
+                About::PortDown
             }
             AsyncEvent::PortUp { port } if port == self.port_num => {
-                info!(%event, "the device's port");
                 if self.port.down.take().is_some() {
                     self.port.was_down = Some((port, now));
                 }
-                true
+                About::PortUp
             }
             AsyncEvent::CqError { cq } => {
-                error!(%event, "the device: its queue pairs are lost");
-                self.failed_cqs.push(cq);
-                let of_cq = self.live().filter(|watched| watched.cq == cq);
-                of_cq.for_each(|watched| watched.fail(Cause::CompletionQueue));
-                true
+                self.cqs_fail(|fate| fate.number == cq, Cause::CompletionQueue);
+                About::CompletionQueue
             }
             AsyncEvent::DeviceFatal => {
-                error!("the device has failed; the engine takes no new work");
                 self.failed = true;
-                self.live()
-                    .for_each(|watched| watched.fail(Cause::DeviceFatal));
-                true
+                self.cqs_fail(|_| true, Cause::DeviceFatal);
+                About::Device
             }
-            _ => {
-                info!(%event, "the device tells of something that ends no work");
-                false
-            }
+            _ => About::Other,
         }
     }
 
-    fn of_qp(&mut self, event: AsyncEvent, qp_num: u32, kind: QpEvent) -> bool {
+    fn of_qp(&mut self, qp_num: u32, kind: QpEvent) -> About {
         let watched = self.watched.get(&qp_num).and_then(Weak::upgrade);
         let Some(watched) = watched else {
-            info!(%event, "of a queue pair that no transfer uses");
-            return false;
+            return About::Nobody;
         };
-        warn!(%event, "the device");
         watched.fail(Cause::QueuePair { event: kind });
-        true
+        About::QueuePair
     }
 
-    fn live(&self) -> impl Iterator<Item = Arc<Watched>> + '_ {
-        self.watched.values().filter_map(Weak::upgrade)
+    /// These completion queues are mute from now on, and what completes on them fails.
+    fn cqs_fail(&mut self, which: impl Fn(&CqFate) -> bool, cause: Cause) {
+        for fate in self.cqs.iter().filter_map(Weak::upgrade) {
+            if which(&fate) {
+                fate.failed.store(true, Ordering::Release);
+            }
+        }
+        for watched in self.watched.values().filter_map(Weak::upgrade) {
+            if watched.is_mute() {
+                watched.fail(cause.clone());
+            }
+        }
     }
 }
 
@@ -172,7 +227,7 @@ pub(crate) struct AsyncEvents {
     clock: Clock,
     health: Arc<Health>,
     /// One a worker. A worker puts another in the place of one that has failed.
-    cqs: Mutex<Vec<CompletionQueue>>,
+    cqs: Mutex<Vec<WatchedCq>>,
     /// Held while events are taken and what they are about is found.
     desk: Mutex<Desk>,
     over: AtomicBool,
@@ -185,15 +240,20 @@ impl AsyncEvents {
         health: Arc<Health>,
         cqs: Vec<CompletionQueue>,
     ) -> Self {
-        let desk = Desk {
+        let mut desk = Desk {
             port_num: context.device().port,
             ..Desk::default()
         };
+        let cqs = cqs.into_iter().map(|cq| {
+            let fate = desk.add_cq(cq.number());
+            WatchedCq { cq, fate }
+        });
+        let cqs = Mutex::new(cqs.collect());
         Self {
             context,
             clock,
             health,
-            cqs: Mutex::new(cqs),
+            cqs,
             desk: Mutex::new(desk),
             over: AtomicBool::new(false),
         }
@@ -205,9 +265,12 @@ impl AsyncEvents {
     }
 
     /// Where the i-th worker's queue pairs complete.
-    pub(crate) fn cq(&self, worker: u16) -> Option<CompletionQueue> {
-        let cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
-        cqs.get(usize::from(worker)).cloned()
+    pub(crate) fn cq(&self, worker: u16) -> Option<WatchedCq> {
+        self.cqs().get(usize::from(worker)).cloned()
+    }
+
+    fn cqs(&self) -> MutexGuard<'_, Vec<WatchedCq>> {
+        self.cqs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Another completion queue in place of a worker's that has failed.
@@ -217,16 +280,17 @@ impl AsyncEvents {
     /// Those of making one.
     pub(crate) fn replace_cq(&self, worker: u16, depth: u32) -> Result<CompletionQueue, Error> {
         let cq = self.context.create_cq(depth)?;
-        let mut cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = cqs.get_mut(usize::from(worker)) {
-            *place = cq.clone();
+        let fate = self.desk().add_cq(cq.number());
+        if let Some(place) = self.cqs().get_mut(usize::from(worker)) {
+            let cq = cq.clone();
+            *place = WatchedCq { cq, fate };
         }
         Ok(cq)
     }
 
     /// Hears of a queue pair's events from now on.
-    pub(crate) fn watch(&self, qp_num: u32, cq: &CompletionQueue) -> Arc<Watched> {
-        self.desk().watch(qp_num, cq.number())
+    pub(crate) fn watch(&self, qp_num: u32, cq: &WatchedCq) -> Arc<Watched> {
+        self.desk().watch(qp_num, &cq.fate)
     }
 
     /// Readable while the device has something to tell; nothing once it has failed.
@@ -239,41 +303,53 @@ impl AsyncEvents {
 
     /// Takes what the device has to tell, and tells the workers to look.
     pub(crate) fn read(&self, workers: &[WorkerHandle]) {
-        let mut news = false;
+        let mut news = Vec::new();
         let mut desk = self.desk();
         while let Some(event) = self.context.async_event() {
-            news |= desk.event(self.clock.now(), event);
+            news.push((event, desk.event(self.clock.now(), event)));
         }
-        self.told(desk, news, workers);
+        self.told(desk, &news, workers);
     }
 
     /// The device does not do what it must: as if it had said that it has failed.
     pub(crate) fn give_up(&self, workers: &[WorkerHandle]) {
         let mut desk = self.desk();
-        let news = desk.event(self.clock.now(), AsyncEvent::DeviceFatal);
-        self.told(desk, news, workers);
+        let event = AsyncEvent::DeviceFatal;
+        let news = [(event, desk.event(self.clock.now(), event))];
+        self.told(desk, &news, workers);
     }
 
-    fn told(&self, desk: MutexGuard<'_, Desk>, news: bool, workers: &[WorkerHandle]) {
+    fn told(
+        &self,
+        desk: MutexGuard<'_, Desk>,
+        news: &[(AsyncEvent, About)],
+        workers: &[WorkerHandle],
+    ) {
         if desk.failed {
             // Before anybody is told: who hears of the end and asks again is refused.
             self.health.device_failed();
             self.over.store(true, Ordering::Release);
         }
+        // A log that takes nothing more must not hold the other workers up.
         drop(desk);
-        if news {
+        if news.iter().any(|(_, about)| about.matters()) {
             for worker in workers {
                 worker.send(Command::AsyncEvents);
             }
         }
+        for (event, about) in news {
+            about.log(*event);
+        }
     }
 
-    /// How the device stands, to a worker with this completion queue.
-    pub(crate) fn standing(&self, cq: &CompletionQueue) -> Standing {
+    /// How the device stands, to a worker.
+    pub(crate) fn standing(&self, worker: u16) -> Standing {
+        let cq = self.cq(worker);
         let desk = self.desk();
+        let failed = |cq: WatchedCq| cq.fate.failed.load(Ordering::Acquire);
         Standing {
             port: desk.port,
-            needs_cq: !desk.failed && desk.failed_cqs.contains(&cq.number()),
+            needs_cq: !desk.failed && cq.is_some_and(failed),
         }
     }
 }
@@ -289,11 +365,13 @@ mod tests {
 
     const PORT: u8 = 1;
 
-    fn desk() -> Desk {
-        Desk {
+    fn desk() -> (Desk, Arc<CqFate>) {
+        let mut desk = Desk {
             port_num: PORT,
             ..Desk::default()
-        }
+        };
+        let cq = desk.add_cq(1);
+        (desk, cq)
     }
 
     fn at(seconds: u64) -> Time {
@@ -315,54 +393,83 @@ mod tests {
             ),
         ];
         for (of, kind) in kinds {
-            let mut desk = desk();
-            let (one, two) = (desk.watch(7, 1), desk.watch(8, 1));
-            assert!(desk.event(at(0), of(7)));
+            let (mut desk, cq) = desk();
+            let (one, two) = (desk.watch(7, &cq), desk.watch(8, &cq));
+            assert_eq!(desk.event(at(0), of(7)), About::QueuePair);
             assert_eq!(one.fate(), Some(&Cause::QueuePair { event: kind }));
             assert_eq!(two.fate(), None);
             assert!(!one.is_mute(), "its work is flushed");
             // What comes later is not the first cause.
-            assert!(desk.event(at(0), AsyncEvent::DeviceFatal));
+            assert_eq!(desk.event(at(0), AsyncEvent::DeviceFatal), About::Device);
             assert_eq!(one.fate(), Some(&Cause::QueuePair { event: kind }));
+            assert!(one.is_mute(), "nothing completes any more");
             assert_eq!(two.fate(), Some(&Cause::DeviceFatal));
         }
     }
 
     #[test]
-    fn an_event_of_a_queue_pair_that_is_gone_hits_nobody() {
-        let mut desk = desk();
-        let fatal = AsyncEvent::QpFatal { qp_num: 7 };
-        let old = desk.watch(7, 1);
+    fn a_queue_pair_that_had_failed_is_mute_with_its_completion_queue() {
+        let (mut desk, cq) = desk();
+        let watched = desk.watch(7, &cq);
+        desk.event(at(0), AsyncEvent::QpFatal { qp_num: 7 });
+        assert!(!watched.is_mute(), "its work is flushed");
+        desk.event(at(0), AsyncEvent::CqError { cq: 1 });
+        assert!(watched.is_mute());
+        let event = QpEvent::Fatal;
+        assert_eq!(watched.fate(), Some(&Cause::QueuePair { event }));
+    }
+
+    /// A device may give the number of a completion queue that is gone to the next one.
+    #[test]
+    fn a_number_that_comes_again_is_another_completion_queue() {
+        let (mut desk, old) = desk();
+        desk.event(at(0), AsyncEvent::CqError { cq: 1 });
         drop(old);
-        assert!(!desk.event(at(0), fatal), "it is gone");
+        let new = desk.add_cq(1);
+        assert_eq!(desk.watch(7, &new).fate(), None);
+    }
+
+    #[test]
+    fn an_event_of_a_queue_pair_that_is_gone_hits_nobody() {
+        let (mut desk, cq) = desk();
+        let fatal = AsyncEvent::QpFatal { qp_num: 7 };
+        let old = desk.watch(7, &cq);
+        drop(old);
+        assert_eq!(desk.event(at(0), fatal), About::Nobody, "it is gone");
         // The event was for the old one; the number has a new one, which lives when the old one goes.
-        let old = desk.watch(7, 1);
-        let new = desk.watch(7, 1);
+        let old = desk.watch(7, &cq);
+        let new = desk.watch(7, &cq);
         drop(old);
         assert_eq!(new.fate(), None);
-        assert!(desk.event(at(0), fatal), "the new one's own");
+        assert_eq!(desk.event(at(0), fatal), About::QueuePair, "the new one's");
         assert!(new.fate().is_some());
-        assert!(!desk.event(at(0), AsyncEvent::QpFatal { qp_num: 9 }));
+        let other = AsyncEvent::QpFatal { qp_num: 9 };
+        assert_eq!(desk.event(at(0), other), About::Nobody);
     }
 
     #[test]
     fn a_completion_queue_takes_its_queue_pairs_along_also_later_ones() {
-        let mut desk = desk();
-        let (on, off) = (desk.watch(7, 1), desk.watch(8, 2));
-        assert!(desk.event(at(0), AsyncEvent::CqError { cq: 1 }));
+        let (mut desk, one) = desk();
+        let (two, three) = (desk.add_cq(2), desk.add_cq(3));
+        let (on, off) = (desk.watch(7, &one), desk.watch(8, &two));
+        let failed = AsyncEvent::CqError { cq: 1 };
+        assert_eq!(desk.event(at(0), failed), About::CompletionQueue);
         assert_eq!(on.fate(), Some(&Cause::CompletionQueue));
         assert!(on.is_mute());
         assert_eq!(off.fate(), None);
-        assert_eq!(desk.watch(9, 1).fate(), Some(&Cause::CompletionQueue));
-        assert_eq!(desk.watch(9, 3).fate(), None);
+        assert!(!off.is_mute());
+        let later = desk.watch(9, &one);
+        assert_eq!(later.fate(), Some(&Cause::CompletionQueue));
+        assert_eq!(desk.watch(9, &three).fate(), None);
     }
 
     #[test]
     fn a_failed_device_has_no_good_queue_pair() {
-        let mut desk = desk();
-        let before = desk.watch(7, 1);
-        assert!(desk.event(at(0), AsyncEvent::DeviceFatal));
-        for watched in [before, desk.watch(8, 1)] {
+        let (mut desk, cq) = desk();
+        let before = desk.watch(7, &cq);
+        desk.event(at(0), AsyncEvent::DeviceFatal);
+        let another = desk.add_cq(2);
+        for watched in [before, desk.watch(8, &cq), desk.watch(9, &another)] {
             assert_eq!(watched.fate(), Some(&Cause::DeviceFatal));
             assert!(watched.is_mute());
         }
@@ -370,31 +477,37 @@ mod tests {
 
     #[test]
     fn a_port_is_to_blame_while_it_is_down_and_for_what_was_tried_then() {
-        let mut desk = desk();
+        let (mut desk, _cq) = desk();
         let tried = Duration::from_secs(8);
         let down = Some(Cause::PortDown { port: PORT });
+        let (goes, comes) = (
+            AsyncEvent::PortDown { port: PORT },
+            AsyncEvent::PortUp { port: PORT },
+        );
         assert_eq!(desk.port.blame(at(0), tried), None);
         // Another port of the card is nobody's here.
-        assert!(!desk.event(at(1), AsyncEvent::PortDown { port: 2 }));
+        let other = AsyncEvent::PortDown { port: 2 };
+        assert_eq!(desk.event(at(1), other), About::Other);
         assert_eq!(desk.port, Port::default());
-        assert!(desk.event(at(1), AsyncEvent::PortDown { port: PORT }));
+        assert_eq!(desk.event(at(1), goes), About::PortDown);
         assert_eq!(desk.port.cause(), down);
         assert_eq!(desk.port.blame(at(1000), tried), down);
-        assert!(desk.event(at(1000), AsyncEvent::PortUp { port: PORT }));
+        assert_eq!(desk.event(at(1000), comes), About::PortUp);
         assert_eq!(desk.port.cause(), None);
         assert_eq!(desk.port.blame(at(1007), tried), down);
         assert_eq!(desk.port.blame(at(1008), tried), None);
         // Up again without having been down, after a change of speed for one.
-        assert!(desk.event(at(2000), AsyncEvent::PortUp { port: PORT }));
+        desk.event(at(2000), comes);
         assert_eq!(desk.port.blame(at(2001), tried), None);
     }
 
     #[test]
     fn other_events_change_nothing() {
-        let mut desk = desk();
-        let watched = desk.watch(7, 1);
+        let (mut desk, cq) = desk();
+        let watched = desk.watch(7, &cq);
         for code in 0..100 {
-            assert!(!desk.event(at(0), AsyncEvent::Other { code }));
+            let about = desk.event(at(0), AsyncEvent::Other { code });
+            assert!(!about.matters());
         }
         assert_eq!(watched.fate(), None);
         assert_eq!(desk.port, Port::default());

@@ -346,7 +346,7 @@ impl Driver {
                 Order::Hold(until) => drop(until.recv()),
                 #[cfg(test)]
                 Order::HoldAndRead(until) => {
-                    drop(until.recv());
+                    let _ = until.recv();
                     return;
                 }
             }

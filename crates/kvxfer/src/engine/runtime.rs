@@ -238,7 +238,7 @@ impl Runtime {
             .into_iter()
             .map(|worker| {
                 let cq = self.events.cq(worker).ok_or(Error::ShuttingDown)?;
-                let qp = self.pd.create_qp(caps, &cq, &cq)?;
+                let qp = self.pd.create_qp(caps, &cq.cq, &cq.cq)?;
                 let watched = self.events.watch(qp.qp_num(), &cq);
                 let qp = qp.init(InitAttr { access })?;
                 let inbox = if notices {

@@ -49,34 +49,48 @@ impl Wake {
 
     /// Sleeps until a wake, until one of `others` has what is asked of it, or for `timeout`
     /// (`None`: no limit). `idle` is asked once more after wakers can see the sleeper; if it says
-    /// there is work, no sleep happens.
+    /// there is work, no sleep happens. Returns whether the last of `others` has what is asked of it,
+    /// where that was looked at.
     pub(crate) fn sleep(
         &self,
         others: &[(BorrowedFd<'_>, PollFlags)],
         timeout: Option<Duration>,
         idle: impl FnOnce() -> bool,
-    ) {
+    ) -> Option<bool> {
         let _ = self.sleeping.swap(true, Ordering::SeqCst);
-        if idle() {
-            self.block(others, timeout);
-        }
+        let last = if idle() {
+            self.block(others, timeout)
+        } else {
+            None
+        };
         let _ = self.sleeping.swap(false, Ordering::SeqCst);
         // Nonblocking; an empty counter is fine.
         let _: Result<u64, Errno> = self.fd.read();
+        last
     }
 
     #[cfg(not(all(loom, test)))]
-    fn block(&self, others: &[(BorrowedFd<'_>, PollFlags)], timeout: Option<Duration>) {
+    fn block(
+        &self,
+        others: &[(BorrowedFd<'_>, PollFlags)],
+        timeout: Option<Duration>,
+    ) -> Option<bool> {
         let mut fds = Vec::with_capacity(1 + others.len());
         fds.push(PollFd::new(self.fd.as_fd(), PollFlags::POLLIN));
         fds.extend(others.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
         // An interrupted or failed poll is a spurious wake: the caller looks for work again.
-        let _ = poll(&mut fds, poll_timeout(timeout));
+        poll(&mut fds, poll_timeout(timeout)).ok()?;
+        fds.get(1..)?.last()?.any()
     }
 
     #[cfg(all(loom, test))]
-    fn block(&self, _others: &[(BorrowedFd<'_>, PollFlags)], _timeout: Option<Duration>) {
+    fn block(
+        &self,
+        _others: &[(BorrowedFd<'_>, PollFlags)],
+        _timeout: Option<Duration>,
+    ) -> Option<bool> {
         self.fd.wait_readable();
+        None
     }
 }
 

@@ -48,12 +48,12 @@ impl Events {
 
     pub(crate) fn take(&self) -> Option<AsyncEvent> {
         let mut queue = lock(&self.queue);
-        let event = queue.pop_front();
+        let event = queue.pop_front()?;
         if queue.is_empty() {
-            // Fails only when it was not readable.
+            // It was readable.
             let _ = self.event.read();
         }
-        event
+        Some(event)
     }
 
     /// Forgets the events of a queue pair that is destroyed.

@@ -30,16 +30,16 @@ pub(super) struct Held {
 /// What a worker keeps of the device's events.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// When it last looked since it slept.
+    /// When it last looked, or was told that there are none; nothing if there are some.
     looked: Option<Time>,
     pub(super) port: Port,
     held: Vec<Held>,
 }
 
 impl Seen {
-    /// After a sleep the worker looks at once: it may be what has woken it.
-    pub(super) fn slept(&mut self) {
-        self.looked = None;
+    /// A sleep has ended, because of events or not: if so, the worker looks at once.
+    pub(super) fn slept(&mut self, now: Time, events: bool) {
+        self.looked = (!events).then_some(now);
     }
 
     /// When flushes that wait for their event need wait no longer.
@@ -65,7 +65,7 @@ impl Worker {
 
     /// Somebody has read events that matter.
     pub(super) fn events_read(&mut self) {
-        let standing = self.events.standing(&self.cq);
+        let standing = self.events.standing(self.index);
         self.set_port(standing.port);
         if standing.needs_cq {
             self.replace_cq();
@@ -176,7 +176,7 @@ impl Worker {
             return None;
         }
         self.events.read(&self.others);
-        self.set_port(self.events.standing(&self.cq).port);
+        self.set_port(self.events.standing(self.index).port);
         let tried = RTS.retry_time().unwrap_or(Duration::MAX);
         let cause = self.seen.port.blame(self.clock.now(), tried)?;
         if let Some(at) = self.lanes.get(&lane) {

@@ -502,11 +502,15 @@ impl Worker {
         let idle = || commands.is_empty();
         let cq = (self.cq.as_fd(), PollFlags::POLLIN);
         match self.events.fd() {
-            Some(fd) => self
-                .wake
-                .sleep(&[cq, (fd, PollFlags::POLLIN)], timeout, idle),
-            None => self.wake.sleep(&[cq], timeout, idle),
+            Some(fd) => {
+                let others = [cq, (fd, PollFlags::POLLIN)];
+                if let Some(events) = self.wake.sleep(&others, timeout, idle) {
+                    self.seen.slept(self.clock.now(), events);
+                }
+            }
+            None => {
+                self.wake.sleep(&[cq], timeout, idle);
+            }
         }
-        self.seen.slept();
     }
 }
