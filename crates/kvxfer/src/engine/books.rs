@@ -1,13 +1,14 @@
 //! What an engine has offered and what it expects: the ledgers of [`crate::leases`] and
 //! [`crate::expects`], and the thread that keeps their time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tracing::{debug, error};
 
+use super::health::Health;
 use super::peer_session::PeerSession;
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
@@ -35,8 +36,8 @@ pub(crate) struct Ledgers {
     pub(crate) expects: Expects,
     /// The tickets of expectations that stand, for producers that ask.
     pub(crate) tickets: HashMap<RequestId, Ticket>,
-    /// Producers that asked before.
-    wanted: Vec<(RequestId, PeerKey)>,
+    /// What producers asked for before.
+    wanted: HashMap<PeerKey, HashSet<RequestId>>,
     stopping: bool,
     /// The time keeper is to panic, as a defect would have it.
     #[cfg(test)]
@@ -49,6 +50,23 @@ pub(crate) struct Books {
     changed: Condvar,
 }
 
+/// The ledgers while somebody changes them. Should that panic, the engine breaks down before anybody
+/// else can have them, and the time keeper is called.
+struct Held<'a> {
+    ledgers: MutexGuard<'a, Ledgers>,
+    changed: &'a Condvar,
+    health: &'a Health,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.health.break_down();
+            self.changed.notify_one();
+        }
+    }
+}
+
 impl Books {
     pub(crate) fn new(slots: u32, grace: Duration) -> Self {
         Self {
@@ -56,7 +74,7 @@ impl Books {
                 leases: Leases::new(slots),
                 expects: Expects::new(grace),
                 tickets: HashMap::new(),
-                wanted: Vec::new(),
+                wanted: HashMap::new(),
                 stopping: false,
                 #[cfg(test)]
                 panic: false,
@@ -70,22 +88,31 @@ impl Books {
         self.ledgers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hold<'a>(&'a self, engine: &'a Inner) -> Held<'a> {
+        Held {
+            ledgers: self.lock(),
+            changed: &self.changed,
+            health: &engine.runtime.health,
+        }
+    }
+
     /// Does something with the ledgers and carries out what follows from it.
     pub(crate) fn with<R>(
         &self,
         engine: &Arc<Inner>,
         act: impl FnOnce(&mut Ledgers, Time) -> R,
     ) -> R {
-        let mut ledgers = self.lock();
+        let mut held = self.hold(engine);
+        let ledgers = &mut *held.ledgers;
         let before = ledgers.next_timeout();
-        let answer = act(&mut ledgers, engine.now());
+        let answer = act(ledgers, engine.now());
         ledgers.carry_out(engine);
         let earlier = match (before, ledgers.next_timeout()) {
             (_, None) => false,
             (None, Some(_)) => true,
             (Some(before), Some(after)) => after < before,
         };
-        drop(ledgers);
+        drop(held);
         if earlier {
             self.changed.notify_one();
         }
@@ -114,11 +141,12 @@ impl Books {
             return;
         };
         inner.runtime.health.break_down();
-        self.ledgers.clear_poison();
         let ended = catch_unwind(AssertUnwindSafe(|| {
-            self.with(&inner, |books, now| {
-                books.end_all(now, &Cause::WorkerPanicked)
-            });
+            let mut ledgers = self.lock();
+            // Under the lock: a panic of another thread comes before this or after all of it.
+            self.ledgers.clear_poison();
+            ledgers.end_all(inner.now(), &Cause::WorkerPanicked);
+            ledgers.carry_out(&inner);
         }));
         drop(inner);
         if ended.is_err() || keep().is_err() || self.ledgers.is_poisoned() {
@@ -251,11 +279,13 @@ impl Ledgers {
     /// An expectation stands: producers that asked for it get their tickets.
     pub(crate) fn announce(&mut self, engine: &Inner, ticket: &Ticket) {
         self.tickets.insert(ticket.request.clone(), ticket.clone());
-        let asked: Vec<PeerKey> = self
+        let mut asked: Vec<PeerKey> = self
             .wanted
-            .extract_if(.., |(request, _)| *request == ticket.request)
-            .map(|(_, peer)| peer)
+            .iter_mut()
+            .filter_map(|(peer, of_peer)| of_peer.remove(&ticket.request).then_some(*peer))
             .collect();
+        // Whoever connected first is the first to be answered.
+        asked.sort_unstable();
         for key in asked {
             if let Some(peer) = engine.peer(key) {
                 self.answer(&peer, ticket);
@@ -280,14 +310,13 @@ impl Ledgers {
             Some(_) => refuse(peer, request, nonce, Refusal::Late),
             None if nonce.is_some() => refuse(peer, request, nonce, Refusal::Late),
             None => {
-                let of_peer = || self.wanted.iter().filter(|(_, key)| *key == peer.key);
-                if of_peer().any(|(wanted, _)| *wanted == request) {
-                    return;
-                }
-                if self.wanted.len() >= MAX_WANTED || of_peer().count() >= MAX_WANTED_OF_PEER {
+                let all: usize = self.wanted.values().map(HashSet::len).sum();
+                let of_peer = self.wanted.entry(peer.key).or_default();
+                let full = all >= MAX_WANTED || of_peer.len() >= MAX_WANTED_OF_PEER;
+                if full && !of_peer.contains(&request) {
                     return refuse(peer, request, nonce, Refusal::Busy);
                 }
-                self.wanted.push((request, peer.key));
+                of_peer.insert(request);
             }
         }
     }
@@ -306,9 +335,8 @@ impl Ledgers {
         // The push was given up before the ticket reached it. If it still waits for one, nobody
         // does any more. Otherwise its ticket is on its way and the peer is bound, perhaps to its
         // next push: the peer's answer to the ticket says whether it is closed.
-        let asked = |(wanted, key): &(RequestId, PeerKey)| *key == peer && wanted == request;
-        if let Some(at) = self.wanted.iter().position(asked) {
-            self.wanted.remove(at);
+        if let Some(of_peer) = self.wanted.get_mut(&peer) {
+            of_peer.remove(request);
         }
         Ok(())
     }
@@ -332,7 +360,7 @@ impl Ledgers {
 
     /// A peer is gone: it asks for nothing any more.
     pub(crate) fn forget_peer(&mut self, peer: PeerKey) {
-        self.wanted.retain(|(_, key)| *key != peer);
+        self.wanted.remove(&peer);
     }
 
     /// Ends whatever stands.

@@ -342,14 +342,19 @@ impl Bringup {
             return Ok(none(Vec::new()));
         }
         let mut candidates = offer.candidates.clone();
-        if !engine.config.path.allows(offer.path) {
+        let soft = soft_path(offer.path);
+        let why_not = if !engine.config.path.allows(offer.path) {
+            Some("the peer's configuration does not allow it")
+        } else if soft.is_none() && offer.path != PathKind::Tcp {
+            Some("the peer has no such path")
+        } else {
+            None
+        };
+        if let Some(why_not) = why_not {
             for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
-                candidate.why_not = Some("the peer's configuration does not allow it".to_owned());
+                candidate.why_not = Some(why_not.to_owned());
             }
             return Ok(none(candidates));
-        }
-        if soft_path(offer.path).is_none() && offer.path != PathKind::Tcp {
-            return Err(Error::PathNotHere { path: offer.path });
         }
         if offer.endpoints.len() > MAX_QUEUE_PAIRS {
             return Ok(vec![refuse(Refusal::Full {
@@ -393,7 +398,7 @@ impl Bringup {
             candidates: offer.candidates,
         });
         let mut steps = vec![Step::Send(answer.into())];
-        match soft_path(offer.path) {
+        match soft {
             Some(path) => {
                 for (made, remote) in qps.into_iter().zip(remote) {
                     self.lanes
@@ -401,7 +406,7 @@ impl Bringup {
                 }
                 steps.push(Step::Send(Ready {}.into()));
             }
-            None if offer.path == PathKind::Tcp => {
+            None => {
                 let joining = qps.into_iter().zip(remote).map(|(made, remote)| Joining {
                     made,
                     remote,
@@ -410,7 +415,6 @@ impl Bringup {
                 });
                 self.joining = joining.collect();
             }
-            None => return Err(Error::PathNotHere { path: offer.path }),
         }
         Ok(steps)
     }

@@ -4,12 +4,13 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::panic_tests::{LONG, name_of, pair, wait_for};
+use crate::Error;
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::PathKind;
 use crate::engine::PullOptions;
 use crate::event::Event;
 use crate::ids::RequestId;
-use crate::transfer::Cause;
+use crate::transfer::{Cause, DrainToken};
 use crate::wire::Release;
 
 /// A queue pair fails because its peer has gone, and its worker is the first to say so.
@@ -151,4 +152,38 @@ fn nothing_is_said_after_a_reset() {
     assert!(!seen.iter().any(told), "{seen:#?}");
     assert!(producer.engine.retract(&request), "it is on offer");
     drop(instance);
+}
+
+/// From the moment when they are taken down, and not only when the session is over.
+#[test]
+fn nothing_new_runs_over_queue_pairs_that_are_taken_down() {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let blocks = vec![GroupBlocks {
+        group: 0,
+        blocks: vec![0],
+    }];
+    let offer = producer
+        .engine
+        .offer(&RequestId::from("r"), &blocks, 1, LONG);
+    let ticket = offer.expect("an offer");
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    let session = session.expect("a session");
+    let (resume, held) = channel();
+    session.link.hold(held);
+    session.drain(0, DrainToken::ANY);
+    let pairs = vec![GroupPairs {
+        group: 0,
+        pairs: vec![BlockPair { src: 0, dst: 0 }],
+    }];
+    assert!(!instance.is_up(), "no transfer could run");
+    let refused = instance.pull(&ticket, &pairs, PullOptions::default());
+    let Err(Error::NotConnected { cause }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(cause, Cause::LaneReset);
+    drop(resume);
+    assert!(instance.wait_up(LONG), "set up anew");
+    let again = instance.pull(&ticket, &pairs, PullOptions::default());
+    let outcome = again.expect("a pull").wait(LONG);
+    assert!(outcome.expect("an outcome").is_done());
 }

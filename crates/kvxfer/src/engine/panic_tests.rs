@@ -433,6 +433,9 @@ fn ledgers_over_which_a_thread_panics() {
                     .with(&other, |_, _| panic!("which the test wants"))
             });
             panicked.join().expect_err("it has panicked");
+            let error = engine.expect(&RequestId::from("soon"), &groups(20..21), 1, LONG);
+            let error = error.expect_err("broken at once");
+            assert!(matches!(error, Error::WorkerPanicked), "{error}");
         }
         let mut seen = Vec::new();
         let of = |wanted: &RequestId| {

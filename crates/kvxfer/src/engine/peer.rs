@@ -133,11 +133,11 @@ impl Peer {
             Lead::Kept(tether) => tether.session(),
             Lead::Accepted(place) => {
                 let mut session = place.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(cause) = session.lost() else {
+                let Err(cause) = session.usable() else {
                     return Ok(Arc::clone(&session));
                 };
                 match self.engine().peer_named(&self.shares.name) {
-                    Some(newer) if newer.lost().is_none() => {
+                    Some(newer) if newer.usable().is_ok() => {
                         *session = Arc::clone(&newer);
                         Ok(newer)
                     }

@@ -41,6 +41,14 @@ impl Fate {
     fn lost(&self) -> Option<Cause> {
         self.ends_for.clone().filter(|_| self.lost)
     }
+
+    /// Why nothing new can run over the session.
+    fn usable(&self) -> Result<(), Cause> {
+        if !self.lost && !self.dropping {
+            return Ok(());
+        }
+        Err(self.ends_for.clone().unwrap_or(Cause::LaneReset))
+    }
 }
 
 /// A peer with whom a session stands or stood. One that reconnects is another.
@@ -162,6 +170,11 @@ impl PeerSession {
         self.fate().lost()
     }
 
+    /// Why nothing new can run over the session: it is over, or its queue pairs are taken down.
+    pub(crate) fn usable(&self) -> Result<(), Cause> {
+        self.fate().usable()
+    }
+
     /// Why the session ends, if it does: before it is over there may be work that fails with it.
     pub(crate) fn ends_for(&self) -> Option<Cause> {
         self.fate().ends_for.clone()
@@ -217,9 +230,8 @@ impl PeerSession {
         // Sent under the lock, so that the worker has it before it hears of the peer's loss: every
         // transfer that was taken fails with its session, and before that is told.
         let fate = self.fate();
-        if let Some(cause) = fate.lost() {
-            return Err(Error::NotConnected { cause });
-        }
+        fate.usable()
+            .map_err(|cause| Error::NotConnected { cause })?;
         let Some(worker) = self.all_workers.get(usize::from(owner)) else {
             return Err(Error::ShuttingDown);
         };

@@ -104,9 +104,9 @@ impl Tether {
     /// [`Error::NotConnected`].
     pub(crate) fn session(&self) -> Result<Arc<PeerSession>, Error> {
         let lost = match &self.now().session {
-            Ok(session) => match session.lost() {
-                None => return Ok(Arc::clone(session)),
-                Some(cause) => cause,
+            Ok(session) => match session.usable() {
+                Ok(()) => return Ok(Arc::clone(session)),
+                Err(cause) => cause,
             },
             Err(cause) => cause.clone(),
         };
