@@ -137,8 +137,8 @@ impl Instance {
     pub fn wait_up(&self, timeout: Duration) -> bool {
         let until = net::after(timeout);
         loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if !self.peers.iter().all(|peer| peer.wait_up(left)) {
+            let left = || until.saturating_duration_since(Instant::now());
+            if !self.peers.iter().all(|peer| peer.wait_up(left())) {
                 return false;
             }
             // One may have been lost while another was waited for.
@@ -240,5 +240,45 @@ impl Instance {
                 here: here.to_string(),
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PathKind;
+    use crate::engine::panic_tests::pair;
+    use crate::engine::tether::Tether;
+    use crate::transfer::Cause;
+
+    /// Ranks that come up one after another do not each have the whole time.
+    #[test]
+    fn the_wait_for_all_ranks_has_one_limit() {
+        const STEP: Duration = Duration::from_secs(1);
+        // The second rank is up by then, the last one is not.
+        const LIMIT: Duration = Duration::from_millis(2500);
+        let (_producer, consumer, instance, _) = pair(PathKind::Arena);
+        let session = instance.peers()[0].session().expect("a session");
+        let tethers: Vec<Arc<Tether>> = (0..4).map(|_| Tether::new().0).collect();
+        let peer = |tether: &Arc<Tether>| {
+            let engine = Arc::clone(consumer.engine.inner());
+            let peer = Peer::connected(engine, Arc::clone(&session), Arc::clone(tether));
+            tether.lost(Cause::PeerDead);
+            peer
+        };
+        let ranks = Instance {
+            peers: tethers.iter().map(peer).collect(),
+        };
+        assert!(!ranks.wait_up(Duration::ZERO));
+        let again = Arc::clone(&session);
+        let coming = std::thread::spawn(move || {
+            for tether in tethers {
+                std::thread::sleep(STEP);
+                tether.up(Arc::clone(&again));
+            }
+        });
+        assert!(!ranks.wait_up(LIMIT), "each rank had a limit of its own");
+        coming.join().expect("all come up");
+        assert!(ranks.wait_up(Duration::ZERO));
     }
 }
