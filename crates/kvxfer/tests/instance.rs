@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use kvxfer::Error;
@@ -13,6 +13,7 @@ use kvxfer::engine::{Engine, Instance, Outcome, Peer, PullOptions, PushOptions};
 use kvxfer::event::{Class, Event};
 use kvxfer::ids::{EngineId, Rank, RequestId};
 use kvxfer::ticket::Ticket;
+use nix::sys::socket::Backlog;
 use support::{LONG, Log, Node, bounded, groups, pairs, recipe, until};
 
 const BLOCK: u64 = 4 << 10;
@@ -304,6 +305,51 @@ fn a_rank_that_does_not_answer() {
     assert!(matches!(**source, Error::Unreachable { .. }), "{source}");
     // What was given up does not keep the engine.
     bounded("engine drop", move || drop(node));
+}
+
+/// An address that answers no more than a host that is off does, for as long as the others are kept.
+fn black_hole() -> (SocketAddr, TcpListener, Vec<TcpStream>) {
+    let full = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let at = full.local_addr().expect("a port");
+    nix::sys::socket::listen(&full, Backlog::new(0).expect("small")).expect("a short queue");
+    let mut waiting = Vec::new();
+    // Whoever comes to a full queue is not answered.
+    while let Ok(stream) = TcpStream::connect_timeout(&at, WATCH) {
+        waiting.push(stream);
+        assert!(waiting.len() < 64, "the queue never fills");
+    }
+    (at, full, waiting)
+}
+
+/// Whether a connection to the port is being dialled from this network namespace, without an answer.
+fn is_dialled(to: SocketAddr) -> bool {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("the kernel's table");
+    let port = format!(":{:04X}", to.port());
+    table.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // The far address, and SYN_SENT.
+        fields.get(2).is_some_and(|far| far.ends_with(&port)) && fields.get(3) == Some(&"02")
+    })
+}
+
+/// A rank that failed ends the dialling of the others, and not only the wait for it.
+#[test]
+fn what_is_being_dialled_is_given_up() {
+    let node = consumer();
+    let (hole, _full, _waiting) = black_hole();
+    assert!(!is_dialled(hole));
+    let fails = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let ranks = [hole, fails.local_addr().expect("a port")].map(|at| at.to_string());
+    let engine = node.engine.clone();
+    let connecting = std::thread::spawn(move || engine.connect_ranks(&ranks, 20 * LONG));
+    until("the dial", || is_dialled(hole));
+    drop(fails.accept().expect("the other dial"));
+    let error = connecting.join().expect("no panic").expect_err("closed");
+    let Error::ConnectRank { source, .. } = &error else {
+        panic!("{error}");
+    };
+    assert!(matches!(**source, Error::Session { .. }), "{source}");
+    until("the end of the dial", || !is_dialled(hole));
 }
 
 /// A session is kept for whoever holds its peer, and no longer.

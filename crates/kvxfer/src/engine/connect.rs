@@ -1,6 +1,7 @@
 //! Sessions that this side opens, and keeps up.
 
 use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -224,6 +225,14 @@ struct Keeper {
     several: bool,
 }
 
+/// An address that does not answer must keep neither an engine that is dropped meanwhile nor, when all
+/// handles of the peer are gone, a thread and a socket.
+impl net::Stop for Keeper {
+    fn is_asked(&self) -> bool {
+        self.runtime.stopping.load(Ordering::Acquire) || !self.tether.is_held()
+    }
+}
+
 impl Keeper {
     /// The first session is to stand by `until`, and is given to `up`; if it does not, the reason goes
     /// to `failed`, and that is all.
@@ -298,8 +307,7 @@ impl Keeper {
         let Target {
             name, addresses, ..
         } = &self.target;
-        // An address that does not answer must not keep an engine that is dropped meanwhile.
-        let dialled = net::connect(name, addresses, until, &self.runtime.stopping)
+        let dialled = net::connect(name, addresses, until, self)
             .and_then(|socket| Ok((socket, Link::new()?)));
         let (socket, link) = match dialled {
             Ok((socket, link)) => (socket, Arc::new(link)),

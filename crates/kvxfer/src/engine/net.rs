@@ -15,7 +15,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage,
 use super::wake::poll_timeout;
 use crate::error::Error;
 
-/// How soon a wait notices that its engine goes.
+/// How soon a wait notices that nobody wants its end any more.
 const SLICE: Duration = Duration::from_millis(100);
 /// Further away than anything waits for, and still a time that the clock can hold.
 const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -23,6 +23,17 @@ const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// The time after `timeout`; one that no clock can hold means: no limit.
 pub(crate) fn after(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(FOR_EVER)
+}
+
+/// Whether a wait is over before its time: nobody wants its end any more.
+pub(crate) trait Stop {
+    fn is_asked(&self) -> bool;
+}
+
+impl Stop for AtomicBool {
+    fn is_asked(&self) -> bool {
+        self.load(Ordering::Acquire)
+    }
 }
 
 /// The flag of whoever has nobody to stop it.
@@ -59,11 +70,11 @@ pub(crate) fn connect(
     name: &str,
     addresses: &[SocketAddr],
     deadline: Instant,
-    stop: &AtomicBool,
+    stop: &dyn Stop,
 ) -> Result<TcpStream, Error> {
     let mut last = io::Error::new(io::ErrorKind::TimedOut, "the deadline passed first");
     for address in addresses {
-        if stop.load(Ordering::Acquire) {
+        if stop.is_asked() {
             return Err(Error::ShuttingDown);
         }
         if Instant::now() >= deadline {
@@ -89,11 +100,7 @@ pub(crate) fn connect(
     })
 }
 
-fn connect_one(
-    address: &SocketAddr,
-    deadline: Instant,
-    stop: &AtomicBool,
-) -> io::Result<TcpStream> {
+fn connect_one(address: &SocketAddr, deadline: Instant, stop: &dyn Stop) -> io::Result<TcpStream> {
     let family = match address {
         SocketAddr::V4(_) => AddressFamily::Inet,
         SocketAddr::V6(_) => AddressFamily::Inet6,
@@ -122,9 +129,9 @@ fn connect_one(
 }
 
 /// How long to wait before looking at `stop` again.
-fn slice(deadline: Instant, stop: &AtomicBool) -> io::Result<Duration> {
-    if stop.load(Ordering::Acquire) {
-        return Err(io::Error::other("the engine is shutting down"));
+fn slice(deadline: Instant, stop: &dyn Stop) -> io::Result<Duration> {
+    if stop.is_asked() {
+        return Err(io::Error::other("nobody waits for it any more"));
     }
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
