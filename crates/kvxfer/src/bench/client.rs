@@ -29,8 +29,8 @@ pub struct BenchClient {
 }
 
 impl BenchClient {
-    /// Allocates this side and connects to the target, which allocates the other. Every answer of
-    /// the target is waited for at most `timeout`.
+    /// Allocates this side and connects to the target, which allocates the other. Connecting takes at
+    /// most `timeout`, with resolving the address, and so does the wait for each answer of the target.
     ///
     /// # Errors
     ///
@@ -58,7 +58,7 @@ impl BenchClient {
             runtime.shut_down();
         }
         let engine = Engine::owned(inner?, true);
-        let target = Target::address(address, Role::Bench)?;
+        let target = Target::address(address, Role::Bench);
         let peer = connect(engine.inner(), target, timeout)?;
         Ok(Self {
             peer,

@@ -150,18 +150,19 @@ impl Engine {
     }
 
     /// Connects to the rank that listens at `address` and brings queue pairs up, by `deadline`
-    /// from now. The session is kept up from then on: it reconnects by itself until the instance
+    /// from now; resolving a name counts. The session is kept up from then on: it reconnects by itself until the instance
     /// and its clones are dropped. The instance has this one rank;
     /// [`connect_ranks`](Self::connect_ranks) makes one of several.
     ///
     /// # Errors
     ///
-    /// [`Error::Resolve`], [`Error::Unreachable`], [`Error::Session`] (not kvxfer, another
+    /// [`Error::Resolve`], [`Error::Unreachable`] (nobody listens, or no answer in time, be it to the
+    /// name), [`Error::Session`] (not kvxfer, another
     /// version, a wrong secret, …), [`Error::Mismatch`] with every field in which the layouts differ,
     /// [`Error::NoPath`] with the reason for each path, [`Error::Deadline`].
     pub fn connect(&self, address: &str, deadline: Duration) -> Result<Instance, Error> {
         self.inner().runtime.health.check()?;
-        let target = Target::address(address, Role::Engine)?;
+        let target = Target::address(address, Role::Engine);
         connect(self.inner(), target, deadline).map(Instance::of)
     }
 
@@ -183,14 +184,8 @@ impl Engine {
         deadline: Duration,
     ) -> Result<Instance, Error> {
         self.inner().runtime.health.check()?;
-        let target = |address: &A| {
-            let address = address.as_ref();
-            Target::address(address, Role::Engine).map_err(|source| Error::ConnectRank {
-                address: address.to_owned(),
-                source: Box::new(source),
-            })
-        };
-        let targets = addresses.iter().map(target).collect::<Result<_, _>>()?;
+        let target = |address: &A| Target::address(address.as_ref(), Role::Engine);
+        let targets = addresses.iter().map(target).collect();
         connect_ranks(self.inner(), targets, deadline)
     }
 

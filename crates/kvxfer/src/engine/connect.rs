@@ -11,14 +11,16 @@ use tracing::{debug, info};
 use super::bringup::Bringup;
 use super::instance::Instance;
 use super::link::{Driver, Ended, Link};
+use super::net::Resolver;
 use super::peer::Peer;
 use super::peer_session::PeerSession;
 use super::runtime::{Runtime, random_nonce};
 use super::tether::Tether;
 use super::{Inner, net};
+use crate::config::DEFAULT_PORT;
 use crate::error::Error;
 use crate::ids::{EngineId, Rank};
-use crate::metadata::Metadata;
+use crate::metadata::{Metadata, MetadataError};
 use crate::session::Session;
 use crate::wire::Role;
 
@@ -33,36 +35,37 @@ const SAY_WHY: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(crate) struct Target {
     name: String,
-    addresses: Vec<SocketAddr>,
     engine: Option<EngineId>,
     rank: Option<Rank>,
     role: Role,
+    resolver: Resolver,
 }
 
 impl Target {
     /// Whoever listens at the address.
-    pub(crate) fn address(address: &str, role: Role) -> Result<Self, Error> {
-        Ok(Self {
+    pub(crate) fn address(address: &str, role: Role) -> Self {
+        Self {
             name: address.to_owned(),
-            addresses: net::resolve(address, crate::config::DEFAULT_PORT)?,
             engine: None,
             rank: None,
             role,
-        })
+            resolver: net::resolve,
+        }
     }
 
     /// The rank that the metadata is of.
-    pub(crate) fn metadata(bytes: &[u8]) -> Result<Self, Error> {
+    pub(crate) fn metadata(bytes: &[u8]) -> Result<Self, MetadataError> {
         let metadata = Metadata::from_bytes(bytes)?;
         Ok(Self {
             engine: Some(metadata.engine),
             rank: Some(metadata.rank),
-            ..Self::address(&metadata.address, Role::Engine)?
+            ..Self::address(&metadata.address, Role::Engine)
         })
     }
 }
 
-/// Connects, and leaves a thread behind that keeps the session up while the peer is held.
+/// Connects by `deadline` from now, and leaves a thread behind that keeps the session up while the peer
+/// is held.
 pub(crate) fn connect(
     engine: &Arc<Inner>,
     target: Target,
@@ -74,7 +77,7 @@ pub(crate) fn connect(
     peers.pop().ok_or(Error::NoRanks)
 }
 
-/// Connects to the ranks of one engine, all at once. The error names the one that failed first; what
+/// Connects to the ranks of one engine, all at once, by `deadline` from now. The error names the one that failed first; what
 /// was opened to the others is closed then, and what is still being dialled is given up.
 pub(crate) fn connect_ranks(
     engine: &Arc<Inner>,
@@ -144,6 +147,7 @@ impl<'a> Attempts<'a> {
             tether: Arc::clone(&tether),
             held,
             target,
+            addresses: Vec::new(),
             several,
         };
         let until = self.until;
@@ -221,6 +225,8 @@ struct Keeper {
     tether: Arc<Tether>,
     held: Receiver<()>,
     target: Target,
+    /// Where that is, once its name has been resolved.
+    addresses: Vec<SocketAddr>,
     /// Whether it is one of several ranks, which all are of one engine.
     several: bool,
 }
@@ -237,7 +243,11 @@ impl Keeper {
     /// The first session is to stand by `until`, and is given to `up`; if it does not, the reason goes
     /// to `failed`, and that is all.
     fn run(mut self, until: Instant, up: Sender<Arc<PeerSession>>, failed: &Sender<Error>) {
-        match self.session(until, up) {
+        let first = match self.resolve(until) {
+            Ok(()) => self.session(until, up),
+            Err(error) => Some(Err(error)),
+        };
+        match first {
             Some(Ok(ended)) if ended.established => {
                 self.met(&ended);
                 if ended.wanted {
@@ -277,6 +287,13 @@ impl Keeper {
         }
     }
 
+    /// Here, and not where the caller waits, so that several names take the time of one.
+    fn resolve(&mut self, until: Instant) -> Result<(), Error> {
+        let Target { name, resolver, .. } = &self.target;
+        self.addresses = net::resolve_by(name, DEFAULT_PORT, *resolver, until, self)?;
+        Ok(())
+    }
+
     /// Whether to go on after the pause.
     fn pause(&self, pause: Duration) -> bool {
         crossbeam_channel::select! {
@@ -304,10 +321,7 @@ impl Keeper {
         until: Instant,
         up: Sender<Arc<PeerSession>>,
     ) -> Option<Result<Ended, Error>> {
-        let Target {
-            name, addresses, ..
-        } = &self.target;
-        let dialled = net::connect(name, addresses, until, self)
+        let dialled = net::connect(&self.target.name, &self.addresses, until, self)
             .and_then(|socket| Ok((socket, Link::new()?)));
         let (socket, link) = match dialled {
             Ok((socket, link)) => (socket, Arc::new(link)),
@@ -345,4 +359,126 @@ fn session(
     let bringup = Bringup::client(target.role, address, wanted, until, up);
     let driver = Driver::new(engine, link, session, socket, target.name.clone(), bringup)?;
     Ok(driver.run(&[]))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+
+    use super::*;
+    use crate::config::PathKind;
+    use crate::engine::panic_tests::{LONG, pair};
+
+    /// What resolvers of the tests wait for.
+    struct Count {
+        now: Mutex<usize>,
+        changed: Condvar,
+    }
+
+    impl Count {
+        const fn new() -> Self {
+            Self {
+                now: Mutex::new(0),
+                changed: Condvar::new(),
+            }
+        }
+
+        fn add(&self) {
+            *self.now.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+            self.changed.notify_all();
+        }
+
+        /// Whether it comes to `wanted` within `limit`.
+        fn wait(&self, wanted: usize, limit: Duration) -> bool {
+            let now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+            let (now, _) = self
+                .changed
+                .wait_timeout_while(now, limit, |now| *now < wanted)
+                .unwrap_or_else(PoisonError::into_inner);
+            *now >= wanted
+        }
+    }
+
+    fn named(name: &str, resolver: Resolver) -> Target {
+        Target {
+            resolver,
+            ..Target::address(name, Role::Engine)
+        }
+    }
+
+    fn unknown(name: &str) -> Error {
+        Error::Resolve {
+            address: name.to_owned(),
+            source: std::io::ErrorKind::NotFound.into(),
+        }
+    }
+
+    /// What `act` gives, on another thread and in bounded time.
+    fn bounded_time<R: Send + 'static>(act: impl FnOnce() -> R + Send + 'static) -> R {
+        let (done, wait) = channel();
+        std::thread::spawn(move || done.send(act()));
+        wait.recv_timeout(LONG).expect("it ends")
+    }
+
+    /// No name is found before all are looked for.
+    #[test]
+    fn names_are_resolved_at_once() {
+        static BEGUN: Count = Count::new();
+        static THERE: OnceLock<SocketAddr> = OnceLock::new();
+        fn together(name: &str, _: u16) -> Result<Vec<SocketAddr>, Error> {
+            BEGUN.add();
+            let there = THERE.get().filter(|_| BEGUN.wait(3, LONG / 4));
+            Ok(vec![*there.ok_or_else(|| unknown(name))?])
+        }
+        let (_producer, consumer, _, address) = pair(PathKind::Arena);
+        THERE.get_or_init(|| address.parse().expect("an address"));
+        let names = ["a.test", "b.test:1", "c.test"];
+        let targets = names.map(|name| named(name, together)).into();
+        let error = connect_ranks(consumer.engine.inner(), targets, LONG).expect_err("one rank");
+        // They have all been found and connected to: it is one rank by three names.
+        assert!(matches!(error, Error::SameRank { .. }), "{error}");
+    }
+
+    /// A resolver that does not answer holds nobody: neither who connects, beyond the deadline or the
+    /// failure of another rank, nor who drops the engine.
+    #[test]
+    fn a_name_that_is_not_resolved_in_time() {
+        static BEGUN: Count = Count::new();
+        static OVER: Count = Count::new();
+        fn hangs(name: &str, _: u16) -> Result<Vec<SocketAddr>, Error> {
+            BEGUN.add();
+            OVER.wait(1, LONG * 4);
+            Err(unknown(name))
+        }
+        fn fails_later(name: &str, _: u16) -> Result<Vec<SocketAddr>, Error> {
+            BEGUN.wait(2, LONG);
+            Err(unknown(name))
+        }
+        let (_producer, consumer, _, _) = pair(PathKind::Arena);
+        let engine = Arc::clone(consumer.engine.inner());
+        let error = bounded_time(move || {
+            let target = named("hangs.test", hangs);
+            connect(&engine, target, Duration::from_secs(1)).expect_err("no address")
+        });
+        let Error::Unreachable { address, source } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(address, "hangs.test");
+        assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+        assert_eq!(error.class(), crate::event::Class::Retry);
+
+        let engine = Arc::clone(consumer.engine.inner());
+        let error = bounded_time(move || {
+            let targets = vec![named("hangs.test", hangs), named("fails.test", fails_later)];
+            connect_ranks(&engine, targets, LONG * 20).expect_err("no address")
+        });
+        assert!(
+            matches!(&error, Error::ConnectRank { address, .. } if address == "fails.test"),
+            "{error}"
+        );
+        bounded_time(move || drop(consumer));
+        assert!(!OVER.wait(1, Duration::ZERO), "the resolver hangs still");
+        OVER.add();
+    }
 }

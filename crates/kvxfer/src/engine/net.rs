@@ -8,10 +8,12 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, socket};
 
+use super::runtime::spawn;
 use super::wake::poll_timeout;
 use crate::error::Error;
 
@@ -39,22 +41,28 @@ impl Stop for AtomicBool {
 /// The flag of whoever has nobody to stop it.
 pub(crate) static NEVER: AtomicBool = AtomicBool::new(false);
 
+/// An address in numbers: nobody need be asked for it.
+fn literal(address: &str, port: u16) -> Option<SocketAddr> {
+    // A bare IPv6 address is one as a whole, though its end reads as a port; brackets decide it.
+    let bare = || address.parse().map(|ip: IpAddr| SocketAddr::new(ip, port));
+    address.parse().or_else(|_| bare()).ok()
+}
+
 /// The addresses of `address` (`HOST`, `HOST:PORT` or `[V6]:PORT`), with `port` where it has none.
+/// Waits for the system's resolver, however long that takes.
 pub(crate) fn resolve(address: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
-    let error = |source| Error::Resolve {
-        address: address.to_owned(),
-        source,
-    };
+    if let Some(literal) = literal(address, port) {
+        return Ok(vec![literal]);
+    }
     let with_port = address
         .to_socket_addrs()
         .or_else(|first| (address, port).to_socket_addrs().map_err(|_| first));
-    // A bare IPv6 address reads as a host with a port that is none; brackets decide it.
-    let bare_v6 = address.parse::<Ipv6Addr>().is_ok();
-    let found: Vec<SocketAddr> = if bare_v6 {
-        (address, port).to_socket_addrs().map_err(error)?.collect()
-    } else {
-        with_port.map_err(error)?.collect()
-    };
+    let found: Vec<SocketAddr> = with_port
+        .map_err(|source| Error::Resolve {
+            address: address.to_owned(),
+            source,
+        })?
+        .collect();
     if found.is_empty() {
         let nothing = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
         return Err(Error::Resolve {
@@ -63,6 +71,49 @@ pub(crate) fn resolve(address: &str, port: u16) -> Result<Vec<SocketAddr>, Error
         });
     }
     Ok(found)
+}
+
+/// What finds the addresses of a name: [`resolve`], but for tests.
+pub(crate) type Resolver = fn(&str, u16) -> Result<Vec<SocketAddr>, Error>;
+
+/// What `resolver` finds, by `deadline`, and not after `stop`. The system's resolver cannot be
+/// interrupted. So it gets a thread of its own, which nobody waits for when it takes too long.
+pub(crate) fn resolve_by(
+    address: &str,
+    port: u16,
+    resolver: Resolver,
+    deadline: Instant,
+    stop: &dyn Stop,
+) -> Result<Vec<SocketAddr>, Error> {
+    if let Some(literal) = literal(address, port) {
+        return Ok(vec![literal]);
+    }
+    let unreachable = |source| Error::Unreachable {
+        address: address.to_owned(),
+        source,
+    };
+    let (found, finding) = bounded(1);
+    let name = address.to_owned();
+    spawn("kvx-resolve", move || {
+        // Whoever asked may have given up.
+        let _ = found.send(resolver(&name, port));
+    })?;
+    loop {
+        let left = slice(deadline, stop).map_err(|source| match source.kind() {
+            io::ErrorKind::TimedOut => {
+                let late = "its name was not resolved in time";
+                unreachable(io::Error::new(io::ErrorKind::TimedOut, late))
+            }
+            _ => unreachable(source),
+        })?;
+        match finding.recv_timeout(left) {
+            Ok(found) => return found,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(unreachable(io::Error::other("the resolver has panicked")));
+            }
+        }
+    }
 }
 
 /// Connects to the first of `addresses` that answers, by `deadline`, and not after `stop`.
