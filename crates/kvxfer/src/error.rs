@@ -348,6 +348,14 @@ pub enum Error {
         #[from]
         source: MetadataError,
     },
+    /// One of several metadata does not describe an engine.
+    #[error("metadata {index} (the first is 0) does not describe an engine")]
+    RankMetadata {
+        /// Its place among those given, from 0.
+        index: usize,
+        /// What is wrong with its bytes.
+        source: MetadataError,
+    },
     /// A bandwidth test moved a wrong byte.
     #[error("wrong byte after a transfer: {0}")]
     BenchWrong(WrongByte),

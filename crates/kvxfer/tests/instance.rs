@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::error::Error as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Engine, Instance, Outcome, Peer, PullOptions, PushOptions};
 use kvxfer::event::{Class, Event};
 use kvxfer::ids::{EngineId, Rank, RequestId};
+use kvxfer::metadata::Metadata;
 use kvxfer::ticket::Ticket;
 use nix::sys::socket::Backlog;
 use support::{LONG, Log, Node, bounded, groups, pairs, recipe, until};
@@ -350,6 +352,40 @@ fn what_is_being_dialled_is_given_up() {
     };
     assert!(matches!(**source, Error::Session { .. }), "{source}");
     until("the end of the dial", || !is_dialled(hole));
+}
+
+/// Of several metadata the error says which is bad, and of those that are good, whose rank failed.
+#[test]
+fn metadata_that_is_bad_is_named() {
+    let (nodes, _) = ranks_of("many", &[0, 1]);
+    let node = consumer();
+    let mut all: Vec<Vec<u8>> = nodes
+        .iter()
+        .map(|node| node.engine.metadata().expect("it listens"))
+        .collect();
+    let good = all[1].clone();
+    all.push(b"nonsense".to_vec());
+    all.push(good.clone());
+    let error = node.engine.connect_ranks_with(&all, LONG).expect_err("bad");
+    let text = error.to_string();
+    assert!(
+        matches!(&error, Error::RankMetadata { index: 2, .. }),
+        "{text}"
+    );
+    assert!(text.contains('2') && error.source().is_some(), "{text}");
+
+    let nowhere = "no-such-host.invalid:7301";
+    let lost = Metadata {
+        address: nowhere.to_owned(),
+        ..Metadata::from_bytes(&good).expect("good")
+    };
+    all[2] = lost.to_bytes().expect("it has an address");
+    let error = node.engine.connect_ranks_with(&all, LONG).expect_err("bad");
+    let Error::ConnectRank { address, source } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(address, nowhere);
+    assert!(matches!(**source, Error::Resolve { .. }), "{source}");
 }
 
 /// A session is kept for whoever holds its peer, and no longer.

@@ -225,15 +225,23 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`Error::Metadata`], and as [`connect_ranks`](Self::connect_ranks).
+    /// [`Error::RankMetadata`] with the place of the first that is bad, before anybody is connected
+    /// to; and as [`connect_ranks`](Self::connect_ranks).
     pub fn connect_ranks_with<M: AsRef<[u8]>>(
         &self,
         metadata: &[M],
         deadline: Duration,
     ) -> Result<Instance, Error> {
         self.inner().runtime.health.check()?;
-        let target = |metadata: &M| Target::metadata(metadata.as_ref());
-        let targets = metadata.iter().map(target).collect::<Result<_, _>>()?;
+        let target = |(index, metadata): (usize, &M)| {
+            Target::metadata(metadata.as_ref())
+                .map_err(|source| Error::RankMetadata { index, source })
+        };
+        let targets = metadata
+            .iter()
+            .enumerate()
+            .map(target)
+            .collect::<Result<_, _>>()?;
         connect_ranks(self.inner(), targets, deadline)
     }
 
