@@ -253,7 +253,7 @@ impl Future for Transfer {
 mod tests {
     use super::*;
 
-    fn transfer() -> (Transfer, Arc<Shared>) {
+    pub(super) fn transfer() -> (Transfer, Arc<Shared>) {
         let shared = Arc::new(Shared::default());
         let transfer = Transfer {
             id: TransferId(7),
@@ -341,20 +341,10 @@ mod tests {
 mod loom_tests {
     use kvxfer_loom::{model, thread};
 
+    use super::tests::transfer;
     use super::*;
 
     const LONG: Duration = Duration::MAX;
-
-    fn transfer() -> (Transfer, Arc<Shared>) {
-        let shared = Arc::new(Shared::default());
-        let transfer = Transfer {
-            id: TransferId(7),
-            shared: Arc::clone(&shared),
-            canceller: Arc::new(|_| {}),
-            health: Arc::new(Health::new()),
-        };
-        (transfer, shared)
-    }
 
     fn failed(first_cause: Cause) -> Outcome {
         Outcome::Failed(Failure {

@@ -510,23 +510,16 @@ fn splitmix(seed: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::{BenchMemory, BenchShape, BenchSide};
+    use crate::bench::BenchSide;
     use crate::config::PathSet;
     use crate::engine::Engine;
-    use crate::layout::{KvFormat, Topology};
+    use crate::ping::side;
     use crate::wire::RemoteSpan;
 
     const LONG: Duration = Duration::from_secs(60);
 
     fn pinged(path: PathKind) -> (Engine, BenchSide, Pinger) {
-        let format = KvFormat::opaque(4096, 1).expect("a format");
-        let shape = BenchShape {
-            topology: Topology::single(&format),
-            format,
-            num_blocks: vec![4],
-            memory: BenchMemory::Arena,
-        };
-        let side = BenchSide::new(&shape).expect("memory");
+        let side = side();
         let config = Config {
             path: PathSet::only(path),
             ..Config::default()

@@ -91,3 +91,19 @@ impl Ping {
             .all(|probe| probe.time().is_some())
     }
 }
+
+/// An engine's memory for the tests of both sides: four blocks of 4 KiB.
+#[cfg(test)]
+fn side() -> crate::bench::BenchSide {
+    use crate::bench::{BenchMemory, BenchShape, BenchSide};
+    use crate::layout::{KvFormat, Topology};
+
+    let format = KvFormat::opaque(4096, 1).expect("a format");
+    let shape = BenchShape {
+        topology: Topology::single(&format),
+        format,
+        num_blocks: vec![4],
+        memory: BenchMemory::Arena,
+    };
+    BenchSide::new(&shape).expect("memory")
+}

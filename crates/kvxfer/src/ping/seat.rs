@@ -205,21 +205,13 @@ mod tests {
     use kvxfer_verbs::{Link, RtrAttr, RtsAttr};
 
     use super::*;
-    use crate::bench::{BenchMemory, BenchShape, BenchSide};
     use crate::config::Config;
     use crate::engine::Engine;
-    use crate::layout::{KvFormat, Topology};
+    use crate::ping::side;
 
     #[test]
     fn the_thread_ends_with_its_seat() {
-        let format = KvFormat::opaque(4096, 1).expect("a format");
-        let shape = BenchShape {
-            topology: Topology::single(&format),
-            format,
-            num_blocks: vec![4],
-            memory: BenchMemory::Arena,
-        };
-        let side = BenchSide::new(&shape).expect("memory");
+        let side = side();
         let (format, placement) = (side.format().clone(), side.placement().clone());
         let engine = Engine::new(Config::default(), format, placement).expect("an engine");
         let mut seat = ProbeSeat::new(engine.inner()).expect("a seat");
