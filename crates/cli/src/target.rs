@@ -244,7 +244,13 @@ mod tests {
         let target =
             OwnTarget::spawn(command, Duration::from_secs(60)).map_err(|e| Problem::of(&e))?;
         let stat = format!("/proc/{}/stat", target.pid());
-        while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T ")) {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+            if stat.contains(") T ") {
+                break;
+            }
+            assert!(Instant::now() < until, "it does not stop itself: {stat:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(target);
