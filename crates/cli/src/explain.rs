@@ -15,6 +15,8 @@ use crate::run::Failed;
 
 const START_AGAIN: &str = "look whether it still runs and why it ended, and start it again";
 const DEVICE_FAILED: &str = "look at the kernel's log for the device, and start the command again";
+const DEFECT: &str =
+    "this is a defect of kvxfer: please report it, with what this side says with KVXFER_LOG=debug";
 const LOOK_AT_LOGS: &str = "look at the server's log (KVXFER_LOG=debug says more on both sides)";
 
 /// What an error of the library is.
@@ -58,9 +60,14 @@ pub(crate) fn library(error: &Error) -> Problem {
             Problem::new(Exit::Peer, format!("{what} did not come within {after:?}"))
                 .with_fix("look whether the server is busy or stopped; --timeout waits longer")
         }
-        Error::NotConnected { cause } => Problem::new(Exit::Peer, "the server is gone")
-            .with_evidence(cause.to_string())
-            .with_fix(START_AGAIN),
+        Error::NotConnected { cause } => match this_side(cause) {
+            Some((exit, fix)) => Problem::new(exit, "this side has left the server")
+                .with_evidence(cause.to_string())
+                .with_fix(fix),
+            None => Problem::new(Exit::Peer, "the server is gone")
+                .with_evidence(cause.to_string())
+                .with_fix(START_AGAIN),
+        },
         Error::BenchWrong(wrong) => Problem::new(Exit::Check, "a byte is not what was sent")
             .with_evidence(wrong.to_string())
             .with_fix("this is a defect of kvxfer or of the machine's memory: please report it"),
@@ -99,9 +106,17 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
             Problem::from_chain(Exit::Device, error)
         }
+        // Their own words are advice to a program that holds an engine.
         Error::DeviceFailed => {
             Problem::new(Exit::Device, "the device has failed").with_fix(DEVICE_FAILED)
         }
+        Error::WorkerPanicked => {
+            Problem::new(Exit::Check, "a thread of this side has panicked").with_fix(DEFECT)
+        }
+        Error::Forked { .. } | Error::ShuttingDown => {
+            Problem::from_chain(Exit::Check, error).with_fix(DEFECT)
+        }
+        Error::Post(_) => Problem::from_chain(Exit::Device, error).with_fix(DEVICE_FAILED),
         // What is left is said by the peer, or of it.
         _ => Problem::from_chain(Exit::Peer, error).with_fix(LOOK_AT_LOGS),
     }
@@ -271,35 +286,48 @@ fn no_path(forced: Option<PathKind>, candidates: &[kvxfer::wire::Candidate]) -> 
     })
 }
 
+/// What a cause comes to that lies in this process or its device. `None`: it is said of the peer, or
+/// of what lies between.
+fn this_side(cause: &Cause) -> Option<(Exit, String)> {
+    match cause {
+        Cause::Post { .. }
+        | Cause::LocalDevice { .. }
+        | Cause::CompletionQueue
+        | Cause::DeviceFatal => Some((Exit::Device, DEVICE_FAILED.to_owned())),
+        Cause::PortDown { .. } => {
+            let fix = "look at the port's link, cable and switch; `ip link` shows its state";
+            Some((Exit::Device, fix.to_owned()))
+        }
+        // What this side's device says, and the peer may have brought about.
+        Cause::QueuePair { .. } => Some((Exit::Device, other_way())),
+        Cause::WorkerPanicked | Cause::Forked | Cause::ShuttingDown | Cause::LostWork { .. } => {
+            Some((Exit::Check, DEFECT.to_owned()))
+        }
+        _ => None,
+    }
+}
+
+fn other_way() -> String {
+    format!("--path tcp takes another way; {LOOK_AT_LOGS}")
+}
+
 /// What a failed transfer is.
 pub(crate) fn transfer(failed: &Failed) -> Problem {
-    let exit = match failed.cause {
-        Cause::Post { .. } | Cause::LocalDevice { .. } => Exit::Device,
-        // Said by this side's own device.
-        Cause::QueuePair { .. }
-        | Cause::CompletionQueue
-        | Cause::PortDown { .. }
-        | Cause::DeviceFatal => Exit::Device,
-        _ => Exit::Peer,
-    };
-    let problem = Problem::new(exit, failed.to_string()).with_evidence(failed.cause.to_string());
+    let new = |exit| Problem::new(exit, failed.to_string()).with_evidence(failed.cause.to_string());
+    if let Some((exit, fix)) = this_side(&failed.cause) {
+        return new(exit).with_fix(fix);
+    }
+    let problem = new(Exit::Peer);
     match failed.cause {
         Cause::DeadlinePassed | Cause::PeerStalled { .. } => problem.with_fix(format!(
             "look whether the server is busy or stopped; --timeout allows more than {:?}",
             failed.timeout
         )),
-        Cause::PortDown { .. } => {
-            problem.with_fix("look at the port's link, cable and switch; `ip link` shows its state")
-        }
-        Cause::DeviceFatal | Cause::CompletionQueue => problem.with_fix(DEVICE_FAILED),
         Cause::PeerDead | Cause::PeerClosed | Cause::PeerRestarted | Cause::PeerUnreachable => {
             problem.with_fix(START_AGAIN)
         }
-        Cause::Completion { .. }
-        | Cause::QueuePair { .. }
-        | Cause::LaneFailed
-        | Cause::LaneReset => {
-            problem.with_fix(format!("--path tcp takes another way; {LOOK_AT_LOGS}"))
+        Cause::Completion { .. } | Cause::LaneFailed | Cause::LaneReset => {
+            problem.with_fix(other_way())
         }
         _ => problem.with_fix(LOOK_AT_LOGS),
     }
@@ -406,16 +434,80 @@ mod tests {
         assert_eq!(exit_of(busy).0, Exit::Usage);
     }
 
-    #[test]
-    fn a_failed_transfer_names_its_cause() {
-        let failed = Failed {
+    fn failed(cause: Cause) -> (Exit, String) {
+        let problem = transfer(&Failed {
             op: Op::Read,
             timeout: Duration::from_secs(3),
-            cause: Cause::DeadlinePassed,
+            cause,
+        });
+        (problem.exit, problem.to_string())
+    }
+
+    #[test]
+    fn what_fails_on_this_side_is_not_looked_for_at_the_peer() {
+        let (engine, here) = (1, 2);
+        for error in [
+            Error::WorkerPanicked,
+            Error::Forked { engine, here },
+            Error::ShuttingDown,
+        ] {
+            let (exit, text) = exit_of(error);
+            assert_eq!(exit, Exit::Check, "{text}");
+            assert!(
+                text.contains("please report it") && !text.contains("server"),
+                "{text}"
+            );
+        }
+        let full = kvxfer_verbs::PostError {
+            posted: 0,
+            cause: kvxfer_verbs::PostCause::QueueFull,
         };
-        let problem = transfer(&failed);
-        assert_eq!(problem.exit, Exit::Peer);
-        let text = problem.to_string();
+        let (exit, text) = exit_of(Error::Post(full));
+        assert_eq!(exit, Exit::Device);
+        assert!(
+            text.contains("kernel's log") && !text.contains("server"),
+            "{text}"
+        );
+
+        let operation = kvxfer::transfer::LocalOperation::Map;
+        for (cause, exit, fix) in [
+            (Cause::WorkerPanicked, Exit::Check, "please report it"),
+            (Cause::Forked, Exit::Check, "please report it"),
+            (Cause::ShuttingDown, Exit::Check, "please report it"),
+            (
+                Cause::LostWork { missing: 1 },
+                Exit::Check,
+                "please report it",
+            ),
+            (Cause::Post { errno: 12 }, Exit::Device, "kernel's log"),
+            (
+                Cause::LocalDevice {
+                    operation,
+                    errno: 5,
+                },
+                Exit::Device,
+                "kernel's log",
+            ),
+            (Cause::DeviceFatal, Exit::Device, "kernel's log"),
+            (Cause::PortDown { port: 1 }, Exit::Device, "cable"),
+        ] {
+            let said = cause.to_string();
+            let lost = Error::NotConnected {
+                cause: cause.clone(),
+            };
+            for (got, text) in [failed(cause), exit_of(lost)] {
+                assert_eq!(got, exit, "{text}");
+                assert!(text.contains(&said) && text.contains(fix), "{text}");
+                assert!(!text.contains("server's log"), "{text}");
+                assert!(!text.contains("server is gone"), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_transfer_names_its_cause() {
+        let (exit, text) = failed(Cause::DeadlinePassed);
+        assert_eq!(exit, Exit::Peer);
         assert!(
             text.contains("deadline passed") && text.contains("3s"),
             "{text}"

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 /// Why the command ends; the numbers are part of its interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// A check failed: bytes differ, below a wanted figure.
+    /// A check failed: bytes differ, below a wanted figure. Or a defect of this program.
     Check = 1,
     /// The command was used wrongly.
     Usage = 2,
