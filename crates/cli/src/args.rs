@@ -86,7 +86,9 @@ pub(crate) struct BwArgs {
     #[command(flatten)]
     pub(crate) trust: Trust,
 
-    /// Give up on the server or on a transfer after this long [default: 30]
+    /// Give up on connecting, on an answer or on a transfer after this long; on a server that falls
+    /// silent after this long or 15 seconds, whichever is sooner, or, where heartbeat_timeout or
+    /// heartbeat_interval is set, after three times heartbeat_timeout [default: 30]
     #[arg(long, value_name = "TIME", value_parser = size::duration)]
     pub(crate) timeout: Option<Duration>,
 
@@ -260,8 +262,9 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) trust: Trust,
 
-    /// Give up on a client that does not finish connecting or falls silent, or on a transfer, after
-    /// this long
+    /// Give up on a client that does not finish connecting, or on a transfer, after this long; on a
+    /// client that falls silent after this long or 15 seconds, whichever is sooner, or, where
+    /// heartbeat_timeout or heartbeat_interval is set, after three times heartbeat_timeout
     #[arg(long, value_name = "TIME", value_parser = size::duration)]
     pub(crate) timeout: Option<Duration>,
 

@@ -38,10 +38,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = args.path {
         flags.push(("path", "--path", path.to_string()));
     }
-    if let Some(timeout) = args.timeout {
-        flags.extend(settings::timeout(timeout));
-    }
-    let settings = Settings::gather(&args.tuning, &args.trust, &flags, true)?;
+    let settings = Settings::gather(&args.tuning, &args.trust, &flags, args.timeout, true)?;
     if args.tuning.explain_config {
         if args.json || args.csv {
             let cause = "--explain-config prints a table: it goes with neither --json nor --csv";

@@ -50,7 +50,8 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         kv_transfer_config: args.kv_transfer_config.clone(),
         ..Tuning::default()
     };
-    let settings = Settings::gather(&tuning, &args.trust, &flags, true)?;
+    // `--timeout` ends the pings: it is no setting.
+    let settings = Settings::gather(&tuning, &args.trust, &flags, None, true)?;
     settings.check_secret()?;
     let device = settings::device(args.device.as_deref())?;
 

@@ -38,12 +38,9 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if let Some(size) = args.max_memory {
         flags.push(("max_memory", "--max-memory", size.0.to_string()));
     }
-    if let Some(timeout) = args.timeout {
-        flags.extend(settings::timeout(timeout));
-    }
     // A parent has warned of its own settings, which these are.
     let warn = args.exit_with_parent.is_none();
-    let settings = Settings::gather(&args.tuning, &args.trust, &flags, warn)?;
+    let settings = Settings::gather(&args.tuning, &args.trust, &flags, args.timeout, warn)?;
     if args.tuning.explain_config {
         settings.explain()?;
         return Ok(ExitCode::SUCCESS);

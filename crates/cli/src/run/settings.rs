@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvxfer::config::{Config, ConfigBuilder, Row};
+use kvxfer::config::{Config, ConfigBuilder, Row, Source};
 
 use crate::args::{Trust, Tuning};
 use crate::problem::{Exit, Problem};
@@ -27,23 +27,35 @@ pub(crate) struct Settings {
 /// A flag that gives a setting: the setting's key, what was typed, the value.
 pub(crate) type Flag<'a> = (&'static str, &'a str, String);
 
-/// `--timeout`: a session that takes longer to come about is given up, so is a transfer, and so is
-/// a peer that is silent for longer.
-pub(crate) fn timeout(timeout: Duration) -> [Flag<'static>; 4] {
-    // A peer is given up after three of these.
+/// The flag that more than one setting follows from.
+const TIMEOUT: &str = "--timeout";
+const HEARTBEAT_TIMEOUT: &str = "heartbeat_timeout";
+const HEARTBEAT_INTERVAL: &str = "heartbeat_interval";
+
+/// `--timeout` as it names them: a session that takes longer to come about is given up, and so is a
+/// transfer.
+fn limits(timeout: Duration) -> [Flag<'static>; 2] {
+    ["connect_timeout", "transfer_timeout"].map(|key| (key, TIMEOUT, seconds(timeout)))
+}
+
+/// What `--timeout` means for a peer that falls silent, which is given up after three times
+/// `heartbeat_timeout`.
+fn heartbeat(timeout: Duration) -> [Flag<'static>; 2] {
     let silence = (timeout / 3).clamp(SHORTEST_SILENCE, LONGEST_SILENCE);
     let beat = (silence / 3).min(LONGEST_BEAT);
-    [
-        ("connect_timeout", timeout),
-        ("transfer_timeout", timeout),
-        ("heartbeat_timeout", silence),
-        ("heartbeat_interval", beat),
-    ]
-    .map(|(key, time)| (key, "--timeout", format!("{}s", time.as_secs_f64())))
+    [(HEARTBEAT_TIMEOUT, silence), (HEARTBEAT_INTERVAL, beat)]
+        .map(|(key, time)| (key, TIMEOUT, seconds(time)))
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{}s", time.as_secs_f64())
 }
 
 impl Settings {
     /// Gathers them. Warnings go to standard error, if they are wanted.
+    ///
+    /// `timeout` is `--timeout`. The heartbeat follows from it where nobody has set it: the two values of
+    /// one that somebody has are left as they are, since they have to fit each other.
     ///
     /// # Errors
     ///
@@ -52,6 +64,7 @@ impl Settings {
         tuning: &Tuning,
         trust: &Trust,
         more: &[Flag<'_>],
+        timeout: Option<Duration>,
         warn: bool,
     ) -> anyhow::Result<Self> {
         let mut builder = ConfigBuilder::new();
@@ -98,17 +111,29 @@ impl Settings {
                 )
             }),
         ];
-        for (key, flag, value) in own.iter().flatten().chain(more) {
-            builder
-                .flag(key, flag, value)
-                .map_err(kvxfer::Error::from)?;
+        let limits = timeout.map(limits);
+        let mut flags = |flags: &mut dyn Iterator<Item = &Flag<'_>>| {
+            for (key, flag, value) in flags {
+                builder.flag(key, flag, value)?;
+            }
+            builder.explain()
+        };
+        let given = own.iter().flatten().chain(more);
+        let mut rows =
+            flags(&mut given.chain(limits.iter().flatten())).map_err(kvxfer::Error::from)?;
+        let heartbeat_is_set = rows.iter().any(|row| {
+            [HEARTBEAT_TIMEOUT, HEARTBEAT_INTERVAL].contains(&row.key.as_str())
+                && row.source != Source::Default
+        });
+        if let Some(timeout) = timeout.filter(|_| !heartbeat_is_set) {
+            rows = flags(&mut heartbeat(timeout).iter()).map_err(kvxfer::Error::from)?;
         }
         for warning in builder.warnings().iter().filter(|_| warn) {
             say::aside(format_args!("kvxfer: warning: {warning}"));
         }
         Ok(Self {
             config: builder.build().map_err(kvxfer::Error::from)?,
-            rows: builder.explain().map_err(kvxfer::Error::from)?,
+            rows,
         })
     }
 
