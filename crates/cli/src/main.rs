@@ -6,6 +6,7 @@ mod explain;
 mod output;
 mod problem;
 mod progress;
+mod random;
 mod run;
 mod say;
 mod signals;

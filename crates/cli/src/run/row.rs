@@ -15,6 +15,7 @@ use super::limit::Limit;
 use crate::output::schema::{Candidate, Measured, Op, Row};
 use crate::problem::{Exit, Problem};
 use crate::progress::Progress;
+use crate::stats::Kept;
 
 /// Rounds of measured transfers and limit, in turns.
 const ROUNDS: u32 = 9;
@@ -62,37 +63,12 @@ enum Slot {
     },
 }
 
-/// Reports of single transfers that are kept: enough for a 99.9th percentile of them, and little
-/// memory however long a test runs.
-const KEPT: usize = 1 << 17;
-
 /// What transfers have yielded.
 #[derive(Debug, Default)]
 struct Samples {
     rates: Vec<f64>,
     limits: Vec<f64>,
-    /// Of every 2^`thinned`-th transfer, so that all of the test counts alike.
-    reports: Vec<TransferReport>,
-    thinned: u32,
-    transfers: u64,
-}
-
-impl Samples {
-    fn take(&mut self, report: TransferReport) {
-        if self.transfers & ((1 << self.thinned) - 1) == 0 {
-            if self.reports.len() == KEPT {
-                let mut at = 0;
-                self.reports.retain(|_| {
-                    at += 1;
-                    at % 2 == 1
-                });
-                self.thinned += 1;
-            }
-            // KEPT is even: the next in turn is this one.
-            self.reports.push(report);
-        }
-        self.transfers += 1;
-    }
+    reports: Kept<TransferReport>,
 }
 
 impl Bench<'_> {
@@ -131,8 +107,9 @@ impl Bench<'_> {
         self.finish(slots)?;
 
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let reports = samples.reports.samples();
         let of = |part: fn(&TransferReport) -> Duration| -> Vec<u64> {
-            samples.reports.iter().map(|r| ns(part(r))).collect()
+            reports.iter().map(|r| ns(part(r))).collect()
         };
         let row = Measured {
             op: self.op,
@@ -142,8 +119,8 @@ impl Bench<'_> {
             block_bytes: self.case.block_bytes,
             blocks: self.case.blocks,
             bytes: self.case.bytes(),
-            transfers: samples.transfers,
-            operations: samples.reports.first().map_or(0, |r| r.operations),
+            transfers: samples.reports.seen(),
+            operations: reports.first().map_or(0, |r| r.operations),
             latency_ns: match self.op {
                 Op::Read => of(|r| r.prepare + r.wire),
                 // A push is submitted when it begins: it is planned within that time.
@@ -266,7 +243,7 @@ impl Bench<'_> {
         }
         while let Some((at, transfer)) = running.pop_front() {
             self.await_done(&transfer)?;
-            samples.take(transfer.report());
+            samples.reports.add(transfer.report());
             if more(started, begun.elapsed())
                 && let Some(slot) = slots.get_mut(at)
             {
@@ -346,25 +323,4 @@ pub(crate) struct Failed {
     pub(crate) timeout: Duration,
     #[source]
     pub(crate) cause: kvxfer::transfer::Cause,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_long_test_keeps_every_nth_report() {
-        let mut samples = Samples::default();
-        let total = 5 * KEPT as u64 + 3;
-        for n in 0..total {
-            let mut report = TransferReport::default();
-            report.operations = n;
-            samples.take(report);
-        }
-        assert_eq!(samples.transfers, total);
-        assert!(samples.reports.len() <= KEPT);
-        let kept: Vec<u64> = samples.reports.iter().map(|r| r.operations).collect();
-        let expected: Vec<u64> = (0..total).step_by(8).collect();
-        assert_eq!(kept, expected);
-    }
 }

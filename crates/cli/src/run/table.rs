@@ -1,5 +1,7 @@
 //! Which blocks a transfer takes on either side, drawn from a seed.
 
+use crate::random::Random;
+
 /// A block on each side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Pair {
@@ -15,7 +17,7 @@ pub(crate) struct Pair {
 /// blocks. For that there must be two slots at least.
 pub(crate) fn scattered(seed: u64, slots: u32, blocks: u32) -> Vec<Vec<Pair>> {
     let slots = slots.max(2);
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut local: Vec<u32> = (0..slots * blocks).collect();
     random.shuffle(&mut local);
     let mut local = local.into_iter();
@@ -45,7 +47,7 @@ pub(crate) fn scattered(seed: u64, slots: u32, blocks: u32) -> Vec<Vec<Pair>> {
 /// more) in the order in which others have given them back: at random. Now and then neighbours meet,
 /// and merge.
 pub(crate) fn engines(seed: u64, slots: u32, blocks: u32, pool: u32) -> Vec<Vec<Pair>> {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut draw = || {
         let mut ids: Vec<u32> = (0..pool.max(slots * blocks)).collect();
         random.shuffle(&mut ids);
@@ -60,26 +62,6 @@ pub(crate) fn engines(seed: u64, slots: u32, blocks: u32, pool: u32) -> Vec<Vec<
     let count = slots as usize;
     let tables = pairs.chunks(blocks.max(1) as usize).take(count);
     tables.map(<[Pair]>::to_vec).collect()
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            let other = ((self.next() >> 32).wrapping_mul(last as u64 + 1) >> 32) as usize;
-            items.swap(last, other);
-        }
-    }
 }
 
 #[cfg(test)]
