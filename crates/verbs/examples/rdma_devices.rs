@@ -3,6 +3,8 @@
 
 use std::process::ExitCode;
 
+use kvxfer_verbs::PortDetails;
+
 fn main() -> ExitCode {
     let devices = match kvxfer_verbs::rdma_devices() {
         Ok(devices) => devices,
@@ -22,27 +24,37 @@ fn main() -> ExitCode {
         };
         println!("  {:?}", details.limits);
         for port in details.ports {
-            println!(
-                "  port {}: {} {}, MTU {:?} of {:?}, {:?} Mb/s, messages of {} bytes, lid {}",
-                port.number,
-                port.state,
-                port.link_layer,
-                port.active_mtu,
-                port.max_mtu,
-                port.mbps,
-                port.max_msg_sz,
-                port.lid,
-            );
-            for gid in port.gids {
-                let netdev = gid.netdev.as_deref().unwrap_or("no interface");
-                println!(
-                    "    gid {}: {} {} on {netdev}",
-                    gid.index,
-                    gid.kind,
-                    gid.address()
-                );
+            match port.details {
+                Ok(details) => print(port.number, &details),
+                Err(e) => println!("  port {}: {e}", port.number),
             }
         }
     }
     ExitCode::SUCCESS
+}
+
+fn print(number: u8, port: &PortDetails) {
+    println!(
+        "  port {number}: {} {}, MTU {:?} of {:?}, {:?} Mb/s, messages of {} bytes, lid {}",
+        port.state,
+        port.link_layer,
+        port.active_mtu,
+        port.max_mtu,
+        port.mbps,
+        port.max_msg_sz,
+        port.lid,
+    );
+    let gids = match &port.gids {
+        Ok(gids) => gids,
+        Err(e) => return println!("    {e}"),
+    };
+    for gid in gids {
+        let netdev = gid.netdev.as_deref().unwrap_or("no interface");
+        println!(
+            "    gid {}: {} {} on {netdev}",
+            gid.index,
+            gid.kind,
+            gid.address()
+        );
+    }
 }

@@ -35,8 +35,8 @@ pub use qp::{
     RtsAttr, SoftPath,
 };
 pub use rdma::{
-    Gid, GidKind, LinkLayer, PortState, RdmaDetails, RdmaDevice, RdmaLimits, RdmaPort, Transport,
-    rdma_devices,
+    Gid, GidKind, LinkLayer, PortDetails, PortState, RdmaDetails, RdmaDevice, RdmaLimits, RdmaPort,
+    Transport, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};

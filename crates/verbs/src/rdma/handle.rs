@@ -19,7 +19,7 @@ use crate::sys::types::{
     ibv_context, ibv_device, ibv_device_attr, ibv_gid, ibv_gid_entry, ibv_port_attr,
 };
 
-/// GIDs that are asked for of one port: no device has more, and the number is a driver's word.
+/// GIDs that are asked for of one port: how many it has is a driver's word, and room is made for them.
 const MAX_GIDS: u32 = 4096;
 
 /// The devices that libibverbs gives.
@@ -179,7 +179,7 @@ pub(super) struct RawGid {
     pub(super) port: u32,
     pub(super) index: u32,
     pub(super) raw: [u8; 16],
-    /// `None` where the library is too old to say.
+    /// `None` where it was asked for alone, and sysfs has to say.
     pub(super) kind: Option<ibv_gid_type>,
 }
 
@@ -208,65 +208,71 @@ impl OpenDevice {
         Ok(attr)
     }
 
-    /// The GIDs of all ports, which are given with the lengths of their tables.
-    pub(super) fn gids(&self, ports: &[(u8, u32)]) -> Result<Vec<RawGid>, Error> {
-        let Some(query) = self.verbs.functions._ibv_query_gid_table else {
-            return self.gids_one_by_one(ports);
-        };
-        let room = ports.iter().map(|(_, len)| (*len).min(MAX_GIDS) as usize);
-        let room = room.sum();
+    /// The GIDs of all ports at once, which are given with the lengths of their tables; `None` from a
+    /// library before rdma-core 32, which cannot.
+    pub(super) fn gid_table(
+        &self,
+        lengths: impl Iterator<Item = u32>,
+    ) -> Option<Result<Vec<RawGid>, Error>> {
+        let query = self.verbs.functions._ibv_query_gid_table?;
+        let room = lengths.map(|len| len.min(MAX_GIDS) as usize).sum();
+        if room == 0 {
+            // The kernel takes no request for no entries, and there are none.
+            return Some(Ok(Vec::new()));
+        }
         let mut entries = vec![ibv_gid_entry::default(); room];
         let context = self.context.as_ptr();
         let size = size_of::<ibv_gid_entry>();
         // SAFETY: the device is open; no more than `room` entries of this size are written.
         let got = unsafe { query(context, entries.as_mut_ptr(), room, 0, size) };
-        match usize::try_from(got) {
-            Ok(got) => entries.truncate(got),
-            Err(_) => {
-                let code = c_int::try_from(got).unwrap_or(-EINVAL);
-                self.check("ibv_query_gid_table", code)?;
-            }
-        }
-        Ok(entries.iter().map(RawGid::new).collect())
+        let Ok(got) = usize::try_from(got) else {
+            let code = c_int::try_from(got).unwrap_or(-EINVAL);
+            return Some(Err(self.failure("ibv_query_gid_table", code)));
+        };
+        Some(Ok(entries.iter().take(got).map(RawGid::new).collect()))
     }
 
-    /// The same from a library before rdma-core 32, which does not tell the GIDs' types.
-    fn gids_one_by_one(&self, ports: &[(u8, u32)]) -> Result<Vec<RawGid>, Error> {
+    /// The GIDs of one port, one by one, without their types.
+    pub(super) fn gids(&self, port: u8, len: u32) -> Result<Vec<RawGid>, Error> {
         let mut gids = Vec::new();
-        for (port, len) in ports {
-            for index in 0..(*len).min(MAX_GIDS) {
-                let mut gid = ibv_gid::default();
-                let (context, at) = (self.context.as_ptr(), index.cast_signed());
-                // SAFETY: the device is open; one GID is written.
-                let code = unsafe {
-                    (self.verbs.functions.ibv_query_gid)(context, *port, at, &raw mut gid)
-                };
-                self.check("ibv_query_gid", code)?;
-                if gid.raw != [0; 16] {
-                    gids.push(RawGid {
-                        port: u32::from(*port),
-                        index,
-                        raw: gid.raw,
-                        kind: None,
-                    });
-                }
+        for index in 0..len.min(MAX_GIDS) {
+            let mut gid = ibv_gid::default();
+            let (context, at) = (self.context.as_ptr(), index.cast_signed());
+            // SAFETY: the device is open; one GID is written.
+            let code =
+                unsafe { (self.verbs.functions.ibv_query_gid)(context, port, at, &raw mut gid) };
+            self.check("ibv_query_gid", code)?;
+            if gid.raw != [0; 16] {
+                gids.push(RawGid {
+                    port: u32::from(port),
+                    index,
+                    raw: gid.raw,
+                    kind: None,
+                });
             }
         }
         Ok(gids)
     }
 
-    /// What a call returned: 0, the error's number or its negative, or -1 with the number in errno.
     fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
+        match code {
+            0 => Ok(()),
+            code => Err(self.failure(call, code)),
+        }
+    }
+
+    /// What a call returned that failed: the error's number or its negative, or -1 with the number in
+    /// errno.
+    fn failure(&self, call: &'static str, code: c_int) -> Error {
         let source = match code {
-            0 => return Ok(()),
             -1 => io::Error::last_os_error(),
             code => io::Error::from_raw_os_error(code.saturating_abs()),
         };
-        Err(Error::Device {
+        Error::Device {
             device: self.name.clone(),
             call,
             source,
-        })
+        }
     }
 }
 

@@ -33,7 +33,7 @@ pub struct RdmaDevice {
 }
 
 /// What a device says when it is open.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct RdmaDetails {
     /// What it takes.
@@ -89,11 +89,19 @@ pub struct RdmaLimits {
 }
 
 /// A port of a device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct RdmaPort {
     /// Its number, from 1.
     pub number: u8,
+    /// What it is; an error where the device does not tell.
+    pub details: Result<PortDetails, Error>,
+}
+
+/// What a device says of a port.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct PortDetails {
     /// Whether it has a link.
     pub state: PortState,
     /// What it is plugged into.
@@ -109,12 +117,12 @@ pub struct RdmaPort {
     pub lid: u16,
     /// Partition keys that it has room for.
     pub pkeys: u16,
-    /// Whether every packet needs a global route header. Always so on Ethernet, said or not.
+    /// Whether every packet needs a global route header, as always on Ethernet.
     pub grh_required: bool,
     /// Megabits a second of the link, `None` where the device says nothing that is known.
     pub mbps: Option<u32>,
-    /// Its addresses, by index.
-    pub gids: Vec<Gid>,
+    /// Its addresses, by index; an error where the device does not tell them. A port may have none.
+    pub gids: Result<Vec<Gid>, Error>,
 }
 
 /// The state of a port; work goes over an active one alone.
@@ -203,30 +211,46 @@ fn list(verbs: &'static Verbs, sys: &Path) -> Result<Vec<RdmaDevice>, Error> {
 
 fn details(device: &OpenDevice, sys: &Path) -> Result<RdmaDetails, Error> {
     let attr = device.attr()?;
-    let mut ports = Vec::new();
-    for number in 1..=attr.phys_port_cnt {
-        ports.push((number, device.port(number)?));
-    }
-    let lengths: Vec<_> = ports
-        .iter()
-        .map(|(number, port)| (*number, u32::try_from(port.gid_tbl_len).unwrap_or(0)))
+    let ports: Vec<_> = (1..=attr.phys_port_cnt)
+        .map(|number| (number, device.port(number)))
         .collect();
-    let gids = device.gids(&lengths)?;
-    let ports = ports
-        .iter()
-        .map(|(number, port)| {
-            let of_port = gids.iter().filter(|gid| gid.port == u32::from(*number));
-            let mut gids: Vec<_> = of_port
-                .map(|gid| gid.read(device.name(), port.link_layer, sys))
-                .collect();
-            gids.sort_by_key(|gid| gid.index);
-            RdmaPort::new(*number, port, gids)
-        })
-        .collect();
+    let known = ports.iter().filter_map(|(_, port)| port.as_ref().ok());
+    let mut table = match device.gid_table(known.map(gids_of)) {
+        Some(Ok(table)) => Some(table),
+        Some(Err(e)) => {
+            // More GIDs than the ports say, perhaps. What is wrong with a port, that port will say.
+            tracing::debug!("asking each port for its GIDs: {e}");
+            None
+        }
+        None => None,
+    };
+    let port = |(number, port): (u8, Result<ibv_port_attr, Error>)| RdmaPort {
+        number,
+        details: port.map(|port| {
+            let raw: Result<Vec<_>, _> = match &mut table {
+                Some(table) => Ok(table
+                    .extract_if(.., |gid| gid.port == u32::from(number))
+                    .collect()),
+                None => device.gids(number, gids_of(&port)),
+            };
+            let gids = raw.map(|raw| {
+                let read = |gid: &RawGid| gid.read(device.name(), port.link_layer, sys);
+                let mut gids: Vec<_> = raw.iter().map(read).collect();
+                gids.sort_by_key(|gid| gid.index);
+                gids
+            });
+            PortDetails::new(&port, gids)
+        }),
+    };
     Ok(RdmaDetails {
         limits: RdmaLimits::new(&attr),
-        ports,
+        ports: ports.into_iter().map(port).collect(),
     })
+}
+
+/// How many GIDs a port says it has room for.
+fn gids_of(port: &ibv_port_attr) -> u32 {
+    u32::try_from(port.gid_tbl_len).unwrap_or(0)
 }
 
 impl RawGid {
@@ -278,10 +302,9 @@ impl RdmaLimits {
     }
 }
 
-impl RdmaPort {
-    fn new(number: u8, attr: &ibv_port_attr, gids: Vec<Gid>) -> Self {
+impl PortDetails {
+    fn new(attr: &ibv_port_attr, gids: Result<Vec<Gid>, Error>) -> Self {
         Self {
-            number,
             state: match attr.state {
                 ibv_port_state::IBV_PORT_DOWN => PortState::Down,
                 ibv_port_state::IBV_PORT_INIT => PortState::Init,
@@ -300,7 +323,8 @@ impl RdmaPort {
             max_msg_sz: attr.max_msg_sz,
             lid: attr.lid,
             pkeys: attr.pkey_tbl_len,
-            grh_required: attr.flags & IBV_QPF_GRH_REQUIRED != 0,
+            grh_required: attr.flags & IBV_QPF_GRH_REQUIRED != 0
+                || attr.link_layer == IBV_LINK_LAYER_ETHERNET,
             mbps: mbps(attr.active_width, attr.active_speed),
             gids,
         }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use libc::{EACCES, EIO, EMFILE, ENOSYS, c_char, c_int, ssize_t};
 
-use super::{Gid, GidKind, LinkLayer, PortState, RdmaDevice, Transport, list, mbps};
+use super::{Gid, GidKind, LinkLayer, PortDetails, PortState, RdmaDevice, Transport, list, mbps};
 use crate::error::{Error, KernelFault, NoRdma};
 use crate::sys::Verbs;
 use crate::sys::enums::{IBV_LINK_LAYER_ETHERNET, ibv_gid_type, ibv_mtu, ibv_port_state};
@@ -195,6 +195,32 @@ extern "C" fn query_port(_: *mut ibv_context, port: u8, attr: *mut ibv_port_attr
     0
 }
 
+extern "C" fn port_without_gids(
+    context: *mut ibv_context,
+    port: u8,
+    attr: *mut ibv_port_attr,
+) -> c_int {
+    let code = query_port(context, port, attr);
+    // SAFETY: the caller's structure.
+    unsafe { (*attr).gid_tbl_len = 0 };
+    code
+}
+
+extern "C" fn second_port_fails(
+    context: *mut ibv_context,
+    port: u8,
+    attr: *mut ibv_port_attr,
+) -> c_int {
+    match port {
+        1 => query_port(context, port, attr),
+        _ => EIO,
+    }
+}
+
+extern "C" fn query_gid_fails(_: *mut ibv_context, _: u8, _: c_int, _: *mut ibv_gid) -> c_int {
+    EIO
+}
+
 const V4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 7, 0, 1];
 
 extern "C" fn query_gid(_: *mut ibv_context, port: u8, index: c_int, gid: *mut ibv_gid) -> c_int {
@@ -256,8 +282,9 @@ fn one(change: impl FnOnce(&mut Verbs), sys: &Path) -> RdmaDevice {
     list(verbs, sys).unwrap().pop().unwrap()
 }
 
-fn failure(device: RdmaDevice) -> (&'static str, Option<i32>) {
-    match device.details {
+/// The call that failed on the device, and its number.
+fn failure<T: std::fmt::Debug>(result: Result<T, Error>) -> (&'static str, Option<i32>) {
+    match result {
         Err(Error::Device {
             device,
             call,
@@ -268,6 +295,15 @@ fn failure(device: RdmaDevice) -> (&'static str, Option<i32>) {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// The two ports of the device.
+fn ports(device: RdmaDevice) -> [Result<PortDetails, Error>; 2] {
+    let ports = device.details.unwrap().ports;
+    let numbers: Vec<_> = ports.iter().map(|port| port.number).collect();
+    assert_eq!(numbers, [1, 2]);
+    let details: Vec<_> = ports.into_iter().map(|port| port.details).collect();
+    details.try_into().unwrap()
 }
 
 // One test, for the fake device and its count are one.
@@ -289,42 +325,74 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
         ("fake0", 0x0123_4567_89ab_cdef)
     );
     assert_eq!(device.transport, Transport::Other(17));
-    let details = device.details.unwrap();
-    assert_eq!(details.limits.firmware, "\u{fffd}".repeat(64));
-    assert_eq!((details.limits.max_qp, details.limits.max_sge), (0, 3));
-    let [first, second] = details.ports.as_slice() else {
-        panic!("{details:?}")
-    };
-    assert_eq!((first.number, first.state), (1, PortState::Other(41)));
+    let limits = &device.details.as_ref().unwrap().limits;
+    assert_eq!(limits.firmware, "\u{fffd}".repeat(64));
+    assert_eq!((limits.max_qp, limits.max_sge), (0, 3));
+    let [first, second] = ports(device).map(Result::unwrap);
+    assert_eq!(first.state, PortState::Other(41));
     assert_eq!((first.max_mtu, first.active_mtu), (Some(4096), None));
     assert_eq!(first.mbps, Some(100_000));
     assert_eq!(second.link_layer, LinkLayer::Other(9));
-    assert!(second.gids.is_empty());
+    // No flag is set; Ethernet needs none.
+    assert_eq!((first.grh_required, second.grh_required), (true, false));
+    assert!(second.gids.unwrap().is_empty());
     let kinds = |gids: &[Gid]| gids.iter().map(|g| (g.index, g.kind)).collect::<Vec<_>>();
-    let expected = [(0, GidKind::RoceV1), (2, GidKind::RoceV2)];
-    assert_eq!(kinds(&first.gids), expected);
-    assert_eq!(first.gids[1].netdev.as_deref(), Some("eth7"));
-    assert_eq!(first.gids[1].address().to_string(), "10.7.0.1");
+    let alone = [(0, GidKind::RoceV1), (2, GidKind::RoceV2)];
+    let gids = first.gids.unwrap();
+    assert_eq!(kinds(&gids), alone);
+    assert_eq!(gids[1].netdev.as_deref(), Some("eth7"));
+    assert_eq!(gids[1].address().to_string(), "10.7.0.1");
 
     // A library that tells them.
-    let device = one(|v| v.functions._ibv_query_gid_table = Some(gid_table), sys);
+    let [first, _] = ports(one(
+        |v| v.functions._ibv_query_gid_table = Some(gid_table),
+        sys,
+    ));
     let expected = [
         (0, GidKind::RoceV1),
         (1, GidKind::Other(7)),
         (2, GidKind::RoceV2),
     ];
-    assert_eq!(kinds(&device.details.unwrap().ports[0].gids), expected);
+    assert_eq!(kinds(&first.unwrap().gids.unwrap()), expected);
 
-    // A device that fails is in the list, with its failure.
-    let e = failure(one(|v| v.functions.ibv_open_device = cannot_open, sys));
-    assert_eq!(e, ("ibv_open_device", Some(EACCES)));
-    let e = failure(one(
-        |v| v.functions.ibv_query_device = query_device_fails,
+    // Ports that have none; nobody is asked for no entries.
+    let without = ports(one(
+        |v| {
+            v.functions.ibv_query_port = port_without_gids;
+            v.functions._ibv_query_gid_table = Some(gid_table);
+        },
         sys,
     ));
-    assert_eq!(e, ("ibv_query_device", Some(EIO)));
-    let fails = |v: &mut Verbs| v.functions._ibv_query_gid_table = Some(gid_table_fails);
-    assert_eq!(failure(one(fails, sys)), ("ibv_query_gid_table", Some(EIO)));
+    for port in without.map(Result::unwrap) {
+        assert!(port.gids.unwrap().is_empty());
+    }
+
+    // A table that cannot be had: each port is asked. One that fails is told, and nothing else lost.
+    let [first, _] = ports(one(
+        |v| v.functions._ibv_query_gid_table = Some(gid_table_fails),
+        sys,
+    ));
+    assert_eq!(kinds(&first.unwrap().gids.unwrap()), alone);
+    let [first, second] = ports(one(
+        |v| {
+            v.functions._ibv_query_gid_table = Some(gid_table_fails);
+            v.functions.ibv_query_gid = query_gid_fails;
+            v.functions.ibv_query_port = second_port_fails;
+        },
+        sys,
+    ));
+    let first = first.unwrap();
+    assert_eq!(first.state, PortState::Other(41));
+    assert_eq!(failure(first.gids), ("ibv_query_gid", Some(EIO)));
+    assert_eq!(failure(second), ("ibv_query_port", Some(EIO)));
+
+    // A device that fails is in the list, with its failure.
+    let device = one(|v| v.functions.ibv_open_device = cannot_open, sys);
+    let failed = failure(device.details);
+    assert_eq!(failed, ("ibv_open_device", Some(EACCES)));
+    let device = one(|v| v.functions.ibv_query_device = query_device_fails, sys);
+    let failed = failure(device.details);
+    assert_eq!(failed, ("ibv_query_device", Some(EIO)));
 
     let device = one(|v| v.functions.ibv_open_device = cannot_open_node, sys);
     let Err(Error::DeviceNode { path, source, .. }) = device.details else {
