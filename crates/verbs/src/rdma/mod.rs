@@ -183,7 +183,8 @@ pub enum GidKind {
     Other(u32),
 }
 
-/// All RDMA devices of this machine, as libibverbs orders them. Each is opened for a moment.
+/// All RDMA devices of this machine, as libibverbs orders them. Each is opened for a moment; no memory
+/// is registered, and `ibv_fork_init`, which is for the whole process, is not called.
 ///
 /// # Errors
 ///

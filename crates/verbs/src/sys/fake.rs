@@ -32,24 +32,27 @@ impl Drop for Folder {
 }
 
 /// Builds `libibverbs.so.1` in `folder`: all required functions by their versions, but `without`.
-/// They do nothing and say 11, but for `ibv_fork_init`, which is content. Those that rdma-core has
-/// twice are there twice; the old ones say 10.
+/// They do nothing and say 11, but for `ibv_fork_init`, which says how often it was called before.
+/// Those that rdma-core has twice are there twice; the old ones say 10.
 pub(crate) fn build(folder: &Path, without: Option<&str>) -> PathBuf {
     let mut source = String::new();
     for (name, version) in Functions::REQUIRED {
         if without == Some(*name) {
             continue;
         }
-        let mut function = |prefix: &str, mark: &str, says: u32| {
+        let mut function = |prefix: &str, mark: &str, says: &str| {
             let inner = format!("{prefix}_{name}");
-            writeln!(source, "long {inner}(void) {{ return {says}; }}").unwrap();
+            writeln!(source, "long {inner}(void) {{ {says} }}").unwrap();
             writeln!(source, "__asm__(\".symver {inner},{name}{mark}\");").unwrap();
         };
-        let says = if *name == "ibv_fork_init" { 0 } else { 11 };
+        let says = match *name {
+            "ibv_fork_init" => "static long calls; return calls++;",
+            _ => "return 11;",
+        };
         // Two signs mark the default of a name.
         function("new", &format!("@@{version}"), says);
         if *version == "IBVERBS_1.1" {
-            function("old", "@IBVERBS_1.0", 10);
+            function("old", "@IBVERBS_1.0", "return 10;");
         }
     }
     let map =

@@ -41,14 +41,8 @@ impl Verbs {
     pub(crate) fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
         let library = Library::open(names)?;
         let functions = Functions::find(&library)?;
-        // SAFETY: it has no arguments, and may be called any number of times.
-        let code = unsafe { (functions.ibv_fork_init)() };
-        if code != 0 {
-            tracing::warn!(
-                code,
-                "ibv_fork_init failed: memory registered with RDMA devices is not safe in a process that forks"
-            );
-        }
+        // `ibv_fork_init` is for who registers memory, and nobody does yet: it changes what every
+        // user of the library in this process registers.
         let path = library.path();
         tracing::debug!(path = %path.display(), "libibverbs is loaded");
         Ok(Self { functions, path })
