@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::region::{Access, MemoryRegion, RegionKey};
+use crate::sys::enums::ibv_event_type;
 use crate::wr::Completion;
 
 pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
@@ -89,33 +90,28 @@ pub enum AsyncEvent {
     },
 }
 
-/// The names of `enum ibv_event_type`, in its order.
-const EVENT_NAMES: [&str; 20] = [
-    "completion queue error",
-    "queue pair fatal",
-    "queue pair request error",
-    "queue pair access error",
-    "communication established",
-    "send queue drained",
-    "path migrated",
-    "path migration failed",
-    "device fatal",
-    "port active",
-    "port error",
-    "LID change",
-    "partition key change",
-    "subnet manager change",
-    "shared receive queue error",
-    "shared receive queue limit reached",
-    "last work request reached",
-    "client reregister",
-    "GID change",
-    "work queue fatal",
-];
+/// What an event is called that has no variant of its own.
+fn event_name(code: u32) -> Option<&'static str> {
+    Some(match ibv_event_type(code) {
+        ibv_event_type::IBV_EVENT_COMM_EST => "communication established",
+        ibv_event_type::IBV_EVENT_SQ_DRAINED => "send queue drained",
+        ibv_event_type::IBV_EVENT_PATH_MIG => "path migrated",
+        ibv_event_type::IBV_EVENT_PATH_MIG_ERR => "path migration failed",
+        ibv_event_type::IBV_EVENT_LID_CHANGE => "LID change",
+        ibv_event_type::IBV_EVENT_PKEY_CHANGE => "partition key change",
+        ibv_event_type::IBV_EVENT_SM_CHANGE => "subnet manager change",
+        ibv_event_type::IBV_EVENT_SRQ_ERR => "shared receive queue error",
+        ibv_event_type::IBV_EVENT_SRQ_LIMIT_REACHED => "shared receive queue limit reached",
+        ibv_event_type::IBV_EVENT_QP_LAST_WQE_REACHED => "last work request reached",
+        ibv_event_type::IBV_EVENT_CLIENT_REREGISTER => "client reregister",
+        ibv_event_type::IBV_EVENT_GID_CHANGE => "GID change",
+        ibv_event_type::IBV_EVENT_WQ_FATAL => "work queue fatal",
+        _ => return None,
+    })
+}
 
 impl fmt::Display for AsyncEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = |code: u32| EVENT_NAMES.get(code as usize).copied();
         match *self {
             Self::PortDown { port } => write!(f, "port {port} is down"),
             Self::PortUp { port } => write!(f, "port {port} is up"),
@@ -124,7 +120,7 @@ impl fmt::Display for AsyncEvent {
             Self::QpAccessError { qp_num } => write!(f, "queue pair {qp_num:#x}: access error"),
             Self::CqError { cq } => write!(f, "completion queue {cq}: error"),
             Self::DeviceFatal => f.write_str("device fatal"),
-            Self::Other { code } => match name(code) {
+            Self::Other { code } => match event_name(code) {
                 Some(name) => f.write_str(name),
                 None => write!(f, "event {code}"),
             },
