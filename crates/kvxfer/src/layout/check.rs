@@ -1,6 +1,6 @@
 //! What makes a format valid.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use super::scale::check_scaling;
 use super::{
@@ -83,10 +83,16 @@ pub(super) fn check_group(path: &str, group: &CacheGroup) -> Result<u64, LayoutE
                 path: format!("{path}.tensors"),
             });
         }
-        let mut names = BTreeSet::new();
+        let count = layer.tensors.len() as u64;
+        at_most(
+            &format!("{path}.tensors"),
+            count,
+            limits::LAYER_TENSORS as u64,
+        )?;
+        let mut named = BTreeMap::new();
         for (t, tensor) in layer.tensors.iter().enumerate() {
             let path = format!("{path}.tensors[{t}]");
-            if !names.insert(tensor.name.as_str()) {
+            if named.insert(tensor.name.as_str(), tensor).is_some() {
                 return Err(LayoutError::Duplicate {
                     path,
                     value: tensor.name.clone(),
@@ -98,7 +104,7 @@ pub(super) fn check_group(path: &str, group: &CacheGroup) -> Result<u64, LayoutE
                 .ok_or(LayoutError::Overflow { path })?;
         }
         for (t, tensor) in layer.tensors.iter().enumerate() {
-            check_scaling(&format!("{path}.tensors[{t}]"), tensor, &layer.tensors)?;
+            check_scaling(&format!("{path}.tensors[{t}]"), tensor, &named)?;
         }
     }
     Ok(total)

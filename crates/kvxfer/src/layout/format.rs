@@ -16,6 +16,8 @@ pub mod limits {
     pub const LAYERS: u32 = 4096;
     /// Tensors of all groups and layers together.
     pub const TENSORS: usize = 65_536;
+    /// Tensors of one layer of a group.
+    pub const LAYER_TENSORS: usize = 256;
     /// Axes of a tensor.
     pub const AXES: usize = 8;
     /// Bytes of a name.

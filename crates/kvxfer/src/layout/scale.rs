@@ -1,5 +1,7 @@
 //! The scales of quantised tensors.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::check::at_most;
@@ -44,17 +46,17 @@ impl Scaling {
     }
 }
 
-/// Checks a tensor's scaling against the tensor and its layer.
+/// Checks a tensor's scaling against the tensor and its layer, whose tensors are given by name.
 pub(super) fn check_scaling(
     path: &str,
     tensor: &TensorFormat,
-    layer: &[TensorFormat],
+    layer: &BTreeMap<&str, &TensorFormat>,
 ) -> Result<(), LayoutError> {
     match &tensor.scaling {
         None => Ok(()),
         Some(Scaling::Constant { axes, bits }) => check_constant(path, tensor, axes, bits),
         Some(Scaling::Tensor { name }) => {
-            let scale = layer.iter().find(|t| t.name == *name);
+            let scale = layer.get(name.as_str()).copied();
             let scale = scale.filter(|t| t.role == TensorRole::Scale && t.name != tensor.name);
             let Some(scale) = scale else {
                 return Err(LayoutError::MissingScale {

@@ -279,6 +279,15 @@ fn formats_that_cannot_be_are_refused() {
             )],
             "no scale tensor s",
         ),
+        (
+            vec![group(
+                "full",
+                (0..=limits::LAYER_TENSORS)
+                    .map(|n| tensor(&n.to_string(), &[(Token, 16)]))
+                    .collect(),
+            )],
+            "groups[0].layers[0].tensors: 257 is more than the 256 allowed",
+        ),
     ];
     for (groups, wanted) in cases {
         let message = refused(groups);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::ids::Rank;
-use kvxfer::layout::PlacedTensor;
+use kvxfer::layout::{PlacedTensor, Scaling, TensorFormat};
 use kvxfer::wire::{
     Blob, Describe, ErrorCode, Fingerprint, MessageKind, Refusal, RemoteSpan, limits,
 };
@@ -226,6 +226,27 @@ fn parts_that_do_not_agree() {
                 d.placement = Blob::pack("placement", &parts).expect("an encoding");
             },
             "pools",
+        ),
+        // Every tensor is scaled by the last one of a layer that is far too long.
+        (
+            |l, d| {
+                let format = &l.device.side.format();
+                let mut groups = format.groups().to_vec();
+                let tensors = &mut groups[0].layers[0].tensors;
+                let mut one = tensors[0].clone();
+                one.scaling = Some(Scaling::Tensor { name: "s".into() });
+                tensors.splice(
+                    ..,
+                    (0..60_000).map(|n| TensorFormat {
+                        name: n.to_string(),
+                        ..one.clone()
+                    }),
+                );
+                let parts = (format.model(), groups);
+                d.format = Blob::pack("format", &parts).expect("an encoding");
+                assert!(d.format.len() < limits::FORMAT);
+            },
+            "60000 is more than the",
         ),
     ];
     for (at, (lie, words)) in lies.into_iter().enumerate() {
