@@ -352,6 +352,11 @@ fn tensors(
             tensor: &pt.name,
             ..at
         };
+        // The numbers themselves: of many, the text shows a few and a short hash.
+        if scaling(pt) != scaling(ct) {
+            let values = (scaling_text(pt), scaling_text(ct));
+            found.layer(at, "scaling", values, SCALING);
+        }
         let mut differ = |field, p: String, c: String, note| {
             if p != c {
                 found.layer(at, field, (p, c), note);
@@ -364,7 +369,6 @@ fn tensors(
             GROUPS,
         );
         differ("dtype", pt.dtype.to_string(), ct.dtype.to_string(), DTYPE);
-        differ("scaling", scaling(pt), scaling(ct), SCALING);
         let sharded = |t: &TensorFormat| match t.sharded_axis() {
             None => "replicated".to_owned(),
             Some(axis) => format!("by {}", axis.kind),
@@ -390,12 +394,19 @@ fn tensors(
     }
 }
 
-/// How a tensor is scaled. Constants of 1 are no scaling; long lists are told by their hash.
-fn scaling(t: &TensorFormat) -> String {
-    match &t.scaling {
+/// How a tensor is scaled. Constants of 1 are no scaling.
+fn scaling(t: &TensorFormat) -> Option<&Scaling> {
+    t.scaling.as_ref().filter(|scaling| match scaling {
+        Scaling::Tensor { .. } => true,
+        Scaling::Constant { bits, .. } => bits.iter().any(|b| *b != ONE),
+    })
+}
+
+/// The same for people; long lists are told by their hash.
+fn scaling_text(t: &TensorFormat) -> String {
+    match scaling(t) {
         None => "none".to_owned(),
         Some(Scaling::Tensor { name }) => format!("tensor {name}"),
-        Some(Scaling::Constant { bits, .. }) if bits.iter().all(|b| *b == ONE) => "none".to_owned(),
         Some(Scaling::Constant { axes, bits }) => {
             let along: Vec<&str> = axes.iter().map(|a| a.name()).collect();
             let scales: Vec<String> = bits

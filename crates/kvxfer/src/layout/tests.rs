@@ -495,3 +495,45 @@ fn differences_are_named_once_with_the_layers_they_are_in() {
     );
     assert!(compare(&side(&producer, &p), &side(&producer, &p)).is_empty());
 }
+
+#[test]
+fn constant_scales_are_compared_by_value() {
+    let scaled = |scaling: Option<Scaling>| {
+        let k = TensorFormat {
+            scaling,
+            ..tensor("k", &[(AxisKind::Token, 16), (AxisKind::Head, 5)])
+        };
+        format(vec![group("full", vec![k])]).expect("valid")
+    };
+    let by_head = |last| {
+        let half = 0.5_f32.to_bits();
+        Some(Scaling::Constant {
+            axes: vec![AxisKind::Head],
+            bits: vec![half, half, half, half, last],
+        })
+    };
+    let found = |p: &KvFormat, c: &KvFormat| -> Vec<String> {
+        let place = |format: &KvFormat| {
+            let topology = Topology::single(format);
+            KvPlacement::uniform(format, topology, &[4], Packing::OneMemory, 64)
+                .and_then(|u| u.describe(format))
+                .expect("valid")
+        };
+        let (at_p, at_c) = (place(p), place(c));
+        let side = |format, placement| Side { format, placement };
+        let found = compare(&side(p, &at_p), &side(c, &at_c));
+        found.into_iter().map(|d| d.field).collect()
+    };
+    // The SHA-256 of these two lists begins with the same 32 bits, as do the lists themselves.
+    let (one, other) = (scaled(by_head(0x3f01_59e0)), scaled(by_head(0x3f02_405f)));
+    assert_eq!(found(&one, &other), ["groups[0].layers[0].k.scaling"]);
+    assert!(found(&one, &one).is_empty());
+    // Ones, given in whichever way, are no scaling.
+    let ones = Some(Scaling::Constant {
+        axes: vec![AxisKind::Head],
+        bits: vec![1.0_f32.to_bits(); 5],
+    });
+    let plain = scaled(None);
+    assert!(found(&plain, &scaled(ones)).is_empty());
+    assert!(found(&plain, &scaled(Some(Scaling::constant(1.0)))).is_empty());
+}
