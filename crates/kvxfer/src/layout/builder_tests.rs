@@ -122,6 +122,50 @@ fn k_and_v_stacked_or_beside_each_other() {
 }
 
 #[test]
+fn what_other_dimensions_count_is_not_fused_again() {
+    use AxisKind::{Dim as D, Head, Token};
+    // Blocks of 64 tokens in 4 kernel blocks of 16, each one dimension.
+    let axes = [(Token, 64), (Head, 8), (D, 128)];
+    let k = tensor("k", TensorRole::Key, DType::Bf16, &axes);
+    let format = one_layer(GroupKind::Full, 64, vec![k]);
+    let read = |shape: &[u64], dims: &[Dim]| {
+        let mut builder = builder(&format);
+        let engine = dense(0, shape, 2);
+        builder.tensor(0, 0, "k", &engine, dims).expect("taken");
+        let (built, desc) = builder.describe().expect("valid");
+        let axes = &built.tensor(0, 0, 0).expect("there").axes;
+        let axes: Vec<_> = axes.iter().map(|a| (a.kind, a.extent)).collect();
+        (axes, lies(&desc))
+    };
+    let kernel = 16 * 8 * 128 * 2;
+    let row = vec![(0, 4 * kernel, vec![kernel, 2048, 256, 2])];
+    let digits = vec![(Token, 4), (Token, 16), (Head, 8), (D, 128)];
+    let per_block = Dim::KernelBlock { per_block: 4 };
+    let fused = Dim::Fused(vec![Token, Head, D]);
+    let shape = [4 * BLOCKS, 16 * 8 * 128];
+    assert_eq!(
+        read(&shape, &[per_block, fused.clone()]),
+        (digits.clone(), row.clone())
+    );
+    // The same as a dimension of its own.
+    let shape = [BLOCKS, 4, 16 * 8 * 128];
+    assert_eq!(
+        read(&shape, &[Dim::Block, axis(Token), fused]),
+        (digits, row)
+    );
+    // The vectors' digit inside, the other one fused outside.
+    let shape = [BLOCKS, 64 * 8 * 16, 8];
+    let fused = Dim::Fused(vec![Token, Head, D]);
+    assert_eq!(
+        read(&shape, &[Dim::Block, fused, axis(D)]),
+        (
+            vec![(Token, 64), (Head, 8), (D, 16), (D, 8)],
+            vec![(0, 4 * kernel, vec![2048, 256, 16, 2])]
+        )
+    );
+}
+
+#[test]
 fn vectors_and_kernel_blocks_are_digits() {
     use AxisKind::{Dim as D, Head, Token};
     // Blocks of 64 tokens; the kernel's have 16. K is [blocks, heads, dim/8, tokens, 8], V is
@@ -468,7 +512,35 @@ fn what_cannot_be_is_refused_with_layer_tensor_and_axis() {
         ),
         (
             |_, _, d| d[3] = Dim::Fused(vec![AxisKind::Head, AxisKind::Dim]),
-            "layer 0 k: 128 along head, this rank has 1024",
+            "layer 0 k: head is dealt to ranks and cannot be split too",
+        ),
+        (
+            |k, _, d| {
+                k.shape[1] = 3;
+                d[3] = Dim::Fused(vec![AxisKind::Token, AxisKind::Dim]);
+            },
+            "layer 0 k: 3 along token, this rank has 16",
+        ),
+        (
+            |k, _, d| {
+                k.shape[1] = 32;
+                d[3] = Dim::Fused(vec![AxisKind::Token, AxisKind::Dim]);
+            },
+            "layer 0 k: 32 along token, this rank has 16",
+        ),
+        (
+            |k, _, d| {
+                k.shape[1] = 4;
+                d[3] = Dim::Fused(vec![AxisKind::Token, AxisKind::Dim]);
+            },
+            "layer 0 k: 128 along token, this rank has 512",
+        ),
+        (
+            |_, _, d| {
+                d[1] = Dim::Fused(vec![AxisKind::Token]);
+                d[3] = Dim::Fused(vec![AxisKind::Token, AxisKind::Dim]);
+            },
+            "layer 0 k: token is fused twice",
         ),
         (
             |k, v, _| v.start = k.start,

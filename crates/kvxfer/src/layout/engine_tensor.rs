@@ -16,6 +16,8 @@ pub enum Dim {
     /// significant one.
     Axis(AxisKind),
     /// Several axes in one dimension, the last one innermost, as in `[blocks, tokens, heads * dim]`.
+    /// Of a kind that other dimensions count too, it counts what they leave. Two of them cannot
+    /// share a kind.
     Fused(Vec<AxisKind>),
     /// This index of the dimension and no other: K of `[2, blocks, …]`, a layer of `[layers, …]`.
     At(u64),
@@ -120,7 +122,7 @@ impl Reading {
                     let mut stride = stride;
                     let mut parts = Vec::new();
                     for kind in kinds.iter().rev() {
-                        let part = wanted.extent(*kind);
+                        let part = wanted.left(path, *kind, dims, &engine.shape)?;
                         parts.push((Axis::new(*kind, part), stride));
                         stride = stride.checked_mul(part).ok_or_else(overflow)?;
                     }
@@ -243,6 +245,45 @@ impl Wanted<'_> {
             Some(shard) if sharded => shard.count,
             _ => self.format.extent_of(kind),
         }
+    }
+
+    /// What a [`Dim::Fused`] counts of a kind: this rank's extent, over what the dimensions that are
+    /// not fused count of it.
+    fn left(
+        &self,
+        path: &str,
+        kind: AxisKind,
+        dims: &[Dim],
+        shape: &[u64],
+    ) -> Result<u64, LayoutError> {
+        let (mut given, mut fused) = (1_u64, 0);
+        for (dim, &extent) in dims.iter().zip(shape) {
+            match dim {
+                Dim::Axis(k) if *k == kind => given = given.saturating_mul(extent),
+                Dim::KernelBlock { per_block } if kind == AxisKind::Token => {
+                    given = given.saturating_mul(u64::from(*per_block));
+                }
+                Dim::Fused(kinds) => fused += kinds.iter().filter(|k| **k == kind).count(),
+                _ => {}
+            }
+        }
+        let expected = self.extent(kind);
+        let left = expected.checked_div(given).unwrap_or(0);
+        if left == 0 || !expected.is_multiple_of(given) {
+            return Err(LayoutError::Extent {
+                path: path.to_owned(),
+                axis: kind.name(),
+                given,
+                expected,
+            });
+        }
+        if fused > 1 && left > 1 {
+            return Err(LayoutError::FusedTwice {
+                path: path.to_owned(),
+                axis: kind,
+            });
+        }
+        Ok(left)
     }
 }
 

@@ -179,6 +179,14 @@ pub enum LayoutError {
         /// The axis.
         axis: AxisKind,
     },
+    /// An axis that the engine fuses in two places, so that nothing says how much of it is in which.
+    #[error("{path}: {axis} is fused twice; how much is where cannot be told")]
+    FusedTwice {
+        /// The tensor.
+        path: String,
+        /// The axis.
+        axis: AxisKind,
+    },
     /// Kernel blocks that do not make whole blocks.
     #[error("{path}: {blocks} kernel blocks, {per_block} to a block")]
     KernelBlocks {
