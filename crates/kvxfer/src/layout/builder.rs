@@ -144,16 +144,7 @@ impl<'a> LayoutBuilder<'a> {
         shard: Shard,
     ) -> Result<&mut Self, LayoutError> {
         let (index, format) = self.find(group, layer, name)?;
-        let extent = format.sharded_axis().map_or(0, |a| a.extent);
-        let end = shard.first.checked_add(shard.count);
-        if shard.count == 0 || end.is_none_or(|end| end > extent) {
-            return Err(LayoutError::Shard {
-                path: self.predicted.tensor_label(group, layer, index),
-                first: shard.first,
-                count: shard.count,
-                extent,
-            });
-        }
+        shard.check(format, || self.predicted.tensor_label(group, layer, index))?;
         self.add((group, layer, index), format, engine, dims, Some(shard))
     }
 

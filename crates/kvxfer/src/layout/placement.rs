@@ -391,16 +391,7 @@ impl PlacementDesc {
             });
         }
         if let Some(shard) = t.shard {
-            let extent = tensor.sharded_axis().map_or(0, |a| a.extent);
-            let end = shard.first.checked_add(shard.count);
-            if shard.count == 0 || end.is_none_or(|end| end > extent) {
-                return Err(LayoutError::Shard {
-                    path: path(),
-                    first: shard.first,
-                    count: shard.count,
-                    extent,
-                });
-            }
+            shard.check(tensor, path)?;
         }
         let nest = Nest::new(tensor, t, path)?;
         let memory = usize::try_from(t.memory).ok();

@@ -56,6 +56,25 @@ impl Shard {
             tp: topology.tp,
         })
     }
+
+    /// Refuses a part that is empty or not within the tensor's sharded axis.
+    pub(super) fn check(
+        self,
+        tensor: &TensorFormat,
+        path: impl FnOnce() -> String,
+    ) -> Result<(), LayoutError> {
+        let extent = tensor.sharded_axis().map_or(0, |a| a.extent);
+        let end = self.first.checked_add(self.count);
+        if self.count == 0 || end.is_none_or(|end| end > extent) {
+            return Err(LayoutError::Shard {
+                path: path(),
+                first: self.first,
+                count: self.count,
+                extent,
+            });
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Shard {
