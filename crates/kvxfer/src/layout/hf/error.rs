@@ -36,7 +36,7 @@ pub enum ConfigError {
     /// A field of another type.
     #[error("{path} is {found}, not {expected}")]
     Type {
-        /// Place inside the file; empty for the file itself.
+        /// Place inside the file; `the file` for the file itself.
         path: String,
         /// What it should be.
         expected: &'static str,
