@@ -63,12 +63,19 @@ pub(crate) struct Cqe {
     pub(crate) queue: Arc<Slots>,
 }
 
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Cqe>,
+    /// Nothing completes here any more.
+    failed: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct CqCore {
     depth: u32,
     credits: Slots,
-    queue: Mutex<VecDeque<Cqe>>,
-    /// Length of `queue`, to look without the lock.
+    queue: Mutex<Queue>,
+    /// Completions waiting, to look without the lock.
     queued: AtomicUsize,
     armed: AtomicBool,
     signalled: AtomicBool,
@@ -87,7 +94,7 @@ impl CqCore {
         Ok(Self {
             depth,
             credits: Slots::new(depth),
-            queue: Mutex::new(VecDeque::new()),
+            queue: Mutex::new(Queue::default()),
             queued: AtomicUsize::new(0),
             armed: AtomicBool::new(false),
             signalled: AtomicBool::new(false),
@@ -111,15 +118,19 @@ impl CqCore {
         self.queued.load(Ordering::Acquire) == 0
     }
 
-    /// Moves completions in, in order, and wakes the poller.
+    /// Moves completions in, in order, and wakes the poller. Into a queue that has failed none goes.
     pub(crate) fn push_all(&self, cqes: &mut Vec<Cqe>) {
         if cqes.is_empty() {
             return;
         }
         {
             let mut q = lock(&self.queue);
-            q.extend(cqes.drain(..));
-            self.queued.store(q.len(), Ordering::Release);
+            if q.failed {
+                self.lose(cqes.drain(..));
+                return;
+            }
+            q.waiting.extend(cqes.drain(..));
+            self.queued.store(q.waiting.len(), Ordering::Release);
         }
         self.wake();
     }
@@ -130,22 +141,22 @@ impl CqCore {
             return;
         }
         let mut q = lock(&self.queue);
-        let n = q.len().min(max);
+        let n = q.waiting.len().min(max);
         let mut total = 0;
-        for cqe in q.drain(..n) {
+        for cqe in q.waiting.drain(..n) {
             cqe.queue.give(cqe.slots);
             total += cqe.slots;
             out.push(cqe.completion);
         }
         self.credits.give(total);
-        self.queued.store(q.len(), Ordering::Release);
+        self.queued.store(q.waiting.len(), Ordering::Release);
     }
 
     /// Drops the completions of a queue pair that is gone.
     pub(crate) fn purge(&self, qp_num: u32) {
         let mut q = lock(&self.queue);
         let mut total = 0;
-        q.retain(|cqe| {
+        q.waiting.retain(|cqe| {
             let gone = cqe.completion.qp_num == qp_num;
             if gone {
                 total += cqe.slots;
@@ -153,7 +164,27 @@ impl CqCore {
             !gone
         });
         self.credits.give(total);
-        self.queued.store(q.len(), Ordering::Release);
+        self.queued.store(q.waiting.len(), Ordering::Release);
+    }
+
+    /// From here on nothing completes here, and what waits is lost. What was taken for posting comes
+    /// back all the same, so that the queue pairs can be posted to as ever.
+    pub(crate) fn fail(&self) {
+        let mut q = lock(&self.queue);
+        q.failed = true;
+        self.lose(q.waiting.drain(..));
+        self.queued.store(0, Ordering::Release);
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        lock(&self.queue).failed
+    }
+
+    fn lose(&self, cqes: impl Iterator<Item = Cqe>) {
+        for cqe in cqes {
+            cqe.queue.give(cqe.slots);
+            self.credits.give(cqe.slots);
+        }
     }
 
     /// Makes the event readable if somebody sleeps or is about to.
@@ -199,7 +230,7 @@ impl CqCore {
 
     /// The completions waiting, under the lock (for arming).
     pub(crate) fn has_completions(&self) -> bool {
-        !lock(&self.queue).is_empty()
+        !lock(&self.queue).waiting.is_empty()
     }
 }
 
@@ -254,6 +285,30 @@ pub(crate) mod loom_tests {
             assert!(out.len() - before <= 1);
             assert!(!out.is_empty(), "the first to come found a credit");
             assert_eq!((core.credits().free(), slots.free()), (1, 2));
+        });
+    }
+    #[test]
+    fn a_queue_that_fails_gives_nothing_and_keeps_nothing() {
+        model(|| {
+            let core = Arc::new(CqCore::new(2).expect("a queue"));
+            let slots = Arc::new(Slots::new(2));
+            let poster = {
+                let (core, slots) = (Arc::clone(&core), Arc::clone(&slots));
+                thread::spawn(move || {
+                    for _ in 0..2 {
+                        let (posted, _) = take_credits(1, &slots, core.credits());
+                        assert_eq!(posted, 1);
+                        core.push_all(&mut vec![cqe(&slots)]);
+                    }
+                })
+            };
+            core.fail();
+            let mut out = Vec::new();
+            core.pop(&mut out, 4);
+            poster.join().expect("posted");
+            core.pop(&mut out, 4);
+            assert!(out.is_empty() && !core.has_completions());
+            assert_eq!((core.credits().free(), slots.free()), (2, 2));
         });
     }
 }

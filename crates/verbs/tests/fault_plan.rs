@@ -325,6 +325,7 @@ fn a_completion_queue_that_fails_takes_its_queue_pairs_along() {
         &options("cq-error=50ms,event=60ms:18,delay=1:1000s"),
     );
     assert_eq!(p.a.send_cq.number(), 1);
+    let room = p.a.qp.send_credits();
     p.post(&[SendOp::Write(p.remote), SendOp::Read(p.remote)]);
     assert!(readable(&p.a.ctx, WAIT));
     let first = p.a.ctx.async_event();
@@ -337,6 +338,13 @@ fn a_completion_queue_that_fails_takes_its_queue_pairs_along() {
     let mut got = Vec::new();
     p.a.send_cq.poll(&mut got, 16).unwrap();
     assert!(got.is_empty(), "{got:?}");
+    // Nor is what is posted afterwards; it takes no room for ever either, however much it is.
+    for _ in 0..2 * room {
+        p.post(&[SendOp::Write(p.remote)]);
+        assert!(!p.a.send_cq.poll(&mut got, 16).unwrap().more);
+    }
+    assert!(got.is_empty(), "{got:?}");
+    assert_eq!(p.a.qp.send_credits(), room);
     assert_eq!(other.to_string(), "GID change");
     assert_eq!(AsyncEvent::Other { code: 77 }.to_string(), "event 77");
     // Nothing can be had of that queue again; another one works.

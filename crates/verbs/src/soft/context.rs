@@ -70,8 +70,8 @@ pub(crate) struct SoftShared {
     first_qpn: u32,
     qps: AtomicU32,
     cqs: AtomicU32,
-    /// For the plan: the first completion queue, and whether it has failed.
-    first_cq: Mutex<(Weak<SoftCq>, bool)>,
+    /// For the plan: the first completion queue.
+    first_cq: Mutex<Weak<SoftCq>>,
     pub(crate) events: Events,
     pub(crate) faults: Option<Arc<Injector>>,
 }
@@ -132,17 +132,15 @@ impl SoftShared {
 
     /// The first completion queue fails, and all that completes there.
     pub(crate) fn fail_first_cq(&self) {
-        let cq = {
-            let mut first = lock(&self.first_cq);
-            first.1 = true;
-            first.0.upgrade()
+        let Some(cq) = lock(&self.first_cq).upgrade() else {
+            return;
         };
-        let Some(cq) = cq else { return };
+        // First, so that no flush finds a way out, and that a queue pair that comes after the list
+        // sees it.
+        cq.core.fail();
         for qp in self.queue_pairs() {
             if qp.completes_on(&cq) {
                 qp.fail_all(false);
-                // As on hardware, its flushes find no way out.
-                cq.core.purge(qp.qpn);
             }
         }
     }
@@ -315,7 +313,7 @@ impl DeviceBackend for SoftDevice {
         let cq = Arc::new(SoftCq::new(depth, self.shared.config.poll_budget)?);
         let number = self.shared.cqs.fetch_add(1, Ordering::Relaxed);
         if number == FIRST_CQ {
-            lock(&self.shared.first_cq).0 = Arc::downgrade(&cq);
+            *lock(&self.shared.first_cq) = Arc::downgrade(&cq);
         }
         Ok((number, cq))
     }
@@ -355,10 +353,7 @@ impl DeviceBackend for SoftDevice {
         let qp = Arc::new(qp);
         send_cq.add(Arc::clone(&qp));
         lock(&self.shared.tokens).insert(token, Arc::downgrade(&qp));
-        let failed = lock(&self.shared.first_cq);
-        let on_failed = failed.1 && failed.0.upgrade().is_some_and(|cq| qp.completes_on(&cq));
-        drop(failed);
-        if on_failed {
+        if qp.completes_on_failed() {
             qp.fail_all(false);
         }
         Ok(Arc::new(SoftQpHandle(qp)))

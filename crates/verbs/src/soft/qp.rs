@@ -360,6 +360,10 @@ impl SoftQp {
         Arc::ptr_eq(&self.send_cq, cq) || Arc::ptr_eq(&self.recv_cq, cq)
     }
 
+    pub(crate) fn completes_on_failed(&self) -> bool {
+        self.send_cq.core.has_failed() || self.recv_cq.core.has_failed()
+    }
+
     pub(crate) fn fail_all(&self, keep_stream: bool) {
         self.set_state(QpState::Err);
         let mut req = lock(&self.requester);
