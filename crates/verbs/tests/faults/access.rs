@@ -55,77 +55,46 @@ fn violate(
 
 #[test]
 fn keys_bounds_and_rights_are_checked() {
-    let at = |r: &MemoryRegion, offset: u64| Remote {
-        addr: r.addr() + offset,
-        rkey: r.rkey(),
-    };
     for how in EVERY {
         let o = Options::default();
         type Make = fn(Remote) -> SendOp;
         for make in [SendOp::Read as Make, SendOp::Write as Make] {
-            let c = violate(how, &o, all(), |r| {
-                (make(at(r, u64::from(S) - 4095)), sge(4096, 0))
-            });
-            assert_eq!(
-                (c.status, c.vendor_err),
-                (WcStatus::RemAccess, vendor::BOUNDS),
-                "{how:?}"
-            );
-            let c = violate(how, &o, all(), |r| {
-                (
-                    make(Remote {
-                        addr: r.addr() - 1,
-                        rkey: r.rkey(),
-                    }),
-                    sge(1, 0),
-                )
-            });
-            assert_eq!(
-                (c.status, c.vendor_err),
-                (WcStatus::RemAccess, vendor::BOUNDS),
-                "{how:?}"
-            );
-            let c = violate(how, &o, all(), |r| {
-                (
-                    make(Remote {
-                        addr: u64::MAX - 3,
-                        rkey: r.rkey(),
-                    }),
-                    sge(8, 0),
-                )
-            });
-            assert_eq!(
-                (c.status, c.vendor_err),
-                (WcStatus::RemAccess, vendor::BOUNDS),
-                "{how:?}"
-            );
-            let c = violate(how, &o, Access::LOCAL_WRITE, |r| {
-                (make(at(r, 0)), sge(8, 0))
-            });
-            assert_eq!(
-                (c.status, c.vendor_err),
-                (WcStatus::RemAccess, vendor::RIGHTS),
-                "{how:?}"
-            );
-            // Another generation of the same slot, and a slot that does not exist.
-            for flip in [0x0001_0000, 0x0000_ffff] {
-                let c = violate(how, &o, all(), |r| {
-                    (
-                        make(Remote {
-                            addr: r.addr(),
-                            rkey: r.rkey() ^ flip,
-                        }),
-                        sge(8, 0),
-                    )
-                });
+            // Of a region with these rights, so many bytes of a place that is worked out from it.
+            let refused = |access, vendor, len, place: &dyn Fn(&MemoryRegion) -> Remote| {
+                let c = violate(how, &o, access, |r| (make(place(r)), sge(len, 0)));
                 assert_eq!(
                     (c.status, c.vendor_err),
-                    (WcStatus::RemAccess, vendor::BAD_KEY)
+                    (WcStatus::RemAccess, vendor),
+                    "{how:?}"
                 );
+            };
+            type Addr = fn(u64) -> u64;
+            let beyond: [(Addr, u32); 3] = [
+                (|start| start + u64::from(S) - 4095, 4096),
+                (|start| start - 1, 1),
+                (|_| u64::MAX - 3, 8),
+            ];
+            for (addr, len) in beyond {
+                refused(all(), vendor::BOUNDS, len, &|r| Remote {
+                    addr: addr(r.addr()),
+                    rkey: r.rkey(),
+                });
+            }
+            let begin = |r: &MemoryRegion| Remote {
+                addr: r.addr(),
+                rkey: r.rkey(),
+            };
+            refused(Access::LOCAL_WRITE, vendor::RIGHTS, 8, &begin);
+            // Another generation of the same slot, and a slot that does not exist.
+            for flip in [0x0001_0000, 0x0000_ffff] {
+                refused(all(), vendor::BAD_KEY, 8, &|r| Remote {
+                    rkey: r.rkey() ^ flip,
+                    ..begin(r)
+                });
             }
             // Out of its own region.
             let c = violate(how, &o, all(), |r| {
-                (make(at(r, 0)), sge(8, u64::from(S) - 7))
+                (make(begin(r)), sge(8, u64::from(S) - 7))
             });
             assert_eq!(c.status, WcStatus::LocProt, "{how:?}");
         }
