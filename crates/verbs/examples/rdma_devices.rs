@@ -50,10 +50,12 @@ fn print(number: u8, port: &PortDetails) {
     };
     for gid in gids {
         let netdev = gid.netdev.as_deref().unwrap_or("no interface");
+        let kind = gid
+            .kind
+            .map_or("unknown type".to_owned(), |k| k.to_string());
         println!(
-            "    gid {}: {} {} on {netdev}",
+            "    gid {}: {kind} {} on {netdev}",
             gid.index,
-            gid.kind,
             gid.address()
         );
     }

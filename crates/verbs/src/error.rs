@@ -1,8 +1,7 @@
 //! What can go wrong, one variant an operation.
 
-use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::qp::{QpState, SoftPath};
 
@@ -139,11 +138,13 @@ pub enum NoRdma {
     /// libibverbs cannot be loaded.
     #[error(
         "libibverbs cannot be loaded ({}): install rdma-core (Debian: libibverbs1, ibverbs-providers)",
-        list(tried)
+        loader(name, why)
     )]
     Library {
-        /// Every name that was tried, in order.
-        tried: Vec<Tried>,
+        /// The name that the loader was given.
+        name: PathBuf,
+        /// The loader's words.
+        why: String,
     },
     /// The library is there and too old, or is something else.
     #[error("{} has no {symbol}@{version}: it is older than rdma-core, or another library of that name", library.display())]
@@ -169,15 +170,6 @@ pub enum NoRdma {
     },
 }
 
-/// A name that the loader was given.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tried {
-    /// The name, or path.
-    pub name: PathBuf,
-    /// The loader's words.
-    pub why: String,
-}
-
 /// What the kernel lacks that libibverbs needs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -201,19 +193,13 @@ pub enum KernelFault {
     },
 }
 
-fn list(tried: &[Tried]) -> impl fmt::Display {
-    fmt::from_fn(move |f| {
-        for (i, Tried { name, why }) in tried.iter().enumerate() {
-            let comma = if i == 0 { "" } else { "; " };
-            // The loader names the file first, most of the time.
-            let name = name.display().to_string();
-            match why.strip_prefix(&name) {
-                Some(_) => write!(f, "{comma}{why}")?,
-                None => write!(f, "{comma}{name}: {why}")?,
-            }
-        }
-        Ok(())
-    })
+fn loader(name: &Path, why: &str) -> String {
+    // The loader names the file first, most of the time.
+    let name = name.display().to_string();
+    match why.strip_prefix(&name) {
+        Some(_) => why.to_owned(),
+        None => format!("{name}: {why}"),
+    }
 }
 
 fn no_device(kernel: &[String]) -> String {

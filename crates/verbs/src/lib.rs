@@ -27,7 +27,7 @@ pub use cq::Poll;
 pub use device::{
     AsyncEvent, CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain,
 };
-pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault, Tried};
+pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault};
 pub use memory::{FdSpan, Memory, MemoryKind};
 pub use null::open_null;
 pub use qp::{

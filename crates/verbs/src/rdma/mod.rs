@@ -163,8 +163,8 @@ pub struct Gid {
     pub index: u32,
     /// The address, first byte first.
     pub raw: [u8; 16],
-    /// What it is an address of.
-    pub kind: GidKind,
+    /// What it is an address of; `None` where nobody tells.
+    pub kind: Option<GidKind>,
     /// The network interface it belongs to.
     pub netdev: Option<String>,
 }
@@ -258,16 +258,17 @@ impl RawGid {
     fn read(&self, device: &str, link_layer: u8, sys: &Path) -> Gid {
         let port = self.port;
         let kind = match self.kind {
-            // Where only sysfs tells, it has one word for the two.
-            None => match sysfs::gid_type(sys, device, port, self.index) {
-                Some(true) => GidKind::RoceV2,
-                _ if link_layer == IBV_LINK_LAYER_ETHERNET => GidKind::RoceV1,
-                _ => GidKind::InfiniBand,
+            // Where only sysfs tells, it has one word for the other two.
+            None => match sysfs::is_roce_v2(sys, device, port, self.index) {
+                Some(true) => Some(GidKind::RoceV2),
+                _ if link_layer != IBV_LINK_LAYER_ETHERNET => Some(GidKind::InfiniBand),
+                Some(false) => Some(GidKind::RoceV1),
+                None => None,
             },
-            Some(ibv_gid_type::IBV_GID_TYPE_IB) => GidKind::InfiniBand,
-            Some(ibv_gid_type::IBV_GID_TYPE_ROCE_V1) => GidKind::RoceV1,
-            Some(ibv_gid_type::IBV_GID_TYPE_ROCE_V2) => GidKind::RoceV2,
-            Some(ibv_gid_type(other)) => GidKind::Other(other),
+            Some(ibv_gid_type::IBV_GID_TYPE_IB) => Some(GidKind::InfiniBand),
+            Some(ibv_gid_type::IBV_GID_TYPE_ROCE_V1) => Some(GidKind::RoceV1),
+            Some(ibv_gid_type::IBV_GID_TYPE_ROCE_V2) => Some(GidKind::RoceV2),
+            Some(ibv_gid_type(other)) => Some(GidKind::Other(other)),
         };
         Gid {
             index: self.index,

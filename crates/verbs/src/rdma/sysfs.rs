@@ -28,7 +28,7 @@ pub(super) fn devices(sys: &Path) -> Vec<String> {
 }
 
 /// Whether a GID is one of RoCE v2; `None` where the kernel does not say.
-pub(super) fn gid_type(sys: &Path, device: &str, port: u32, index: u32) -> Option<bool> {
+pub(super) fn is_roce_v2(sys: &Path, device: &str, port: u32, index: u32) -> Option<bool> {
     let text = fs::read_to_string(gid_attr(sys, device, port, "types", index)).ok()?;
     Some(text.trim() == "RoCE v2")
 }

@@ -337,7 +337,7 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
     assert_eq!((first.grh_required, second.grh_required), (true, false));
     assert!(second.gids.unwrap().is_empty());
     let kinds = |gids: &[Gid]| gids.iter().map(|g| (g.index, g.kind)).collect::<Vec<_>>();
-    let alone = [(0, GidKind::RoceV1), (2, GidKind::RoceV2)];
+    let alone = [(0, Some(GidKind::RoceV1)), (2, Some(GidKind::RoceV2))];
     let gids = first.gids.unwrap();
     assert_eq!(kinds(&gids), alone);
     assert_eq!(gids[1].netdev.as_deref(), Some("eth7"));
@@ -349,9 +349,9 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
         sys,
     ));
     let expected = [
-        (0, GidKind::RoceV1),
-        (1, GidKind::Other(7)),
-        (2, GidKind::RoceV2),
+        (0, Some(GidKind::RoceV1)),
+        (1, Some(GidKind::Other(7))),
+        (2, Some(GidKind::RoceV2)),
     ];
     assert_eq!(kinds(&first.unwrap().gids.unwrap()), expected);
 
@@ -372,6 +372,10 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
         |v| v.functions._ibv_query_gid_table = Some(gid_table_fails),
         sys,
     ));
+    assert_eq!(kinds(&first.unwrap().gids.unwrap()), alone);
+    std::fs::remove_file(attrs.join("types/0")).unwrap();
+    let [first, _] = ports(one(|_| {}, sys));
+    let alone = [(0, None), (2, Some(GidKind::RoceV2))];
     assert_eq!(kinds(&first.unwrap().gids.unwrap()), alone);
     let [first, second] = ports(one(
         |v| {

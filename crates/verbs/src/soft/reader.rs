@@ -95,6 +95,7 @@ impl<P> Place<P> {
 }
 
 fn place() -> MutexGuard<'static, Place<OwnedFd>> {
+    // Not `sync::lock`: loom's lock cannot be made in a static.
     static PLACE: Mutex<Place<OwnedFd>> = Mutex::new(Place::new());
     PLACE.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -81,7 +81,7 @@ pub(crate) fn compile(folder: &Path, source: &str, map: Option<&str>) -> PathBuf
 pub(crate) fn whole() -> Verbs {
     let folder = Folder::new();
     let path = build(folder.path(), None);
-    match Verbs::open(&[&path]) {
+    match Verbs::open(&path) {
         Ok(verbs) => verbs,
         Err(e) => panic!("{e}"),
     }

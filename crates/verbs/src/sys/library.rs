@@ -10,10 +10,10 @@ use libc::c_void;
 use libloading::os::unix::{Library as Opened, RTLD_LOCAL, RTLD_NOW};
 
 use super::functions::Functions;
-use crate::error::{NoRdma, Tried};
+use crate::error::NoRdma;
 
 /// The name that holds for the ABI declared here, whatever the version of rdma-core.
-const NAMES: &[&str] = &["libibverbs.so.1"];
+const NAME: &str = "libibverbs.so.1";
 
 /// libibverbs, loaded.
 pub(crate) struct Verbs {
@@ -33,13 +33,13 @@ impl Verbs {
         if let Some(verbs) = LOADED.get() {
             return Ok(verbs);
         }
-        let verbs = Self::open(NAMES)?;
+        let verbs = Self::open(NAME)?;
         Ok(LOADED.get_or_init(|| verbs))
     }
 
-    /// The first of `names` that can be loaded.
-    pub(crate) fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
-        let library = Library::open(names)?;
+    /// The library of a name, or a path.
+    pub(crate) fn open(name: impl AsRef<OsStr>) -> Result<Self, NoRdma> {
+        let library = Library::open(name.as_ref())?;
         let functions = Functions::find(&library)?;
         // `ibv_fork_init` is for who registers memory, and nobody does yet: it changes what every
         // user of the library in this process registers.
@@ -56,26 +56,19 @@ pub(crate) struct Library {
 }
 
 impl Library {
-    fn open(names: &[impl AsRef<OsStr>]) -> Result<Self, NoRdma> {
-        let mut tried = Vec::new();
-        for name in names {
-            let name = name.as_ref();
-            // SAFETY: libibverbs and what it needs may be loaded at any time: their initialisers
-            // touch nothing of ours.
-            match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
-                Ok(opened) => {
-                    return Ok(Self {
-                        handle: opened.into_raw(),
-                        name: name.to_owned(),
-                    });
-                }
-                Err(e) => tried.push(Tried {
-                    name: name.into(),
-                    why: e.to_string(),
-                }),
-            }
+    fn open(name: &OsStr) -> Result<Self, NoRdma> {
+        // SAFETY: libibverbs and what it needs may be loaded at any time: their initialisers
+        // touch nothing of ours.
+        match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
+            Ok(opened) => Ok(Self {
+                handle: opened.into_raw(),
+                name: name.to_owned(),
+            }),
+            Err(e) => Err(NoRdma::Library {
+                name: name.into(),
+                why: e.to_string(),
+            }),
         }
-        Err(NoRdma::Library { tried })
     }
 
     /// The address of a symbol of this version. An unversioned library's symbols fit any.
