@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvxfer::config::{KvRole, PathKind};
+use kvxfer::engine::Instance;
 use kvxfer::event::Event;
 use kvxfer::transfer::Cause;
 use kvxfer::wire::{ErrorCode, HEADER_LEN, PREAMBLE_LEN, TAG_LEN};
 
 use crate::reasons::{forget, logged};
 use crate::support::counts::Counts;
-use crate::support::{LONG, Log, until};
+use crate::support::{LONG, Log, Node, until};
 use crate::wire::{connect, preamble};
 use crate::world::World;
 
@@ -78,6 +79,13 @@ impl Meddler {
         });
         this
     }
+
+    /// An honest peer of the world's target, with all that it says passing through here.
+    fn joined(&self, world: &World) -> (Node, Instance) {
+        let peer = world.another(KvRole::Both, PathKind::Arena);
+        let instance = peer.engine.connect(&self.address, LONG).expect("a session");
+        (peer, instance)
+    }
 }
 
 fn meddle(
@@ -135,11 +143,7 @@ fn bytes_changed_on_the_way() {
     let meddler = Meddler::new(world.address.get());
     let before = Counts::now();
     {
-        let peer = world.another(KvRole::Both, PathKind::Arena);
-        let instance = peer
-            .engine
-            .connect(&meddler.address, LONG)
-            .expect("a session");
+        let (peer, instance) = meddler.joined(&world);
         let name = peer.name();
         let mut log = Log::new(&world.target.engine);
         for deed in [
@@ -189,11 +193,7 @@ fn a_recorded_handshake_proves_nothing() {
     let meddler = Meddler::new(world.address.get());
     let before = Counts::now();
     {
-        let peer = world.another(KvRole::Both, PathKind::Arena);
-        let instance = peer
-            .engine
-            .connect(&meddler.address, LONG)
-            .expect("a session");
+        let (peer, instance) = meddler.joined(&world);
         let recorded = meddler.said.lock().expect("no panic")[0].clone();
         assert!(instance.is_up());
         assert!(recorded.len() > 500);
