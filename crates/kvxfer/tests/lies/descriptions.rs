@@ -379,6 +379,21 @@ fn descriptions_of_the_largest_size() {
         liar.wire.say(describe);
         liar.wire.refused_as_bad("");
     }
+    // 4 MiB of scales beside 8 MiB of strides.
+    let mut liar = Liar::new(&world);
+    let mut describe = liar.describe();
+    let format = liar.device.side.format();
+    let mut groups = format.groups().to_vec();
+    groups[0].layers[0].tensors[0].scaling = Some(Scaling::Constant {
+        axes: Vec::new(),
+        bits: vec![1; limits::FORMAT - (64 << 10)],
+    });
+    describe.format = Blob::pack("f", &(format.model(), groups)).expect("an encoding");
+    assert!(describe.format.len() > limits::FORMAT / 2);
+    describe.placement = placement(&liar, |tensors| tensors[0].strides = vec![1; most]);
+    liar.wire.say(describe);
+    liar.wire.refused_as_bad("scaling");
+    drop(liar);
     peak.assert_below(BOUND_KIB + (64 << 10));
 
     // A frame that is announced and does not come is not waited for with all its memory.
