@@ -5,7 +5,7 @@
 //! Input: how the bytes are shared out (one byte), then the bytes.
 #![no_main]
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -92,11 +92,13 @@ fuzz_target!(|data: &[u8]| {
     chain.push(2, SendOp::Send, true, &[source]);
     qp.post_send(&chain, &table).expect("posted");
     let (answers, requests) = bytes.split_at(usize::from(*cut) * bytes.len() / 255);
-    // The device may have hung up in the middle.
-    let _ = asked.write_all(answers);
+    // The device may have hung up in the middle, or wait until its answers are read.
+    asks.set_write_timeout(Some(Duration::from_secs(10)))
+        .expect("a socket");
     let _ = asks.write_all(requests);
-    let _ = asked.shutdown(Shutdown::Write);
     let _ = asks.shutdown(Shutdown::Write);
+    asked.set_nonblocking(true).expect("a socket");
+    let mut answers = answers;
     let mut out = Vec::new();
     let end = Instant::now() + Duration::from_secs(10);
     while out
@@ -105,6 +107,15 @@ fuzz_target!(|data: &[u8]| {
         .count()
         < 2
     {
+        // In turns: the requesting half reads when it is polled.
+        match asked.write(answers) {
+            Ok(n) => answers = &answers[n..],
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => answers = &[],
+        }
+        if answers.is_empty() {
+            let _ = asked.shutdown(Shutdown::Write);
+        }
         cq.poll(&mut out, 16).expect("polled");
         assert!(
             Instant::now() < end,
