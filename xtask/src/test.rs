@@ -170,8 +170,13 @@ impl Session<'_> {
         let cargo = command::cargo();
         let nextest = Command::new(&cargo).args(["nextest", "--version"]).output();
         let nextest = nextest.is_ok_and(|output| output.status.success());
+        // Most of them wait for something most of the time.
+        let threads = std::thread::available_parallelism().map_or(2, |n| 2 * n.get());
+        let threads = threads.to_string();
         let mut args = if nextest {
-            vec!["nextest", "run", "--workspace", "--no-fail-fast"]
+            let args = ["nextest", "run", "--workspace", "--no-fail-fast"];
+            let threads = ["--test-threads", &threads];
+            [&args[..], &threads].concat()
         } else {
             println!("cargo-nextest is not installed: cargo test runs the same tests");
             // The doc tests have a step of their own.
