@@ -4,17 +4,15 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use kvxfer::layout::models::NAMES;
-
+use crate::layout::LayoutCommand;
 use crate::size::{self, Address, Size};
 
 /// Moves KV-cache blocks between processes and says how fast, over which path, and why not faster.
 ///
-/// Exit codes: 0 fine, 1 a check failed (bytes differ, below a wanted figure), 2 usage, 3 the peer
-/// or a deadline, 4 the device, its driver or memory.
+/// Exit codes: 0 fine, 1 a check failed (bytes or layouts differ, below a wanted figure) or kvxfer
+/// itself has a defect, 2 usage, 3 the peer or a deadline, 4 the device, its driver or memory.
 #[derive(Debug, Parser)]
 #[command(
     name = "kvxfer",
@@ -46,6 +44,11 @@ pub(crate) enum Command {
     ///
     /// Prints `listening ADDR` when ready.
     Serve(Box<ServeArgs>),
+    /// Show what a model's KV cache looks like, or compare two.
+    Layout {
+        #[command(subcommand)]
+        command: LayoutCommand,
+    },
 }
 
 /// Options of `kvxfer bw`.
@@ -177,9 +180,9 @@ pub(crate) struct Work {
 /// An engine's pattern of transfers.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Pattern {
-    /// Move the KV cache of this model
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["size", "all"])]
-    #[arg(value_parser = PossibleValuesParser::new(NAMES))]
+    /// Move the KV cache of this model: the path of its config.json, or llama-3.1-8b, llama-3.1-70b,
+    /// qwen3-235b-a22b or deepseek-v3
+    #[arg(long, value_name = "PATH|NAME", conflicts_with_all = ["size", "all"])]
     pub(crate) model: Option<String>,
 
     /// Ranks that share the model's heads [default: 1]
@@ -277,8 +280,8 @@ pub(crate) struct ServeArgs {
 /// What a server holds. Without a model it takes what the clients ask for.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ServePattern {
-    /// Hold the KV cache of this model, and refuse clients with another
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(NAMES))]
+    /// Hold the KV cache of this model, as of `bw --model`, and refuse clients with another
+    #[arg(long, value_name = "PATH|NAME")]
     pub(crate) model: Option<String>,
 
     /// Ranks that share the model's heads [default: 1]
@@ -420,7 +423,6 @@ mod tests {
             &["-D", "1", "-n", "1"][..],
             &["--json", "--csv"],
             &["-a", "-s", "4K"],
-            &["--model", "x"],
             &["--model", "deepseek-v3", "-s", "4K"],
             &["--model", "deepseek-v3", "-a"],
             &["--model", "deepseek-v3", "--blocks", "3"],

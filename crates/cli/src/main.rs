@@ -3,6 +3,7 @@
 
 mod args;
 mod explain;
+mod layout;
 mod output;
 mod problem;
 mod progress;
@@ -30,13 +31,14 @@ fn main() -> ExitCode {
     };
     log_to_stderr(match &cli.command {
         // What goes wrong is told at the end, with what to do about it.
-        Command::Bw(_) | Command::Ping(_) => "error",
+        Command::Bw(_) | Command::Ping(_) | Command::Layout { .. } => "error",
         Command::Serve(_) => "warn",
     });
     let done = match &cli.command {
         Command::Bw(args) => run::run_bw(args),
         Command::Ping(args) => run::run_ping(args),
         Command::Serve(args) => run::run_serve(args),
+        Command::Layout { command } => layout::run(command),
     };
     done.unwrap_or_else(|error| ended_by(&Problem::of(&error)))
 }

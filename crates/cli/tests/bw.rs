@@ -90,6 +90,25 @@ fn every_byte_arrives_over_tcp() {
     over("tcp");
 }
 
+/// Also of a model with windows: one block table for all layers, as an engine without pools has it.
+#[test]
+fn the_pattern_of_a_config_is_moved() {
+    let configs = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../kvxfer/src/layout/hf/configs"
+    );
+    let config = format!("{configs}/gemma-2-2b.json");
+    let pattern = ["bw", "--json", "--model", &config, "--tp", "2"];
+    let ended = run(&[&pattern[..], &["--tokens", "40", "--iters", "5"]].concat());
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report = ended.json();
+    assert_eq!(report["config"]["pattern"]["model"], config.as_str());
+    // 26 layers, K and V, three blocks of 16 tokens, 2 of 4 heads of 256 channels in bf16.
+    let row = &report["rows"][0];
+    assert_eq!(row["blocks"], 26 * 2 * 3);
+    assert_eq!(row["block_bytes"], 16 * 2 * 256 * 2);
+}
+
 #[test]
 fn an_engines_pattern_is_moved() {
     let args = [
@@ -374,7 +393,7 @@ fn settings_that_cannot_be_are_usage_errors() {
         assert!(ended.stdout.is_empty(), "{ended:?}");
     }
     run(&["bw", "--model", "gpt-2"]).failed(2, &["gpt-2", "llama-3.1-8b", "deepseek-v3"]);
-    run(&["bw", "--model", "lama-3.1-8b"]).failed(2, &["tip: ", "'llama-3.1-8b'"]);
+    run(&["bw", "--model", "lama-3.1-8b"]).failed(2, &["fix: say llama-3.1-8b,"]);
     run(&["bw", "--model", "llama-3.1-8b", "--tp", "3"])
         .failed(2, &["8 heads", "3 ranks", "fix: ", "--tp"]);
     run(&["bw", "--size", "1", "--blocks", "4000000000"]).failed(2, &["fix: ", "--blocks"]);

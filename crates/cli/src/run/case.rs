@@ -2,10 +2,11 @@
 
 use kvxfer::bench::{BenchMemory, BenchShape};
 use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
-use kvxfer::layout::{DType, KvFormat, KvPlacement, Packing, PlacementDesc, Topology, models};
+use kvxfer::layout::{KvFormat, KvPlacement, Packing, PlacementDesc, Topology};
 
 use super::table::{self, Pair};
 use crate::args::{BwArgs, ServePattern};
+use crate::layout::{self, Layout};
 use crate::output::schema::{Op, PatternConfig};
 use crate::problem::{Exit, Problem};
 
@@ -98,9 +99,9 @@ impl Case {
 
     /// The requests of an engine.
     pub(crate) fn of_model(pattern: &PatternConfig, seed: u64, room: Room) -> anyhow::Result<Self> {
-        let format = format_of(&pattern.model, pattern.block_size)?;
+        let Layout { format, topology } =
+            layout::of_model(&pattern.model, pattern.block_size, pattern.tp)?;
         let blocks = pattern.tokens.div_ceil(pattern.block_size);
-        let topology = Topology::tensor_parallel(&format, 0, pattern.tp);
         // One block's bytes tell how many requests fit at once.
         let one = describe(&format, topology, 1)?;
         let block: u64 = one.tensors().iter().map(|tensor| tensor.block_stride).sum();
@@ -213,24 +214,24 @@ pub(crate) fn pattern(args: &BwArgs) -> Option<PatternConfig> {
 
 /// What a server holds: a model's format, or the least there is.
 pub(crate) fn served(pattern: &ServePattern) -> anyhow::Result<BenchShape> {
-    let (format, tp) = match &pattern.model {
-        Some(model) => (
-            format_of(model, pattern.block_size.unwrap_or(16))?,
-            pattern.tp.unwrap_or(1),
-        ),
-        None => (KvFormat::opaque(4096, 1).map_err(kvxfer::Error::from)?, 1),
+    let (format, topology) = match &pattern.model {
+        Some(model) => {
+            let (block_size, tp) = (pattern.block_size.unwrap_or(16), pattern.tp.unwrap_or(1));
+            let Layout { format, topology } = layout::of_model(model, block_size, tp)?;
+            (format, topology)
+        }
+        None => {
+            let format = KvFormat::opaque(4096, 1).map_err(kvxfer::Error::from)?;
+            let topology = Topology::single(&format);
+            (format, topology)
+        }
     };
-    let topology = Topology::tensor_parallel(&format, 0, tp);
     Ok(BenchShape {
         num_blocks: vec![1; format.groups().len()],
         topology,
         format,
         memory: BenchMemory::Arena,
     })
-}
-
-fn format_of(model: &str, block_size: u32) -> anyhow::Result<KvFormat> {
-    Ok(models::builtin(model, block_size, DType::Bf16).map_err(kvxfer::Error::from)?)
 }
 
 fn describe(format: &KvFormat, topology: Topology, blocks: u32) -> anyhow::Result<PlacementDesc> {

@@ -280,17 +280,15 @@ fn formats(p: &KvFormat, c: &KvFormat, found: &mut Found) {
             found.push(format!("groups[{g}].name"), &pg.name, &cg.name, GROUPS);
         }
         if pg.kind != cg.kind {
-            let kind = |kind| format!("{kind:?}");
-            found.push(
-                format!("groups[{g}].kind"),
-                kind(pg.kind),
-                kind(cg.kind),
-                GROUPS,
-            );
+            found.push(format!("groups[{g}].kind"), pg.kind, cg.kind, GROUPS);
         }
         if pg.block_tokens != cg.block_tokens {
             let field = format!("groups[{g}].block_tokens");
             found.push(field, pg.block_tokens, cg.block_tokens, BLOCK_TOKENS);
+            if let (Some(last), true) = (found.list.last_mut(), pg.block_tokens > 0) {
+                let wanted = pg.block_tokens;
+                last.fix = format!("start the decode instance with --block-size {wanted}");
+            }
         }
         for layer in &pg.layers {
             let at = At {
@@ -362,12 +360,7 @@ fn tensors(
                 found.layer(at, field, (p, c), note);
             }
         };
-        differ(
-            "role",
-            format!("{:?}", pt.role),
-            format!("{:?}", ct.role),
-            GROUPS,
-        );
+        differ("role", pt.role.to_string(), ct.role.to_string(), GROUPS);
         differ("dtype", pt.dtype.to_string(), ct.dtype.to_string(), DTYPE);
         let sharded = |t: &TensorFormat| match t.sharded_axis() {
             None => "replicated".to_owned(),

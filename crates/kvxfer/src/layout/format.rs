@@ -1,6 +1,7 @@
 //! What a block is: groups, layers, tensors, axes.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +74,33 @@ pub enum TensorRole {
     Conv,
     /// Bytes with no meaning to us.
     Opaque,
+}
+
+impl fmt::Display for GroupKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.write_str("every token"),
+            Self::SlidingWindow { tokens } => write!(f, "a window of {tokens} tokens"),
+            Self::StateSlots => f.write_str("one slot a request"),
+        }
+    }
+}
+
+impl fmt::Display for TensorRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Key => "keys",
+            Self::Value => "values",
+            Self::KeyValue => "keys and values",
+            Self::Latent => "latent",
+            Self::Rope => "rope",
+            Self::Scale => "scales",
+            Self::Index => "index",
+            Self::State => "state",
+            Self::Conv => "convolution",
+            Self::Opaque => "opaque",
+        })
+    }
 }
 
 /// One tensor of a layer: what one of its blocks holds.

@@ -17,6 +17,13 @@ const CONFIGS: [&str; NAMES.len()] = [
     include_str!("hf/configs/deepseek-v3.json"),
 ];
 
+/// The config.json of a well-known model: what [`KvFormat::from_hf_config`] reads of it.
+#[must_use]
+pub fn config(name: &str) -> Option<&'static str> {
+    let known = NAMES.iter().zip(CONFIGS).find(|(known, _)| **known == name);
+    known.map(|(_, config)| config)
+}
+
 /// The format of a well-known model with blocks of `block_tokens` tokens: what
 /// [`KvFormat::from_hf_config`] says of its config.json.
 ///
@@ -27,8 +34,7 @@ const CONFIGS: [&str; NAMES.len()] = [
 ///
 /// An unknown name, or a block of no tokens or too many.
 pub fn builtin(name: &str, block_tokens: u32, dtype: DType) -> Result<KvFormat, LayoutError> {
-    let known = NAMES.iter().zip(CONFIGS).find(|(known, _)| **known == name);
-    let (_, config) = known.ok_or_else(|| LayoutError::UnknownModel {
+    let config = config(name).ok_or_else(|| LayoutError::UnknownModel {
         name: name.to_owned(),
         known: NAMES.to_vec(),
     })?;

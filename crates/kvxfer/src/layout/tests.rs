@@ -490,7 +490,7 @@ fn differences_are_named_once_with_the_layers_they_are_in() {
     );
     let shown = LayoutMismatch { differences: found }.to_string();
     assert!(
-        shown.contains("start both sides with the same block size"),
+        shown.contains("start the decode instance with --block-size 16"),
         "{shown}"
     );
     assert!(compare(&side(&producer, &p), &side(&producer, &p)).is_empty());

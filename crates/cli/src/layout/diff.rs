@@ -1,0 +1,178 @@
+//! `kvxfer layout diff`.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use kvxfer::layout::{Difference, KvFormat, LayoutDiff, Severity, Side, Verdict, compare};
+
+use super::show::exact;
+use super::source::Layout;
+use crate::problem::{Exit, Problem};
+
+const SCHEMA: &str = "kvxfer.layout-diff/1";
+
+/// What [`Verdict::Reshardable`] is worth today.
+const NOT_YET: &str =
+    "this version moves blocks between equal layouts only: a session between these two is refused";
+
+/// What has come of a comparison.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Report {
+    schema: &'static str,
+    #[serde(flatten)]
+    diff: LayoutDiff,
+}
+
+impl Report {
+    pub(super) fn exit(&self) -> ExitCode {
+        match self.diff.verdict {
+            Verdict::Identical => ExitCode::SUCCESS,
+            Verdict::Reshardable | Verdict::Incompatible => Exit::Check.into(),
+        }
+    }
+}
+
+pub(super) fn report(producer: &Layout, consumer: &Layout) -> Result<Report, Problem> {
+    let (p, c) = (&producer.topology, &consumer.topology);
+    let sizes = [("tp", "tensor", p.tp, c.tp), ("pp", "pipeline", p.pp, c.pp)];
+    let mut differences: Vec<Difference> = sizes
+        .into_iter()
+        .filter(|(_, _, p, c)| p != c)
+        .map(|(field, what, p, c)| Difference {
+            field: field.to_owned(),
+            producer: p.to_string(),
+            consumer: c.to_string(),
+            why: "a rank of one side keeps what several ranks of the other keep".to_owned(),
+            fix: format!("start the decode instance with --{what}-parallel-size {p}"),
+            severity: Severity::Reshard,
+        })
+        .collect();
+    // Ranks pair up where there are as many on both sides. Otherwise the formats alone are compared.
+    let (producer, consumer) = match differences.is_empty() {
+        true => (producer.clone(), consumer.clone()),
+        false => (producer.whole(), consumer.whole()),
+    };
+    let placed = |layout: &Layout| {
+        let usage = |error| Problem::from_chain(Exit::Usage, &error);
+        layout.placed().map_err(usage)
+    };
+    let (p, c) = (placed(&producer)?, placed(&consumer)?);
+    let producer_side = Side {
+        format: &producer.format,
+        placement: &p,
+    };
+    let consumer_side = Side {
+        format: &consumer.format,
+        placement: &c,
+    };
+    differences.extend(compare(&producer_side, &consumer_side));
+    let mut diff = LayoutDiff::new(&producer.format, &consumer.format, differences);
+    if diff.verdict == Verdict::Reshardable {
+        diff.warnings.insert(0, NOT_YET.to_owned());
+    }
+    Ok(Report {
+        schema: SCHEMA,
+        diff,
+    })
+}
+
+/// The same for people: both sides, then what differs. Writing to a string does not fail.
+pub(super) fn text(
+    (p_name, producer): (&str, &Layout),
+    (c_name, consumer): (&str, &Layout),
+    report: &Report,
+) -> String {
+    let mut out = String::new();
+    side_by_side(&mut out, &facts(p_name, producer), &facts(c_name, consumer));
+    let diff = &report.diff;
+    let count = match diff.differences.len() {
+        0 => String::new(),
+        1 => ": 1 difference".to_owned(),
+        n => format!(": {n} differences, the worst first"),
+    };
+    let _ = writeln!(out, "\n{}{count}", diff.verdict);
+    for difference in &diff.differences {
+        let Difference {
+            field,
+            producer,
+            consumer,
+            why,
+            fix,
+            severity,
+        } = difference;
+        let severity = match severity {
+            Severity::Incompatible => "incompatible",
+            _ => "reshardable",
+        };
+        let _ = writeln!(out, "\n{field}: {producer} | {consumer} ({severity})");
+        let _ = writeln!(out, "  why: {why}\n  fix: {fix}");
+    }
+    for warning in &diff.warnings {
+        let _ = writeln!(out, "\nwarning: {warning}");
+    }
+    out
+}
+
+/// What stands side by side of a layout: name and value.
+fn facts(name: &str, layout: &Layout) -> Vec<(&'static str, String)> {
+    let Layout { format, topology } = layout;
+    let model = format.model();
+    let unknown = || "-".to_owned();
+    let tokens: Vec<String> = format
+        .groups()
+        .iter()
+        .map(|g| g.block_tokens.to_string())
+        .collect();
+    let names: Vec<&str> = format.groups().iter().map(|g| g.name.as_str()).collect();
+    vec![
+        ("", name.to_owned()),
+        ("model", model.model_type.clone()),
+        ("id", model.id.clone().unwrap_or_else(unknown)),
+        ("revision", model.revision.clone().unwrap_or_else(unknown)),
+        ("layers", format.layers().to_string()),
+        ("tp", topology.tp.to_string()),
+        ("pp", topology.pp.to_string()),
+        ("groups", names.join(", ")),
+        ("block", tokens.join(", ")),
+        ("tensors", tensors(format)),
+        ("a token", exact(format.bytes_per_token())),
+        ("format", short(&format.fingerprint().to_string())),
+    ]
+}
+
+/// The tensors of any layer with their types, each once.
+fn tensors(format: &KvFormat) -> String {
+    let mut all: Vec<String> = Vec::new();
+    let layers = format.groups().iter().flat_map(|g| &g.layers);
+    for tensor in layers.flat_map(|l| &l.tensors) {
+        let text = format!("{} {}", tensor.name, tensor.dtype);
+        if !all.contains(&text) {
+            all.push(text);
+        }
+    }
+    all.join(", ")
+}
+
+/// The first digits of a fingerprint.
+fn short(fingerprint: &str) -> String {
+    fingerprint.chars().take(12).collect()
+}
+
+fn side_by_side(out: &mut String, producer: &[(&str, String)], consumer: &[(&str, String)]) {
+    const SIDES: [&str; 2] = ["producer", "consumer"];
+    let widest =
+        |texts: &mut dyn Iterator<Item = &str>| texts.map(|t| t.chars().count()).max().unwrap_or(0);
+    let left = widest(&mut producer.iter().map(|f| f.1.as_str()).chain([SIDES[0]]));
+    let key = widest(&mut producer.iter().map(|f| f.0));
+    let _ = writeln!(out, "  {:key$}  {:left$}  {}", "", SIDES[0], SIDES[1]);
+    for ((name, p), (_, c)) in producer.iter().zip(consumer) {
+        let mark = if p == c || name.is_empty() {
+            ' '
+        } else {
+            '≠'
+        };
+        let _ = writeln!(out, "{mark} {name:key$}  {p:left$}  {c}");
+    }
+}
