@@ -125,8 +125,9 @@ impl Job {
         self.error.get()
     }
 
-    /// Whether all operations have been claimed.
-    pub(crate) fn exhausted(&self) -> bool {
+    /// Whether all operations have been claimed. Who claims some may yet have to post them.
+    #[must_use]
+    pub fn exhausted(&self) -> bool {
         self.cursor.load(Ordering::Relaxed) >= self.ops
     }
 

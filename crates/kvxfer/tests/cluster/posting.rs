@@ -73,15 +73,12 @@ impl World {
                 open.push(key);
             }
         }
-        let claimed = batch.first_op() + batch.len() as u64;
-        let upto = self.claimed.entry((life, served)).or_default();
-        *upto = claimed.max(*upto);
         let rivals = (worker.waited.len() * open.len()) as u32;
         let mut longest = None;
         for (id, (job, waited)) in &mut worker.waited {
-            let upto = self.claimed.get(&(life, *id)).copied().unwrap_or(0);
+            // What another worker has claimed is its own to post, also what did not fit its batch.
             let waits =
-                *id != served && !job.is_stopped() && upto < job.ops() && open.contains(&job.peer);
+                *id != served && !job.is_stopped() && !job.exhausted() && open.contains(&job.peer);
             if !waits {
                 *waited = Waited::default();
                 continue;

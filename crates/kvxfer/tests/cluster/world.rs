@@ -112,8 +112,6 @@ pub(crate) struct World {
     pub(crate) retries: BTreeMap<usize, Todo>,
     /// The first error of each job, as a device gave it.
     pub(crate) truth: HashMap<(usize, JobId), (u64, Cause)>,
-    /// How far each job has been claimed.
-    pub(crate) claimed: HashMap<(usize, JobId), u64>,
     pub(crate) batch: Batch,
     pub(crate) steps: u64,
 }
@@ -172,7 +170,6 @@ impl World {
             todo: Vec::new(),
             retries: BTreeMap::new(),
             truth: HashMap::new(),
-            claimed: HashMap::new(),
             batch: Batch::new(),
             steps: 0,
         };
