@@ -150,16 +150,16 @@ impl Engine {
     }
 
     /// Connects to the rank that listens at `address` and brings queue pairs up, by `deadline`
-    /// from now; resolving a name counts. The session is kept up from then on: it reconnects by itself until the instance
-    /// and its clones are dropped. The instance has this one rank;
+    /// from now; resolving a name counts. The session is kept up from then on: it reconnects by
+    /// itself until the instance and its clones are dropped. The instance has this one rank;
     /// [`connect_ranks`](Self::connect_ranks) makes one of several.
     ///
     /// # Errors
     ///
     /// [`Error::Resolve`], [`Error::Unreachable`] (nobody listens, or no answer in time, be it to the
-    /// name), [`Error::Session`] (not kvxfer, another
-    /// version, a wrong secret, …), [`Error::Mismatch`] with every field in which the layouts differ,
-    /// [`Error::NoPath`] with the reason for each path, [`Error::Deadline`].
+    /// name), [`Error::Session`] (not kvxfer, another version, a wrong secret, …),
+    /// [`Error::Mismatch`] with every field in which the layouts differ, [`Error::NoPath`] with the
+    /// reason for each path, [`Error::Deadline`].
     pub fn connect(&self, address: &str, deadline: Duration) -> Result<Instance, Error> {
         self.inner().runtime.health.check()?;
         let target = Target::address(address, Role::Engine);

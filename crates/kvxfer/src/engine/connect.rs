@@ -64,8 +64,8 @@ impl Target {
     }
 }
 
-/// Connects by `deadline` from now, and leaves a thread behind that keeps the session up while the peer
-/// is held.
+/// Connects by `deadline` from now, and leaves a thread behind that keeps the session up while the
+/// peer is held.
 pub(crate) fn connect(
     engine: &Arc<Inner>,
     target: Target,
@@ -77,8 +77,9 @@ pub(crate) fn connect(
     peers.pop().ok_or(Error::NoRanks)
 }
 
-/// Connects to the ranks of one engine, all at once, by `deadline` from now. The error names the one that failed first; what
-/// was opened to the others is closed then, and what is still being dialled is given up.
+/// Connects to the ranks of one engine, all at once, by `deadline` from now. The error names the one
+/// that failed first; what was opened to the others is closed then, and what is still being dialled
+/// is given up.
 pub(crate) fn connect_ranks(
     engine: &Arc<Inner>,
     targets: Vec<Target>,
