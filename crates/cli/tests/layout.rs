@@ -611,3 +611,77 @@ fn bad_input_is_bad_usage_with_its_place() {
         assert!(output.stdout.is_empty(), "{args:?}");
     }
 }
+
+#[test]
+fn what_would_move() {
+    let plan = |more: &[&str]| {
+        let args = [
+            &["plan", "llama-3.1-8b:tp=4", "llama-3.1-8b:tp=4", "--json"],
+            more,
+        ]
+        .concat();
+        json_of(&kvxfer(&args))
+    };
+    // A rank's block of a tensor: 16 tokens, 2 heads, 128 elements of 2 bytes. 64 tensors.
+    let one = plan(&[]);
+    let wanted = json!({
+        "schema": "kvxfer.layout-plan/1", "op": "read", "blocks": 1, "runs": 1, "operations": 64,
+        "bytes": 64 * 8192, "pieces": 64, "sizes": [{"bytes": 8192, "operations": 64}],
+        "warnings": [],
+    });
+    assert_eq!(one, wanted);
+    // A run is merged, what lies apart is not, and a message has its limit.
+    let some = plan(&["--blocks", "0-3:8,9:2", "--op", "write"]);
+    assert_eq!(some["op"], "write");
+    assert_eq!(
+        (some["blocks"].as_u64(), some["runs"].as_u64()),
+        (Some(5), Some(2))
+    );
+    let sizes = json!([{"bytes": 8192, "operations": 64}, {"bytes": 32768, "operations": 64}]);
+    assert_eq!(some["sizes"], sizes);
+    let cut = plan(&["--blocks", "0-3", "--max-msg", "12K"]);
+    assert_eq!(cut["bytes"], 64 * 32768);
+    assert_eq!(cut["operations"], 64 * 3, "12K, 12K and 8K");
+
+    // Another order of axes is no difference, but it has its price.
+    let files = Files::new();
+    let by_heads = files.layout("by-heads", "llama-3.1-8b", |layers| {
+        for layer in layers.as_array_mut().expect("layers") {
+            for tensor in layer["tensors"].as_array_mut().expect("tensors") {
+                tensor["axes"].as_array_mut().expect("axes").swap(0, 1);
+                tensor["sharded"] = json!(0);
+            }
+        }
+    });
+    let report = json_of(&kvxfer(&["plan", "llama-3.1-8b", &by_heads, "--json"]));
+    assert_eq!(
+        report["sizes"],
+        json!([{"bytes": 256, "operations": 64 * 128}])
+    );
+    let warning = report["warnings"][0].as_str().expect("a warning");
+    assert!(warning.starts_with("256-byte pieces: expect"), "{warning}");
+    let text = kvxfer(&["plan", "llama-3.1-8b", &by_heads]).stdout;
+    let text = String::from_utf8(text).expect("text");
+    assert!(
+        text.contains("\n  8,192 × 256 B\n\nwarning: 256-byte pieces"),
+        "{text}"
+    );
+
+    // What cannot be moved is told as by `diff`.
+    let output = kvxfer(&["plan", "llama-3.1-8b:dtype=fp8", "llama-3.1-8b", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report = json_of(&output);
+    assert_eq!(report["schema"], "kvxfer.layout-diff/1");
+    assert_eq!(report["verdict"], "incompatible");
+    for (more, word) in [
+        (["--blocks", "3-1"], "names no blocks"),
+        (["--blocks", "1,1"], "twice"),
+        (["--max-msg-sge", "0"], "max-msg-sge"),
+        (["--op", "send"], "possible values"),
+    ] {
+        let output = kvxfer(&[&["plan", "llama-3.1-8b", "llama-3.1-8b"], &more[..]].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {stderr}");
+        assert!(stderr.contains(word), "{more:?}: {stderr}");
+    }
+}

@@ -1,9 +1,12 @@
 //! Options of `kvxfer layout`.
 
-use clap::{Args, Subcommand};
+use std::fmt;
+
+use clap::{Args, Subcommand, ValueEnum};
 
 use kvxfer::layout::DType;
 
+use super::blocks::Blocks;
 use crate::size::{self, Size};
 
 /// What to do with layouts.
@@ -20,6 +23,12 @@ pub(crate) enum LayoutCommand {
     ///
     /// The exit code is 0 if blocks can be exchanged as they are, and otherwise 1.
     Diff(Box<DiffArgs>),
+    /// Show what a transfer of some blocks from A to B would move, in how many operations of which
+    /// sizes.
+    ///
+    /// A and B are named as for `layout diff`. Where they differ, that is shown instead, and the exit
+    /// code is 1.
+    Plan(Box<PlanArgs>),
 }
 
 /// Options of `kvxfer layout show`.
@@ -68,6 +77,56 @@ pub(crate) struct DiffArgs {
     /// One line of JSON on standard output
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Options of `kvxfer layout plan`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlanArgs {
+    /// The producer's (prefill) layout
+    #[arg(value_name = "A")]
+    pub(crate) producer: String,
+
+    /// The consumer's (decode) layout
+    #[arg(value_name = "B")]
+    pub(crate) consumer: String,
+
+    /// Blocks of every group, and where they go if not to the same ids (0-15,32:7,40-47:100)
+    /// [default: 0]
+    #[arg(long, value_name = "LIST")]
+    pub(crate) blocks: Option<Blocks>,
+
+    /// Whether the consumer pulls or the producer pushes
+    #[arg(long, value_enum, default_value_t = Direction::Read)]
+    pub(crate) op: Direction,
+
+    /// The most bytes of an operation
+    #[arg(long, value_name = "SIZE", default_value_t = Size(8 << 20))]
+    pub(crate) max_msg: Size,
+
+    /// The most local pieces of an operation
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_msg_sge: u32,
+
+    /// One line of JSON on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which side posts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Direction {
+    Read,
+    Write,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        })
+    }
 }
 
 /// What a config.json does not say.

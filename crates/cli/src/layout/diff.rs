@@ -1,7 +1,6 @@
 //! `kvxfer layout diff`.
 
 use std::fmt::Write;
-use std::process::ExitCode;
 
 use serde::Serialize;
 
@@ -26,11 +25,8 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn exit(&self) -> ExitCode {
-        match self.diff.verdict {
-            Verdict::Identical => ExitCode::SUCCESS,
-            Verdict::Reshardable | Verdict::Incompatible => Exit::Check.into(),
-        }
+    pub(super) fn is_identical(&self) -> bool {
+        self.diff.verdict == Verdict::Identical
     }
 }
 

@@ -1,8 +1,10 @@
 //! `kvxfer layout`: what a cache looks like, and what differs between two.
 
 mod args;
+mod blocks;
 mod diff;
 mod figures;
+mod plan;
 mod show;
 mod source;
 
@@ -47,19 +49,60 @@ pub(crate) fn run(command: &LayoutCommand) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         LayoutCommand::Diff(args) => {
-            let side = |source| Layout::of(source, &Shape::default());
-            let (producer, consumer) = (side(&args.producer)?, side(&args.consumer)?);
-            let report = diff::report(&producer, &consumer)?;
+            let sides = Sides::of(&args.producer, &args.consumer)?;
+            sides.tell(args.json)
+        }
+        LayoutCommand::Plan(args) => {
+            let sides = Sides::of(&args.producer, &args.consumer)?;
+            if !sides.report.is_identical() {
+                return sides.tell(args.json);
+            }
+            let report = plan::report(&sides.producer, &sides.consumer, args)?;
             let text = match args.json {
                 true => output::line(&report)?,
-                false => diff::text(
-                    (&args.producer, &producer),
-                    (&args.consumer, &consumer),
-                    &report,
-                ),
+                false => plan::text(&report),
             };
             say::result(&text)?;
-            Ok(report.exit())
+            Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Two layouts under their names, compared.
+struct Sides<'a> {
+    names: [&'a str; 2],
+    producer: Layout,
+    consumer: Layout,
+    report: diff::Report,
+}
+
+impl<'a> Sides<'a> {
+    fn of(p_name: &'a str, c_name: &'a str) -> Result<Self, Problem> {
+        let side = |source| Layout::of(source, &Shape::default());
+        let (producer, consumer) = (side(p_name)?, side(c_name)?);
+        let report = diff::report(&producer, &consumer)?;
+        Ok(Self {
+            names: [p_name, c_name],
+            producer,
+            consumer,
+            report,
+        })
+    }
+
+    fn tell(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let [p_name, c_name] = self.names;
+        let text = match json {
+            true => output::line(&self.report)?,
+            false => diff::text(
+                (p_name, &self.producer),
+                (c_name, &self.consumer),
+                &self.report,
+            ),
+        };
+        say::result(&text)?;
+        Ok(match self.report.is_identical() {
+            true => ExitCode::SUCCESS,
+            false => Exit::Check.into(),
+        })
     }
 }

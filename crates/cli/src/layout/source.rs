@@ -107,7 +107,12 @@ impl Layout {
 
     /// Dense, with one block in each group.
     pub(super) fn placed(&self) -> Result<PlacementDesc, LayoutError> {
-        let blocks = vec![1; self.format.groups().len()];
+        self.placed_with(1)
+    }
+
+    /// Dense, with so many blocks in each group.
+    pub(super) fn placed_with(&self, blocks: u32) -> Result<PlacementDesc, LayoutError> {
+        let blocks = vec![blocks; self.format.groups().len()];
         let (topology, packing) = (self.topology, Packing::PerTensor);
         let placed = KvPlacement::uniform(&self.format, topology, &blocks, packing, 1)?;
         placed.describe(&self.format)
