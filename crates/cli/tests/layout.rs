@@ -68,6 +68,20 @@ impl Files {
     }
 }
 
+impl Files {
+    /// With heads outside of tokens.
+    fn by_heads(&self, source: &str) -> String {
+        self.layout("by-heads", source, |layers| {
+            for layer in layers.as_array_mut().expect("layers") {
+                for tensor in layer["tensors"].as_array_mut().expect("tensors") {
+                    tensor["axes"].as_array_mut().expect("axes").swap(0, 1);
+                    tensor["sharded"] = json!(0);
+                }
+            }
+        })
+    }
+}
+
 /// What is wrong; the two sides; the verdict; a field that must be told, with both values; a part of
 /// its fix.
 type Mistake<'a> = (&'a str, &'a str, &'a str, &'a str, [&'a str; 3], &'a str);
@@ -408,14 +422,7 @@ fn what_is_no_mistake_is_identical() {
     files.config("model/config.json", "llama-3.1-8b", &[]);
     let folder = files.path("model");
     let folder = folder.to_str().expect("text");
-    let by_heads = files.layout("by-heads", &llama, |layers| {
-        for layer in layers.as_array_mut().expect("layers") {
-            for tensor in layer["tensors"].as_array_mut().expect("tensors") {
-                tensor["axes"].as_array_mut().expect("axes").swap(0, 1);
-                tensor["sharded"] = json!(0);
-            }
-        }
-    });
+    let by_heads = files.by_heads(&llama);
     for other in [&llama, &copy, folder, &by_heads, "llama-3.1-8b"] {
         let output = kvxfer(&["diff", &llama, other, "--json"]);
         let report = json_of(&output);
@@ -645,14 +652,7 @@ fn what_would_move() {
 
     // Another order of axes is no difference, but it has its price.
     let files = Files::new();
-    let by_heads = files.layout("by-heads", "llama-3.1-8b", |layers| {
-        for layer in layers.as_array_mut().expect("layers") {
-            for tensor in layer["tensors"].as_array_mut().expect("tensors") {
-                tensor["axes"].as_array_mut().expect("axes").swap(0, 1);
-                tensor["sharded"] = json!(0);
-            }
-        }
-    });
+    let by_heads = files.by_heads("llama-3.1-8b");
     let report = json_of(&kvxfer(&["plan", "llama-3.1-8b", &by_heads, "--json"]));
     assert_eq!(
         report["sizes"],

@@ -1,17 +1,55 @@
 //! What a link makes of things that happen at once.
 
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use super::panic_tests::{LONG, name_of, pair, wait_for};
+use super::panic_tests::{LONG, Node, name_of, pair, wait_for};
+use super::peer_session::PeerSession;
 use crate::Error;
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::PathKind;
-use crate::engine::PullOptions;
+use crate::engine::{Instance, PullOptions};
 use crate::event::Event;
 use crate::ids::RequestId;
+use crate::ticket::Ticket;
 use crate::transfer::{Cause, DrainToken};
 use crate::wire::Release;
+
+/// A consumer's session with a producer that offers its first block.
+struct Offered {
+    producer: Node,
+    consumer: Node,
+    instance: Instance,
+    session: Arc<PeerSession>,
+    ticket: Ticket,
+}
+
+fn offered() -> Offered {
+    let (producer, consumer, instance, _) = pair(PathKind::Arena);
+    let blocks = vec![GroupBlocks {
+        group: 0,
+        blocks: vec![0],
+    }];
+    let offer = producer
+        .engine
+        .offer(&RequestId::from("r"), &blocks, 1, LONG);
+    let session = consumer.engine.inner().peer_named(&name_of(&producer));
+    Offered {
+        session: session.expect("a session"),
+        ticket: offer.expect("an offer"),
+        producer,
+        consumer,
+        instance,
+    }
+}
+
+fn first_block() -> Vec<GroupPairs> {
+    vec![GroupPairs {
+        group: 0,
+        pairs: vec![BlockPair { src: 0, dst: 0 }],
+    }]
+}
 
 /// A queue pair fails because its peer has gone, and its worker is the first to say so.
 #[test]
@@ -72,25 +110,18 @@ fn what_was_known_first_is_the_cause() {
 /// Nor do transfers fail for what the peer does because of it.
 #[test]
 fn what_was_known_first_is_the_cause_of_transfers() {
-    let (producer, consumer, instance, _) = pair(PathKind::Arena);
-    let blocks = vec![GroupBlocks {
-        group: 0,
-        blocks: vec![0],
-    }];
-    let offer = producer
-        .engine
-        .offer(&RequestId::from("r"), &blocks, 1, LONG);
-    let ticket = offer.expect("an offer");
-    let session = consumer.engine.inner().peer_named(&name_of(&producer));
-    let session = session.expect("a session");
+    let Offered {
+        producer,
+        consumer: _consumer,
+        instance,
+        session,
+        ticket,
+    } = offered();
     let (resume, held) = channel();
     session.link.hold(held);
     session.fail(Cause::CompletionQueue);
     drop(producer);
-    let pairs = vec![GroupPairs {
-        group: 0,
-        pairs: vec![BlockPair { src: 0, dst: 0 }],
-    }];
+    let pairs = first_block();
     let transfer = instance.pull(&ticket, &pairs, PullOptions::default());
     let transfer = transfer.expect("the session is not over");
     // Its queue pair is gone at the peer, and that fails it, or the end of the session does.
@@ -122,20 +153,18 @@ fn queue_pairs_alone_are_a_cause() {
 /// A session that ends for its queue pairs says nothing more, though it waits for a moment.
 #[test]
 fn nothing_is_said_after_a_reset() {
-    let (producer, consumer, instance, _) = pair(PathKind::Arena);
-    let request = RequestId::from("r");
-    let blocks = vec![GroupBlocks {
-        group: 0,
-        blocks: vec![0],
-    }];
-    let offer = producer.engine.offer(&request, &blocks, 1, LONG);
-    let nonce = offer.expect("an offer").nonce;
+    let Offered {
+        producer,
+        consumer: _consumer,
+        instance,
+        session,
+        ticket,
+    } = offered();
+    let (request, nonce) = (ticket.request, ticket.nonce);
     let mut seen = Vec::new();
     wait_for(&producer.engine, &mut seen, |event| {
         matches!(event, Event::PeerUp { .. })
     });
-    let session = consumer.engine.inner().peer_named(&name_of(&producer));
-    let session = session.expect("a session");
     let (resume, held) = channel();
     session.link.hold(held);
     session.fail(Cause::LaneReset);
@@ -157,24 +186,17 @@ fn nothing_is_said_after_a_reset() {
 /// From the moment when they are taken down, and not only when the session is over.
 #[test]
 fn nothing_new_runs_over_queue_pairs_that_are_taken_down() {
-    let (producer, consumer, instance, _) = pair(PathKind::Arena);
-    let blocks = vec![GroupBlocks {
-        group: 0,
-        blocks: vec![0],
-    }];
-    let offer = producer
-        .engine
-        .offer(&RequestId::from("r"), &blocks, 1, LONG);
-    let ticket = offer.expect("an offer");
-    let session = consumer.engine.inner().peer_named(&name_of(&producer));
-    let session = session.expect("a session");
+    let Offered {
+        producer: _producer,
+        consumer: _consumer,
+        instance,
+        session,
+        ticket,
+    } = offered();
     let (resume, held) = channel();
     session.link.hold(held);
     session.drain(0, DrainToken::ANY);
-    let pairs = vec![GroupPairs {
-        group: 0,
-        pairs: vec![BlockPair { src: 0, dst: 0 }],
-    }];
+    let pairs = first_block();
     assert!(!instance.is_up(), "no transfer could run");
     let refused = instance.pull(&ticket, &pairs, PullOptions::default());
     let Err(Error::NotConnected { cause }) = refused else {
