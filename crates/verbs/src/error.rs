@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::qp::{QpState, SoftPath};
+use crate::rdma::GidFault;
 
 /// Why a call on a device failed.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +121,16 @@ pub enum Error {
         call: &'static str,
         /// The driver's answer.
         source: io::Error,
+    },
+    /// A port of an RDMA device has no GID that could be used.
+    #[error("{device} port {port}: {fault}")]
+    Gid {
+        /// The device.
+        device: String,
+        /// The port's number.
+        port: u8,
+        /// Why not.
+        fault: GidFault,
     },
     /// The peer did not answer in time.
     #[error("{peer} did not answer the {path} dial before the deadline")]

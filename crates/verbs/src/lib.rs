@@ -35,8 +35,8 @@ pub use qp::{
     RtsAttr, SoftPath,
 };
 pub use rdma::{
-    Gid, GidKind, LinkLayer, PortDetails, PortState, RdmaDetails, RdmaDevice, RdmaLimits, RdmaPort,
-    Transport, rdma_devices,
+    Gid, GidChoice, GidFault, GidKind, LinkLayer, PortDetails, PortState, RdmaDetails, RdmaDevice,
+    RdmaLimits, RdmaPort, Transport, choose_gid, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};

@@ -1,12 +1,13 @@
 //! RDMA devices, through libibverbs: which there are, and what they are and take.
 
+mod gid;
 mod handle;
 mod sysfs;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::path::Path;
 
 use crate::error::Error;
@@ -16,6 +17,7 @@ use crate::sys::enums::{
     ibv_mtu, ibv_port_state, ibv_transport_type,
 };
 use crate::sys::types::{ibv_device_attr, ibv_port_attr};
+pub use gid::{GidChoice, GidFault, choose_gid};
 use handle::{DeviceList, OpenDevice, RawGid};
 
 /// An RDMA device.
@@ -337,8 +339,7 @@ impl Gid {
     /// The address; an IPv4 address where it is the mapping of one.
     #[must_use]
     pub fn address(&self) -> IpAddr {
-        let v6 = Ipv6Addr::from(self.raw);
-        v6.to_ipv4_mapped().map_or(v6.into(), IpAddr::from)
+        gid::address(self.raw)
     }
 }
 
