@@ -52,13 +52,14 @@ fuzz_target!(|data: &[u8]| {
     };
     let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE;
     let qp = pd.create_qp(caps, &cq, &cq).expect("a queue pair");
-    let qp = qp.init(InitAttr { access }).expect("in INIT");
+    let qp = qp.init(InitAttr::new(access)).expect("in INIT");
     let ((requester, mut asked), (responder, mut asks)) = (streams(), streams());
     let attr = RtrAttr {
         remote: QpEndpoint {
             qpn: 1,
             psn: 0,
             token: [1; 16],
+            port: None,
         },
         link: Link::SoftTcp {
             requester,

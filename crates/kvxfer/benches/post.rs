@@ -96,11 +96,7 @@ fn rig() -> Rig {
     let lanes = (0..LANES)
         .map(|_| {
             let qp = pd.create_qp(caps, &cq, &cq).expect("a queue pair");
-            let qp = qp
-                .init(InitAttr {
-                    access: Access::NONE,
-                })
-                .expect("INIT");
+            let qp = qp.init(InitAttr::new(Access::NONE)).expect("INIT");
             let remote = qp.endpoint();
             let link = Link::SoftAwait {
                 path: kvxfer_verbs::SoftPath::Arena,

@@ -169,11 +169,7 @@ fn null(chain: &mut SendChain) {
     let mem = TestMemory::anonymous(1 << 20);
     let region = pd.register(mem, all()).expect("register");
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
-    let qp = qp
-        .init(InitAttr {
-            access: Access::NONE,
-        })
-        .expect("init");
+    let qp = qp.init(InitAttr::new(Access::NONE)).expect("init");
     let remote = qp.endpoint();
     let link = Link::SoftAwait {
         path: kvxfer_verbs::SoftPath::Arena,

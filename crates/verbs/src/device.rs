@@ -2,15 +2,17 @@
 
 use std::any::Any;
 use std::fmt;
+use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cq::Poll;
-use crate::error::Error;
+use crate::error::{Error, os};
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
+use crate::rdma::GidChoice;
 use crate::region::{Access, MemoryRegion, RegionKey};
 use crate::sys::enums::ibv_event_type;
 use crate::wr::Completion;
@@ -19,7 +21,12 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn info(&self) -> &DeviceInfo;
     fn address(&self) -> &DeviceAddr;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
-    fn alloc_pd(&self) -> u32;
+    fn alloc_pd(&self) -> Result<u32, Error>;
+    /// Nothing is registered or made with it any more.
+    fn dealloc_pd(&self, pd: u32);
+    /// Of its own GIDs, the one that queue pairs towards these of a peer use; `None` where a device
+    /// has none.
+    fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<Option<GidChoice>, Error>;
     fn async_event(&self) -> Option<AsyncEvent>;
     fn async_fd(&self) -> Option<BorrowedFd<'_>>;
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
@@ -136,6 +143,8 @@ pub enum DeviceKind {
     Soft,
     /// The device that completes everything at once and moves nothing.
     Null,
+    /// An RDMA device, through libibverbs.
+    Rdma,
 }
 
 /// What a device is and what it takes.
@@ -150,8 +159,12 @@ pub struct DeviceInfo {
     pub max_qp_wr: u32,
     /// Scatter/gather elements of one work request.
     pub max_sge: u32,
+    /// Scatter/gather elements of one READ.
+    pub max_sge_rd: u32,
     /// Bytes of one message.
     pub max_msg_sz: u64,
+    /// Bytes of one message beyond which the device gets slower, not faster.
+    pub best_msg_sz: u64,
     /// Completions a completion queue holds.
     pub max_cqe: u32,
     /// The port that its queue pairs use, from 1.
@@ -174,6 +187,9 @@ pub struct DeviceAddr {
     pub guid: [u8; 16],
     /// Its process, in its own pid namespace.
     pub pid: u32,
+    /// The addresses of an RDMA device's port; none on other devices.
+    #[serde(default)]
+    pub gids: Vec<[u8; 16]>,
 }
 
 impl fmt::Debug for DeviceAddr {
@@ -184,8 +200,15 @@ impl fmt::Debug for DeviceAddr {
             .field("host", &self.host)
             .field("name", &self.name)
             .field("pid", &self.pid)
+            .field("gids", &self.gids)
             .finish_non_exhaustive()
     }
+}
+
+/// What tells hosts apart: two processes that read the same run on one kernel.
+pub(crate) fn boot_id() -> Result<String, Error> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(os("read boot_id"))?;
+    Ok(id.trim().to_owned())
 }
 
 /// An open device.
@@ -220,6 +243,17 @@ impl Context {
         self.backend.probe(peer, path)
     }
 
+    /// Of the device's own GIDs, the one that queue pairs towards these of a peer are to use, and why;
+    /// `None` on a device that is not an RDMA device. A side that connects gives all that the peer's
+    /// [address](DeviceAddr::gids) has, the other side the one that the first has chosen.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gid`] where none leads there.
+    pub fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<Option<GidChoice>, Error> {
+        self.backend.gid_towards(peer)
+    }
+
     /// The oldest event that nobody has taken yet; does not wait. Each event is given once, so one
     /// place of a program should ask. A queue pair's events end with it: none is given after it has
     /// been destroyed, so a number that is used again is not taken for the old one. (One that was
@@ -240,19 +274,18 @@ impl Context {
     ///
     /// # Errors
     ///
-    /// None on the software device.
+    /// [`Error::Device`]; none on the software device.
     pub fn alloc_pd(&self) -> Result<ProtectionDomain, Error> {
-        Ok(ProtectionDomain {
-            id: self.backend.alloc_pd(),
-            backend: Arc::clone(&self.backend),
-        })
+        let id = self.backend.alloc_pd()?;
+        let backend = Arc::clone(&self.backend);
+        Ok(ProtectionDomain(Arc::new(PdHandle { id, backend })))
     }
 
     /// Makes a completion queue for `depth` completions.
     ///
     /// # Errors
     ///
-    /// [`Error::Limit`] for a depth that the device does not take, [`Error::Os`].
+    /// [`Error::Limit`] for a depth that the device does not take, [`Error::Os`], [`Error::Device`].
     pub fn create_cq(&self, depth: u32) -> Result<CompletionQueue, Error> {
         let (number, inner) = self.backend.create_cq(depth)?;
         Ok(CompletionQueue {
@@ -263,11 +296,31 @@ impl Context {
     }
 }
 
-/// Regions and queue pairs that may be used together.
+/// Regions and queue pairs that may be used together. It goes when they have gone.
 #[derive(Debug, Clone)]
-pub struct ProtectionDomain {
+pub struct ProtectionDomain(Arc<PdHandle>);
+
+/// A protection domain of a device, which what is made with it keeps.
+#[derive(Debug)]
+pub(crate) struct PdHandle {
     id: u32,
     backend: Arc<dyn DeviceBackend>,
+}
+
+impl PdHandle {
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn device(&self) -> &Arc<dyn DeviceBackend> {
+        &self.backend
+    }
+}
+
+impl Drop for PdHandle {
+    fn drop(&mut self) {
+        self.backend.dealloc_pd(self.id);
+    }
 }
 
 impl ProtectionDomain {
@@ -276,7 +329,7 @@ impl ProtectionDomain {
     /// # Errors
     ///
     /// [`Error::RegisterSpan`], [`Error::RegisterAccess`], [`Error::Unsealed`],
-    /// [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Os`].
+    /// [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Register`], [`Error::Os`].
     pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<MemoryRegion, Error> {
         let (addr, len) = (memory.addr(), memory.len());
         if len == 0 || addr == 0 || addr.checked_add(len).is_none() {
@@ -285,21 +338,15 @@ impl ProtectionDomain {
         if access.contains(Access::REMOTE_WRITE) && !access.contains(Access::LOCAL_WRITE) {
             return Err(Error::RegisterAccess);
         }
-        let key = self.backend.register(self.id, memory.as_ref(), access)?;
-        Ok(MemoryRegion::new(
-            Arc::clone(&self.backend),
-            self.id,
-            memory,
-            access,
-            key,
-        ))
+        let key = (self.0.backend).register(self.0.id, memory.as_ref(), access)?;
+        Ok(MemoryRegion::new(Arc::clone(&self.0), memory, access, key))
     }
 
     /// Makes a queue pair whose completions go to these queues.
     ///
     /// # Errors
     ///
-    /// [`Error::Limit`], [`Error::ForeignHandle`], [`Error::Os`].
+    /// [`Error::Limit`], [`Error::ForeignHandle`], [`Error::Os`], [`Error::Device`].
     pub fn create_qp(
         &self,
         caps: QpCaps,
@@ -310,11 +357,11 @@ impl ProtectionDomain {
             (send_cq, "send completion queue"),
             (recv_cq, "receive completion queue"),
         ] {
-            if !Arc::ptr_eq(&cq.backend, &self.backend) {
+            if !Arc::ptr_eq(&cq.backend, &self.0.backend) {
                 return Err(Error::ForeignHandle { what });
             }
         }
-        let info = self.backend.info();
+        let info = self.0.backend.info();
         let limits = [
             ("max_send_wr", caps.max_send_wr, info.max_qp_wr),
             ("max_recv_wr", caps.max_recv_wr, info.max_qp_wr),
@@ -330,8 +377,8 @@ impl ProtectionDomain {
                 });
             }
         }
-        let qp = self.backend.create_qp(self.id, &caps, send_cq, recv_cq)?;
-        Ok(QueuePair::new(qp, Arc::clone(&self.backend)))
+        let qp = (self.0.backend).create_qp(self.0.id, &caps, send_cq, recv_cq)?;
+        Ok(QueuePair::new(qp, Arc::clone(&self.0)))
     }
 }
 

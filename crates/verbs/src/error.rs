@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::qp::{QpState, SoftPath};
-use crate::rdma::GidFault;
+use crate::rdma::{GidFault, PortState, Transport};
 
 /// Why a call on a device failed.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +122,59 @@ pub enum Error {
         /// The driver's answer.
         source: io::Error,
     },
+    /// There is no RDMA device of that name.
+    #[error("no RDMA device {device}: there are {}", devices.join(", "))]
+    NoSuchDevice {
+        /// The name.
+        device: String,
+        /// Those that there are.
+        devices: Vec<String>,
+    },
+    /// The device speaks a transport whose queue pairs cannot be brought up by an exchange of
+    /// addresses.
+    #[error(
+        "{device} speaks {transport}: only InfiniBand and RoCE devices can be used, take another or a path of the software device"
+    )]
+    Transport {
+        /// The device.
+        device: String,
+        /// What it speaks.
+        transport: Transport,
+    },
+    /// The device has no port of that number.
+    #[error("{device} has no port {port}, its ports are {ports:?}")]
+    NoSuchPort {
+        /// The device.
+        device: String,
+        /// The number.
+        port: u8,
+        /// Those that it has.
+        ports: Vec<u8>,
+    },
+    /// The port is not in use: it has no link, or its subnet has not set it up.
+    #[error("{device} port {port} is {state}: {}", port_fix(*state))]
+    PortNotActive {
+        /// The device.
+        device: String,
+        /// The port.
+        port: u8,
+        /// Its state.
+        state: PortState,
+    },
+    /// An RDMA device does not register memory.
+    #[error("{device} does not register {len} bytes at {addr:#x} ({source}){}", locked(*memlock, *len))]
+    Register {
+        /// The device.
+        device: String,
+        /// First byte.
+        addr: u64,
+        /// Bytes.
+        len: u64,
+        /// The limit on locked memory, where that may be what has refused it.
+        memlock: Option<u64>,
+        /// The driver's answer.
+        source: io::Error,
+    },
     /// A port of an RDMA device has no GID that could be used.
     #[error("{device} port {port}: {fault}")]
     Gid {
@@ -140,6 +193,25 @@ pub enum Error {
         /// The peer's socket name.
         peer: String,
     },
+}
+
+fn port_fix(state: PortState) -> &'static str {
+    match state {
+        PortState::Down => "see that its network interface is up, and its cable in",
+        PortState::Init => "see that the fabric has a subnet manager (opensm)",
+        _ => "see ibv_devinfo and the kernel's log",
+    }
+}
+
+fn locked(limit: Option<u64>, len: u64) -> String {
+    match limit {
+        Some(limit) => format!(
+            ": this process may lock {limit} bytes of memory, registration needs {len} and what is \
+             registered already; raise it (ulimit -l unlimited, LimitMEMLOCK=infinity in a systemd \
+             unit, --ulimit memlock=-1 for a container) or grant CAP_IPC_LOCK"
+        ),
+        None => String::new(),
+    }
 }
 
 /// Why there is no RDMA device at all. Four answers, for each has another remedy.
@@ -264,6 +336,22 @@ pub enum StateFault {
         /// The largest value.
         max: u32,
     },
+    /// The remote endpoint is one of a device that is not on an RDMA network.
+    #[error("the remote endpoint is of a device without an RDMA port")]
+    NoPort,
+    /// The remote endpoint's MTU is none that a port can have.
+    #[error("the remote endpoint has an MTU of {0} bytes: it is 256, 512, 1024, 2048 or 4096")]
+    Mtu(u32),
+    /// The device refuses the transition.
+    #[error("the device refuses it (errno {errno}): {meaning}. It was told: {told}")]
+    Device {
+        /// The driver's answer.
+        errno: i32,
+        /// What it means.
+        meaning: &'static str,
+        /// The attributes.
+        told: String,
+    },
     /// A TCP stream could not be prepared.
     #[error("the {0} stream could not be prepared")]
     Stream(&'static str),
@@ -379,6 +467,12 @@ pub enum PostCause {
         region: u32,
         /// Length of the table.
         regions: u32,
+    },
+    /// The driver refuses the work request.
+    #[error("the driver refuses it: {}", io::Error::from_raw_os_error(*errno))]
+    Device {
+        /// Its answer.
+        errno: i32,
     },
     /// The queue pair is not ready for this.
     #[error("the queue pair is in {0}")]

@@ -1,11 +1,12 @@
-//! Reliable-connection verbs for kvxfer: memory tokens, queue pairs, and a software device that is
-//! always there.
+//! Reliable-connection verbs for kvxfer: memory tokens, queue pairs, RDMA devices, and a software
+//! device that is always there.
 //!
 //! The types here are the same for every device. [`open_soft`] opens the software device, which
 //! moves data between processes of one host (through mapped memory or `process_vm_readv`) and
 //! between hosts (through TCP) with the semantics of a reliable connection. [`open_null`] opens a
 //! device that completes everything at once and moves nothing, for benchmarks of the code above.
-//! [`rdma_devices`] tells which RDMA devices this machine has, through libibverbs if that is there.
+//! [`open_rdma`] opens an RDMA device, and [`rdma_devices`] tells which this machine has, through
+//! libibverbs if that is there.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvxfer-verbs needs 64-bit Linux");
@@ -31,12 +32,12 @@ pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, Sta
 pub use memory::{FdSpan, Memory, MemoryKind};
 pub use null::open_null;
 pub use qp::{
-    Init, InitAttr, Link, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr, Rts,
-    RtsAttr, SoftPath,
+    Init, InitAttr, Link, PortAddr, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr,
+    Rts, RtsAttr, SoftPath,
 };
 pub use rdma::{
-    Gid, GidChoice, GidFault, GidKind, LinkLayer, PortDetails, PortState, RdmaDetails, RdmaDevice,
-    RdmaLimits, RdmaPort, Transport, choose_gid, rdma_devices,
+    Gid, GidChoice, GidFault, GidKind, LinkLayer, PortDetails, PortState, RdmaConfig, RdmaDetails,
+    RdmaDevice, RdmaLimits, RdmaPort, Transport, choose_gid, open_rdma, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};

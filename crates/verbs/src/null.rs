@@ -14,6 +14,7 @@ use crate::device::{
 use crate::error::{Error, PathFault, PostCause, PostError};
 use crate::memory::Memory;
 use crate::qp::{InitAttr, QpBackend, QpCaps, QpEndpoint, QpState, RtrAttr, RtsAttr, SoftPath};
+use crate::rdma::GidChoice;
 use crate::region::{Access, RegionKey, RegionTable, SegmentSpan};
 use crate::sync::{Mutex, lock};
 use crate::wr::{Completion, SendChain, Sge, WcOpcode, WcStatus};
@@ -29,7 +30,9 @@ pub fn open_null() -> Context {
             kind: DeviceKind::Null,
             max_qp_wr: 1 << 16,
             max_sge: 32,
+            max_sge_rd: 32,
             max_msg_sz: 1 << 31,
+            best_msg_sz: 1 << 31,
             max_cqe: 1 << 22,
             port: 1,
             max_mr: u32::MAX,
@@ -40,6 +43,7 @@ pub fn open_null() -> Context {
             name: "null".to_owned(),
             guid: [0; 16],
             pid: std::process::id(),
+            gids: Vec::new(),
         },
         next: AtomicU32::new(1),
     }))
@@ -69,8 +73,14 @@ impl DeviceBackend for NullDevice {
         })
     }
 
-    fn alloc_pd(&self) -> u32 {
-        self.next.fetch_add(1, Ordering::Relaxed)
+    fn alloc_pd(&self) -> Result<u32, Error> {
+        Ok(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn dealloc_pd(&self, _: u32) {}
+
+    fn gid_towards(&self, _: &[[u8; 16]]) -> Result<Option<GidChoice>, Error> {
+        Ok(None)
     }
 
     fn async_event(&self) -> Option<AsyncEvent> {
@@ -84,6 +94,7 @@ impl DeviceBackend for NullDevice {
     fn register(&self, _: u32, _: &dyn Memory, _: Access) -> Result<RegionKey, Error> {
         let rkey = self.next.fetch_add(1, Ordering::Relaxed);
         Ok(RegionKey {
+            lkey: 0,
             rkey,
             segment: SegmentSpan::NONE,
         })
@@ -200,6 +211,7 @@ impl QpBackend for NullQp {
             qpn: self.qpn,
             psn: 0,
             token: [0xff; 16],
+            port: None,
         }
     }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::{DeviceAddr, DeviceBackend};
-use crate::error::{Error, PostError};
+use crate::device::{DeviceAddr, PdHandle};
+use crate::error::{Error, PostError, StateFault};
 use crate::region::{Access, RegionTable};
 use crate::wr::{SendChain, Sge};
 
@@ -99,9 +99,25 @@ impl Default for QpCaps {
 
 /// Attributes of RESET → INIT.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct InitAttr {
     /// What the peer may do through this queue pair (`REMOTE_READ`, `REMOTE_WRITE`).
     pub access: Access,
+    /// The GID of an RDMA device's port that it uses, as
+    /// [`Context::gid_towards`](crate::Context::gid_towards) chooses it; `None`: the one that the
+    /// device takes towards a peer that nothing is known of. Other devices have none.
+    pub gid_index: Option<u32>,
+}
+
+impl InitAttr {
+    /// Attributes with this access, and the rest left to the device.
+    #[must_use]
+    pub fn new(access: Access) -> Self {
+        Self {
+            access,
+            gid_index: None,
+        }
+    }
 }
 
 /// What a peer must know of a queue pair, to be sent over the control connection.
@@ -113,6 +129,24 @@ pub struct QpEndpoint {
     pub psn: u32,
     /// A secret that binds a soft stream to this queue pair.
     pub token: [u8; 16],
+    /// Where it is on an RDMA network; `None` on other devices.
+    #[serde(default)]
+    pub port: Option<PortAddr>,
+}
+
+/// Where a queue pair of an RDMA device is on its network, and what it takes there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PortAddr {
+    /// The address that packets come from and go to.
+    pub gid: [u8; 16],
+    /// The local address of InfiniBand; 0 on Ethernet.
+    pub lid: u16,
+    /// Bytes of the longest packet.
+    pub mtu: u32,
+    /// READs that it answers at a time.
+    pub reads_in: u8,
+    /// READs that it has under way at a time.
+    pub reads_out: u8,
 }
 
 impl fmt::Debug for QpEndpoint {
@@ -121,6 +155,7 @@ impl fmt::Debug for QpEndpoint {
         f.debug_struct("QpEndpoint")
             .field("qpn", &self.qpn)
             .field("psn", &self.psn)
+            .field("port", &self.port)
             .finish_non_exhaustive()
     }
 }
@@ -169,6 +204,8 @@ pub enum Link {
         /// Carries the peer's requests.
         responder: TcpStream,
     },
+    /// The network of an RDMA device: the endpoints say it all.
+    Rdma,
 }
 
 /// Attributes of INIT → RTR.
@@ -200,6 +237,23 @@ impl RtsAttr {
     pub fn retry_time(&self) -> Option<Duration> {
         let once = Duration::from_nanos(4096 << self.timeout.min(31));
         (self.timeout > 0).then(|| once * (u32::from(self.retry_cnt) + 1))
+    }
+
+    /// Whether every value fits its field.
+    pub(crate) fn check(&self) -> Result<(), StateFault> {
+        let ranges = [
+            ("timeout", self.timeout, 31),
+            ("retry_cnt", self.retry_cnt, 7),
+            ("rnr_retry", self.rnr_retry, 7),
+        ];
+        let over = ranges.into_iter().find(|(_, value, max)| value > max);
+        over.map_or(Ok(()), |(attribute, value, max)| {
+            Err(StateFault::Range {
+                attribute,
+                value: value.into(),
+                max: max.into(),
+            })
+        })
     }
 }
 
@@ -238,8 +292,8 @@ pub struct QueuePair<S> {
 #[derive(Debug)]
 struct Owner {
     qp: Arc<dyn QpBackend>,
-    // Keeps the device open.
-    _device: Arc<dyn DeviceBackend>,
+    // Keeps the device open, and the protection domain.
+    _pd: Arc<PdHandle>,
 }
 
 impl Drop for Owner {
@@ -276,12 +330,9 @@ impl<S> QueuePair<S> {
 }
 
 impl QueuePair<Reset> {
-    pub(crate) fn new(qp: Arc<dyn QpBackend>, device: Arc<dyn DeviceBackend>) -> Self {
+    pub(crate) fn new(qp: Arc<dyn QpBackend>, pd: Arc<PdHandle>) -> Self {
         Self {
-            inner: Owner {
-                qp,
-                _device: device,
-            },
+            inner: Owner { qp, _pd: pd },
             state: PhantomData,
         }
     }

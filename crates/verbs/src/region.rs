@@ -3,7 +3,7 @@
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use crate::device::DeviceBackend;
+use crate::device::PdHandle;
 use crate::memory::Memory;
 
 /// What may be done with a region or through a queue pair.
@@ -60,6 +60,8 @@ impl SegmentSpan {
 
 #[derive(Debug)]
 pub(crate) struct RegionKey {
+    /// What work requests on this side name it by; 0 on devices that go by address.
+    pub(crate) lkey: u32,
     pub(crate) rkey: u32,
     pub(crate) segment: SegmentSpan,
 }
@@ -68,17 +70,16 @@ pub(crate) struct RegionKey {
 struct RegionInner {
     addr: u64,
     len: u64,
-    pd: u32,
     access: Access,
     key: RegionKey,
-    device: Arc<dyn DeviceBackend>,
+    pd: Arc<PdHandle>,
     // Declared last: the memory outlives its key.
     memory: Arc<dyn Memory>,
 }
 
 impl Drop for RegionInner {
     fn drop(&mut self) {
-        self.device.deregister(&self.key);
+        self.pd.device().deregister(&self.key);
     }
 }
 
@@ -89,8 +90,7 @@ pub struct MemoryRegion(Arc<RegionInner>);
 
 impl MemoryRegion {
     pub(crate) fn new(
-        device: Arc<dyn DeviceBackend>,
-        pd: u32,
+        pd: Arc<PdHandle>,
         memory: Arc<dyn Memory>,
         access: Access,
         key: RegionKey,
@@ -99,10 +99,9 @@ impl MemoryRegion {
         Self(Arc::new(RegionInner {
             addr,
             len,
-            pd,
             access,
             key,
-            device,
+            pd,
             memory,
         }))
     }
@@ -146,6 +145,7 @@ impl MemoryRegion {
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RegionEntry {
+    pub(crate) lkey: u32,
     pub(crate) addr: u64,
     pub(crate) len: u64,
     pub(crate) pd: u32,
@@ -168,9 +168,10 @@ impl RegionTable {
         let entries = regions
             .iter()
             .map(|r| RegionEntry {
+                lkey: r.0.key.lkey,
                 addr: r.0.addr,
                 len: r.0.len,
-                pd: r.0.pd,
+                pd: r.0.pd.id(),
                 access: r.0.access,
                 segment: r.0.key.segment,
             })

@@ -111,7 +111,7 @@ proptest! {
 
     #[test]
     fn every_path_does_what_the_model_does(steps in prop::collection::vec(step(), 1..60)) {
-        for how in EVERY {
+        for how in every() {
             run(how, &steps)?;
         }
     }

@@ -46,7 +46,7 @@ fn child() {
     let pd = ctx.alloc_pd().expect("pd");
     let cq = ctx.create_cq(64).expect("cq");
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
-    let qp = qp.init(InitAttr { access: all() }).expect("init");
+    let qp = qp.init(InitAttr::new(all())).expect("init");
     let memories = [TestMemory::sealed(N), TestMemory::anonymous(N)];
     let regions = memories.clone().map(|m| {
         m.put(0, &pattern(N, 1));
@@ -145,7 +145,7 @@ fn talk(how: How) {
     let pd = ctx.alloc_pd().expect("pd");
     let cq = ctx.create_cq(64).expect("cq");
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
-    let qp = qp.init(InitAttr { access: all() }).expect("init");
+    let qp = qp.init(InitAttr::new(all())).expect("init");
     let own = serde_json::to_string(&qp.endpoint()).expect("json");
     writeln!(other.stdin, "{own}").expect("stdin");
     let deadline = Instant::now() + WAIT;
@@ -216,7 +216,7 @@ fn talk(how: How) {
     let (late, _cq) = {
         let cq = ctx.create_cq(4).expect("cq");
         let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
-        (qp.init(InitAttr { access: all() }).expect("init"), cq)
+        (qp.init(InitAttr::new(all())).expect("init"), cq)
     };
     let deadline = Instant::now() + Duration::from_millis(20);
     let link = Link::SoftDial {

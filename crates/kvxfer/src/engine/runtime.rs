@@ -240,7 +240,7 @@ impl Runtime {
                 let cq = self.events.cq(worker).ok_or(Error::ShuttingDown)?;
                 let qp = self.pd.create_qp(caps, &cq.cq, &cq.cq)?;
                 let watched = self.events.watch(qp.qp_num(), &cq);
-                let qp = qp.init(InitAttr { access })?;
+                let qp = qp.init(InitAttr::new(access))?;
                 let inbox = if notices {
                     Some(Inbox::new(&self.pd, &qp)?)
                 } else {

@@ -39,7 +39,7 @@ pub(super) fn queue_pair(
         max_send_sge: 1,
         max_recv_sge: 1,
     };
-    Ok(pd.create_qp(caps, cq, cq)?.init(InitAttr { access })?)
+    Ok(pd.create_qp(caps, cq, cq)?.init(InitAttr::new(access))?)
 }
 
 /// Memory and queues of a pinger, before they are joined to the peer's.

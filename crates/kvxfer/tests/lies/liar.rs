@@ -68,7 +68,7 @@ impl Device {
         };
         let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE;
         let qp = (self.pd.create_qp(caps, &self.cq, &self.cq)).expect("a queue pair");
-        qp.init(InitAttr { access }).expect("in INIT")
+        qp.init(InitAttr::new(access)).expect("in INIT")
     }
 
     pub(crate) fn span(&self) -> RemoteSpan {

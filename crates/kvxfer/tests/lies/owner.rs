@@ -109,6 +109,7 @@ impl Owner {
                 qpn: QPN,
                 psn: 0,
                 token: TOKEN,
+                port: None,
             },
             asked,
         }

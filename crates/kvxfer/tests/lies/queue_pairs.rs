@@ -23,6 +23,7 @@ fn invented(qpn: u32, token: u8) -> Blob {
         qpn,
         psn: 0,
         token: [token; 16],
+        port: None,
     };
     Blob::pack("endpoint", &endpoint).expect("an endpoint")
 }

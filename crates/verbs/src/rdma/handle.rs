@@ -4,20 +4,22 @@ use std::ffi::{CStr, OsStr};
 use std::fs::OpenOptions;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
 use libc::{EINVAL, ENOSYS, c_int};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::sysfs;
 use crate::error::{Error, KernelFault, NoRdma};
-use crate::sys::Verbs;
 use crate::sys::enums::{ibv_gid_type, ibv_transport_type};
 use crate::sys::inline;
 use crate::sys::types::{
     ibv_context, ibv_device, ibv_device_attr, ibv_gid, ibv_gid_entry, ibv_port_attr,
 };
+use crate::sys::{Functions, Verbs};
 
 /// GIDs that are asked for of one port: how many it has is a driver's word, and room is made for them.
 const MAX_GIDS: u32 = 4096;
@@ -114,14 +116,16 @@ impl Listed<'_> {
         // SAFETY: the list has the device.
         let context = unsafe { (verbs.functions.ibv_open_device)(self.device.as_ptr()) };
         let failure = io::Error::last_os_error();
-        match NonNull::new(context) {
-            Some(context) => Ok(OpenDevice {
-                verbs,
-                context,
-                name: self.name(),
-            }),
-            None => Err(self.why_not_open(failure)),
-        }
+        let Some(context) = NonNull::new(context) else {
+            return Err(self.why_not_open(failure));
+        };
+        let device = OpenDevice {
+            verbs,
+            context,
+            name: self.name(),
+        };
+        device.set_nonblocking()?;
+        Ok(device)
     }
 
     /// libibverbs tries another place after the device's file, and tells of that alone.
@@ -174,6 +178,12 @@ pub(super) struct OpenDevice {
     name: String,
 }
 
+// SAFETY: libibverbs lets any thread use a context and what is made with it, at the same time as
+// others (ibv_open_device(3), "thread safe"); it is closed once, when it is dropped.
+unsafe impl Send for OpenDevice {}
+// SAFETY: as above.
+unsafe impl Sync for OpenDevice {}
+
 /// An entry of a port's table of GIDs.
 pub(super) struct RawGid {
     pub(super) port: u32,
@@ -186,6 +196,49 @@ pub(super) struct RawGid {
 impl OpenDevice {
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    pub(super) fn functions(&self) -> &'static Functions {
+        &self.verbs.functions
+    }
+
+    pub(super) fn context(&self) -> *mut ibv_context {
+        self.context.as_ptr()
+    }
+
+    /// Readable while there is an asynchronous event.
+    pub(super) fn async_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the device is open, and the number is set when it is opened.
+        let fd = unsafe { (*self.context.as_ptr()).async_fd };
+        // SAFETY: the descriptor is the context's, which is open for as long as this is.
+        unsafe { BorrowedFd::borrow_raw(fd) }
+    }
+
+    fn set_nonblocking(&self) -> Result<(), Error> {
+        nonblocking(self.async_fd()).map_err(|source| Error::Device {
+            device: self.name.clone(),
+            call: "fcntl",
+            source,
+        })
+    }
+
+    /// Vectors that completion events can be spread over; at least one.
+    pub(super) fn comp_vectors(&self) -> u32 {
+        // SAFETY: the device is open, and the number is set when it is opened.
+        let count = unsafe { (*self.context.as_ptr()).num_comp_vectors };
+        u32::try_from(count).unwrap_or(1).max(1)
+    }
+
+    /// What a call has made, or why it has not.
+    pub(super) fn made<T>(&self, call: &'static str, made: *mut T) -> Result<NonNull<T>, Error> {
+        NonNull::new(made).ok_or_else(|| self.failure(call, -1))
+    }
+
+    /// Takes the result of a call that frees; there is nobody to tell but the log.
+    pub(super) fn freed(&self, call: &'static str, code: c_int) {
+        if let Err(error) = self.check(call, code) {
+            tracing::warn!(%error, "something stays until the device is closed");
+        }
     }
 
     pub(super) fn attr(&self) -> Result<ibv_device_attr, Error> {
@@ -254,7 +307,7 @@ impl OpenDevice {
         Ok(gids)
     }
 
-    fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
+    pub(super) fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
         match code {
             0 => Ok(()),
             code => Err(self.failure(call, code)),
@@ -263,7 +316,7 @@ impl OpenDevice {
 
     /// What a call returned that failed: the error's number or its negative, or -1 with the number in
     /// errno.
-    fn failure(&self, call: &'static str, code: c_int) -> Error {
+    pub(super) fn failure(&self, call: &'static str, code: c_int) -> Error {
         let source = match code {
             -1 => io::Error::last_os_error(),
             code => io::Error::from_raw_os_error(code.saturating_abs()),
@@ -295,4 +348,11 @@ impl RawGid {
             kind: Some(entry.gid_type),
         }
     }
+}
+
+/// Makes a descriptor of the library say that it has nothing rather than wait.
+pub(super) fn nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
 }

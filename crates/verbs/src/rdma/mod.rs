@@ -1,10 +1,16 @@
 //! RDMA devices, through libibverbs: which there are, and what they are and take.
 
+mod context;
+mod cq;
 mod gid;
 mod handle;
+mod qp;
+mod quirks;
+mod ring;
 mod sysfs;
 #[cfg(test)]
 mod tests;
+mod transition;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -17,6 +23,7 @@ use crate::sys::enums::{
     ibv_mtu, ibv_port_state, ibv_transport_type,
 };
 use crate::sys::types::{ibv_device_attr, ibv_port_attr};
+pub use context::{RdmaConfig, open_rdma};
 pub use gid::{GidChoice, GidFault, choose_gid};
 use handle::{DeviceList, OpenDevice, RawGid};
 
@@ -202,11 +209,7 @@ fn list(verbs: &'static Verbs, sys: &Path) -> Result<Vec<RdmaDevice>, Error> {
     let devices = list.devices().map(|device| RdmaDevice {
         name: device.name(),
         guid: device.guid(),
-        transport: match device.transport() {
-            ibv_transport_type::IBV_TRANSPORT_IB => Transport::InfiniBand,
-            ibv_transport_type::IBV_TRANSPORT_IWARP => Transport::Iwarp,
-            ibv_transport_type(other) => Transport::Other(other),
-        },
+        transport: device.transport().into(),
         details: device.open().and_then(|device| details(&device, sys)),
     });
     Ok(devices.collect())
@@ -343,6 +346,16 @@ impl Gid {
     }
 }
 
+impl From<ibv_transport_type> for Transport {
+    fn from(transport: ibv_transport_type) -> Self {
+        match transport {
+            ibv_transport_type::IBV_TRANSPORT_IB => Self::InfiniBand,
+            ibv_transport_type::IBV_TRANSPORT_IWARP => Self::Iwarp,
+            ibv_transport_type(other) => Self::Other(other),
+        }
+    }
+}
+
 impl fmt::Display for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -396,6 +409,14 @@ fn bytes(mtu: ibv_mtu) -> Option<u32> {
         ibv_mtu::IBV_MTU_4096 => Some(4096),
         _ => None,
     }
+}
+
+/// The code of an MTU; `None` for a number of bytes that none has.
+fn mtu_code(mtu: u32) -> Option<u32> {
+    let codes = [1, 2, 3, 4, 5];
+    codes
+        .into_iter()
+        .find(|code| bytes(ibv_mtu(*code)) == Some(mtu))
 }
 
 /// From the codes of InfiniBand's PortInfo: lanes, and the speed of one.

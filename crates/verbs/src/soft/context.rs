@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -11,10 +10,12 @@ use std::time::Instant;
 
 use crate::device::{
     AsyncEvent, CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
+    boot_id,
 };
-use crate::error::{Error, os};
+use crate::error::Error;
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, SoftPath};
+use crate::rdma::GidChoice;
 use crate::region::{Access, RegionKey, SegmentSpan};
 use crate::soft::cq::SoftCq;
 use crate::soft::events::{Events, qp_of};
@@ -170,17 +171,13 @@ impl SoftDevice {
         let label: [u8; 16] = random()?;
         let hex: String = label.iter().map(|b| format!("{b:02x}")).collect();
         let name = format!("{}{hex}", link::NAME);
-        let boot = "/proc/sys/kernel/random/boot_id";
-        let host = fs::read_to_string(boot)
-            .map_err(os("read boot_id"))?
-            .trim()
-            .to_owned();
         let address = DeviceAddr {
             kind: DeviceKind::Soft,
-            host,
+            host: boot_id()?,
             name,
             guid,
             pid: std::process::id(),
+            gids: Vec::new(),
         };
         let (table, key_fd) = KeyTable::new(config.max_mr)?;
         let key_slots = table.slots();
@@ -193,7 +190,9 @@ impl SoftDevice {
                 kind: DeviceKind::Soft,
                 max_qp_wr: config.max_qp_wr,
                 max_sge: config.max_sge,
+                max_sge_rd: config.max_sge,
                 max_msg_sz: config.max_msg_sz,
+                best_msg_sz: config.max_msg_sz,
                 max_cqe: config.max_cqe,
                 port: PORT,
                 max_mr: config.max_mr,
@@ -252,8 +251,14 @@ impl DeviceBackend for SoftDevice {
         link::probe(&self.shared, peer, path)
     }
 
-    fn alloc_pd(&self) -> u32 {
-        self.shared.next_pd.fetch_add(1, Ordering::Relaxed)
+    fn alloc_pd(&self) -> Result<u32, Error> {
+        Ok(self.shared.next_pd.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn dealloc_pd(&self, _: u32) {}
+
+    fn gid_towards(&self, _: &[[u8; 16]]) -> Result<Option<GidChoice>, Error> {
+        Ok(None)
     }
 
     fn async_event(&self) -> Option<AsyncEvent> {
@@ -281,7 +286,11 @@ impl DeviceBackend for SoftDevice {
         };
         let rkey = self.shared.keys.change().insert(info);
         match rkey {
-            Some(rkey) => Ok(RegionKey { rkey, segment }),
+            Some(rkey) => Ok(RegionKey {
+                lkey: 0,
+                rkey,
+                segment,
+            }),
             None => {
                 lock(&self.shared.segments).remove(segment.id, readable);
                 Err(Error::TooManyRegions {

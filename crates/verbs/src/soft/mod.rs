@@ -127,7 +127,7 @@ pub fn open_soft(config: SoftConfig) -> Result<Context, Error> {
     Ok(Context::new(Arc::new(context::SoftDevice::open(config)?)))
 }
 
-fn fill_random(bytes: &mut [u8]) -> Result<(), Error> {
+pub(crate) fn fill_random(bytes: &mut [u8]) -> Result<(), Error> {
     getrandom::fill(bytes).map_err(|e| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
         Error::Os {

@@ -423,6 +423,7 @@ impl QpBackend for SoftQpHandle {
             qpn: self.0.qpn,
             psn: self.0.psn,
             token: self.0.token,
+            port: None,
         }
     }
 
@@ -479,6 +480,7 @@ impl QpBackend for SoftQpHandle {
                 requester,
                 responder,
             } => qp.rtr_tcp(remote, requester, responder)?,
+            Link::Rdma => return Err(qp.rtr_fault(StateFault::LinkKind("RDMA"))),
         }
         qp.set_state(QpState::Rtr);
         Ok(())
@@ -487,21 +489,8 @@ impl QpBackend for SoftQpHandle {
     fn rts(&self, attr: &RtsAttr) -> Result<(), Error> {
         let qp = &self.0;
         qp.expect_state(QpState::Rtr, QpState::Rts)?;
-        let ranges = [
-            ("timeout", attr.timeout, 31),
-            ("retry_cnt", attr.retry_cnt, 7),
-            ("rnr_retry", attr.rnr_retry, 7),
-        ];
-        for (attribute, value, max) in ranges {
-            if value > max {
-                let fault = StateFault::Range {
-                    attribute,
-                    value: value.into(),
-                    max: max.into(),
-                };
-                return Err(qp.fault(QpState::Rtr, QpState::Rts, fault));
-            }
-        }
+        attr.check()
+            .map_err(|fault| qp.fault(QpState::Rtr, QpState::Rts, fault))?;
         let mut req = lock(&qp.requester);
         req.rnr_retry = attr.rnr_retry;
         let least = qp.ctx.config.min_retry_time;

@@ -18,10 +18,6 @@ use super::types::{
 ///
 /// `qp` is a live queue pair of a live context; the list, and all it points to, is whole; `bad` may
 /// be written. Memory that the work requests name stays registered until they have completed.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the queue pairs of RDMA devices come next")
-)]
 #[inline]
 pub(crate) unsafe fn post_send(
     qp: *mut ibv_qp,
@@ -43,10 +39,6 @@ pub(crate) unsafe fn post_send(
 /// # Safety
 ///
 /// As [`post_send`].
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the queue pairs of RDMA devices come next")
-)]
 #[inline]
 pub(crate) unsafe fn post_recv(
     qp: *mut ibv_qp,
@@ -68,10 +60,6 @@ pub(crate) unsafe fn post_recv(
 /// # Safety
 ///
 /// `cq` is a live completion queue of a live context; `wc` may be written for `max` completions.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the queues of RDMA devices come next")
-)]
 #[inline]
 pub(crate) unsafe fn poll_cq(cq: *mut ibv_cq, max: c_int, wc: *mut ibv_wc) -> c_int {
     // SAFETY: the caller's: it is live.
@@ -89,10 +77,6 @@ pub(crate) unsafe fn poll_cq(cq: *mut ibv_cq, max: c_int, wc: *mut ibv_wc) -> c_
 /// # Safety
 ///
 /// `cq` is a live completion queue of a live context.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the queues of RDMA devices come next")
-)]
 #[inline]
 pub(crate) unsafe fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
     // SAFETY: the caller's: it is live.

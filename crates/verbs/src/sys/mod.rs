@@ -26,4 +26,5 @@ mod tests;
 )]
 pub(crate) mod types;
 
+pub(crate) use functions::Functions;
 pub(crate) use library::Verbs;

@@ -32,6 +32,7 @@ fn bring_up_names_what_is_wrong() {
     let e = fault(
         QpEndpoint {
             token: [0; 16],
+            port: None,
             ..good
         },
         dial(b.address(), SoftPath::Arena),
@@ -49,6 +50,7 @@ fn bring_up_names_what_is_wrong() {
     let e = fault(
         QpEndpoint {
             token: [9; 16],
+            port: None,
             ..good
         },
         dial(b.address(), SoftPath::Arena),

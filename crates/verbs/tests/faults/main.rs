@@ -25,11 +25,5 @@ pub(crate) fn init(ctx: &Context) -> (CompletionQueue, QueuePair<Init>) {
     let pd = ctx.alloc_pd().unwrap();
     let cq = ctx.create_cq(16).unwrap();
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).unwrap();
-    (
-        cq,
-        qp.init(InitAttr {
-            access: Access::NONE,
-        })
-        .unwrap(),
-    )
+    (cq, qp.init(InitAttr::new(Access::NONE)).unwrap())
 }

@@ -18,7 +18,7 @@ fn send_ends(qp: &QueuePair<Rts>, cq: &CompletionQueue, vendor: u32) {
 
 #[test]
 fn a_peer_that_is_gone_is_named() {
-    for how in EVERY {
+    for how in every() {
         let (a, b) = pair(how);
         let mem = TestMemory::sealed(4096);
         let ra = a.region(&mem, all());
@@ -30,11 +30,8 @@ fn a_peer_that_is_gone_is_named() {
         a.send_cq.poll(&mut out, 1).unwrap();
         drop(b);
         let got = reap(&a.send_cq, 2);
-        assert_eq!(
-            (got[0].status, got[0].vendor_err),
-            (WcStatus::RetryExc, vendor::PEER_GONE),
-            "{how:?}"
-        );
+        let gone = (WcStatus::RetryExc, vendor::PEER_GONE);
+        assert_failed(how, &got[0], gone, &[]);
         assert_eq!(got[1].status, WcStatus::WrFlush, "{how:?}");
     }
 }
@@ -47,15 +44,12 @@ fn a_peer_that_never_comes_is_a_retry_error() {
     let pd = ctx.alloc_pd().unwrap();
     let cq = ctx.create_cq(16).unwrap();
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).unwrap();
-    let qp = qp
-        .init(InitAttr {
-            access: Access::NONE,
-        })
-        .unwrap();
+    let qp = qp.init(InitAttr::new(Access::NONE)).unwrap();
     let remote = QpEndpoint {
         qpn: 1,
         psn: 0,
         token: [1; 16],
+        port: None,
     };
     let link = Link::SoftAwait {
         path: SoftPath::Arena,
@@ -79,7 +73,7 @@ fn a_peer_that_never_comes_is_a_retry_error() {
 
 #[test]
 fn nothing_lands_after_to_error() {
-    for how in EVERY {
+    for how in every() {
         let (a, b) = pair(how);
         let (src, far) = (TestMemory::sealed(4 << 20), TestMemory::sealed(4 << 20));
         src.put(0, &vec![0xaa; 4 << 20]);
@@ -102,10 +96,8 @@ fn nothing_lands_after_to_error() {
         b.qp.to_error();
         far.put(0, &vec![0x55; 4 << 20]);
         let got = reap(&a.send_cq, 1);
-        assert_eq!(
-            (got[0].status, got[0].vendor_err),
-            (WcStatus::RetryExc, vendor::PEER_GONE)
-        );
+        let gone = (WcStatus::RetryExc, vendor::PEER_GONE);
+        assert_failed(how, &got[0], gone, &[]);
         assert!(far.get(0, 4 << 20) == vec![0x55; 4 << 20], "{how:?}");
     }
 }
@@ -155,6 +147,7 @@ fn a_tcp_stream_with_the_wrong_token_is_refused() {
     let (e, eo) = (qp.endpoint(), other.endpoint());
     let wrong = QpEndpoint {
         token: [7; 16],
+        port: None,
         ..eo
     };
     let up = |qp: QueuePair<Init>, remote, requester, responder| {

@@ -100,11 +100,7 @@ fn completion_queue_credits_bound_what_is_posted() {
     let pd = ctx.alloc_pd().unwrap();
     let cq = ctx.create_cq(3).unwrap();
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).unwrap();
-    let qp = qp
-        .init(InitAttr {
-            access: Access::NONE,
-        })
-        .unwrap();
+    let qp = qp.init(InitAttr::new(Access::NONE)).unwrap();
     let t = table(&[]);
     for i in 0..3 {
         qp.post_recv(i, &[], &t).unwrap();
@@ -116,17 +112,13 @@ fn completion_queue_credits_bound_what_is_posted() {
     drop(qp);
     // The credits of a destroyed queue pair return.
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).unwrap();
-    let qp = qp
-        .init(InitAttr {
-            access: Access::NONE,
-        })
-        .unwrap();
+    let qp = qp.init(InitAttr::new(Access::NONE)).unwrap();
     qp.post_recv(0, &[], &t).unwrap();
 }
 
 #[test]
 fn a_send_waits_for_its_receive_and_gives_up_when_told() {
-    for how in EVERY {
+    for how in every() {
         let (a, b) = pair(how);
         let mem = TestMemory::sealed(4096);
         let (ra, rb) = (a.region(&mem, all()), b.region(&mem, all()));
@@ -169,7 +161,7 @@ fn a_send_waits_for_its_receive_and_gives_up_when_told() {
 
 #[test]
 fn a_short_receive_fails_both_sides() {
-    for how in EVERY {
+    for how in every() {
         let (a, b) = pair(how);
         let mem = TestMemory::sealed(4096);
         let (ra, rb) = (a.region(&mem, all()), b.region(&mem, all()));
@@ -179,16 +171,12 @@ fn a_short_receive_fails_both_sides() {
         chain.push(1, SendOp::Send, true, &[sge(8, 0)]);
         a.qp.post_send(&chain, &table(&[&ra])).unwrap();
         let c = reap(&a.send_cq, 1)[0];
-        assert_eq!(
-            (c.status, c.vendor_err),
-            (WcStatus::RemInvReq, vendor::RECV_TOO_SHORT)
-        );
+        let short = (WcStatus::RemInvReq, vendor::RECV_TOO_SHORT);
+        assert_failed(how, &c, short, &[WcStatus::RemOp]);
         let got = reap(&b.recv_cq, 2);
-        assert_eq!(
-            (got[0].wr_id, got[0].status),
-            (5, WcStatus::LocLen),
-            "{how:?}"
-        );
+        let own = (WcStatus::LocLen, got[0].vendor_err);
+        assert_failed(how, &got[0], own, &[WcStatus::LocQpOp]);
+        assert_eq!(got[0].wr_id, 5, "{how:?}");
         assert_eq!(
             (got[1].wr_id, got[1].status),
             (6, WcStatus::WrFlush),

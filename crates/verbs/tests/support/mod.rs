@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use kvxfer_verbs::{
     Access, Completion, CompletionQueue, Context, FdSpan, InitAttr, Link, Memory, MemoryKind,
-    MemoryRegion, ProtectionDomain, QpCaps, QueuePair, RegionTable, RtrAttr, Rts, RtsAttr,
-    SoftConfig, SoftPath, open_soft,
+    MemoryRegion, ProtectionDomain, QpCaps, QueuePair, RdmaConfig, RegionTable, RtrAttr, Rts,
+    RtsAttr, SoftConfig, SoftPath, WcStatus, open_rdma, open_soft,
 };
 
 pub fn all() -> Access {
@@ -127,9 +127,31 @@ pub enum How {
     Arena,
     ProcessVm,
     Tcp,
+    /// Over a pair of RDMA devices, by its place in [`rdma_pairs`].
+    Rdma(usize),
 }
 
-pub const EVERY: [How; 3] = [How::Arena, How::ProcessVm, How::Tcp];
+/// The RDMA devices that the tests are to run on instead of the software device: `KVXFER_TEST_RDMA` has
+/// pairs of them, `rxe0,ra:rb`; one alone talks to itself.
+pub fn rdma_pairs() -> Vec<(String, String)> {
+    let text = std::env::var("KVXFER_TEST_RDMA").unwrap_or_default();
+    text.split(',')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| {
+            let (a, b) = pair.split_once(':').unwrap_or((pair, pair));
+            (a.to_owned(), b.to_owned())
+        })
+        .collect()
+}
+
+/// The ways of the software device.
+pub const SOFT: [How; 3] = [How::Arena, How::ProcessVm, How::Tcp];
+
+/// Every way to join a pair that the tests are to try.
+pub fn every() -> Vec<How> {
+    let rdma: Vec<How> = (0..rdma_pairs().len()).map(How::Rdma).collect();
+    if rdma.is_empty() { SOFT.to_vec() } else { rdma }
+}
 
 pub struct Side {
     pub ctx: Context,
@@ -179,29 +201,35 @@ pub fn pair(how: How) -> (Side, Side) {
 }
 
 pub fn pair_with(how: How, o: &Options) -> (Side, Side) {
-    let a = open_soft(o.config.clone()).unwrap();
-    let b = open_soft(o.config.clone()).unwrap();
+    let (a, b) = open_pair(how, o);
     join(how, o, &a, &b)
 }
 
-pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
-    let make = |ctx: &Context| {
-        let pd = ctx.alloc_pd().unwrap();
-        let send_cq = ctx.create_cq(4096).unwrap();
-        let recv_cq = ctx.create_cq(4096).unwrap();
-        let qp = pd.create_qp(o.caps, &send_cq, &recv_cq).unwrap();
-        let qp = qp.init(InitAttr { access: o.access }).unwrap();
-        (pd, send_cq, recv_cq, qp)
-    };
-    let (pa, sa, ra, qa) = make(a);
-    let (pb, sb, rb, qb) = make(b);
-    let (ea, eb) = (qa.endpoint(), qb.endpoint());
+/// The two devices of a pair.
+pub fn open_pair(how: How, o: &Options) -> (Context, Context) {
+    match how {
+        How::Rdma(at) => {
+            let (a, b) = &rdma_pairs()[at];
+            let open = |name: &String| {
+                open_rdma(&RdmaConfig::new(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+            };
+            (open(a), open(b))
+        }
+        _ => {
+            let open = || open_soft(o.config.clone()).unwrap();
+            (open(), open())
+        }
+    }
+}
+
+/// The two ends of the way from one context to `b`.
+pub fn links(how: How, b: &Context) -> (Link, Link) {
     let path = if how == How::ProcessVm {
         SoftPath::ProcessVm
     } else {
         SoftPath::Arena
     };
-    let (la, lb) = match how {
+    match how {
         How::Tcp => {
             let (a1, b1) = tcp_pair();
             let (a2, b2) = tcp_pair();
@@ -216,6 +244,7 @@ pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
                 },
             )
         }
+        How::Rdma(_) => (Link::Rdma, Link::Rdma),
         _ => (
             Link::SoftDial {
                 peer: b.address(),
@@ -224,7 +253,22 @@ pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
             },
             Link::SoftAwait { path },
         ),
+    }
+}
+
+pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
+    let make = |ctx: &Context| {
+        let pd = ctx.alloc_pd().unwrap();
+        let send_cq = ctx.create_cq(4096).unwrap();
+        let recv_cq = ctx.create_cq(4096).unwrap();
+        let qp = pd.create_qp(o.caps, &send_cq, &recv_cq).unwrap();
+        let qp = qp.init(InitAttr::new(o.access)).unwrap();
+        (pd, send_cq, recv_cq, qp)
     };
+    let (pa, sa, ra, qa) = make(a);
+    let (pb, sb, rb, qb) = make(b);
+    let (ea, eb) = (qa.endpoint(), qb.endpoint());
+    let (la, lb) = links(how, b);
     let up = |qp: QueuePair<kvxfer_verbs::Init>, remote, link| {
         let qp = qp
             .rtr(RtrAttr {
@@ -253,6 +297,18 @@ pub fn join(how: How, o: &Options, a: &Context, b: &Context) -> (Side, Side) {
             qp: qb,
         },
     )
+}
+
+/// Holds a failed completion against what the software device says of it. RDMA devices have vendor codes
+/// of their own, and some have another status for it.
+pub fn assert_failed(how: How, c: &Completion, soft: (WcStatus, u32), rdma: &[WcStatus]) {
+    match how {
+        How::Rdma(_) => assert!(
+            c.status == soft.0 || rdma.contains(&c.status),
+            "{how:?} {c:?}, {soft:?}"
+        ),
+        _ => assert_eq!((c.status, c.vendor_err), soft, "{how:?}"),
+    }
 }
 
 /// Polls until `n` completions have come.

@@ -101,6 +101,7 @@ const LIAR: QpEndpoint = QpEndpoint {
     qpn: 77,
     psn: 0,
     token: [0x5a; 16],
+    port: None,
 };
 
 impl Victim {
@@ -113,7 +114,7 @@ impl Victim {
         let pd = ctx.alloc_pd().unwrap();
         let cq = ctx.create_cq(64).unwrap();
         let qp = pd.create_qp(QpCaps::default(), &cq, &cq).unwrap();
-        let qp = qp.init(InitAttr { access: all() }).unwrap();
+        let qp = qp.init(InitAttr::new(all())).unwrap();
         let own = qp.endpoint();
         let attr = RtrAttr {
             remote: LIAR,
