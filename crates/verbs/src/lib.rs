@@ -36,8 +36,9 @@ pub use qp::{
     Rts, RtsAttr, SoftPath,
 };
 pub use rdma::{
-    Gid, GidChoice, GidFault, GidKind, LinkLayer, PortDetails, PortState, RdmaConfig, RdmaDetails,
-    RdmaDevice, RdmaLimits, RdmaPort, Transport, choose_gid, open_rdma, rdma_devices,
+    Gid, GidChoice, GidFault, GidKind, LinkLayer, Place, PortDetails, PortFault, PortRanking,
+    PortState, PortWish, RdmaConfig, RdmaDetails, RdmaDevice, RdmaLimits, RdmaPort, Transport,
+    UnusablePort, UsablePort, choose_gid, open_rdma, rank_ports, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};

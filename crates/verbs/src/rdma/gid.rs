@@ -68,6 +68,16 @@ pub(super) struct Network<'a> {
     pub(super) prefix: &'a dyn Fn(IpAddr) -> Option<u32>,
 }
 
+impl Network<'_> {
+    /// This machine's.
+    pub(super) fn kernel() -> Self {
+        Self {
+            source_towards: &source_towards,
+            prefix: &prefix,
+        }
+    }
+}
+
 /// The GID to use on this port: the one at `asked`, or the best by rule. `peer` are the GIDs that the
 /// peer's port has, or the one that it has chosen; empty where they are not known.
 ///
@@ -83,11 +93,7 @@ pub fn choose_gid(
     asked: Option<u32>,
     peer: &[[u8; 16]],
 ) -> Result<GidChoice, GidFault> {
-    let network = Network {
-        source_towards: &source_towards,
-        prefix: &prefix,
-    };
-    choose(port, asked, peer, &network)
+    choose(port, asked, peer, &Network::kernel())
 }
 
 pub(super) fn choose(

@@ -4,6 +4,7 @@ mod context;
 mod cq;
 mod gid;
 mod handle;
+mod port;
 mod qp;
 mod quirks;
 mod ring;
@@ -26,6 +27,7 @@ use crate::sys::types::{ibv_device_attr, ibv_port_attr};
 pub use context::{RdmaConfig, open_rdma};
 pub use gid::{GidChoice, GidFault, choose_gid};
 use handle::{DeviceList, OpenDevice, RawGid};
+pub use port::{Place, PortFault, PortRanking, PortWish, UnusablePort, UsablePort, rank_ports};
 
 /// An RDMA device.
 #[derive(Debug)]
@@ -37,6 +39,10 @@ pub struct RdmaDevice {
     pub guid: u64,
     /// What it speaks.
     pub transport: Transport,
+    /// The kernel's driver of it, where the kernel tells.
+    pub driver: Option<String>,
+    /// Where it is plugged in.
+    pub place: Place,
     /// What it takes, and its ports; an error where it cannot be opened.
     pub details: Result<RdmaDetails, Error>,
 }
@@ -210,6 +216,8 @@ fn list(verbs: &'static Verbs, sys: &Path) -> Result<Vec<RdmaDevice>, Error> {
         name: device.name(),
         guid: device.guid(),
         transport: device.transport().into(),
+        driver: sysfs::driver(sys, &device.name()),
+        place: sysfs::rdma_place(sys, &device.name()),
         details: device.open().and_then(|device| details(&device, sys)),
     });
     Ok(devices.collect())

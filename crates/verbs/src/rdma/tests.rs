@@ -317,6 +317,7 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
         std::fs::write(attrs.join(what).join("2"), text).unwrap();
     }
     std::fs::write(attrs.join("types/0"), "IB/RoCE v1\n").unwrap();
+    std::fs::write(sys.join("class/infiniband/fake0/parent"), "eth7\n").unwrap();
 
     // A library that tells no types, and a driver that tells values nobody knows.
     let device = one(|_| {}, sys);
@@ -325,6 +326,8 @@ fn a_device_is_told_with_what_is_odd_about_it_and_is_closed() {
         ("fake0", 0x0123_4567_89ab_cdef)
     );
     assert_eq!(device.transport, Transport::Other(17));
+    assert_eq!(device.driver.as_deref(), Some("rdma_rxe"));
+    assert_eq!(device.place.pci(), None);
     let limits = &device.details.as_ref().unwrap().limits;
     assert_eq!(limits.firmware, "\u{fffd}".repeat(64));
     assert_eq!((limits.max_qp, limits.max_sge), (0, 3));
