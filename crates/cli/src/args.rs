@@ -131,9 +131,12 @@ pub(crate) struct PingArgs {
     #[arg(long, value_enum)]
     pub(crate) path: Option<PathChoice>,
 
-    /// The device to use, such as soft0 or mlx5_0
-    #[arg(long, short = 'd', value_name = "NAME")]
-    pub(crate) device: Option<String>,
+    #[command(flatten)]
+    pub(crate) nic: Nic,
+
+    /// The NIC's port [default: the best that is active]
+    #[arg(long, value_name = "N")]
+    pub(crate) ib_port: Option<u8>,
 
     /// An engine's kv-transfer-config: JSON, or @FILE
     #[arg(long, value_name = "JSON|@FILE")]
@@ -201,12 +204,40 @@ pub(crate) struct Pattern {
     pub(crate) tokens: Option<u32>,
 }
 
+/// The device, and how a NIC's packets go. Short options mean what they mean in perftest.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Nic {
+    /// The device to use: soft, or a NIC such as mlx5_0; of a list (mlx5_0,mlx5_1) the first that can
+    /// be used
+    #[arg(long, short = 'd', value_name = "NAME")]
+    pub(crate) device: Option<String>,
+
+    /// The index of the NIC's GID on RoCE [default: chosen for the peer]
+    #[arg(long, short = 'x', value_name = "N")]
+    pub(crate) gid_index: Option<u8>,
+
+    /// The service level of the NIC's packets, 0 to 15
+    #[arg(long, short = 'S', value_name = "N")]
+    pub(crate) sl: Option<u8>,
+
+    /// The traffic class of the NIC's packets (on RoCE v2 the DSCP times 4)
+    #[arg(long, value_name = "N")]
+    pub(crate) tclass: Option<u8>,
+
+    /// Bytes of the NIC's longest packet: 256, 512, 1024, 2048 or 4096 [default: the link's]
+    #[arg(long, short = 'm', value_name = "BYTES")]
+    pub(crate) mtu: Option<u32>,
+}
+
 /// How the engine is set up. What is not given comes from the environment, the file or the defaults.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Tuning {
-    /// The device to use, such as soft0 or mlx5_0
-    #[arg(long, short = 'd', value_name = "NAME")]
-    pub(crate) device: Option<String>,
+    #[command(flatten)]
+    pub(crate) nic: Nic,
+
+    /// The NIC's port [default: the best that is active]
+    #[arg(long, short = 'i', value_name = "N")]
+    pub(crate) ib_port: Option<u8>,
 
     /// Queue pairs to the peer
     #[arg(long, short = 'q', value_name = "N")]
@@ -398,7 +429,8 @@ mod tests {
     #[test]
     fn perftests_short_options_keep_their_meaning() -> Result<(), clap::Error> {
         let args = bw(&[
-            "node7", "-s", "4K,1M", "-n", "100", "-q", "8", "-t", "512", "-d", "mlx5_0",
+            "node7", "-s", "4K,1M", "-n", "100", "-q", "8", "-t", "512", "-d", "mlx5_0", "-i", "2",
+            "-x", "3", "-S", "5", "-m", "2048",
         ])?;
         assert_eq!(
             args.host.as_ref().map(ToString::to_string).as_deref(),
@@ -408,7 +440,12 @@ mod tests {
         assert_eq!(args.iters, Some(100));
         assert_eq!(args.tuning.qp_per_transfer, Some(8));
         assert_eq!(args.tuning.tx_depth, Some(512));
-        assert_eq!(args.tuning.device.as_deref(), Some("mlx5_0"));
+        let nic = &args.tuning.nic;
+        assert_eq!(nic.device.as_deref(), Some("mlx5_0"));
+        assert_eq!(
+            (args.tuning.ib_port, nic.gid_index, nic.sl, nic.mtu),
+            (Some(2), Some(3), Some(5), Some(2048))
+        );
         assert_eq!(bw(&["-D", "5"])?.duration, Some(Duration::from_secs(5)));
         assert_eq!(
             bw(&["--post-batch-size", "-1"])?.tuning.post_batch_size,

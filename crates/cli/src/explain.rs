@@ -106,6 +106,16 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
             Problem::from_chain(Exit::Device, error)
         }
+        Error::RdmaDevice { .. } => Problem::from_chain(Exit::Device, error).with_fix(
+            "`kvxfer devices` shows what there is and why it cannot be used; --device soft needs no NIC",
+        ),
+        Error::NoRdmaPort { candidates } => {
+            let mut problem = Problem::new(Exit::Device, "no NIC can be used");
+            for (port, why) in candidates {
+                problem = problem.with_evidence(format!("{port}: {why}"));
+            }
+            problem.with_fix("--device names another; --device soft needs no NIC")
+        }
         // Their own words are advice to a program that holds an engine.
         Error::DeviceFailed => {
             Problem::new(Exit::Device, "the device has failed").with_fix(DEVICE_FAILED)

@@ -155,6 +155,20 @@ pub enum Error {
         /// What was looked at.
         candidates: Vec<Candidate>,
     },
+    /// The RDMA devices that were asked for cannot be used.
+    #[error("{asked} cannot be used")]
+    RdmaDevice {
+        /// What was asked for.
+        asked: String,
+        /// Why not.
+        source: kvxfer_verbs::Error,
+    },
+    /// No port of an RDMA device can be used, or none of those that the configuration allows.
+    #[error("no RDMA port can be used{}", ports(candidates))]
+    NoRdmaPort {
+        /// Every port that was looked at, and why not.
+        candidates: Vec<(String, String)>,
+    },
     /// The path asked for is not one that this version has.
     #[error("this device has no {path} path")]
     PathNotHere {
@@ -458,6 +472,13 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+fn ports(candidates: &[(String, String)]) -> String {
+    let each = candidates
+        .iter()
+        .map(|(port, why)| format!("; {port}: {why}"));
+    each.collect()
 }
 
 fn no_path(forced: Option<PathKind>, candidates: &[Candidate]) -> String {

@@ -1,11 +1,13 @@
 //! Two engines in one process, over every path of the software device: READ and WRITE mode, and
 //! what is refused before anything moves.
 
+mod support;
+
 use std::time::Duration;
 
 use kvxfer::bench::{BenchMemory, BenchShape, BenchSide, scattered_pairs};
 use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
-use kvxfer::config::{Config, KvRole, PathKind, PathSet};
+use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{Engine, Instance, Outcome, PullOptions};
 use kvxfer::event::{Event, MemoryState, ReleaseReason};
 use kvxfer::ids::RequestId;
@@ -37,7 +39,7 @@ fn node(role: KvRole, path: PathKind, notices: bool) -> Node {
     let side = BenchSide::new(&shape).expect("memory");
     let mut config = Config::default();
     config.kv_role = role;
-    config.path = PathSet::only(path);
+    support::take(&mut config, path);
     config.num_worker_threads = 2;
     config.enable_notification = notices;
     let engine = Engine::new(config, side.format().clone(), side.placement().clone());
@@ -200,6 +202,12 @@ fn read_over_tcp() {
 }
 
 #[test]
+#[ignore = "needs an RDMA device"]
+fn on_rdma_read() {
+    read_mode(PathKind::Rdma);
+}
+
+#[test]
 fn write_over_arena() {
     write_mode(PathKind::Arena, false);
 }
@@ -212,6 +220,13 @@ fn write_over_process_vm() {
 #[test]
 fn write_over_tcp() {
     write_mode(PathKind::Tcp, false);
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn on_rdma_write() {
+    write_mode(PathKind::Rdma, false);
+    write_mode(PathKind::Rdma, true);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::cq::Poll;
 use crate::error::{Error, os};
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
-use crate::rdma::GidChoice;
+use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey};
 use crate::sys::enums::ibv_event_type;
 use crate::wr::Completion;
@@ -27,6 +27,10 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Of its own GIDs, the one that queue pairs towards these of a peer use; `None` where a device
     /// has none.
     fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<Option<GidChoice>, Error>;
+    /// The port of an RDMA device.
+    fn rdma_port(&self) -> Option<&PortDetails> {
+        None
+    }
     fn async_event(&self) -> Option<AsyncEvent>;
     fn async_fd(&self) -> Option<BorrowedFd<'_>>;
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
@@ -252,6 +256,12 @@ impl Context {
     /// [`Error::Gid`] where none leads there.
     pub fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<Option<GidChoice>, Error> {
         self.backend.gid_towards(peer)
+    }
+
+    /// The port of an RDMA device, as it was when the device was opened; `None` on other devices.
+    #[must_use]
+    pub fn rdma_port(&self) -> Option<&PortDetails> {
+        self.backend.rdma_port()
     }
 
     /// The oldest event that nobody has taken yet; does not wait. Each event is given once, so one

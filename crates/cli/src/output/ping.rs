@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use kvxfer::RdmaLink;
 use kvxfer::ping::{Ping, Pinger, Probe};
 use serde::Serialize;
 
@@ -47,6 +48,8 @@ pub(crate) struct PingConfig {
     /// The address; null if the command started its own target.
     pub(crate) peer: Option<String>,
     pub(crate) device: String,
+    /// Ports and queue pairs of a way over NICs; null on another path.
+    pub(crate) rdma: Option<RdmaLink>,
     /// What was asked for: `auto`, or a path.
     pub(crate) path: String,
     /// 0: until it was stopped.
@@ -271,6 +274,7 @@ mod tests {
                 version: "0.1.0".into(),
                 peer: Some("node7:7301".into()),
                 device: "soft".into(),
+                rdma: None,
                 path: "auto".into(),
                 count: 3,
                 interval_s: Some(Duration::from_secs(1)),

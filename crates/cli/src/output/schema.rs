@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use kvxfer::RdmaLink;
 use serde::{Serialize, Serializer};
 
 use crate::stats::{Percentiles, median};
@@ -39,6 +40,8 @@ pub(crate) struct BwConfig {
     /// The server; null if the command started its own.
     pub(crate) peer: Option<String>,
     pub(crate) device: String,
+    /// Ports and queue pairs of a way over NICs, of the last connection; null on another path.
+    pub(crate) rdma: Option<RdmaLink>,
     /// What was asked for: `auto`, or a path.
     pub(crate) path: String,
     /// `read`, `write` or `both`.

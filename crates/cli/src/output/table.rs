@@ -141,6 +141,15 @@ fn notes(report: &BwReport, out: &mut String) {
         "{}, {} queue pairs, {} worker threads, seed {}",
         config.device, config.qp_per_transfer, config.num_worker_threads, config.seed
     ));
+    if let Some(rdma) = &config.rdma {
+        lines.push(rdma.to_string());
+        lines.extend(rdma.queue_pairs.iter().map(|pair| {
+            format!(
+                "local QPN {:#08x} PSN {:#08x}, remote QPN {:#08x} PSN {:#08x}",
+                pair.qpn, pair.psn, pair.peer_qpn, pair.peer_psn
+            )
+        }));
+    }
     for difference in &config.differences {
         let used = match difference.used {
             Some(used) => format!("{used} is used"),

@@ -58,6 +58,7 @@ fn report() -> BwReport {
         version: "0.1.0".into(),
         peer: None,
         device: "soft0".into(),
+        rdma: None,
         path: "auto".into(),
         op: "both".into(),
         sizes: Some(vec![4096, 1 << 20]),

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use kvxfer::RdmaLink;
 use kvxfer::bench::{BenchClient, BenchMemory};
 use kvxfer::config::{Config, PathKind};
 
 use super::case::{self, Case, Room};
 use super::limit::{Limit, Ways};
 use super::row::{Bench, Length};
-use super::settings::{self, Flag, Settings};
+use super::settings::{Flag, SOFT_NAME as SOFT, Settings};
 use crate::args::{BwArgs, OpChoice};
 use crate::output::schema::{BwConfig, BwReport, Difference, Op, Pages, Row};
 use crate::output::{self, Format};
@@ -48,7 +49,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     settings.check_secret()?;
-    let device = settings::device(args.tuning.device.as_deref())?;
+    kvxfer::engine::check_device(&settings.config)?;
     let seed = args
         .work
         .seed
@@ -72,10 +73,11 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         target: target.as_ref(),
         rows: Vec::new(),
         pages: None,
+        rdma: None,
         differences: Vec::new(),
     };
     let measured = run.cases(&cases);
-    let (rows, pages, differences) = (run.rows, run.pages, run.differences);
+    let (rows, pages, rdma, differences) = (run.rows, run.pages, run.rdma, run.differences);
     let failed = match measured {
         Ok(()) => None,
         Err(error) => {
@@ -95,7 +97,8 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         BwConfig {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer: args.host.as_ref().map(ToString::to_string),
-            device: device.to_owned(),
+            device: rdma.as_ref().map_or(SOFT, |rdma| &rdma.device).to_owned(),
+            rdma,
             path: settings.shown("path"),
             op: args.op.to_string(),
             sizes: match case::pattern(args) {
@@ -211,6 +214,7 @@ fn start_target(
             .as_ref()
             .map(|file| file.display().to_string()),
     );
+    more.extend(args.tuning.device_options());
     OwnTarget::start(&more, &settings.shown("path"), timeout)
 }
 
@@ -275,6 +279,7 @@ struct Run<'a> {
     target: Option<&'a OwnTarget>,
     rows: Vec<Row>,
     pages: Option<Pages>,
+    rdma: Option<RdmaLink>,
     differences: Vec<Difference>,
 }
 
@@ -334,6 +339,7 @@ impl Run<'_> {
             // The largest memory has the best chances of large pages: the last case's are told.
             self.pages = Some(Pages::from(&pages));
         }
+        self.rdma = client.peer().path()?.rdma.clone();
         let facts = client.peer().facts()?;
         let here = self.config;
         let number = u64::from;

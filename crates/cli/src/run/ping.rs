@@ -11,7 +11,7 @@ use kvxfer::ping::{Ping, Pinger};
 use nix::poll::{PollFd, PollFlags, poll};
 
 use super::bw::name_peer;
-use super::settings::{self, Flag, Settings};
+use super::settings::{Flag, SOFT_NAME, Settings};
 use crate::args::{PingArgs, Tuning};
 use crate::output::ping::{self as show, Ended, PeerConfig, PingConfig, PingReport, Samples};
 use crate::output::schema::Candidate;
@@ -46,20 +46,21 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         flags.push(("path", "--path", path.to_string()));
     }
     let tuning = Tuning {
-        device: args.device.clone(),
+        nic: args.nic.clone(),
+        ib_port: args.ib_port,
         kv_transfer_config: args.kv_transfer_config.clone(),
         ..Tuning::default()
     };
     // `--timeout` ends the pings: it is no setting.
     let settings = Settings::gather(&tuning, &args.trust, &flags, None, true)?;
     settings.check_secret()?;
-    let device = settings::device(args.device.as_deref())?;
+    kvxfer::engine::check_device(&settings.config)?;
 
     let begun = Instant::now();
     let timeout = args.timeout.unwrap_or(TIMEOUT);
     let target = match &args.host {
         Some(_) => None,
-        None => Some(start_target(args, &settings, timeout)?),
+        None => Some(start_target(&tuning, &settings, timeout)?),
     };
     let address = OwnTarget::or_host(target.as_ref(), args.host.as_ref());
     let named = |error: &anyhow::Error| {
@@ -96,6 +97,9 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         &path.path.to_string(),
         &path.reason,
     ))?;
+    if let Some(rdma) = &path.rdma {
+        run.say(&format!("{rdma}\n"))?;
+    }
     let pinging = Instant::now();
     let (ended, failed) = match run.pings(&mut pinger, &signals) {
         Ok(ended) => (ended, None),
@@ -106,7 +110,12 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         config: PingConfig {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer: args.host.as_ref().map(ToString::to_string),
-            device: device.to_owned(),
+            device: path
+                .rdma
+                .as_ref()
+                .map_or(SOFT_NAME, |rdma| &rdma.device)
+                .to_owned(),
+            rdma: path.rdma,
             path: settings.shown("path"),
             count: run.count(),
             interval_s: Some(args.interval.unwrap_or(INTERVAL)),
@@ -182,17 +191,18 @@ fn verdict(address: &str, report: &PingReport, wait: Duration) -> Option<Problem
 
 /// Starts our own target.
 fn start_target(
-    args: &PingArgs,
+    tuning: &Tuning,
     settings: &Settings,
     timeout: Duration,
 ) -> anyhow::Result<OwnTarget> {
     let mut more = vec!["--threads".to_owned(), "1".to_owned()];
-    if let Some(config) = &args.kv_transfer_config {
+    if let Some(config) = &tuning.kv_transfer_config {
         more.extend(["--kv-transfer-config".to_owned(), config.clone()]);
     }
     if let Some(file) = &settings.config.secret_file {
         more.extend(["--secret-file".to_owned(), file.display().to_string()]);
     }
+    more.extend(tuning.device_options());
     OwnTarget::start(&more, &settings.shown("path"), timeout)
 }
 

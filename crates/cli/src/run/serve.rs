@@ -7,7 +7,7 @@ use kvxfer::Engine;
 use kvxfer::bench::BenchSide;
 
 use super::case;
-use super::settings::{self, Settings};
+use super::settings::Settings;
 use crate::args::ServeArgs;
 use crate::problem::{Exit, Problem};
 use crate::say;
@@ -45,7 +45,6 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         settings.explain()?;
         return Ok(ExitCode::SUCCESS);
     }
-    settings::device(args.tuning.device.as_deref())?;
     let config = settings.config;
     let host = config.listen_on().0.to_owned();
     let side = BenchSide::new(&case::served(&args.pattern)?)?;

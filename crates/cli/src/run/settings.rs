@@ -6,11 +6,15 @@ use std::time::Duration;
 use kvxfer::config::{Config, ConfigBuilder, Row, Source};
 
 use crate::args::{Trust, Tuning};
-use crate::problem::{Exit, Problem};
+use crate::problem::Problem;
 use crate::say;
 
-/// Names of the device that is always there.
-const SOFT: [&str; 2] = ["soft", "soft0"];
+/// The device that is always there.
+pub(crate) const SOFT_NAME: &str = "soft";
+/// Its names.
+const SOFT: [&str; 2] = [SOFT_NAME, "soft0"];
+/// Its paths.
+const SOFT_PATHS: &str = "arena,process-vm,tcp";
 
 /// Bounds of the heartbeat that follows from `--timeout`; the upper ones are the defaults.
 const SHORTEST_SILENCE: Duration = Duration::from_millis(100);
@@ -118,7 +122,9 @@ impl Settings {
             }
             builder.explain()
         };
-        let given = own.iter().flatten().chain(more);
+        let path_is_given = more.iter().any(|(key, _, _)| *key == "path");
+        let device = device(tuning, path_is_given);
+        let given = own.iter().flatten().chain(&device).chain(more);
         let mut rows =
             flags(&mut given.chain(limits.iter().flatten())).map_err(kvxfer::Error::from)?;
         let heartbeat_is_set = rows.iter().any(|row| {
@@ -194,47 +200,78 @@ impl Settings {
     }
 }
 
-/// The device that is meant. There is one that is always there, and this version drives no other.
-///
-/// # Errors
-///
-/// Any other device.
-pub(crate) fn device(name: Option<&str>) -> Result<&'static str, Problem> {
-    match name {
-        None => Ok(SOFT[0]),
-        Some(name) if SOFT.contains(&name) => Ok(SOFT[0]),
-        Some(name) => {
-            let cards: Vec<String> = std::fs::read_dir("/sys/class/infiniband")
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect();
-            let seen = match cards.as_slice() {
-                [] => "/sys/class/infiniband has no RDMA device".to_owned(),
-                cards => format!("/sys/class/infiniband has {}", cards.join(", ")),
-            };
-            Err(
-                Problem::new(Exit::Device, format!("device {name} cannot be used"))
-                    .with_evidence(seen)
-                    .with_evidence("this version drives the software device alone: soft")
-                    .with_fix("leave --device out, or say --device soft"),
-            )
+/// Whether this names the device that is always there.
+pub(crate) fn is_soft(name: &str) -> bool {
+    SOFT.contains(&name)
+}
+
+/// The settings that options about the device give. The software device has paths of its own, and no
+/// other option is about it.
+fn device(tuning: &Tuning, path_is_given: bool) -> Vec<Flag<'static>> {
+    let nic = &tuning.nic;
+    let mut flags: Vec<Flag<'static>> = Vec::new();
+    match nic.device.as_deref() {
+        Some(name) if is_soft(name) => {
+            if !path_is_given {
+                flags.push(("path", "--device", SOFT_PATHS.to_owned()));
+            }
         }
+        Some(names) => flags.push(("rdma_devices", "--device", names.to_owned())),
+        None => {}
+    }
+    let number = |key, flag, value: Option<u32>| value.map(|n| (key, flag, n.to_string()));
+    let numbers = [
+        number("rdma_port", "--ib-port", tuning.ib_port.map(u32::from)),
+        number(
+            "rdma_gid_index",
+            "--gid-index",
+            nic.gid_index.map(u32::from),
+        ),
+        number("rdma_sl", "--sl", nic.sl.map(u32::from)),
+        number("rdma_tc", "--tclass", nic.tclass.map(u32::from)),
+        number("rdma_mtu", "--mtu", nic.mtu),
+    ];
+    flags.extend(numbers.into_iter().flatten());
+    flags
+}
+
+impl Tuning {
+    /// The options about the device, for a target process; what the path says goes its own way.
+    pub(crate) fn device_options(&self) -> Vec<String> {
+        let flags = device(self, true).into_iter();
+        flags
+            .flat_map(|(_, flag, value)| [flag.to_owned(), value])
+            .collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::Nic;
+
+    fn options(name: &str) -> Tuning {
+        Tuning {
+            nic: Nic {
+                device: Some(name.to_owned()),
+                gid_index: Some(3),
+                ..Nic::default()
+            },
+            ..Tuning::default()
+        }
+    }
 
     #[test]
-    fn a_device_that_is_not_there_is_named_with_what_there_is() {
-        assert_eq!(device(None), Ok("soft"));
-        assert_eq!(device(Some("soft0")), Ok("soft"));
-        let problem = device(Some("mlx5_9")).expect_err("no such device");
-        assert_eq!(problem.exit, Exit::Device);
-        let text = problem.to_string();
-        assert!(text.contains("mlx5_9") && text.contains("soft"), "{text}");
+    fn the_software_device_is_meant_by_its_paths() {
+        let flags = device(&options("soft0"), false);
+        assert_eq!(flags[0], ("path", "--device", SOFT_PATHS.to_owned()));
+        let flags = device(&options("soft"), true);
+        assert!(flags.iter().all(|(key, _, _)| *key != "path"), "{flags:?}");
+    }
+
+    #[test]
+    fn a_target_gets_the_options_of_a_nic() {
+        let given = options("mlx5_0,mlx5_1").device_options();
+        assert_eq!(given, ["--device", "mlx5_0,mlx5_1", "--gid-index", "3"]);
     }
 }

@@ -142,14 +142,29 @@ keys! {
 
     /// The ways to a peer that may be used.
     path: PathSet = PathSet::auto(), Any;
-    /// The RDMA devices that may be used; unset, all.
+    /// The RDMA devices to use, the best that can be used first in their order; with `^`, those not to
+    /// use. Naming any makes the engine stand on one.
     rdma_devices: Option<DeviceFilter> = None, Any, env "MORI_RDMA_DEVICES";
     /// RDMA service level; it must be the fabric's no-drop priority.
     rdma_sl: Option<u8> = None, IfSet(Within(0, 15)), env "MORI_RDMA_SL";
     /// RDMA traffic class (DSCP times 4).
     rdma_tc: Option<u8> = None, IfSet(Within(0, 255)), env "MORI_RDMA_TC";
-    /// Index of the GID to use on RoCE.
+    /// Index of the GID to use on RoCE; auto takes RoCE v2 over the address that leads to the peer.
     rdma_gid_index: i32 = -1, Or(-1, "auto", 0, 255);
+    /// The device's port, from 1; auto takes the best that is active.
+    rdma_port: i32 = -1, Or(-1, "auto", 1, 254);
+    /// Bytes of the longest packet: 256, 512, 1024, 2048 or 4096; auto takes the link's.
+    rdma_mtu: i32 = -1, Or(-1, "auto", 256, 4096);
+    /// Time for an answer: 4.096 us × 2^rdma_timeout, of which some devices take up to four times.
+    rdma_timeout: u32 = 16, Within(1, 31);
+    /// Tries after the first that are not answered.
+    rdma_retry_cnt: u32 = 7, Within(0, 7);
+    /// Tries after the first where the peer has no receive; 7 is for ever.
+    rdma_rnr_retry: u32 = 7, Within(0, 7);
+    /// Place of the partition key in the port's table.
+    rdma_pkey_index: u32 = 0, Within(0, 65_535);
+    /// Routers that a packet may pass.
+    rdma_hop_limit: u32 = 64, Within(1, 255);
     /// What goes wrong on purpose on the software device, for tests and demonstrations.
     faults: Option<FaultPlan> = None, Any;
 }

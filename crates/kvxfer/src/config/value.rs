@@ -318,13 +318,39 @@ impl DeviceFilter {
     /// Whether a device of this name may be used.
     #[must_use]
     pub fn allows(&self, name: &str) -> bool {
-        self.names.is_empty() || self.names.iter().any(|n| n == name) != self.except
+        self.place(name).is_some()
+    }
+
+    /// The place of a device among those that may be used, the preferred first; `None` where it may
+    /// not be used. Devices that are not named have the same place.
+    #[must_use]
+    pub fn place(&self, name: &str) -> Option<usize> {
+        let listed = self.names.iter().position(|n| n == name);
+        match listed {
+            _ if self.names.is_empty() => Some(0),
+            Some(_) if self.except => None,
+            None if self.except => Some(0),
+            listed => listed,
+        }
+    }
+
+    /// Whether the names are those of the devices that may not be used.
+    #[must_use]
+    pub fn is_exclusion(&self) -> bool {
+        self.except
     }
 
     /// The names given, in their order.
     #[must_use]
     pub fn names(&self) -> &[String] {
         &self.names
+    }
+}
+
+impl fmt::Display for DeviceFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let except = if self.except { "^" } else { "" };
+        write!(f, "{except}{}", self.names.join(","))
     }
 }
 
@@ -348,11 +374,7 @@ impl Setting for DeviceFilter {
     }
 
     fn show(&self) -> String {
-        format!(
-            "{}{}",
-            if self.except { "^" } else { "" },
-            self.names.join(",")
-        )
+        self.to_string()
     }
 }
 
@@ -527,5 +549,9 @@ mod tests {
         let but = DeviceFilter::read("^rdma0").expect("a list");
         assert!(!but.allows("rdma0") && but.allows("rdma1"));
         assert!(DeviceFilter::default().allows("rdma9"));
+        // Names are preferred in the order in which they are given.
+        let order = ["rdma0", "rdma5", "rdma1"].map(|name| only.place(name));
+        assert_eq!(order, [Some(0), Some(1), None]);
+        assert_eq!((but.place("rdma0"), but.place("rdma1")), (None, Some(0)));
     }
 }

@@ -9,7 +9,9 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 use tracing::info;
 
-use kvxfer_verbs::{DeviceAddr, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
+use kvxfer_verbs::{
+    DeviceAddr, GidChoice, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr,
+};
 
 use super::async_events::Watched;
 use super::dial::Dialler;
@@ -19,7 +21,7 @@ use super::peer_session::{PeerSession, Standing};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
 use crate::layout::{KvFormat, PlacementDesc, Side};
@@ -27,19 +29,12 @@ use crate::ping::ProbeSeat;
 use crate::plan::{CompileError, Compiled, PlanLimits, Role as PlanRole};
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
-use crate::transport::{Choice, PathInfo, soft_path};
+use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, goes_over, soft_path};
 use crate::wire::{
     Blob, Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, RemoteSpan, Role,
     SessionId, Side as End, StreamHalf, StreamKey, StreamOpening, limits,
 };
 
-/// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
-/// their own; these only end what nobody waits for.
-pub(super) const RTS: RtsAttr = RtsAttr {
-    timeout: 18,
-    retry_cnt: 7,
-    rnr_retry: 7,
-};
 const MIN_RNR_TIMER: u8 = 12;
 /// Queue pairs of one session: the most that `qp_per_transfer` can ask for.
 const MAX_QUEUE_PAIRS: usize = 64;
@@ -91,6 +86,8 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
+    /// A client's GID on an RDMA device.
+    gid: Option<GidChoice>,
     /// Whether a server has taken the one set of queue pairs that a session has.
     taken: bool,
     /// A client's queue pairs that wait for the answer.
@@ -139,6 +136,7 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
+            gid: None,
             taken: false,
             offered: Vec::new(),
             joining: Vec::new(),
@@ -284,9 +282,14 @@ impl Bringup {
             );
         }
         self.key = PeerKey(engine.runtime.next_id());
-        self.offered = engine
-            .runtime
-            .queue_pairs(engine, self.key, count, self.notices(engine))?;
+        let theirs = self
+            .known
+            .as_ref()
+            .map(|known| known.device.gids.as_slice());
+        let gid = gid_towards(engine.runtime.context(), theirs.unwrap_or_default())?;
+        let notices = self.notices(engine);
+        self.offered =
+            (engine.runtime).queue_pairs(engine, self.key, count, notices, gid.as_ref())?;
         let endpoints = pack_endpoints(&self.offered)?;
         let offer = QpOffer {
             offer: 1,
@@ -296,6 +299,7 @@ impl Bringup {
             endpoints,
         };
         self.path = Some(path);
+        self.gid = gid;
         Ok(Step::Send(offer.into()))
     }
 
@@ -345,8 +349,8 @@ impl Bringup {
         let soft = soft_path(offer.path);
         let why_not = if !engine.config.path.allows(offer.path) {
             Some("the peer's configuration does not allow it")
-        } else if soft.is_none() && offer.path != PathKind::Tcp {
-            Some("the peer has no such path")
+        } else if !goes_over(offer.path, engine.runtime.context()) {
+            Some("the peer uses another kind of device")
         } else {
             None
         };
@@ -371,17 +375,32 @@ impl Bringup {
             return Ok(none(candidates));
         }
         let count = u32::try_from(remote.len()).unwrap_or(u32::MAX);
+        // All come from one port: that of the first.
+        let theirs = remote
+            .first()
+            .and_then(|remote| remote.port)
+            .map(|port| port.gid);
+        let gid = match gid_towards(engine.runtime.context(), theirs.as_slice()) {
+            Ok(gid) => gid,
+            Err(error) => {
+                let why_not = Some(cut(chain(&error)));
+                for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
+                    candidate.why_not.clone_from(&why_not);
+                }
+                return Ok(none(candidates));
+            }
+        };
         let qps = match &self.probe {
             Some(_) if count != 1 => return Ok(none(candidates)),
             Some(seat) => vec![Made {
-                qp: seat.queue_pair()?,
+                qp: seat.queue_pair(gid.as_ref())?,
                 inbox: None,
                 watched: Arc::default(),
             }],
             None => {
                 self.key = PeerKey(engine.runtime.next_id());
                 let (key, notices) = (self.key, self.notices(engine));
-                engine.runtime.queue_pairs(engine, key, count, notices)?
+                (engine.runtime).queue_pairs(engine, key, count, notices, gid.as_ref())?
             }
         };
         let endpoints = pack_endpoints(&qps)?;
@@ -396,17 +415,29 @@ impl Bringup {
             path: offer.path,
             reason: "chosen by the peer that connected".to_owned(),
             candidates: offer.candidates,
+            rdma: RdmaLink::new(
+                engine.runtime.context(),
+                gid.as_ref(),
+                &pairs(&qps, &remote),
+            ),
         });
         let mut steps = vec![Step::Send(answer.into())];
-        match soft {
-            Some(path) => {
+        let retries = engine.runtime.retries();
+        match (soft, offer.path) {
+            (Some(path), _) => {
                 for (made, remote) in qps.into_iter().zip(remote) {
-                    self.lanes
-                        .push(join(made, remote, QpLink::SoftAwait { path })?);
+                    let link = QpLink::SoftAwait { path };
+                    self.lanes.push(join(made, remote, link, retries)?);
                 }
                 steps.push(Step::Send(Ready {}.into()));
             }
-            None => {
+            (None, PathKind::Rdma) => {
+                for (made, remote) in qps.into_iter().zip(remote) {
+                    (self.lanes).push(join(made, remote, QpLink::Rdma, retries)?);
+                }
+                steps.push(Step::Send(Ready {}.into()));
+            }
+            (None, _) => {
                 let joining = qps.into_iter().zip(remote).map(|(made, remote)| Joining {
                     made,
                     remote,
@@ -422,7 +453,7 @@ impl Bringup {
     /// A server's data stream has come and was admitted.
     pub(crate) fn stream(
         &mut self,
-        _engine: &Arc<Inner>,
+        engine: &Arc<Inner>,
         opening: StreamOpening,
         stream: TcpStream,
     ) -> Result<Vec<Step>, Error> {
@@ -450,7 +481,8 @@ impl Bringup {
                     requester,
                     responder,
                 };
-                self.lanes.push(join(joining.made, joining.remote, link)?);
+                let retries = engine.runtime.retries();
+                (self.lanes).push(join(joining.made, joining.remote, link, retries)?);
             }
         }
         Ok(vec![Step::Send(Ready {}.into())])
@@ -476,6 +508,10 @@ impl Bringup {
             Ok(remote) => remote,
             Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
         };
+        if let Some(path) = &mut self.path {
+            let pairs = pairs(&self.offered, &remote);
+            path.rdma = RdmaLink::new(engine.runtime.context(), self.gid.as_ref(), &pairs);
+        }
         for (i, (made, remote)) in std::mem::take(&mut self.offered)
             .into_iter()
             .zip(remote)
@@ -498,9 +534,11 @@ impl Bringup {
                         responder,
                     }
                 }
+                (None, _) if path == PathKind::Rdma => QpLink::Rdma,
                 _ => return Err(Error::PathNotHere { path }),
             };
-            self.lanes.push(join(made, remote, link)?);
+            let retries = engine.runtime.retries();
+            self.lanes.push(join(made, remote, link, retries)?);
         }
         Ok(vec![Step::Send(Ready {}.into())])
     }
@@ -657,17 +695,24 @@ fn plans(
     Ok((pull, push))
 }
 
-fn join(made: Made, remote: QpEndpoint, link: QpLink) -> Result<Joined, Error> {
+fn join(made: Made, remote: QpEndpoint, link: QpLink, retries: RtsAttr) -> Result<Joined, Error> {
     let attr = RtrAttr {
         remote,
         link,
         min_rnr_timer: MIN_RNR_TIMER,
     };
     Ok(Joined {
-        qp: made.qp.rtr(attr)?.rts(RTS)?,
+        qp: made.qp.rtr(attr)?.rts(retries)?,
         inbox: made.inbox,
         watched: made.watched,
+        tried: retries.retry_time(),
     })
+}
+
+/// Queue pairs with the peer's that they are joined to.
+fn pairs(made: &[Made], remote: &[QpEndpoint]) -> Vec<(QpEndpoint, QpEndpoint)> {
+    let own = made.iter().map(|made| made.qp.endpoint());
+    own.zip(remote.iter().copied()).collect()
 }
 
 fn pack_endpoints(qps: &[Made]) -> Result<Vec<Blob>, Error> {

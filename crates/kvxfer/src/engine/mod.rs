@@ -41,6 +41,7 @@ use tracing::{debug, info};
 
 use kvxfer_verbs::{Access, RegionTable};
 
+pub use crate::transport::check_device;
 pub use api::Engine;
 pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
@@ -50,7 +51,7 @@ pub use push::{Push, PushOptions};
 pub(crate) use connect::{Target, connect};
 pub(crate) use dial::Dialler;
 pub(crate) use peer_session::PeerSession;
-pub(crate) use runtime::{Runtime, open_device, random_nonce, session_config, spawn};
+pub(crate) use runtime::{Runtime, random_nonce, session_config, spawn};
 pub(crate) use wake::poll_timeout;
 
 use books::Books;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use tracing::{info, warn};
 
-use kvxfer_verbs::{Context, InitAttr, ProtectionDomain, QpCaps, SoftConfig, open_soft};
+use kvxfer_verbs::{Context, GidChoice, InitAttr, ProtectionDomain, QpCaps, RtsAttr};
 
 use super::accept::{Arrivals, accept};
 use super::async_events::AsyncEvents;
@@ -27,6 +27,7 @@ use crate::engine::{Clock, Inner};
 use crate::error::Error;
 use crate::session::SessionConfig;
 use crate::transfer::{BatchSize, PeerKey, SchedulerConfig, TransfersConfig};
+use crate::transport::{open_device, retries};
 use crate::wire::{
     HandshakeNonce, Role, STREAM_ANSWER_LEN, STREAM_OPENING_LEN, Secret, SessionId, StreamGate,
     StreamOpening,
@@ -194,11 +195,18 @@ impl Runtime {
     }
 
     pub(crate) fn max_msg_bytes(&self) -> u64 {
-        self.context.device().max_msg_sz
+        let device = self.context.device();
+        device.best_msg_sz.min(device.max_msg_sz)
+    }
+
+    /// How its queue pairs try again.
+    pub(crate) fn retries(&self) -> RtsAttr {
+        retries(&self.context, &self.config)
     }
 
     pub(crate) fn max_sge(&self) -> u32 {
-        let max = self.context.device().max_sge;
+        let device = self.context.device();
+        let max = device.max_sge.min(device.max_sge_rd);
         match self.config.max_msg_sge {
             0 => AUTO_SGE.min(max),
             asked => asked.min(max),
@@ -218,13 +226,14 @@ impl Runtime {
     }
 
     /// Queue pairs in INIT, the i-th completing at the i-th worker of the spread that the peer's
-    /// key will give; with receives where the peer sends notices.
+    /// key will give; with receives where the peer sends notices, and the GID of an RDMA device.
     pub(crate) fn queue_pairs(
         &self,
         engine: &Inner,
         key: PeerKey,
         count: u32,
         notices: bool,
+        gid: Option<&GidChoice>,
     ) -> Result<Vec<Made>, Error> {
         self.health.check()?;
         let caps = QpCaps {
@@ -233,14 +242,15 @@ impl Runtime {
             max_send_sge: self.max_sge(),
             max_recv_sge: 1,
         };
-        let access = engine.remote_access();
+        let mut attr = InitAttr::new(engine.remote_access());
+        attr.gid_index = gid.map(|gid| gid.index);
         self.spread(key, count as usize)
             .into_iter()
             .map(|worker| {
                 let cq = self.events.cq(worker).ok_or(Error::ShuttingDown)?;
                 let qp = self.pd.create_qp(caps, &cq.cq, &cq.cq)?;
                 let watched = self.events.watch(qp.qp_num(), &cq);
-                let qp = qp.init(InitAttr::new(access))?;
+                let qp = qp.init(attr)?;
                 let inbox = if notices {
                     Some(Inbox::new(&self.pd, &qp)?)
                 } else {
@@ -426,14 +436,4 @@ pub(crate) fn spawn<R: Send + 'static>(
 
 pub(crate) fn random_nonce() -> Result<HandshakeNonce, Error> {
     HandshakeNonce::random().map_err(Error::random)
-}
-
-/// The software device, with what is to go wrong on it.
-pub(crate) fn open_device(config: &Config) -> Result<Context, Error> {
-    if let Some(faults) = &config.faults {
-        warn!(%faults, "faults on purpose: transfers will fail");
-    }
-    let mut device = SoftConfig::default();
-    device.faults = config.faults.clone();
-    Ok(open_soft(device)?)
 }

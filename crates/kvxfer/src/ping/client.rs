@@ -4,18 +4,18 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use kvxfer_verbs::{Context, DeviceAddr, Link as QpLink, QpEndpoint, RtrAttr, RtsAttr};
+use kvxfer_verbs::{Context, DeviceAddr, GidChoice, Link as QpLink, QpEndpoint, RtrAttr, RtsAttr};
 
 use super::control::Control;
 use super::lane::{Lane, Parts};
 use super::{Ping, Probe, WORD};
 use crate::config::{Config, DEFAULT_PORT};
-use crate::engine::{Dialler, net, open_device, random_nonce, session_config};
+use crate::engine::{Dialler, net, random_nonce, session_config};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{EngineId, Generation, Rank};
 use crate::session::{Event, Session};
-use crate::transport::{Choice, PathInfo, soft_path};
+use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer, Ready,
     Role, Secret, SessionId, StreamHalf, StreamKey,
@@ -29,9 +29,9 @@ const ECHO: Duration = Duration::from_millis(300);
 /// A stopped peer's memory can still be read: what a READ has when the control connection has used
 /// up the time of a ping.
 const READ_ANYWAY: Duration = Duration::from_millis(100);
-/// Never gives an operation up: what is lost is told by the caller's wait, and a peer that was
-/// stopped is met again when it goes on.
-const RTS: RtsAttr = RtsAttr {
+/// The software device never gives an operation up: what is lost is told by the caller's wait, and a
+/// peer that was stopped is met again when it goes on.
+const SOFT_RTS: RtsAttr = RtsAttr {
     timeout: 0,
     retry_cnt: 7,
     rnr_retry: 7,
@@ -102,7 +102,6 @@ impl Pinger {
         settings.establish_timeout = left;
         let session = Session::client(settings, random_nonce()?);
         let control = Control::new(session, socket, address.to_owned())?;
-        let parts = Parts::new(&context)?;
         Bringup {
             control,
             config,
@@ -110,12 +109,13 @@ impl Pinger {
             to,
             timeout,
             until,
-            parts: Some(parts),
+            parts: None,
             session: None,
             peer: None,
             device: None,
             scratch: None,
             path: None,
+            gid: None,
             lane: None,
         }
         .run()
@@ -310,6 +310,7 @@ struct Bringup<'a> {
     device: Option<DeviceAddr>,
     scratch: Option<crate::wire::RemoteSpan>,
     path: Option<PathInfo>,
+    gid: Option<GidChoice>,
     lane: Option<Lane>,
 }
 
@@ -365,9 +366,8 @@ impl Bringup<'_> {
             allowed: &self.config.path,
         }
         .choose()?;
-        let Some(parts) = &self.parts else {
-            return Err(Error::ShuttingDown);
-        };
+        let gid = gid_towards(&self.context, &device.gids)?;
+        let parts = self.parts.insert(Parts::new(&self.context, gid.as_ref())?);
         let offer = QpOffer {
             offer: 1,
             replaces: None,
@@ -376,6 +376,7 @@ impl Bringup<'_> {
             endpoints: vec![Blob::pack("endpoint", &parts.qp.endpoint())?],
         };
         self.path = Some(path);
+        self.gid = gid;
         self.scratch = scratch;
         self.peer = Some(PingPeer {
             name: PeerName {
@@ -417,14 +418,24 @@ impl Bringup<'_> {
                 deadline: self.until,
             },
             None if path == PathKind::Tcp => self.dial()?,
+            None if path == PathKind::Rdma => QpLink::Rdma,
             None => return Err(Error::PathNotHere { path }),
         };
+        if let Some(path) = &mut self.path {
+            let pairs = [(parts.qp.endpoint(), remote)];
+            path.rdma = RdmaLink::new(&self.context, self.gid.as_ref(), &pairs);
+        }
         let attr = RtrAttr {
             remote,
             link,
             min_rnr_timer: 12,
         };
-        self.lane = Some(parts.joined(scratch, |qp| Ok(qp.rtr(attr)?.rts(RTS)?))?);
+        let retries = match path {
+            // Nothing that is lost comes again there without a limit.
+            PathKind::Rdma => retries(&self.context, self.config),
+            _ => SOFT_RTS,
+        };
+        self.lane = Some(parts.joined(scratch, |qp| Ok(qp.rtr(attr)?.rts(retries)?))?);
         self.control.send(&Message::Ready(Ready {}))
     }
 

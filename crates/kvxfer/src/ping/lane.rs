@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use kvxfer_hipmem::{ArenaOptions, HostArena, HostMemory, HugePages};
 use kvxfer_verbs::{
-    Access, CompletionQueue, Context, Init, InitAttr, ProtectionDomain, QpCaps, QueuePair,
-    RegionTable, Remote, Rts, SendChain, SendOp, Sge, WcStatus,
+    Access, CompletionQueue, Context, GidChoice, Init, InitAttr, ProtectionDomain, QpCaps,
+    QueuePair, RegionTable, Remote, Rts, SendChain, SendOp, Sge, WcStatus,
 };
 
 use super::{SCRATCH, WORD};
@@ -32,6 +32,7 @@ pub(super) fn queue_pair(
     pd: &ProtectionDomain,
     cq: &CompletionQueue,
     access: Access,
+    gid: Option<&GidChoice>,
 ) -> Result<QueuePair<Init>, Error> {
     let caps = QpCaps {
         max_send_wr: 8,
@@ -39,7 +40,9 @@ pub(super) fn queue_pair(
         max_send_sge: 1,
         max_recv_sge: 1,
     };
-    Ok(pd.create_qp(caps, cq, cq)?.init(InitAttr::new(access))?)
+    let mut attr = InitAttr::new(access);
+    attr.gid_index = gid.map(|gid| gid.index);
+    Ok(pd.create_qp(caps, cq, cq)?.init(attr)?)
 }
 
 /// Memory and queues of a pinger, before they are joined to the peer's.
@@ -52,12 +55,12 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    pub(super) fn new(context: &Context) -> Result<Self, Error> {
+    pub(super) fn new(context: &Context, gid: Option<&GidChoice>) -> Result<Self, Error> {
         let pd = context.alloc_pd()?;
         let memory = scratch()?;
         let region = pd.register(memory.as_memory(), Access::LOCAL_WRITE)?;
         let cq = context.create_cq(64)?;
-        let qp = queue_pair(&pd, &cq, Access::NONE)?;
+        let qp = queue_pair(&pd, &cq, Access::NONE, gid)?;
         Ok(Self {
             memory,
             table: Arc::new(RegionTable::new(vec![region])),

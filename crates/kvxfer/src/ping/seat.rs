@@ -11,8 +11,8 @@ use tracing::{debug, warn};
 
 use kvxfer_hipmem::HostMemory;
 use kvxfer_verbs::{
-    Access, CompletionQueue, Init, MemoryRegion, ProtectionDomain, QueuePair, RegionTable, Rts,
-    WcStatus,
+    Access, CompletionQueue, GidChoice, Init, MemoryRegion, ProtectionDomain, QueuePair,
+    RegionTable, Rts, WcStatus,
 };
 
 use super::lane::{RECEIVES, queue_pair, scratch};
@@ -100,9 +100,9 @@ impl ProbeSeat {
     }
 
     /// The queue pair, with receives for notifications.
-    pub(crate) fn queue_pair(&self) -> Result<QueuePair<Init>, Error> {
+    pub(crate) fn queue_pair(&self, gid: Option<&GidChoice>) -> Result<QueuePair<Init>, Error> {
         let access = Access::REMOTE_READ | Access::REMOTE_WRITE;
-        let qp = queue_pair(&self.pd, &self.cq, access)?;
+        let qp = queue_pair(&self.pd, &self.cq, access, gid)?;
         let none = Arc::new(RegionTable::new(Vec::new()));
         for slot in 0..RECEIVES {
             qp.post_recv(slot.into(), &[], &none)?;
@@ -225,7 +225,7 @@ mod tests {
         }
         let (there, here): (Vec<_>, Vec<_>) = streams.into_iter().unzip();
         let [requester, responder] = <[TcpStream; 2]>::try_from(here).expect("two");
-        let other = seat.queue_pair().expect("a queue pair");
+        let other = seat.queue_pair(None).expect("a queue pair");
         let attr = RtrAttr {
             remote: other.endpoint(),
             link: Link::SoftTcp {
@@ -239,7 +239,7 @@ mod tests {
             retry_cnt: 7,
             rnr_retry: 7,
         };
-        let qp = seat.queue_pair().expect("a queue pair").rtr(attr);
+        let qp = seat.queue_pair(None).expect("a queue pair").rtr(attr);
         let qp = qp.and_then(|qp| qp.rts(rts)).expect("connected");
         seat.serve(qp).expect("a thread");
         let service = seat.service.as_ref().expect("a thread");

@@ -1,9 +1,11 @@
 //! Which way leads to a peer, which others were looked at, and why they were not taken.
 
 use serde::{Deserialize, Serialize};
+use tracing::debug;
 
-use kvxfer_verbs::{Context, DeviceAddr, SoftPath};
+use kvxfer_verbs::{Context, DeviceAddr, DeviceKind, GidChoice, SoftPath};
 
+use super::RdmaLink;
 use crate::config::PathSet;
 use crate::error::{Error, chain};
 use crate::wire::{Candidate, PathKind};
@@ -25,6 +27,9 @@ pub struct PathInfo {
     pub reason: String,
     /// Every path that was looked at, the preferred first.
     pub candidates: Vec<Candidate>,
+    /// Ports and queue pairs of a way over RDMA devices.
+    #[serde(default)]
+    pub rdma: Option<RdmaLink>,
 }
 
 /// The soft device's name for a path inside a host.
@@ -34,6 +39,32 @@ pub(crate) fn soft_path(path: PathKind) -> Option<SoftPath> {
         PathKind::ProcessVm => Some(SoftPath::ProcessVm),
         _ => None,
     }
+}
+
+fn is_rdma(kind: DeviceKind) -> bool {
+    kind == DeviceKind::Rdma
+}
+
+/// Whether a device is the one that a path goes over.
+pub(crate) fn goes_over(path: PathKind, context: &Context) -> bool {
+    is_rdma(context.device().kind) == (path == PathKind::Rdma)
+}
+
+/// Of this side's GIDs the one for these of the peer; `None` on the software device.
+///
+/// # Errors
+///
+/// [`Error::Verbs`] where none leads there.
+pub(crate) fn gid_towards(
+    context: &Context,
+    peer: &[[u8; 16]],
+) -> Result<Option<GidChoice>, Error> {
+    let choice = context.gid_towards(peer)?;
+    if let Some(choice) = &choice {
+        let GidChoice { index, reason, .. } = choice;
+        debug!(device = context.device().name, index, reason, "GID");
+    }
+    Ok(choice)
 }
 
 /// What one side knows of both when it chooses.
@@ -72,12 +103,14 @@ impl Choice<'_> {
             PathKind::Arena => "same host, and both sides' memory can be mapped".to_owned(),
             PathKind::ProcessVm => "same host, memory registered by address".to_owned(),
             PathKind::Tcp => "no faster path leads to the peer".to_owned(),
+            PathKind::Rdma => "both sides use RDMA devices".to_owned(),
             other => format!("{other} leads to the peer"),
         };
         Ok(PathInfo {
             path,
             reason,
             candidates,
+            rdma: None,
         })
     }
 
@@ -85,6 +118,26 @@ impl Choice<'_> {
         match path {
             _ if !self.allowed.allows(path) => {
                 Some("the configuration does not allow it".to_owned())
+            }
+            PathKind::Rdma if !is_rdma(self.context.device().kind) => Some(
+                "this engine uses the software device: name RDMA devices, or this path alone"
+                    .to_owned(),
+            ),
+            PathKind::Rdma if !is_rdma(self.peer.kind) => {
+                Some("the peer uses its software device".to_owned())
+            }
+            PathKind::Rdma => self
+                .context
+                .gid_towards(&self.peer.gids)
+                .err()
+                .map(|error| chain(&error)),
+            _ if is_rdma(self.context.device().kind) => {
+                let name = &self.context.device().name;
+                Some(format!("this engine uses the RDMA device {name}"))
+            }
+            _ if is_rdma(self.peer.kind) => {
+                let name = &self.peer.name;
+                Some(format!("the peer uses its RDMA device {name}"))
             }
             PathKind::Tcp => None,
             PathKind::Arena if !self.local_shareable => {
@@ -100,7 +153,7 @@ impl Choice<'_> {
                     .err()
                     .map(|error| chain(&error))
             }
-            _ => Some("this version has no RDMA hardware support yet".to_owned()),
+            _ => Some("this version does not know it".to_owned()),
         }
     }
 }

@@ -89,3 +89,15 @@ fn tcp_write_producer_killed() {
 fn tcp_write_producer_stopped() {
     producer_struck_while_it_pushes(PathKind::Tcp, Fault::Stop);
 }
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn on_rdma_write_producer_killed() {
+    producer_struck_while_it_pushes(PathKind::Rdma, Fault::Kill);
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn on_rdma_write_producer_stopped() {
+    producer_struck_while_it_pushes(PathKind::Rdma, Fault::Stop);
+}

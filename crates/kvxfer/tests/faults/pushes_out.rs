@@ -81,3 +81,9 @@ fn tcp_write_consumer_killed() {
 fn tcp_write_consumer_stopped() {
     consumer_struck_while_pushed_to(PathKind::Tcp, Fault::Stop);
 }
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn on_rdma_write_consumer_killed() {
+    consumer_struck_while_pushed_to(PathKind::Rdma, Fault::Kill);
+}

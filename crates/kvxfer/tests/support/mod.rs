@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use kvxfer::bench::{BenchMemory, BenchShape, BenchSide};
 use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
-use kvxfer::config::{Config, KvRole, PathKind, PathSet};
+use kvxfer::config::{Config, ConfigBuilder, KvRole, PathKind, PathSet};
 use kvxfer::engine::Engine;
 use kvxfer::event::{Event, MemoryState, PeerName, ReleaseReason};
 use kvxfer::ids::{Nonce, RequestId};
@@ -44,11 +44,31 @@ pub(crate) struct Recipe {
     pub(crate) dp: (u32, u32),
 }
 
+/// The configuration takes this path and no other. The RDMA device is one that `KVXFER_TEST_RDMA` names: of
+/// its first pair, `ra:rb`, the first is for producers; one alone is for both.
+pub(crate) fn take(config: &mut Config, path: PathKind) {
+    config.path = PathSet::only(path);
+    if path != PathKind::Rdma {
+        return;
+    }
+    let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
+    let pair = names.split(',').next().unwrap_or_default();
+    let (first, second) = pair.split_once(':').unwrap_or((pair, pair));
+    let name = match config.kv_role {
+        KvRole::Consumer => second,
+        _ => first,
+    };
+    let mut builder = ConfigBuilder::new();
+    let given = builder.flag("rdma_devices", "KVXFER_TEST_RDMA", name);
+    let given = given.and_then(|builder| builder.build());
+    config.rdma_devices = given.expect("names of devices").rdma_devices;
+}
+
 /// A side over one path; its memory is of the kind that the path wants.
 pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32) -> Recipe {
     let mut config = Config::default();
     config.kv_role = role;
-    config.path = PathSet::only(path);
+    take(&mut config, path);
     config.num_worker_threads = 2;
     config.qp_per_transfer = 4;
     config.connect_timeout = Duration::from_secs(5);

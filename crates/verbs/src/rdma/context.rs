@@ -535,6 +535,10 @@ impl DeviceBackend for RdmaDeviceHandle {
         self.0.gid_towards(peer).map(Some)
     }
 
+    fn rdma_port(&self) -> Option<&PortDetails> {
+        Some(&self.0.port)
+    }
+
     fn async_event(&self) -> Option<AsyncEvent> {
         self.0.async_event()
     }

@@ -8,7 +8,6 @@ use kvxfer_verbs::{Completion, WcStatus};
 
 use super::Worker;
 use crate::engine::async_events::Port;
-use crate::engine::bringup::RTS;
 use crate::error::chain;
 use crate::time::Time;
 use crate::transfer::{Cause, CompletionStatus, LaneId};
@@ -177,11 +176,9 @@ impl Worker {
         }
         self.events.read(&self.others);
         self.set_port(self.events.standing(self.index).port);
-        let tried = RTS.retry_time().unwrap_or(Duration::MAX);
-        let cause = self.seen.port.blame(self.clock.now(), tried)?;
-        if let Some(at) = self.lanes.get(&lane) {
-            at.peer.fail(cause.clone());
-        }
+        let at = self.lanes.get(&lane)?;
+        let cause = self.seen.port.blame(self.clock.now(), at.tried)?;
+        at.peer.fail(cause.clone());
         self.scheduler.lane_failed(lane, cause.clone());
         Some(cause)
     }

@@ -93,7 +93,9 @@ impl Worker {
     pub(super) fn device_failed(&mut self, error: &kvxfer_verbs::Error) {
         error!(%error, "completion queue failed");
         let errno = match error {
-            kvxfer_verbs::Error::Os { source, .. } => source.raw_os_error().unwrap_or(0),
+            kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
+                source.raw_os_error().unwrap_or(0)
+            }
             _ => 0,
         };
         let cause = Cause::LocalDevice {

@@ -180,6 +180,8 @@ pub(crate) struct Joined {
     /// Its receives, if the peer sends notices on it.
     pub(crate) inbox: Option<Inbox>,
     pub(crate) watched: Arc<Watched>,
+    /// How long its requests are tried; `None`: for ever.
+    pub(crate) tried: Option<Duration>,
 }
 
 /// A queue pair on this worker.
@@ -190,6 +192,8 @@ struct LaneQp {
     inbox: Option<Inbox>,
     /// What the device tells of it.
     watched: Arc<Watched>,
+    /// How long a request of it has been tried when it fails.
+    tried: Duration,
     peer: Arc<PeerSession>,
 }
 
@@ -335,7 +339,12 @@ impl Worker {
                 lane,
                 send_wr,
             } => {
-                let Joined { qp, inbox, watched } = *lane;
+                let Joined {
+                    qp,
+                    inbox,
+                    watched,
+                    tried,
+                } = *lane;
                 let lane = self.scheduler.add_lane(peer.key, LaneLimits { send_wr });
                 self.lane_of.insert(qp.qp_num(), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
@@ -343,6 +352,7 @@ impl Worker {
                     qp,
                     inbox,
                     watched,
+                    tried: tried.unwrap_or(Duration::MAX),
                     peer,
                 };
                 self.lanes.insert(lane, at);
