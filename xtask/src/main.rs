@@ -1,4 +1,5 @@
-//! What a developer and the build machine run: `cargo xtask test`.
+//! What a developer and the build machine run: `cargo xtask test`, and `cargo xtask vm` for one
+//! command on a machine with RDMA.
 #![forbid(unsafe_code)]
 
 mod command;
@@ -6,24 +7,47 @@ mod documents;
 mod packages;
 mod tally;
 mod test;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: cargo xtask test [--long]
+       cargo xtask vm [--seconds N] [--cpus N] [--memory MIB] [--two-hosts] -- COMMAND ARGUMENTS...
 
-  test    format, clippy, build, unit, property, simulation and process tests, doc tests, docs
+  test    format, clippy, build, unit, property, simulation and process tests, tests of RDMA in a
+          virtual machine, doc tests, docs
   --long  hours of it: ignored tests too, many more cases for each property, long soaks, millions of
           simulated histories, and a minute of each fuzz target
+
+  vm           runs COMMAND as root in this folder, in a virtual machine that sees this machine's
+               files (what it changes is thrown away) and has the RDMA device rxe0 (10.7.0.1); ends
+               as COMMAND does, with 124 when N seconds are over, or with 125 when the machine died
+               or could not be started
+  --seconds    300, with the seconds of starting
+  --cpus       2
+  --memory     3072
+  --two-hosts  also the RDMA devices ra (10.1.0.1) and rb (10.1.0.2), at the ends ha and hb of a
+               cable
 ";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let long = match args.as_slice() {
-        ["test"] => false,
-        ["test", "--long"] => true,
+    let root = match root() {
+        Ok(root) => root,
+        Err(e) => return failed(&e),
+    };
+    let good = match args.as_slice() {
+        ["test"] => test::run(&root, false),
+        ["test", "--long"] => test::run(&root, true),
+        ["vm", args @ ..] => {
+            return vm::by_hand(&root, args).unwrap_or_else(|why| {
+                eprint!("xtask: {why}\n\n{USAGE}");
+                ExitCode::from(2)
+            });
+        }
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -33,14 +57,16 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match root().and_then(|root| test::run(&root, long)) {
+    match good {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("xtask: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => failed(&e),
     }
+}
+
+fn failed(e: &anyhow::Error) -> ExitCode {
+    eprintln!("xtask: {e:#}");
+    ExitCode::FAILURE
 }
 
 /// The workspace's folder: cargo tells where this crate is.

@@ -1,6 +1,21 @@
 //! Debian packages that a step needs.
 
+use std::path::Path;
+
 use crate::command::quiet;
+
+/// What the virtual machine needs to be made, to start and to be set up, and what its tests run, by
+/// package.
+const GUEST_PROGRAMS: [(&str, &str); 8] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("setpriv", "util-linux"),
+    ("dpkg-deb", "dpkg"),
+    ("xz", "xz-utils"),
+    ("/sbin/depmod", "kmod"),
+    ("rdma", "iproute2"),
+    ("ibv_rc_pingpong", "ibverbs-utils"),
+    ("ib_write_bw", "perftest"),
+];
 
 /// Makes sure that `program` can be started, installing `package` with apt-get if it cannot and we
 /// are root.
@@ -58,6 +73,32 @@ pub(crate) fn rdma_headers() -> Result<(), String> {
     let find = "ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* | grep -v cpp";
     install("libclang", "libclang-dev", || {
         quiet("sh", &["-c", find]) == Some(true)
+    })
+}
+
+/// Makes sure that what the virtual machine starts with and what runs inside it are there: the guest
+/// has this machine's programs.
+///
+/// # Errors
+///
+/// Why they are not, for people to read.
+pub(crate) fn rdma_guest() -> Result<(), String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Err("the virtual machine is for x86-64".into());
+    }
+    if quiet("apt-get", &["--version"]).is_none() {
+        return Err("the virtual machine needs Debian's packages, and there is no apt-get".into());
+    }
+    for (program, package) in GUEST_PROGRAMS {
+        need(program, package)?;
+    }
+    // In the initrd there is no library.
+    let fixed = "busybox true && ! ldd \"$(command -v busybox)\"";
+    install("a busybox without libraries", "busybox-static", || {
+        quiet("sh", &["-c", fixed]) == Some(true)
+    })?;
+    install("libibverbs' driver of rxe", "ibverbs-providers", || {
+        Path::new("/etc/libibverbs.d/rxe.driver").exists()
     })
 }
 
