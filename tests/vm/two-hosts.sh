@@ -1,4 +1,4 @@
-# two-hosts.sh [RAIL]: in the guest, two RDMA devices that are as good as two hosts: `ra` (10.1.0.1) and `rb` (10.1.0.2), on the ends `ha` and `hb` of a cable. RAIL 2 to 9 makes another such pair beside the first:
+# two-hosts.sh [RAIL]: in the guest, two RDMA devices that are as good as two hosts: `ra` (10.1.0.1) and `rb` (10.1.0.2), on the ends `ha` and `hb` of a cable. RAIL 2 to 9 makes another such pair beside the first (which must be there):
 # ra2 (10.2.0.1), rb2 (10.2.0.2), ha2, hb2. Everything is in one network namespace, for rxe knows no other, and what is for an address of the machine itself would stay in the machine: rules of routing send it over the cable.
 #
 # `ip link set ha down` cuts the cable and `up` mends it (the kernel puts the routes back); `tc qdisc add dev ha root netem loss 1% delay 5ms` disturbs it.
@@ -16,19 +16,17 @@ for end in $a $b; do
     # What comes in has an address of this machine as its source too.
     echo 1 >/proc/sys/net/ipv4/conf/$end/accept_local
 done
-ip addr add $to_a peer $to_b dev $a
-ip addr add $to_b peer $to_a dev $b
-ip link set $a up
-ip link set $b up
-# What comes out of the cable is for this machine; what is for the other end is not.
-ip rule add pref ${rail}1 iif $a lookup local
-ip rule add pref ${rail}2 iif $b lookup local
-ip rule add pref ${rail}3 to $to_a lookup main
-ip rule add pref ${rail}4 to $to_b lookup main
-# The rule that keeps everything in the machine comes after these.
-if ip rule show pref 0 | grep -q local; then
-    ip rule add pref 100 lookup local
-    ip rule del pref 0
-fi
+# What comes out of the cable is for this machine; what is for the other end is not. The rule that keeps everything in the machine comes after these.
+ip -batch - <<END
+addr add $to_a peer $to_b dev $a
+addr add $to_b peer $to_a dev $b
+link set $a up
+link set $b up
+rule add pref ${rail}1 iif $a lookup local
+rule add pref ${rail}2 iif $b lookup local
+rule add pref ${rail}3 to $to_a lookup main
+rule add pref ${rail}4 to $to_b lookup main
+$([ "$rail" != 1 ] || printf 'rule add pref 100 lookup local\nrule del pref 0')
+END
 rdma link add ra$n type rxe netdev $a
 rdma link add rb$n type rxe netdev $b

@@ -8,6 +8,7 @@ use crate::command::{self, quiet};
 use crate::documents;
 use crate::packages;
 use crate::tally::{self, Tally};
+use crate::vm;
 
 /// How a step ended. A step that runs no tests counts as one check.
 enum Outcome {
@@ -32,6 +33,9 @@ struct Session<'a> {
 
 /// Histories of whole engines that `--long` tries.
 const LONG_HISTORIES: &str = "2000000";
+
+/// The step that runs the tests which need RDMA.
+const RDMA: &str = "RDMA in a virtual machine";
 
 /// How often a model of loom switches between threads where none has to wait.
 const PREEMPTIONS: &str = "LOOM_MAX_PREEMPTIONS";
@@ -99,6 +103,7 @@ impl Session<'_> {
             let rest = [
                 "network",
                 "tests",
+                RDMA,
                 "races",
                 "simulation",
                 "doc tests",
@@ -127,6 +132,20 @@ impl Session<'_> {
             })
         })?;
         self.step("tests", |s| s.tests(network))?;
+        self.step(RDMA, |s| {
+            if let Err(why) = packages::rdma_guest() {
+                return Ok(s.missing(why));
+            }
+            // As in the step "build": it is all there.
+            let build = s.command(&["test", "--workspace", "--no-run"]);
+            Ok(match vm::suite::run(s.root, build, s.long) {
+                Ok(ended) => tested(&ended),
+                Err(e) => {
+                    eprintln!("{e:#}");
+                    Outcome::Failed(NONE)
+                }
+            })
+        })?;
         self.step("races", Self::races)?;
         if self.long {
             self.step("simulation", Self::simulation)?;

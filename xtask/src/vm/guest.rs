@@ -118,7 +118,10 @@ impl Job {
         let mut initrd = fs::read(image.initrd()).context("reading the initrd")?;
         initrd.extend(archive.finish());
         fs::write(job.initrd(), initrd)?;
-        fs::write(job.0.join("start"), start(&scripts, image, task))?;
+        fs::write(
+            job.0.join("environment"),
+            environment(&scripts, image, task),
+        )?;
         fs::write(job.0.join("command"), command(task))?;
         Ok(job)
     }
@@ -221,8 +224,8 @@ fn option(before: &str, path: &Path, after: &str) -> OsString {
     OsString::from_vec(option)
 }
 
-/// The script that the guest's process 1 begins with: the environment, then guest.sh.
-fn start(scripts: &Path, image: &Image, task: &Task) -> Vec<u8> {
+/// The environment of all that runs in the guest, in the words of a shell.
+fn environment(scripts: &Path, image: &Image, task: &Task) -> Vec<u8> {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin");
     let mut all = passed_on();
@@ -247,7 +250,6 @@ fn start(scripts: &Path, image: &Image, task: &Task) -> Vec<u8> {
         script.extend(quoted(&value));
         script.push(b'\n');
     }
-    script.extend(b"exec /bin/sh \"$KVXFER_VM/guest.sh\"\n");
     script
 }
 

@@ -13,8 +13,18 @@ use super::cpio::Archive;
 /// nor 9p.
 const KERNEL: &str = "linux-image-amd64";
 
-/// The modules that bring the guest to the host's files; all others it finds there.
-const EARLY: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
+/// The modules that the guest begins with: those that bring it to the host's files, and those that it
+/// always needs, for from there they come slowly. All others it loads from there.
+const EARLY: [&str; 8] = [
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "veth",
+    "rdma_rxe",
+    "rdma_ucm",
+    "sch_netem",
+];
 
 /// What the initrd mounts things on.
 const FOLDERS: [&str; 9] = [
@@ -162,10 +172,10 @@ impl Image {
         said.is_ok_and(|said| self.sizes().is_ok_and(|sizes| sizes == said))
     }
 
-    /// The pieces and their sizes, one a line.
+    /// What the image is made of, then the pieces and their sizes, one a line.
     fn sizes(&self) -> anyhow::Result<String> {
         let index = self.modules().join(&self.version).join("modules.dep.bin");
-        let mut sizes = String::new();
+        let mut sizes = format!("{}\n", EARLY.join(" "));
         for path in [self.kernel(), self.initrd(), index] {
             let size = fs::metadata(&path)
                 .with_context(|| path.display().to_string())?

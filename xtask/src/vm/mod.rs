@@ -6,6 +6,7 @@ mod cpio;
 mod guest;
 mod image;
 mod options;
+pub(crate) mod suite;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
