@@ -19,7 +19,7 @@ link set eth0 up
 END
 rdma link add rxe0 type rxe netdev eth0
 if [ "$TWO_HOSTS" ]; then
-    sh "$KVXFER_VM/two-hosts.sh"
+    sh "$KVXFER_VM/two-hosts.sh" make
 fi
 tries=0
 for device in /sys/class/infiniband/*; do

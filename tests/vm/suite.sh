@@ -18,18 +18,26 @@ check() {
     fi
 }
 
-# pingpong SERVER_DEVICE CLIENT_DEVICE ADDRESS: 1000 messages of 4 KiB there and back, every byte looked at.
-pingpong() {
-    ibv_rc_pingpong -d "$1" -g 1 -s 4096 -m 4096 -c &
-    server=$!
+# until_true COMMAND...: within ten seconds.
+until_true() {
     tries=0
-    # It listens on port 18515.
-    until grep -qi ':4853 .* 0A ' /proc/net/tcp6; do
+    until "$@"; do
         tries=$((tries + 1))
         [ $tries -lt 100 ] || return 1
         sleep 0.1
     done
-    timeout 60 ibv_rc_pingpong -d "$2" -g 1 -s 4096 -m 4096 -c "$3"
+}
+
+# Port 18515 is where ibv_rc_pingpong listens.
+listening() {
+    cat /proc/net/tcp /proc/net/tcp6 | grep -q ':4853 .* 0A '
+}
+
+# pingpong SERVER_DEVICE CLIENT_DEVICE ADDRESS: 1000 messages of 4 KiB there and back, every byte looked at.
+pingpong() {
+    timeout 60 ibv_rc_pingpong -d "$1" -g 1 -s 4096 -m 4096 -c &
+    server=$!
+    until_true listening && timeout 60 ibv_rc_pingpong -d "$2" -g 1 -s 4096 -m 4096 -c "$3"
     client=$?
     [ $client = 0 ] || kill $server
     wait $server && [ $client = 0 ]
@@ -48,25 +56,23 @@ over_the_cable() {
     [ $((after - before)) -ge 4096000 ]
 }
 
-# Cut, nothing goes over it; mended, all goes again.
+# ports STATE: whether both ends are in that state.
+ports() {
+    [ "$(rdma link show ra/1 | grep -c "state $1 ")$(rdma link show rb/1 | grep -c "state $1 ")" = 11 ]
+}
+
+# Cut, both ends see it; mended, all goes again.
 mended() {
     ip link set ha down
-    ! ping -c 1 -W 1 -I 10.1.0.2 10.1.0.1 || return 1
-    ip link set ha up
-    tries=0
-    until rdma link show ra/1 | grep -q ACTIVE && rdma link show rb/1 | grep -q ACTIVE; do
-        tries=$((tries + 1))
-        [ $tries -lt 100 ] || return 1
-        sleep 0.1
-    done
-    over_the_cable
+    until_true ports DOWN || return 1
+    sh "$KVXFER_VM/two-hosts.sh" mend
+    until_true ports ACTIVE && over_the_cable
 }
 
 devices() {
     "$RDMA_DEVICES" >$said.devices || return 1
     cat $said.devices
     for wanted in 'rxe0 10.7.0.1 eth0' 'ra 10.1.0.1 ha' 'rb 10.1.0.2 hb'; do
-        # shellcheck disable=SC2086
         set -- $wanted
         # The lines of this device: from its name to the next.
         sed -n "/^$1 /,/^[^ ]/{/^$1 /p;/^ /p}" $said.devices >$said.device
