@@ -166,8 +166,12 @@ impl Qemu {
         // setpriv: a killed xtask leaves no machine behind.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-        // The first that works.
-        command.args(["-accel", "kvm", "-accel", "tcg,thread=multi"]);
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        if kvm.is_ok() {
+            command.args(["-accel", "kvm"]);
+        }
+        // Where KVM is not there or does not work.
+        command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-cpu", "max"]);
         command.args(["-smp", &options.cpus.to_string()]);
         command.args(["-m", &format!("{}M", options.memory)]);
