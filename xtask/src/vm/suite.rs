@@ -24,7 +24,7 @@ const LONG_SECONDS: u32 = 3600;
 pub(crate) fn run(root: &Path, build: Command, long: bool) -> anyhow::Result<command::Ended> {
     let binaries = Binaries::build(root, build)?;
     let tests = binaries.tests.len();
-    println!("{tests} test binaries of RDMA");
+    println!("test binaries of RDMA: {tests}");
     let mut command = vec!["sh".into(), root.join("tests/vm/suite.sh").into()];
     for test in &binaries.tests {
         command.extend([test.folder.clone(), test.program.clone()]);
