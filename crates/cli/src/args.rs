@@ -49,6 +49,12 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: LayoutCommand,
     },
+    /// Show the NICs of this machine with their ports and GIDs, which an engine would take and why, and
+    /// why not the others; and the software device, which is always there.
+    ///
+    /// It opens each NIC for a moment, and sends nothing. The exit code is 4 if a NIC that was asked for,
+    /// by KVXFER_RDMA_DEVICES or an option, is not there or cannot be used.
+    Devices(DevicesArgs),
 }
 
 /// Options of `kvxfer bw`.
@@ -146,6 +152,31 @@ pub(crate) struct PingArgs {
     pub(crate) trust: Trust,
 
     /// The summary as one line of JSON on standard output, and no lines of pings
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `kvxfer devices`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DevicesArgs {
+    /// The NICs that may be used, the preferred first (mlx5_0,mlx5_1), or ^ and those that may not
+    /// [default: KVXFER_RDMA_DEVICES, or all]
+    #[arg(long, short = 'd', value_name = "LIST")]
+    pub(crate) device: Option<String>,
+
+    /// The index of the GID to use on RoCE [default: chosen]
+    #[arg(long, short = 'x', value_name = "N")]
+    pub(crate) gid_index: Option<u8>,
+
+    /// Choose for this peer: the name or address of its NIC
+    #[arg(long, value_name = "HOST")]
+    pub(crate) peer: Option<String>,
+
+    /// Choose the nearest to this PCI device (0000:41:00.0, a GPU say) or NUMA node (1)
+    #[arg(long, value_name = "PCI|NODE")]
+    pub(crate) near: Option<String>,
+
+    /// One line of JSON on standard output, all else on standard error
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod devices;
 mod explain;
 mod layout;
 mod output;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
     };
     log_to_stderr(match &cli.command {
         // What goes wrong is told at the end, with what to do about it.
-        Command::Bw(_) | Command::Ping(_) | Command::Layout { .. } => "error",
+        Command::Bw(_) | Command::Ping(_) | Command::Layout { .. } | Command::Devices(_) => "error",
         Command::Serve(_) => "warn",
     });
     let done = match &cli.command {
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Ping(args) => run::run_ping(args),
         Command::Serve(args) => run::run_serve(args),
         Command::Layout { command } => layout::run(command),
+        Command::Devices(args) => devices::run(args),
     };
     done.unwrap_or_else(|error| ended_by(&Problem::of(&error)))
 }

@@ -80,7 +80,7 @@
 //! - [`engine`]: [`Engine`], [`Instance`], [`Peer`], pushes, transfers
 //! - [`layout`]: what a block is and where a rank keeps it; [`mem`]: memory that can be registered
 //! - [`ticket`], [`metadata`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
-//! - [`config`]: settings from JSON, the environment and flags
+//! - [`config`]: settings from JSON, the environment and flags; [`devices`]: which NIC they lead to
 //! - [`bench`](mod@bench): the two sides of a bandwidth test; [`ping`]: is a peer there, and how far away?
 //! - [`plan`], [`transfer`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
 //!   engine drives, with no I/O and no clock; open for tests, tools and fuzzing
@@ -96,6 +96,7 @@ pub mod bench;
 mod block_set;
 pub mod blocks;
 pub mod config;
+pub mod devices;
 pub mod engine;
 mod error;
 pub mod event;

@@ -230,7 +230,7 @@ pub enum NoRdma {
         why: String,
     },
     /// The library is there and too old, or is something else.
-    #[error("{} has no {symbol}@{version}: it is older than rdma-core, or another library of that name", library.display())]
+    #[error("{} has no {symbol}@{version}: it is older than rdma-core, or another library of that name: install rdma-core, and look at LD_LIBRARY_PATH", library.display())]
     Symbol {
         /// The function.
         symbol: &'static str,
@@ -287,7 +287,9 @@ fn loader(name: &Path, why: &str) -> String {
 
 fn no_device(kernel: &[String]) -> String {
     if kernel.is_empty() {
-        return "this machine has no RDMA device".to_owned();
+        return "this machine has no RDMA device: load the driver of its NIC (lspci -k names it), or for \
+                soft-RoCE modprobe rdma_rxe and rdma link add rxe0 type rxe netdev DEV"
+            .to_owned();
     }
     format!(
         "the kernel has {}, and libibverbs gives no device: install its driver (Debian: ibverbs-providers), and see that /dev/infiniband is there and may be opened",

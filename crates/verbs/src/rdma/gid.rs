@@ -23,6 +23,14 @@ pub struct GidChoice {
     pub reason: String,
 }
 
+impl GidChoice {
+    /// The address; an IPv4 address where it is the mapping of one.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        address(self.gid)
+    }
+}
+
 /// Why a port has no GID that could be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -1,0 +1,224 @@
+//! `kvxfer devices` as a process. What NICs this machine has is not known here: a library that passes
+//! for libibverbs makes it one without.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use support::{Ended, command, run, spawn, spawn_to};
+use tempfile::TempDir;
+
+/// A folder whose libibverbs cannot be loaded.
+fn broken_library() -> TempDir {
+    let folder = TempDir::new().expect("a folder");
+    std::fs::write(folder.path().join("libibverbs.so.1"), [b'x'; 4096]).expect("a file");
+    folder
+}
+
+/// The command, where the loader looks into `folder` first.
+fn devices(folder: &Path, args: &[&str], env: &[(&str, &str)]) -> Ended {
+    let mut command = command(&[&["devices"], args].concat());
+    command
+        .env("LD_LIBRARY_PATH", folder)
+        .env_remove("MORI_RDMA_DEVICES")
+        .envs(env.iter().copied());
+    spawn(&mut command).end()
+}
+
+/// What is there on every machine.
+fn has_software(json: &Value) {
+    assert_eq!(json["schema"], "kvxfer.devices/1");
+    assert_eq!(json["soft"]["device"], "soft");
+    let paths = json["soft"]["paths"].as_array().expect("paths");
+    let names: Vec<_> = paths.iter().map(|path| &path["path"]).collect();
+    assert_eq!(names, ["arena", "process-vm", "tcp"]);
+    for path in paths {
+        assert_eq!(path["usable"], path["why_not"].is_null(), "{path}");
+    }
+    assert_eq!(paths[2]["usable"], true);
+}
+
+#[test]
+fn this_machine_gives_devices_or_one_of_the_reasons_why_not() {
+    let json = run(&["devices", "--json"]).json();
+    has_software(&json);
+    let devices = json["devices"].as_array().expect("devices");
+    match json["rdma"]["missing"].as_str() {
+        None => assert!(!devices.is_empty(), "{json}"),
+        Some(missing) => {
+            assert!(devices.is_empty(), "{json}");
+            let known = ["library", "symbol", "kernel", "device"];
+            assert!(known.contains(&missing), "{json}");
+            assert!(
+                json["rdma"]["why"]
+                    .as_str()
+                    .is_some_and(|why| !why.is_empty())
+            );
+        }
+    }
+}
+
+#[test]
+fn without_a_library_it_is_told_and_the_software_device_listed() {
+    let folder = broken_library();
+    for args in [
+        &[][..],
+        &["-d", "soft"],
+        &["-d", "^mlx5_0"],
+        &["-x", "3"],
+        &["--near", "0"],
+    ] {
+        let ended = devices(folder.path(), args, &[]);
+        assert_eq!(
+            (ended.code, ended.stderr.as_str()),
+            (Some(0), ""),
+            "{args:?}"
+        );
+        let text = ended.stdout;
+        assert!(
+            text.starts_with("no RDMA: libibverbs cannot be loaded"),
+            "{text}"
+        );
+        assert!(text.contains("invalid ELF header") && text.contains("install rdma-core"));
+        assert!(
+            text.contains("\nsoft  ") && text.contains("\n  tcp "),
+            "{text}"
+        );
+    }
+    let ended = devices(folder.path(), &["--json"], &[]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    let json = ended.json();
+    has_software(&json);
+    assert_eq!(json["rdma"]["missing"], "library");
+    assert_eq!(
+        (&json["devices"], &json["order"]),
+        (&Value::Array(vec![]), &Value::Array(vec![]))
+    );
+}
+
+#[test]
+fn a_library_without_the_symbols_is_another_answer() {
+    let folder = TempDir::new().expect("a folder");
+    let (source, library) = (
+        folder.path().join("a.c"),
+        folder.path().join("libibverbs.so.1"),
+    );
+    std::fs::write(&source, "int nothing;\n").expect("source");
+    let cc = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status();
+    assert!(cc.expect("cc").success());
+    let ended = devices(folder.path(), &["--json"], &[]);
+    assert_eq!(ended.code, Some(0));
+    let json = ended.json();
+    assert_eq!(json["rdma"]["missing"], "symbol");
+    let why = json["rdma"]["why"].as_str().unwrap_or_default();
+    assert!(
+        why.contains("ibv_get_device_list") && why.contains("LD_LIBRARY_PATH"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_nic_that_is_asked_for_and_not_there_is_exit_4_after_the_report() {
+    let folder = broken_library();
+    let own = ("KVXFER_RDMA_DEVICES", "mlx5_9,soft");
+    let other = ("MORI_RDMA_DEVICES", "mlx5_9");
+    for (args, env, from) in [
+        (
+            &[][..],
+            &[own][..],
+            "environment variable KVXFER_RDMA_DEVICES",
+        ),
+        (&[], &[other], "environment variable MORI_RDMA_DEVICES"),
+        (&["-d", "mlx5_9"], &[], "flag --device"),
+        (
+            &["-d", "mlx5_9"],
+            &[("KVXFER_RDMA_DEVICES", "^mlx5_9")],
+            "flag --device",
+        ),
+    ] {
+        let args = [args, &["--json"]].concat();
+        let ended = devices(folder.path(), &args, env);
+        ended.failed(
+            4,
+            &[
+                "no NIC mlx5_9",
+                from,
+                "evidence: ",
+                "install rdma-core",
+                "fix: ",
+            ],
+        );
+        let json = ended.json();
+        has_software(&json);
+        assert!(
+            json["config"]["rdma_devices"]
+                .as_str()
+                .is_some_and(|l| l.contains("mlx5_9"))
+        );
+    }
+}
+
+#[test]
+fn what_is_no_value_is_bad_usage_and_nothing_on_stdout() {
+    for args in [
+        &["-x", "256"][..],
+        &["-x", "-1"],
+        &["-d", "a b"],
+        &["-d", ""],
+        &["-d", "^"],
+        &["--near", "0000:41"],
+        &["--near", "../../devices"],
+        &["--near", ""],
+        &["--csv"],
+        &["mlx5_0"],
+    ] {
+        let ended = run(&[&["devices"], args].concat());
+        ended.failed(2, &[]);
+        assert_eq!(ended.stdout, "", "{args:?}");
+        assert!(!ended.stderr.is_empty(), "{args:?}");
+    }
+    let bad = spawn(command(&["devices"]).env("KVXFER_RDMA_GID_INDEX", "many")).end();
+    bad.failed(2, &["rdma_gid_index", "many"]);
+    for peer in ["", "no such host"] {
+        let ended = run(&["devices", "--peer", peer]);
+        ended.failed(3, &["fix: "]);
+        assert_eq!(ended.stdout, "");
+    }
+}
+
+#[test]
+fn the_peer_is_told_with_its_addresses() {
+    let folder = broken_library();
+    let ended = devices(
+        folder.path(),
+        &["--peer", "192.0.2.7", "-x", "0", "--json"],
+        &[],
+    );
+    let config = &ended.json()["config"];
+    assert_eq!(config["peer"], "192.0.2.7");
+    assert_eq!(config["peer_addresses"], serde_json::json!(["192.0.2.7"]));
+    assert_eq!(
+        (&config["rdma_gid_index"], &config["near"]),
+        (&0.into(), &Value::Null)
+    );
+}
+
+#[test]
+fn standard_output_that_is_closed_is_no_failure_and_one_that_is_full_is() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let ended = spawn_to(&mut command(&["devices", "--json"]), Stdio::from(writer)).end();
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let ended = spawn_to(
+        &mut command(&["devices"]),
+        Stdio::from(full.expect("/dev/full")),
+    )
+    .end();
+    ended.failed(1, &["could not be written to standard output"]);
+}
