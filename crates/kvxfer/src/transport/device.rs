@@ -4,11 +4,12 @@
 use tracing::{info, warn};
 
 use kvxfer_verbs::{
-    Context, DeviceKind, PortRanking, PortWish, RdmaConfig, RtsAttr, SoftConfig, UsablePort,
-    open_rdma, open_soft, rank_ports, rdma_devices,
+    Context, DeviceKind, PortRanking, RdmaConfig, RtsAttr, SoftConfig, UsablePort, open_rdma,
+    open_soft, rdma_devices,
 };
 
 use crate::config::{Config, DeviceFilter, PathKind};
+use crate::devices;
 use crate::error::{Error, chain};
 
 /// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
@@ -69,24 +70,17 @@ fn open_rdma_device(config: &Config) -> Result<Context, Error> {
         asked: filter.map_or_else(|| "RDMA".to_owned(), ToString::to_string),
         source,
     };
-    let devices = rdma_devices().map_err(refused)?;
+    let there = rdma_devices().map_err(refused)?;
     let named = filter.filter(|filter| !filter.is_exclusion());
     let names = named.map_or(&[][..], DeviceFilter::names);
-    let is_there = |name: &&String| !devices.iter().any(|device| device.name == **name);
+    let is_there = |name: &&String| !there.iter().any(|device| device.name == **name);
     if let Some(missing) = names.iter().find(is_there) {
         return Err(refused(kvxfer_verbs::Error::NoSuchDevice {
             device: missing.clone(),
-            devices: devices.iter().map(|device| device.name.clone()).collect(),
+            devices: there.iter().map(|device| device.name.clone()).collect(),
         }));
     }
-    let order = |name: &str| filter.map_or(Some(0), |filter| filter.place(name));
-    let wish = PortWish {
-        order: &order,
-        near: None,
-        gid_index: u32::try_from(config.rdma_gid_index).ok(),
-        peer: &[],
-    };
-    let ranking = rank_ports(&devices, &wish);
+    let ranking = devices::rank(&there, config, None, &[]);
     let port = u8::try_from(config.rdma_port).ok();
     let fits = |usable: &&UsablePort<'_>| port.is_none_or(|port| usable.number == port);
     let Some(best) = ranking.usable.iter().find(fits) else {
@@ -96,7 +90,7 @@ fn open_rdma_device(config: &Config) -> Result<Context, Error> {
     };
     let mut rdma = RdmaConfig::new(&best.device.name);
     rdma.port = Some(best.number);
-    rdma.gid_index = wish.gid_index;
+    rdma.gid_index = u32::try_from(config.rdma_gid_index).ok();
     rdma.mtu = u32::try_from(config.rdma_mtu).ok();
     rdma.service_level = config.rdma_sl.unwrap_or(0);
     rdma.traffic_class = config.rdma_tc.unwrap_or(0);

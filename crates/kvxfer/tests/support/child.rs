@@ -292,10 +292,15 @@ fn build(text: &str) -> (Node, u64) {
         "consumer" => KvRole::Consumer,
         _ => KvRole::Both,
     };
-    let path = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp]
-        .into_iter()
-        .find(|p| p.name() == path)
-        .expect("a path");
+    let path = [
+        PathKind::Arena,
+        PathKind::ProcessVm,
+        PathKind::Tcp,
+        PathKind::Rdma,
+    ]
+    .into_iter()
+    .find(|p| p.name() == path)
+    .expect("a path");
     let number = |text: &str| text.parse::<u64>().expect("a number");
     let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
     let recipe = recipe(role, path, number(block_bytes), blocks);
