@@ -303,6 +303,10 @@ impl Session<'_> {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(command::cargo());
         command.args(args);
+        if self.strict {
+            // What is built once is built faster so.
+            command.env("CARGO_INCREMENTAL", "0");
+        }
         if self.long {
             command.env("PROPTEST_CASES", "4096");
             command.env("KVXFER_LONG_TESTS", "1");

@@ -508,7 +508,8 @@ mod tests {
             &["--timeout", "0"],
             &["--min-gbps", "-1"],
             &["a", "b"],
-            &["-x", "3"],
+            &["-x", "300"],
+            &["-X", "3"],
         ] {
             assert_eq!(
                 bw(args).map_err(|e| e.exit_code()).err(),

@@ -107,14 +107,14 @@ pub(crate) fn library(error: &Error) -> Problem {
             Problem::from_chain(Exit::Device, error)
         }
         Error::RdmaDevice { .. } => Problem::from_chain(Exit::Device, error).with_fix(
-            "`kvxfer devices` shows what there is and why it cannot be used; --device soft needs no NIC",
+            "`kvxfer devices` shows what there is and why it cannot be used; --device soft, or --path auto, needs no NIC",
         ),
         Error::NoRdmaPort { candidates } => {
             let mut problem = Problem::new(Exit::Device, "no NIC can be used");
             for (port, why) in candidates {
                 problem = problem.with_evidence(format!("{port}: {why}"));
             }
-            problem.with_fix("--device names another; --device soft needs no NIC")
+            problem.with_fix("--device names another; --device soft, or --path auto, needs no NIC")
         }
         // Their own words are advice to a program that holds an engine.
         Error::DeviceFailed => {

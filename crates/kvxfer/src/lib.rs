@@ -87,9 +87,10 @@
 //!
 //! # State
 //!
-//! The only device so far is the software device: same host through shared memory or
-//! `process_vm_readv`, any host through TCP. Memory is host memory. RDMA cards and GPU memory are not
-//! supported yet. 64-bit Linux only.
+//! An engine stands on the software device (same host through shared memory or `process_vm_readv`, any
+//! host through TCP) or, where the configuration asks for it, on an RDMA device (InfiniBand or RoCE).
+//! RDMA has been run on soft-RoCE and on no card. Memory is host memory: GPU memory is not supported
+//! yet. 64-bit Linux only.
 #![forbid(unsafe_code)]
 
 pub mod bench;

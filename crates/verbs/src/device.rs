@@ -19,7 +19,7 @@ use crate::wr::Completion;
 
 pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn info(&self) -> &DeviceInfo;
-    fn address(&self) -> &DeviceAddr;
+    fn address(&self) -> DeviceAddr;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
     fn alloc_pd(&self) -> Result<u32, Error>;
     /// Nothing is registered or made with it any more.
@@ -34,7 +34,8 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn async_event(&self) -> Option<AsyncEvent>;
     fn async_fd(&self) -> Option<BorrowedFd<'_>>;
     fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error>;
-    fn deregister(&self, key: &RegionKey);
+    /// `false` where the device does not let go of the memory.
+    fn deregister(&self, key: &RegionKey) -> bool;
     /// With the number that the queue's events name.
     fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error>;
     fn create_qp(
@@ -235,7 +236,7 @@ impl Context {
     /// How a peer finds this context.
     #[must_use]
     pub fn address(&self) -> DeviceAddr {
-        self.backend.address().clone()
+        self.backend.address()
     }
 
     /// Tries whether `path` leads to `peer`.

@@ -341,6 +341,22 @@ pub enum StateFault {
     /// The remote endpoint is one of a device that is not on an RDMA network.
     #[error("the remote endpoint is of a device without an RDMA port")]
     NoPort,
+    /// One side's port is on Ethernet and the other's on InfiniBand.
+    #[error("one port is on Ethernet, the other on InfiniBand")]
+    LinkLayer,
+    /// The two sides' GIDs are of different versions of RoCE, whose packets do not meet.
+    #[error(
+        "this side's GID is of RoCE v{here}, the peer's of v{there}: take GIDs of one version (rdma_gid_index, -x)"
+    )]
+    RoceVersion {
+        /// This side's.
+        here: u8,
+        /// The peer's.
+        there: u8,
+    },
+    /// A side takes no READ at a time: none could ever be posted.
+    #[error("the remote endpoint takes no READs")]
+    NoReads,
     /// The remote endpoint's MTU is none that a port can have.
     #[error("the remote endpoint has an MTU of {0} bytes: it is 256, 512, 1024, 2048 or 4096")]
     Mtu(u32),

@@ -61,8 +61,8 @@ impl DeviceBackend for NullDevice {
         &self.info
     }
 
-    fn address(&self) -> &DeviceAddr {
-        &self.address
+    fn address(&self) -> DeviceAddr {
+        self.address.clone()
     }
 
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
@@ -100,7 +100,9 @@ impl DeviceBackend for NullDevice {
         })
     }
 
-    fn deregister(&self, _: &RegionKey) {}
+    fn deregister(&self, _: &RegionKey) -> bool {
+        true
+    }
 
     fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error> {
         if depth == 0 || depth > self.info.max_cqe {

@@ -139,6 +139,10 @@ pub struct QpEndpoint {
 pub struct PortAddr {
     /// The address that packets come from and go to.
     pub gid: [u8; 16],
+    /// Whether the port is on Ethernet, and not on InfiniBand.
+    pub ethernet: bool,
+    /// The version of RoCE that the address is for, 1 or 2; `None` where nobody tells.
+    pub roce: Option<u8>,
     /// The local address of InfiniBand; 0 on Ethernet.
     pub lid: u16,
     /// Bytes of the longest packet.
@@ -315,8 +319,10 @@ impl<S> QueuePair<S> {
         self.inner.qp.state()
     }
 
-    /// Moves it to ERR: everything posted flushes, and when the call returns no WRITE of the peer
-    /// lands through it any more.
+    /// Moves it to ERR: everything posted flushes. On the software device no WRITE of the peer lands
+    /// through it any more when the call returns; on an RDMA device that is sure when the queue pair
+    /// has been dropped, for one may be on its way through the card, and a card that takes no orders any
+    /// more does not stop.
     pub fn to_error(&self) {
         self.inner.qp.to_error();
     }

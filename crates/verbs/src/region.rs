@@ -79,7 +79,10 @@ struct RegionInner {
 
 impl Drop for RegionInner {
     fn drop(&mut self) {
-        self.pd.device().deregister(&self.key);
+        if !self.pd.device().deregister(&self.key) {
+            // The device may go on using it: it is never given back.
+            std::mem::forget(Arc::clone(&self.memory));
+        }
     }
 }
 

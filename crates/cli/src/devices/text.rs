@@ -5,6 +5,10 @@ use std::fmt::Write;
 use super::report::{Chosen, Device, GidRow, Limits, Link, Port, Report, Soft};
 use crate::size::Size;
 
+/// When an engine takes the port that is chosen.
+const TAKEN_WHEN: &str =
+    "an engine stands on it where rdma_devices names it or path is rdma, otherwise on soft\n";
+
 pub(super) fn text(report: &Report) -> String {
     let mut out = String::new();
     if let Some(why) = &report.rdma.why {
@@ -222,6 +226,9 @@ fn choice(out: &mut String, report: &Report) {
             )
         });
         let _ = writeln!(out, "{turn}: {device} port {port}, {reason}{gid}");
+    }
+    if !report.order.is_empty() {
+        out.push_str(TAKEN_WHEN);
     }
 }
 

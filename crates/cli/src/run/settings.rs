@@ -124,6 +124,16 @@ impl Settings {
         };
         let path_is_given = more.iter().any(|(key, _, _)| *key == "path");
         let device = device(tuning, path_is_given);
+        let path = more.iter().find(|(key, _, _)| *key == "path");
+        if let (Some(nic), Some((_, _, path))) = (&tuning.nic.device, path)
+            && !is_soft(nic)
+            && path != "rdma"
+            && path != "auto"
+        {
+            return Err(Problem::usage(format!("{nic} has no path {path}"))
+                .with_fix("leave --path out, or say --device soft")
+                .into());
+        }
         let given = own.iter().flatten().chain(&device).chain(more);
         let mut rows =
             flags(&mut given.chain(limits.iter().flatten())).map_err(kvxfer::Error::from)?;
@@ -212,11 +222,16 @@ fn device(tuning: &Tuning, path_is_given: bool) -> Vec<Flag<'static>> {
     let mut flags: Vec<Flag<'static>> = Vec::new();
     match nic.device.as_deref() {
         Some(name) if is_soft(name) => {
-            if !path_is_given {
-                flags.push(("path", "--device", SOFT_PATHS.to_owned()));
+            let paths = ("path", "--device", SOFT_PATHS.to_owned());
+            flags.extend((!path_is_given).then_some(paths));
+        }
+        Some(names) => {
+            flags.push(("rdma_devices", "--device", names.to_owned()));
+            // All but some is no wish for one by itself.
+            if names.starts_with('^') && !path_is_given {
+                flags.push(("path", "--device", "rdma".to_owned()));
             }
         }
-        Some(names) => flags.push(("rdma_devices", "--device", names.to_owned())),
         None => {}
     }
     let number = |key, flag, value: Option<u32>| value.map(|n| (key, flag, n.to_string()));

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 
-use kvxfer_verbs::{AsyncEvent, CompletionQueue, Context};
+use kvxfer_verbs::{AsyncEvent, CompletionQueue, Context, DeviceKind};
 
 use super::Clock;
 use super::health::Health;
@@ -257,6 +257,11 @@ impl AsyncEvents {
             desk: Mutex::new(desk),
             over: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the device is the software device, whose codes for errors are known.
+    pub(crate) fn is_soft(&self) -> bool {
+        self.context.device().kind == DeviceKind::Soft
     }
 
     fn desk(&self) -> MutexGuard<'_, Desk> {

@@ -303,13 +303,15 @@ impl Bringup {
         Ok(Step::Send(offer.into()))
     }
 
-    /// Whether both sides tell the end of a push on the data plane.
+    /// Whether both sides tell the end of a push on the data plane. Over RDMA they do in any case: that
+    /// a write is confirmed does not mean that the consumer sees it, and its receive's completion does.
     fn notices(&self, engine: &Inner) -> bool {
         let theirs = self
             .known
             .as_ref()
             .is_some_and(|k| k.describe.facts.enable_notification);
-        engine.config.enable_notification && theirs
+        let by_rdma = goes_over(PathKind::Rdma, engine.runtime.context());
+        by_rdma || engine.config.enable_notification && theirs
     }
 
     fn choose(&self, engine: &Inner) -> Result<PathInfo, Error> {
@@ -569,6 +571,7 @@ impl Bringup {
             }
             return Ok(Vec::new());
         }
+        let notices = self.notices(engine);
         let (Some(known), Some(path)) = (self.known.take(), self.path.take()) else {
             return Err(Error::ShuttingDown);
         };
@@ -597,7 +600,7 @@ impl Bringup {
             lease_table: describe.leases,
             regions: Arc::clone(&engine.regions),
             path,
-            notices: engine.config.enable_notification && describe.facts.enable_notification,
+            notices,
             facts: describe.facts,
             same_host: known.device.host == runtime.context().address().host,
             standing: Standing::new(workers.len()),
@@ -696,6 +699,8 @@ fn plans(
 }
 
 fn join(made: Made, remote: QpEndpoint, link: QpLink, retries: RtsAttr) -> Result<Joined, Error> {
+    // Cards take up to four times what they are told (InfiniBand, volume 1, 9.7.6.1.3).
+    let times = if matches!(link, QpLink::Rdma) { 4 } else { 1 };
     let attr = RtrAttr {
         remote,
         link,
@@ -705,7 +710,7 @@ fn join(made: Made, remote: QpEndpoint, link: QpLink, retries: RtsAttr) -> Resul
         qp: made.qp.rtr(attr)?.rts(retries)?,
         inbox: made.inbox,
         watched: made.watched,
-        tried: retries.retry_time(),
+        tried: retries.retry_time().map(|time| time * times),
     })
 }
 
@@ -731,6 +736,9 @@ fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, String> {
     for endpoint in &all {
         if !numbers.insert(endpoint.qpn) || !tokens.insert(endpoint.token) {
             return Err(format!("queue pair {} is there twice", endpoint.qpn));
+        }
+        if all.first().is_some_and(|first| first.port != endpoint.port) {
+            return Err(format!("queue pair {} is on another port", endpoint.qpn));
         }
     }
     Ok(all)

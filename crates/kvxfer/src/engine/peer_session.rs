@@ -15,7 +15,7 @@ use crate::ids::Generation;
 use crate::plan::{Compiled, PlanLimits};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{ConfigFacts, MessageKind, RemoteSpan};
+use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
 const CHUNKS_PER_LANE: u64 = 4;
@@ -108,6 +108,11 @@ impl Standing {
 }
 
 impl PeerSession {
+    /// Whether the way to it goes over RDMA devices.
+    pub(crate) fn is_rdma(&self) -> bool {
+        self.path.path == PathKind::Rdma
+    }
+
     fn fate(&self) -> MutexGuard<'_, Fate> {
         // Valid at every step, so a panic elsewhere does not spoil it.
         self.standing

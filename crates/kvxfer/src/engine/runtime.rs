@@ -122,7 +122,8 @@ impl Runtime {
                     .map_or(BatchSize::Auto, BatchSize::Fixed),
                 // The share of this worker: each keeps its own count.
                 peer_bytes: (config.max_inflight_bytes.0 / u64::from(count)).max(1),
-                cq_entries: depth,
+                // Receives take room there too.
+                cq_entries: depth - depth / 8,
                 ..SchedulerConfig::default()
             };
             let transfers = TransfersConfig {

@@ -67,7 +67,7 @@ fn open_rdma_device(config: &Config) -> Result<Context, Error> {
     }
     let filter = config.rdma_devices.as_ref();
     let refused = |source| Error::RdmaDevice {
-        asked: filter.map_or_else(|| "RDMA".to_owned(), ToString::to_string),
+        asked: filter.map_or_else(|| "path rdma".to_owned(), ToString::to_string),
         source,
     };
     let there = rdma_devices().map_err(refused)?;

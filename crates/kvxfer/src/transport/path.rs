@@ -136,7 +136,7 @@ impl Choice<'_> {
                 Some(format!("this engine uses the RDMA device {name}"))
             }
             _ if is_rdma(self.peer.kind) => {
-                let name = &self.peer.name;
+                let name = self.peer.name.escape_debug();
                 Some(format!("the peer uses its RDMA device {name}"))
             }
             PathKind::Tcp => None,

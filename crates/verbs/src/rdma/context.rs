@@ -17,7 +17,7 @@ use super::cq::RdmaCq;
 use super::handle::{DeviceList, OpenDevice};
 use super::qp::RdmaQp;
 use super::quirks::{self, Quirk};
-use super::{GidChoice, LinkLayer, PortDetails, PortState, choose_gid};
+use super::{Gid, GidChoice, GidKind, LinkLayer, PortDetails, PortState, choose_gid};
 use crate::device::{
     AsyncEvent, CompletionQueue, Context, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo,
     DeviceKind, boot_id,
@@ -145,9 +145,8 @@ pub(super) struct RdmaContext {
     info: DeviceInfo,
     address: DeviceAddr,
     config: RdmaConfig,
+    /// As it was when the device was opened.
     port: PortDetails,
-    /// Bytes of the longest packet that this side sends.
-    mtu: u32,
     reads_in: u8,
     reads_out: u8,
     quirk: Option<&'static Quirk>,
@@ -253,7 +252,6 @@ impl RdmaContext {
             reads_out: byte(limits.max_init_rd_atomic),
             config,
             port,
-            mtu,
             quirk,
             strict: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -273,12 +271,23 @@ impl RdmaContext {
         &self.config
     }
 
-    pub(super) fn port(&self) -> &PortDetails {
-        &self.port
+    /// The port as it is now: addresses and the link change under a device that is open.
+    pub(super) fn query_port(&self) -> Result<PortDetails, Error> {
+        let number = self.info.port;
+        let ports = super::details(&self.device, Path::new("/sys"))?.ports;
+        let port = ports.into_iter().find(|port| port.number == number);
+        port.ok_or(Error::NoSuchPort {
+            device: self.info.name.clone(),
+            port: number,
+            ports: Vec::new(),
+        })?
+        .details
     }
 
-    pub(super) fn mtu(&self) -> u32 {
-        self.mtu
+    /// Bytes of the longest packet that this side sends over a port.
+    pub(super) fn mtu_of(&self, port: &PortDetails) -> u32 {
+        let active = port.active_mtu.unwrap_or(256);
+        self.config.mtu.map_or(active, |asked| asked.min(active))
     }
 
     pub(super) fn reads_in(&self) -> u8 {
@@ -298,23 +307,25 @@ impl RdmaContext {
         &self.device
     }
 
-    pub(super) fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<GidChoice, Error> {
-        choose_gid(&self.port, self.config.gid_index, peer).map_err(|fault| Error::Gid {
+    fn gid_towards(&self, peer: &[[u8; 16]]) -> Result<GidChoice, Error> {
+        // Each costs a look at the routes, and nobody needs more.
+        let peer = peer.get(..MAX_TOLD).unwrap_or(peer);
+        self.choose(&self.query_port()?, self.config.gid_index, peer)
+    }
+
+    /// The GID of a port that is asked for, or the one towards these of a peer.
+    pub(super) fn choose(
+        &self,
+        port: &PortDetails,
+        index: Option<u32>,
+        peer: &[[u8; 16]],
+    ) -> Result<GidChoice, Error> {
+        let asked = index.or(self.config.gid_index);
+        choose_gid(port, asked, peer).map_err(|fault| Error::Gid {
             device: self.info.name.clone(),
             port: self.info.port,
             fault,
         })
-    }
-
-    /// The GID of a place in the port's table.
-    pub(super) fn gid_at(&self, index: u32) -> Result<(u32, [u8; 16]), Error> {
-        let fault = |fault| Error::Gid {
-            device: self.info.name.clone(),
-            port: self.info.port,
-            fault,
-        };
-        let choice = choose_gid(&self.port, Some(index), &[]).map_err(fault)?;
-        Ok((choice.index, choice.gid))
     }
 
     /// Completion events are spread over the device's interrupts.
@@ -342,7 +353,8 @@ impl RdmaContext {
     }
 
     fn dealloc_pd(&self, id: u32) {
-        let Some(pd) = lock(&self.pds).remove(&id) else {
+        let pd = lock(&self.pds).remove(&id);
+        let Some(pd) = pd.filter(|_| !self.device.is_inherited()) else {
             return;
         };
         // SAFETY: it is freed once, by whoever takes it out of the table, and what was made with it
@@ -412,13 +424,15 @@ impl RdmaContext {
         NonNull::new(mr).ok_or_else(io::Error::last_os_error)
     }
 
-    fn deregister(&self, key: &RegionKey) {
-        let Some(mr) = lock(&self.mrs).remove(&key.lkey) else {
-            return;
+    fn deregister(&self, key: &RegionKey) -> bool {
+        let mr = lock(&self.mrs).remove(&key.lkey);
+        let Some(mr) = mr.filter(|_| !self.device.is_inherited()) else {
+            return true;
         };
         // SAFETY: it is freed once, by whoever takes it out of the table.
         let code = unsafe { (self.device.functions().ibv_dereg_mr)(mr.0.as_ptr()) };
         self.device.freed("ibv_dereg_mr", code);
+        code == 0
     }
 
     fn async_event(&self) -> Option<AsyncEvent> {
@@ -482,11 +496,16 @@ fn translate(event: &ibv_async_event) -> AsyncEvent {
     }
 }
 
-/// The addresses that peers may find this port by.
+/// The addresses that peers may find this port by; of many those that lead far.
 fn gids(port: &PortDetails) -> Vec<[u8; 16]> {
     let gids = port.gids.as_ref().map(Vec::as_slice).unwrap_or_default();
     let lid_only = port.link_layer == LinkLayer::InfiniBand && !port.grh_required;
     let some = if lid_only { 1 } else { MAX_TOLD };
+    let mut gids: Vec<&Gid> = gids.iter().collect();
+    gids.sort_by_key(|gid| {
+        let near = gid.raw.starts_with(&[0xfe, 0x80]);
+        (gid.kind == Some(GidKind::RoceV1), near)
+    });
     gids.iter().map(|gid| gid.raw).take(some).collect()
 }
 
@@ -511,8 +530,12 @@ impl DeviceBackend for RdmaDeviceHandle {
         &self.0.info
     }
 
-    fn address(&self) -> &DeviceAddr {
-        &self.0.address
+    fn address(&self) -> DeviceAddr {
+        let mut address = self.0.address.clone();
+        if let Ok(port) = self.0.query_port() {
+            address.gids = gids(&port);
+        }
+        address
     }
 
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
@@ -551,8 +574,8 @@ impl DeviceBackend for RdmaDeviceHandle {
         self.0.register(pd, memory, access)
     }
 
-    fn deregister(&self, key: &RegionKey) {
-        self.0.deregister(key);
+    fn deregister(&self, key: &RegionKey) -> bool {
+        self.0.deregister(key)
     }
 
     fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error> {

@@ -1,7 +1,7 @@
 //! Completion queues of RDMA devices.
 //!
 //! Room is taken when work is posted, for unsignalled work too: it completes as well when it is flushed.
-//! So the device's queue never overflows.
+//! So the device's queue does not overflow.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -9,8 +9,9 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use libc::{c_int, c_void};
+use libc::{EIO, c_int, c_void};
 
 use super::context::RdmaContext;
 use super::handle::nonblocking;
@@ -19,7 +20,6 @@ use crate::cq::{Poll, Slots};
 use crate::device::CqBackend;
 use crate::error::Error;
 use crate::region::RegionTable;
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::sys::enums::{ibv_wc_opcode, ibv_wc_status};
 use crate::sys::inline;
@@ -132,6 +132,9 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
+        if self.device.device().is_inherited() {
+            return;
+        }
         // SAFETY: it is destroyed once, and its queue has gone before.
         let code = unsafe {
             (self.device.device().functions().ibv_destroy_comp_channel)(self.channel.as_ptr())
@@ -142,6 +145,9 @@ impl Drop for Channel {
 
 impl Drop for RdmaCq {
     fn drop(&mut self) {
+        if self.device.device().is_inherited() {
+            return;
+        }
         // SAFETY: it is destroyed once; queue pairs that complete here hold it.
         let code = unsafe { (self.device.device().functions().ibv_destroy_cq)(self.cq.as_ptr()) };
         self.device.device().freed("ibv_destroy_cq", code);
@@ -208,21 +214,26 @@ impl RdmaCq {
         lock(&self.state).qps.insert(qp.number(), Arc::clone(qp));
     }
 
-    /// Forgets a queue pair that the device has no more, and its completions that nobody has polled.
-    /// A device may leave them in its queue: they are taken out, for their room is given back.
+    /// Forgets a queue pair that is about to be destroyed, and its completions that nobody has polled.
     pub(super) fn leave(&self, qp: &RdmaQp) {
         let mut state = lock(&self.state);
         let here = state.qps.get(&qp.number());
-        // Its number may be another's by now.
         if here.is_some_and(|here| ptr::eq(Arc::as_ptr(here), qp)) {
-            state.qps.remove(&qp.number());
+            let gone = state.qps.remove(&qp.number());
             state.stash.retain(|c| c.qp_num != qp.number());
+            drop(state);
+            drop(gone);
         }
-        while let Ok(taken) = self.take(&mut state, BATCH) {
-            if taken < BATCH {
-                break;
-            }
-        }
+    }
+
+    /// Takes all completions out of the device's queue: it may have left those of a queue pair that was
+    /// destroyed there, whose room is given back.
+    pub(super) fn sweep(&self) {
+        let mut state = lock(&self.state);
+        while let Ok(BATCH) = self.take(&mut state, BATCH) {}
+        let retired = std::mem::take(&mut state.retired);
+        drop(state);
+        drop(retired);
     }
 
     /// Moves up to `max` completions, no more than a batch, from the device to the stash; how many the
@@ -234,7 +245,9 @@ impl RdmaCq {
         // SAFETY: the queue is there, and there is room for a batch.
         let got = unsafe { inline::poll_cq(self.cq.as_ptr(), ask, state.wcs.as_mut_ptr()) };
         let Ok(got) = usize::try_from(got) else {
-            return Err(self.device.device().failure("ibv_poll_cq", got));
+            // Drivers answer with numbers of their own.
+            tracing::error!(cq = self.number, got, "ibv_poll_cq");
+            return Err(self.device.device().failure("ibv_poll_cq", EIO));
         };
         let State {
             qps,
@@ -302,10 +315,16 @@ impl CqBackend for RdmaCq {
         self.armed.store(true, Ordering::Release);
         // What came before gives no event.
         let mut state = lock(&self.state);
-        if state.stash.is_empty() {
-            self.take(&mut state, BATCH)?;
-        }
-        Ok(state.stash.is_empty())
+        let taken = match state.stash.is_empty() {
+            true => self.take(&mut state, BATCH)?,
+            false => 0,
+        };
+        // Behind a whole batch of queue pairs that are gone there may be more.
+        let idle = state.stash.is_empty() && taken < BATCH;
+        let retired = std::mem::take(&mut state.retired);
+        drop(state);
+        drop(retired);
+        Ok(idle)
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

@@ -123,6 +123,7 @@ impl Listed<'_> {
             verbs,
             context,
             name: self.name(),
+            pid: std::process::id(),
         };
         device.set_nonblocking()?;
         Ok(device)
@@ -176,6 +177,8 @@ pub(super) struct OpenDevice {
     verbs: &'static Verbs,
     context: NonNull<ibv_context>,
     name: String,
+    /// The process that has opened it.
+    pid: u32,
 }
 
 // SAFETY: libibverbs lets any thread use a context and what is made with it, at the same time as
@@ -196,6 +199,12 @@ pub(super) struct RawGid {
 impl OpenDevice {
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether this is a forked child of the process that has opened it: what it would free is its
+    /// parent's.
+    pub(super) fn is_inherited(&self) -> bool {
+        self.pid != std::process::id()
     }
 
     pub(super) fn functions(&self) -> &'static Functions {
@@ -331,6 +340,9 @@ impl OpenDevice {
 
 impl Drop for OpenDevice {
     fn drop(&mut self) {
+        if self.is_inherited() {
+            return;
+        }
         // SAFETY: it is closed once, and nothing of it is left.
         let code = unsafe { (self.verbs.functions.ibv_close_device)(self.context.as_ptr()) };
         if code != 0 {

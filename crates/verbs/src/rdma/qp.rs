@@ -2,15 +2,15 @@
 
 use std::fmt;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use libc::{ENOMEM, c_int, c_uint};
 
 use super::context::RdmaContext;
 use super::cq::RdmaCq;
 use super::ring::Ring;
-use super::{LinkLayer, mtu_code, transition};
+use super::{GidKind, LinkLayer, mtu_code, transition};
 use crate::cq::Slots;
 use crate::error::{Error, PostCause, PostError, StateFault};
 use crate::null::{PostLimits, take_credits};
@@ -19,7 +19,6 @@ use crate::qp::{
 };
 use crate::region::RegionTable;
 use crate::soft::fill_random;
-use crate::sync::atomic::{AtomicU8, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::sys::enums::{
     IBV_SEND_SIGNALED, IBV_WC_WITH_IMM, ibv_mtu, ibv_qp_state, ibv_qp_type, ibv_wc_opcode,
@@ -75,6 +74,7 @@ unsafe impl Send for Sends {}
 #[derive(Debug, Clone, Copy)]
 struct Local {
     gid_index: u8,
+    grh_required: bool,
     addr: PortAddr,
 }
 
@@ -237,6 +237,7 @@ impl RdmaQp {
     }
 
     fn modify(&self, to: QpState, attr: &mut ibv_qp_attr, mask: c_uint) -> Result<(), Error> {
+        let from = self.state();
         let functions = self.device.device().functions();
         let mask = mask.cast_signed();
         // SAFETY: the queue pair is there until `destroy`, and the attributes are whole.
@@ -254,14 +255,44 @@ impl RdmaQp {
             };
             return Err(self.fault(to, fault));
         }
-        self.set_state(to);
+        // A completion may have told of an error meanwhile, which stays.
+        let (from, to) = (from as u8, to as u8);
+        let order = (Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.state.compare_exchange(from, to, order.0, order.1);
         Ok(())
+    }
+
+    /// What no endpoint of a peer on this network can have. A driver need not look, and packets would go
+    /// to whoever has that address.
+    fn senseless(&self, local: &Local, remote: &QpEndpoint, port: &PortAddr) -> Option<StateFault> {
+        if port.ethernet != local.addr.ethernet {
+            return Some(StateFault::LinkLayer);
+        }
+        if let (Some(here), Some(there)) = (local.addr.roce, port.roce)
+            && here != there
+        {
+            return Some(StateFault::RoceVersion { here, there });
+        }
+        // The first two numbers are for management, the last is for everybody; no packet goes back to
+        // the unspecified address or to a group.
+        if remote.qpn < 2 || remote.qpn == MAX_24 {
+            return Some(StateFault::EmptyEndpoint);
+        }
+        let nobody = port.gid == [0; 16] || port.gid[0] == 0xff;
+        let to_group = !port.ethernet && (port.lid == 0 || port.lid >= FIRST_MULTICAST_LID);
+        if (port.ethernet && nobody) || to_group {
+            return Some(StateFault::EmptyEndpoint);
+        }
+        if port.reads_in == 0 || port.reads_out == 0 {
+            return Some(StateFault::NoReads);
+        }
+        over(&[("psn", remote.psn, MAX_24), ("qpn", remote.qpn, MAX_24)])
     }
 
     /// The way to the peer's port.
     fn address(&self, local: &Local, remote: &PortAddr) -> ibv_ah_attr {
-        let (config, port) = (self.device.config(), self.device.port());
-        let ethernet = port.link_layer == LinkLayer::Ethernet;
+        let config = self.device.config();
+        let ethernet = local.addr.ethernet;
         // InfiniBand needs the header beyond its subnet alone, which is the first half of a GID.
         let other_subnet = local.addr.gid[..8] != remote.gid[..8];
         ibv_ah_attr {
@@ -276,7 +307,7 @@ impl RdmaQp {
             sl: config.service_level,
             src_path_bits: 0,
             static_rate: 0,
-            is_global: u8::from(ethernet || port.grh_required || other_subnet),
+            is_global: u8::from(ethernet || local.grh_required || other_subnet),
             port_num: self.device.info().port,
         }
     }
@@ -291,7 +322,7 @@ impl Sends {
         chain: &SendChain,
         n: usize,
         table: &Arc<RegionTable>,
-    ) -> Result<(), (usize, c_int)> {
+    ) -> Result<(), Refused> {
         let entries = table.entries();
         self.sges.clear();
         self.sges.reserve(chain.sges.len());
@@ -299,9 +330,8 @@ impl Sends {
         if self.wrs.len() < n {
             self.wrs.resize(n, EMPTY);
         }
-        let first = self.wrs.as_mut_ptr();
         let mut spans = chain.sges.iter();
-        for (at, (entry, wr)) in chain.wrs.iter().zip(&mut self.wrs).take(n).enumerate() {
+        for (entry, wr) in chain.wrs.iter().zip(&mut self.wrs).take(n) {
             let begin = self.sges.len();
             for span in spans.by_ref().take(entry.nsge as usize) {
                 // A length of 0 means 2 GiB to some devices. The regions were looked at before.
@@ -316,7 +346,6 @@ impl Sends {
                 });
             }
             wr.wr_id = self.ring.push(entry.wr_id, entry.op.opcode());
-            wr.next = first.wrapping_add(at + 1);
             // The vector has room for all of the chain's, and does not move.
             wr.sg_list = places.wrapping_add(begin);
             // No more than the queue pair takes, which was looked at before.
@@ -331,31 +360,44 @@ impl Sends {
                 },
             };
         }
-        if let Some(last) = n.checked_sub(1).and_then(|at| self.wrs.get_mut(at)) {
-            last.next = ptr::null_mut();
+        // One pointer leads to all of them: no reference is made any more.
+        let first = self.wrs.as_mut_ptr();
+        for at in 0..n {
+            let last = at + 1 == n;
+            let next = first.wrapping_add(at + 1);
+            // SAFETY: there are `n` of them at least.
+            let wr = unsafe { &mut (*first.wrapping_add(at)).next };
+            *wr = if last { ptr::null_mut() } else { next };
         }
         let mut bad: *mut ibv_send_wr = ptr::null_mut();
         // SAFETY: the queue pair is there until `destroy`, the list and its spans are in two
         // vectors that are not touched meanwhile, and the regions stay while `table` is held.
         let code = unsafe { inline::post_send(qp.as_ptr(), first, &raw mut bad) };
-        let posted = if code == 0 {
-            n
-        } else {
-            let bytes = (bad as usize).wrapping_sub(first as usize);
-            // A device that does not say which has taken none.
-            let at = bytes / size_of::<ibv_send_wr>();
-            if bad.is_null() || at >= n { 0 } else { at }
-        };
-        self.ring.unpush(n - posted);
-        if posted > 0 {
+        if code == 0 {
+            self.ring.hold(table);
+            return Ok(());
+        }
+        let at = (bad as usize).wrapping_sub(first as usize) / size_of::<ibv_send_wr>();
+        if bad.is_null() || at >= n {
+            // soft-RoCE's library does so when it has queued them all and cannot ring the doorbell.
+            self.ring.hold(table);
+            return Err(Refused::Unsaid { code });
+        }
+        self.ring.unpush(n - at);
+        if at > 0 {
             self.ring.hold(table);
         }
-        if code == 0 {
-            Ok(())
-        } else {
-            Err((posted, code))
-        }
+        Err(Refused::From { at, code })
     }
+}
+
+/// What a driver did not post.
+#[derive(Debug)]
+enum Refused {
+    /// The work requests from this one on.
+    From { at: usize, code: c_int },
+    /// It does not say which: any may be in the queue.
+    Unsaid { code: c_int },
 }
 
 fn opcode(op: Op) -> ibv_wr_opcode {
@@ -366,6 +408,21 @@ fn opcode(op: Op) -> ibv_wr_opcode {
         Op::Send => ibv_wr_opcode::IBV_WR_SEND,
         Op::SendImm => ibv_wr_opcode::IBV_WR_SEND_WITH_IMM,
     }
+}
+
+/// The largest queue pair number and packet sequence number.
+const MAX_24: u32 = 0x00ff_ffff;
+/// Local addresses from here on are of groups.
+const FIRST_MULTICAST_LID: u16 = 0xc000;
+
+/// The first attribute that is more than its field holds.
+fn over(attributes: &[(&'static str, u32, u32)]) -> Option<StateFault> {
+    let (attribute, value, max) = *attributes.iter().find(|(_, value, max)| value > max)?;
+    Some(StateFault::Range {
+        attribute,
+        value,
+        max,
+    })
 }
 
 /// What a driver's answer to a post means.
@@ -379,14 +436,11 @@ fn refused(code: c_int) -> PostCause {
 impl QpBackend for RdmaQp {
     fn init(&self, attr: &InitAttr) -> Result<(), Error> {
         self.expect(QpState::Reset, QpState::Init)?;
-        let (index, gid) = match attr.gid_index {
-            // Another's choice is held against the same table.
-            Some(index) => self.device.gid_at(index)?,
-            None => {
-                let choice = self.device.gid_towards(&[])?;
-                (choice.index, choice.gid)
-            }
-        };
+        let device = &self.device;
+        // As it is now: addresses come and go.
+        let port = device.query_port()?;
+        let choice = device.choose(&port, attr.gid_index, &[])?;
+        let (index, gid) = (choice.index, choice.gid);
         let gid_index = u8::try_from(index).map_err(|_| {
             let (attribute, max) = ("gid_index", u8::MAX.into());
             let value = index;
@@ -397,7 +451,6 @@ impl QpBackend for RdmaQp {
             };
             self.fault(QpState::Init, range)
         })?;
-        let device = &self.device;
         let mut attrs = ibv_qp_attr {
             qp_state: ibv_qp_state::IBV_QPS_INIT,
             pkey_index: device.config().pkey_index,
@@ -408,10 +461,17 @@ impl QpBackend for RdmaQp {
         self.modify(QpState::Init, &mut attrs, transition::INIT)?;
         let local = Local {
             gid_index,
+            grh_required: port.grh_required,
             addr: PortAddr {
                 gid,
-                lid: device.port().lid,
-                mtu: device.mtu(),
+                ethernet: port.link_layer == LinkLayer::Ethernet,
+                roce: match choice.kind {
+                    Some(GidKind::RoceV1) => Some(1),
+                    Some(GidKind::RoceV2) => Some(2),
+                    _ => None,
+                },
+                lid: port.lid,
+                mtu: device.mtu_of(&port),
                 reads_in: device.reads_in(),
                 reads_out: device.reads_out(),
             },
@@ -439,20 +499,11 @@ impl QpBackend for RdmaQp {
         let (Some(local), Some(remote)) = (self.local.get(), attr.remote.port) else {
             return Err(self.fault(to, StateFault::NoPort));
         };
-        let ranges = [
-            ("min_rnr_timer", u32::from(attr.min_rnr_timer), 31),
-            ("psn", attr.remote.psn, 0x00ff_ffff),
-            ("qpn", attr.remote.qpn, 0x00ff_ffff),
-        ];
-        if let Some(&(attribute, value, max)) = ranges.iter().find(|(_, value, max)| value > max) {
-            let fault = StateFault::Range {
-                attribute,
-                value,
-                max,
-            };
+        let rnr = ("min_rnr_timer", u32::from(attr.min_rnr_timer), 31);
+        if let Some(fault) = over(&[rnr]).or_else(|| self.senseless(local, &attr.remote, &remote)) {
             return Err(self.fault(to, fault));
         }
-        let mtu = self.device.mtu().min(remote.mtu);
+        let mtu = local.addr.mtu.min(remote.mtu);
         let Some(path_mtu) = mtu_code(mtu) else {
             return Err(self.fault(to, StateFault::Mtu(remote.mtu)));
         };
@@ -494,23 +545,42 @@ impl QpBackend for RdmaQp {
             let cause = PostCause::State(state);
             return Err(PostError { posted: 0, cause });
         }
+        let info = self.device.info();
+        let sges = match chain.reads {
+            0 => self.caps.max_send_sge,
+            _ => self.caps.max_send_sge.min(info.max_sge_rd),
+        };
         let limits = PostLimits {
-            sges: self.caps.max_send_sge,
-            len: self.device.info().max_msg_sz,
+            sges,
+            len: info.max_msg_sz,
             table,
         };
         let (want, limited) = limits.check(chain);
         let mut sends = lock(&self.sends);
         let (n, full) = take_credits(want, &self.send_slots, self.send_cq.credits());
-        if n > 0
-            && let Err((posted, code)) = sends.post(self.qp, chain, n, table)
-        {
-            drop(sends);
-            let left = u32::try_from(n - posted).unwrap_or(0);
-            self.send_slots.give(left);
-            self.send_cq.credits().give(left);
-            let cause = refused(code);
-            return Err(PostError { posted, cause });
+        let refusal = match n {
+            0 => None,
+            _ => sends.post(self.qp, chain, n, table).err(),
+        };
+        drop(sends);
+        match refusal {
+            None => {}
+            Some(Refused::From { at, code }) => {
+                let left = u32::try_from(n - at).unwrap_or(0);
+                self.send_slots.give(left);
+                self.send_cq.credits().give(left);
+                let cause = refused(code);
+                return Err(PostError { posted: at, cause });
+            }
+            Some(Refused::Unsaid { code }) => {
+                // What is in the queue is flushed, and so accounted for.
+                tracing::error!(
+                    qp = self.number,
+                    code,
+                    "a post failed, and nobody says where"
+                );
+                self.to_error();
+            }
         }
         match full.or(limited) {
             Some(cause) => Err(PostError { posted: n, cause }),
@@ -602,13 +672,27 @@ impl QpBackend for RdmaQp {
     }
 
     fn destroy(&self) {
+        if self.device.device().is_inherited() {
+            return;
+        }
         let functions = self.device.device().functions();
+        // Before the device can give its number to another.
+        self.send_cq.leave(self);
+        self.recv_cq.leave(self);
         // SAFETY: it is destroyed once: its owner calls this last, and nobody else has it but its
         // completion queues, which do not use the pointer.
         let code = unsafe { (functions.ibv_destroy_qp)(self.qp.as_ptr()) };
         self.device.device().freed("ibv_destroy_qp", code);
-        self.send_cq.leave(self);
-        self.recv_cq.leave(self);
+        if code != 0 {
+            // It may go on: its memory and its room in the queues are never given back.
+            let mut kept = Vec::new();
+            lock(&self.sends).ring.clear(&mut kept);
+            lock(&self.recvs).clear(&mut kept);
+            std::mem::forget(kept);
+            return;
+        }
+        self.send_cq.sweep();
+        self.recv_cq.sweep();
         let mut retired = Vec::new();
         let sent = lock(&self.sends).ring.clear(&mut retired);
         let received = lock(&self.recvs).clear(&mut retired);

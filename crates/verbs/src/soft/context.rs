@@ -243,8 +243,8 @@ impl DeviceBackend for SoftDevice {
         &self.shared.info
     }
 
-    fn address(&self) -> &DeviceAddr {
-        &self.shared.address
+    fn address(&self) -> DeviceAddr {
+        self.shared.address.clone()
     }
 
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
@@ -300,13 +300,14 @@ impl DeviceBackend for SoftDevice {
         }
     }
 
-    fn deregister(&self, key: &RegionKey) {
+    fn deregister(&self, key: &RegionKey) -> bool {
         // Taking the lock waits for a copy by the responder; afterwards there is no key to copy by.
         let info = self.shared.keys.change().remove(key.rkey);
         if let Some(info) = info {
             let readable = info.access.contains(Access::REMOTE_READ);
             lock(&self.shared.segments).remove(info.segment.id, readable);
         }
+        true
     }
 
     fn create_cq(&self, depth: u32) -> Result<(u32, Arc<dyn CqBackend>), Error> {

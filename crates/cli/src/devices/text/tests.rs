@@ -176,6 +176,7 @@ siw0  transport iWARP, GUID 0000:0000:0000:0001
 {SOFTWARE}
 chosen towards node7 (10.7.0.9) near PCI device 0000:42:00.0: mlx5_0 port 1, the fastest: 400 Gb/s; GID 10 10.7.0.1: of unknown type, IPv4
 then: ib0 port 2, slower than mlx5_0 port 1
+an engine stands on it where rdma_devices names it or path is rdma, otherwise on soft
 "
     );
     assert_eq!(text(&report), wanted);

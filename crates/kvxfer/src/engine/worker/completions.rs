@@ -107,10 +107,13 @@ impl Worker {
         for peer in peers {
             peer.fail(cause.clone());
         }
+        // Nothing more can be learnt of what is posted: only destroying the queue pairs ends it.
+        self.events.give_up(&self.others);
     }
 
     fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
-        if vendor == kvxfer_verbs::vendor::PEER_GONE {
+        let soft = self.events.is_soft();
+        if soft && vendor == kvxfer_verbs::vendor::PEER_GONE {
             // The control connection knows better than the data path how the peer went.
             let known = self.lanes.get(&lane).and_then(|at| at.peer.ends_for());
             return known.unwrap_or(Cause::PeerDead);
@@ -118,12 +121,7 @@ impl Worker {
         if let Some(cause) = self.blame_port(lane, status) {
             return cause;
         }
-        let status = if vendor == kvxfer_verbs::vendor::PROTOCOL {
-            // This side's own verdict on what the peer sent: its responder has refused nothing.
-            CompletionStatus::BadResponse
-        } else {
-            completion_status(status)
-        };
+        let status = completion_status(status, soft.then_some(vendor));
         Cause::Completion { status, vendor }
     }
 
@@ -145,9 +143,16 @@ impl Worker {
                 message,
             }) => {
                 self.outbox.give(slot);
-                if let Err(cause) = result {
-                    debug!(%cause, "notice goes by the control connection");
-                    peer.link.send(*message);
+                match result {
+                    Ok(()) => {}
+                    Err(cause) if peer.is_rdma() => {
+                        debug!(%cause, "notice goes by another queue pair");
+                        self.waiting_notices.push_back((peer, *message));
+                    }
+                    Err(cause) => {
+                        debug!(%cause, "notice goes by the control connection");
+                        peer.link.send(*message);
+                    }
                 }
             }
             None => {}
@@ -196,12 +201,22 @@ impl Worker {
     }
 }
 
-/// The verbs' status in the words of causes.
-fn completion_status(status: WcStatus) -> CompletionStatus {
+/// The verbs' status in the words of causes; `soft` is the code of the software device, for cards have
+/// codes of their own.
+fn completion_status(status: WcStatus, soft: Option<u32>) -> CompletionStatus {
     match status {
+        // This side's own verdict on what the peer sent: its responder has refused nothing.
+        _ if soft == Some(kvxfer_verbs::vendor::PROTOCOL) => CompletionStatus::BadResponse,
         WcStatus::LocLen => CompletionStatus::LocalLength,
         WcStatus::LocQpOp => CompletionStatus::LocalQpOperation,
         WcStatus::LocProt => CompletionStatus::LocalProtection,
+        // By the numbers of `enum ibv_wc_status`.
+        WcStatus::Other(6) => CompletionStatus::MemoryWindowBind,
+        WcStatus::Other(7) => CompletionStatus::BadResponse,
+        WcStatus::Other(8) => CompletionStatus::LocalAccess,
+        WcStatus::Other(16) => CompletionStatus::RemoteAborted,
+        WcStatus::Other(19) => CompletionStatus::DeviceFatal,
+        WcStatus::Other(20) => CompletionStatus::ResponseTimeout,
         WcStatus::WrFlush => CompletionStatus::Flush,
         WcStatus::RemInvReq => CompletionStatus::RemoteInvalidRequest,
         WcStatus::RemAccess => CompletionStatus::RemoteAccess,
@@ -209,5 +224,40 @@ fn completion_status(status: WcStatus) -> CompletionStatus {
         WcStatus::RetryExc => CompletionStatus::RetryExceeded,
         WcStatus::RnrRetryExc => CompletionStatus::RnrRetryExceeded,
         other => CompletionStatus::Other(other.as_raw()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvxfer_verbs::vendor;
+
+    use super::*;
+    use crate::transfer::Class;
+
+    #[test]
+    fn a_cards_codes_are_not_the_software_devices() {
+        let refused = WcStatus::RemInvReq;
+        let of_soft = completion_status(refused, Some(vendor::PROTOCOL));
+        assert_eq!(of_soft, CompletionStatus::BadResponse);
+        let of_card = completion_status(refused, None);
+        assert_eq!(of_card, CompletionStatus::RemoteInvalidRequest);
+    }
+
+    #[test]
+    fn every_status_of_a_card_has_its_name_and_none_ends_a_retry() {
+        let of = |raw| completion_status(WcStatus::from_raw(raw), None);
+        let unnamed: Vec<u32> = (1..=23)
+            .filter(|raw| matches!(of(*raw), CompletionStatus::Other(_)))
+            .collect();
+        // End-to-end contexts and tag matching, of which there are none here; and "general".
+        assert_eq!(unnamed, [3, 14, 15, 17, 18, 21, 22, 23]);
+        let class = |raw| {
+            let status = of(raw);
+            Cause::Completion { status, vendor: 0 }.class()
+        };
+        for raw in [12, 13, 20] {
+            assert_eq!(class(raw), Class::Retry, "{raw}");
+        }
+        assert_eq!(class(16), Class::Recompute);
     }
 }

@@ -238,6 +238,8 @@ pub(crate) struct Worker {
     running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
     waiting_checks: VecDeque<TransferId>,
+    /// Notices of pushes over RDMA that wait for a free queue pair.
+    waiting_notices: VecDeque<(Arc<PeerSession>, Message)>,
     singles: HashMap<u64, Single>,
     outbox: Outbox,
     next_token: u64,
@@ -283,6 +285,7 @@ impl Worker {
             running: HashMap::new(),
             live: HashMap::new(),
             waiting_checks: VecDeque::new(),
+            waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
             outbox,
             next_token: 0,
@@ -505,7 +508,7 @@ impl Worker {
         let due = self.transfers.next_timeout().into_iter();
         let due = due.chain(self.seen.next_timeout()).min();
         let mut timeout = due.map(|at| at.since(now));
-        if !self.waiting_checks.is_empty() {
+        if !self.waiting_checks.is_empty() || !self.waiting_notices.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));
         }
         let commands = &self.commands;

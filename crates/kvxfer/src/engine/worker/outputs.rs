@@ -113,12 +113,16 @@ impl Worker {
         let peer = Arc::clone(&live.peer);
         let on_data_plane = peer.notices && notice == Notice::PushDone;
         let message = live.engine.notice(live, notice);
-        if !on_data_plane || !self.post_notice(&peer, &message) {
-            return peer.link.send(message);
+        if on_data_plane && (peer.is_rdma() || self.post_notice(&peer, &message)) {
+            if let Some(live) = self.live.get_mut(&id) {
+                live.report.data_plane_notice = true;
+            }
+            if peer.is_rdma() {
+                self.waiting_notices.push_back((peer, message));
+            }
+            return;
         }
-        if let Some(live) = self.live.get_mut(&id) {
-            live.report.data_plane_notice = true;
-        }
+        peer.link.send(message);
     }
 
     pub(super) fn outcome(&mut self, id: TransferId, outcome: transfer::Outcome) {

@@ -34,7 +34,27 @@ impl Worker {
             batch.clear();
             self.batch = batch;
         }
-        any | self.post_checks()
+        any | self.post_checks() | self.post_notices()
+    }
+
+    /// Sends the notices that may go on the data plane alone. What cannot go ends with its session: the
+    /// consumer then does not take what has come for all there is.
+    fn post_notices(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..self.waiting_notices.len() {
+            let Some((peer, message)) = self.waiting_notices.pop_front() else {
+                break;
+            };
+            if peer.lost().is_some() {
+                continue;
+            }
+            if self.post_notice(&peer, &message) {
+                any = true;
+            } else {
+                self.waiting_notices.push_back((peer, message));
+            }
+        }
+        any
     }
 
     fn post_batch(&mut self, lane: LaneId, batch: &Batch) {
@@ -85,13 +105,8 @@ impl Worker {
 
     pub(super) fn post_failed(&mut self, lane: LaneId, posted: usize, cause: &PostCause) {
         error!(%lane, %cause, "the device did not take a work request");
-        let reset = self.scheduler.post_failed(
-            lane,
-            posted,
-            Cause::Post {
-                errno: Errno::EINVAL as i32,
-            },
-        );
+        let errno = errno_of(cause);
+        let reset = (self.scheduler).post_failed(lane, posted, Cause::Post { errno });
         if reset == PostFailure::ResetLane
             && let Some(at) = self.lanes.get(&lane)
         {
@@ -222,5 +237,14 @@ impl Worker {
             self.post_failed(lane, failed.posted, &failed.cause);
         }
         true
+    }
+}
+
+/// The number that says best why a work request was not taken.
+fn errno_of(cause: &PostCause) -> i32 {
+    match cause {
+        PostCause::Device { errno } => *errno,
+        PostCause::QueueFull | PostCause::CqFull => Errno::ENOMEM as i32,
+        _ => Errno::EINVAL as i32,
     }
 }
