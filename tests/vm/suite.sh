@@ -1,4 +1,5 @@
-# suite.sh [FOLDER PROGRAM]...: in the guest with two hosts, what `cargo xtask test` runs there. First proofs that the machine carries data, then each test binary PROGRAM in its FOLDER, ignored tests included.
+# suite.sh SECONDS [FOLDER PROGRAM DEVICES ARGUMENTS]...: in the guest with two hosts, what `cargo xtask test` runs there. First proofs that the machine carries data, then each test binary PROGRAM in its FOLDER, with
+# KVXFER_TEST_RDMA=DEVICES and the ARGUMENTS (words in one), for SECONDS at most.
 # From the environment: RDMA_DEVICES, the example rdma_devices of crates/verbs. Results are told in the words of Rust's test runner.
 passed=0
 failed=0
@@ -89,9 +90,30 @@ result=ok
 [ $failed = 0 ] || result=FAILED
 echo "test result: $result. $passed passed; $failed failed; 0 ignored"
 
-while [ $# -ge 2 ]; do
-    echo "     Running $2"
-    (cd "$1" && exec "$2" --include-ignored) || result=FAILED
-    shift 2
+seconds=$1
+shift
+while [ $# -ge 4 ]; do
+    echo "     Running $2 on $3"
+    # The arguments are words.
+    (cd "$1" && KVXFER_TEST_RDMA=$3 exec timeout -k 5 "$seconds" "$2" $4)
+    code=$?
+    # 101: the test runner has told what failed. Nothing else has, or a binary that hangs would count for nothing.
+    case $code in
+    0) ;;
+    101) result=FAILED ;;
+    *)
+        result=FAILED
+        case $code in
+        124 | 137) why="it ran past $seconds s" ;;
+        *) why="it ended with $code" ;;
+        esac
+        echo "test ${2##*/} on $3 ... FAILED: $why"
+        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored"
+        ;;
+    esac
+    # What a test that was ended has left: no other is to fail for it.
+    sh "$KVXFER_VM/two-hosts.sh" mend
+    tc qdisc del dev ha root 2>/dev/null
+    shift 4
 done
 [ $result = ok ]

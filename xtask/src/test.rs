@@ -208,9 +208,13 @@ impl Session<'_> {
                 "--no-fail-fast",
             ]
         };
+        // Ignored tests that need RDMA run in the virtual machine alone.
+        let elsewhere = format!("not test(/{}/)", vm::suite::ON_RDMA);
         match (self.long, nextest) {
-            (true, true) => args.extend(["--run-ignored", "all"]),
-            (true, false) => args.extend(["--", "--include-ignored"]),
+            (true, true) => args.extend(["--run-ignored", "all", "-E", &elsewhere]),
+            (true, false) => {
+                args.extend(["--", "--include-ignored", "--skip", vm::suite::ON_RDMA]);
+            }
             (false, _) => {}
         }
         let mut command = self.command(&args);

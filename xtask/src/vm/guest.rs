@@ -20,6 +20,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Of the console, lines that are shown when the guest has not come to a proper end.
 const CONSOLE: usize = 40;
 
+/// Names the RDMA devices for the tests, in pairs.
+const DEVICES: &str = "KVXFER_TEST_RDMA";
+
 /// What is to be done in a guest.
 pub(crate) struct Task<'a> {
     pub(crate) options: Options,
@@ -242,8 +245,15 @@ fn environment(scripts: &Path, image: &Image, task: &Task) -> Vec<u8> {
             "TWO_HOSTS".into(),
             if task.options.two_hosts { "1" } else { "" }.into(),
         ),
-        ("KVXFER_TEST_RDMA".into(), "1".into()),
     ]);
+    if std::env::var_os(DEVICES).is_none() {
+        let devices = if task.options.two_hosts {
+            "rxe0,ra:rb"
+        } else {
+            "rxe0"
+        };
+        all.push((DEVICES.into(), devices.into()));
+    }
     let more = task.environment.iter();
     all.extend(more.map(|(name, value)| (OsString::from(name), value.clone())));
     let mut script = Vec::new();

@@ -1,5 +1,5 @@
-//! The tests that need RDMA, in one run of a guest: tests/vm/suite.sh and the test binaries that
-//! are named `rdma*`.
+//! The tests that need RDMA, in one run of a guest: tests/vm/suite.sh, and the test binaries that have
+//! any.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -15,6 +15,20 @@ use crate::command;
 /// For all of it, and for `--long`, where tests take longer by themselves.
 const SECONDS: u32 = 330;
 const LONG_SECONDS: u32 = 3600;
+/// For one test binary, so that one that hangs is named and the others still run.
+const BINARY_SECONDS: u32 = 120;
+const LONG_BINARY_SECONDS: u32 = 1200;
+
+/// One device that talks to itself, and two hosts.
+const ALONE: &str = "rxe0";
+const TWO_HOSTS: &str = "ra:rb";
+/// Both, one after the other: what tests of crates/verbs are told.
+const EITHER: &str = "rxe0,ra:rb";
+
+/// The tests of crates/verbs that run on RDMA devices where they are told of any.
+const BLACK_BOX: [&str; 4] = ["bringup", "data", "faults", "model"];
+/// What the ignored tests that need an RDMA device have in their names.
+pub(crate) const ON_RDMA: &str = "on_rdma_";
 
 /// Runs the suite, with the binaries that `build` (cargo with its arguments but the format) makes.
 ///
@@ -23,11 +37,20 @@ const LONG_SECONDS: u32 = 3600;
 /// No binaries or no guest; a failed test is none.
 pub(crate) fn run(root: &Path, build: Command, long: bool) -> anyhow::Result<command::Ended> {
     let binaries = Binaries::build(root, build)?;
-    let tests = binaries.tests.len();
-    println!("test binaries of RDMA: {tests}");
-    let mut command = vec!["sh".into(), root.join("tests/vm/suite.sh").into()];
+    let mut runs = Vec::new();
     for test in &binaries.tests {
-        command.extend([test.folder.clone(), test.program.clone()]);
+        runs.extend(test.runs(test.has_ignored(ON_RDMA)?));
+    }
+    println!("runs of test binaries with RDMA: {}", runs.len());
+    let seconds = if long {
+        LONG_BINARY_SECONDS
+    } else {
+        BINARY_SECONDS
+    };
+    let mut command = vec!["sh".into(), root.join("tests/vm/suite.sh").into()];
+    command.push(seconds.to_string().into());
+    for run in &runs {
+        command.extend(run.words());
     }
     let mut environment = vec![
         ("RDMA_DEVICES", binaries.devices),
@@ -66,11 +89,72 @@ struct Binaries {
     tests: Vec<Test>,
 }
 
+/// A test binary.
 #[derive(Debug, PartialEq, Eq)]
 struct Test {
+    name: String,
     /// Its package's: cargo runs tests there.
     folder: OsString,
     program: OsString,
+}
+
+/// How the guest runs a test binary.
+#[derive(Debug, PartialEq, Eq)]
+struct Run<'a> {
+    test: &'a Test,
+    /// KVXFER_TEST_RDMA.
+    devices: &'static str,
+    /// Of the test runner.
+    arguments: String,
+}
+
+impl Test {
+    /// Whether it has ignored tests with this in their names.
+    fn has_ignored(&self, part: &str) -> anyhow::Result<bool> {
+        let output = Command::new(&self.program)
+            .args(["--list", "--ignored", part])
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .output();
+        let output = output.with_context(|| format!("listing the tests of {}", self.name))?;
+        ensure!(output.status.success(), "{} lists no tests", self.name);
+        let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(lines.lines().any(|line| line.ends_with(": test")))
+    }
+
+    /// What is to be run of it; `on_rdma`: whether it has tests that need a device.
+    fn runs(&self, on_rdma: bool) -> Vec<Run<'_>> {
+        let run = |devices, arguments| Run {
+            test: self,
+            devices,
+            arguments,
+        };
+        let verbs = Path::new(&self.folder).ends_with("crates/verbs");
+        if self.name.starts_with("rdma") {
+            // They cut the cable: no two at a time.
+            return vec![run(TWO_HOSTS, "--include-ignored --test-threads=1".into())];
+        }
+        if verbs && BLACK_BOX.contains(&self.name.as_str()) {
+            return vec![run(EITHER, String::new())];
+        }
+        if on_rdma {
+            let arguments = format!("--ignored --test-threads=1 {ON_RDMA}");
+            return vec![run(ALONE, arguments.clone()), run(TWO_HOSTS, arguments)];
+        }
+        Vec::new()
+    }
+}
+
+impl Run<'_> {
+    /// As tests/vm/suite.sh takes it.
+    fn words(&self) -> [OsString; 4] {
+        [
+            self.test.folder.clone(),
+            self.test.program.clone(),
+            self.devices.into(),
+            self.arguments.clone().into(),
+        ]
+    }
 }
 
 impl Binaries {
@@ -101,11 +185,16 @@ impl Binaries {
             match (kind, name, message["profile"]["test"] == true) {
                 ("example", "rdma_devices", false) => devices = Some(program),
                 ("bin", "kvxfer", false) => kvxfer = Some(program),
-                ("test", name, true) if name.starts_with("rdma") => {
+                ("test", name, true) => {
                     let manifest = message["manifest_path"].as_str().unwrap_or_default();
                     let folder = Path::new(manifest).parent();
                     let folder = folder.unwrap_or(Path::new("/")).into();
-                    tests.push(Test { folder, program });
+                    let name = name.to_owned();
+                    tests.push(Test {
+                        name,
+                        folder,
+                        program,
+                    });
                 }
                 _ => {}
             }
@@ -130,8 +219,16 @@ mod tests {
         )
     }
 
+    fn test(package: &str, name: &str) -> Test {
+        Test {
+            name: name.into(),
+            folder: format!("/w/{package}").into(),
+            program: format!("/t/test-{name}-true").into(),
+        }
+    }
+
     #[test]
-    fn tests_named_rdma_are_taken_from_every_package() {
+    fn test_binaries_are_taken_from_every_package() {
         let library =
             built("verbs", "lib", "rdma_x", false).replace(r#""/t/lib-rdma_x-false""#, "null");
         let lines = [
@@ -150,17 +247,28 @@ mod tests {
         let binaries = Binaries::of(&lines.join("\n")).unwrap();
         assert_eq!(binaries.devices, "/t/example-rdma_devices-false");
         assert_eq!(binaries.kvxfer, "/t/bin-kvxfer-false");
-        let test = |folder: &str, program: &str| Test {
-            folder: folder.into(),
-            program: program.into(),
-        };
-        assert_eq!(
-            binaries.tests,
-            [
-                test("/w/cli", "/t/test-rdma_a-true"),
-                test("/w/verbs", "/t/test-rdma_b-true")
-            ]
-        );
+        let tests = [
+            test("verbs", "data"),
+            test("cli", "rdma_a"),
+            test("verbs", "rdma_b"),
+        ];
+        assert_eq!(binaries.tests, tests);
         assert!(Binaries::of(&lines[0]).is_err());
+    }
+
+    #[test]
+    fn a_binary_runs_on_the_devices_that_its_tests_are_for() {
+        let devices = |package, name, on_rdma| {
+            let test = test(package, name);
+            let runs = test.runs(on_rdma);
+            runs.iter().map(|run| run.devices).collect::<Vec<_>>()
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(devices("crates/verbs", "data", false), [EITHER]);
+        assert_eq!(devices("crates/verbs", "processes", false), none);
+        assert_eq!(devices("crates/kvxfer", "data", false), none);
+        assert_eq!(devices("crates/kvxfer", "faults", false), none);
+        assert_eq!(devices("crates/kvxfer", "faults", true), [ALONE, TWO_HOSTS]);
+        assert_eq!(devices("crates/kvxfer", "rdma", true), [TWO_HOSTS]);
     }
 }
