@@ -14,16 +14,16 @@ use crate::transfer::{Cause, CompletionStatus, LaneId};
 
 /// How often a worker that does not sleep looks for events.
 const EVERY: Duration = Duration::from_millis(1);
-/// How long flushed work of a lane waits for the event that says why. A device that tells is
+/// How long failed work of a lane waits for the event that says why. A device that tells is
 /// quicker; one that does not tell costs this much once a lane.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Flushes of a lane of which nobody has said why it failed.
+/// What has failed on a lane of which nobody has said why.
 #[derive(Debug)]
 pub(super) struct Held {
     lane: LaneId,
     until: Time,
-    wr_ids: Vec<u64>,
+    completions: Vec<Completion>,
 }
 
 /// What a worker keeps of the device's events.
@@ -116,14 +116,16 @@ impl Worker {
         }
     }
 
-    /// Whether a completion waits: it is flushed, nobody has said why, and an event may yet.
+    /// Whether a completion waits: it is flushed, or refused by this side's device, nobody has said why,
+    /// and an event may yet: of a port that goes down some devices tell after what fails for it.
     pub(super) fn holds(&mut self, lane: LaneId, completion: &Completion) -> bool {
         let explained = |worker: &Self| worker.scheduler.lane_failure(lane).is_some();
-        if completion.status != WcStatus::WrFlush || explained(self) {
+        let unexplained = matches!(completion.status, WcStatus::WrFlush | WcStatus::LocQpOp);
+        if !unexplained || explained(self) {
             return false;
         }
         if let Some(held) = self.seen.held.iter_mut().find(|held| held.lane == lane) {
-            held.wr_ids.push(completion.wr_id);
+            held.completions.push(*completion);
             return true;
         }
         // Another worker may have read the event that this one has not been told of yet.
@@ -135,12 +137,12 @@ impl Worker {
         self.seen.held.push(Held {
             lane,
             until: self.clock.now() + PATIENCE,
-            wr_ids: vec![completion.wr_id],
+            completions: vec![*completion],
         });
         true
     }
 
-    /// Lets flushes go that have their event, or have waited for long enough.
+    /// Lets completions go that have their event, or have waited for long enough.
     pub(super) fn let_go(&mut self) {
         if self.seen.held.is_empty() {
             return;
@@ -155,12 +157,17 @@ impl Worker {
             })
             .collect();
         for held in due {
-            for wr_id in held.wr_ids {
-                let flushed = Cause::Completion {
-                    status: CompletionStatus::Flush,
-                    vendor: 0,
+            for completion in held.completions {
+                let (status, vendor) = (completion.status, completion.vendor_err);
+                let cause = match status {
+                    WcStatus::WrFlush => Cause::Completion {
+                        status: CompletionStatus::Flush,
+                        vendor: 0,
+                    },
+                    status => self.cause_of(held.lane, status, vendor),
                 };
-                self.scheduler.complete(held.lane, wr_id, Err(flushed));
+                let wr_id = completion.wr_id;
+                self.scheduler.complete(held.lane, wr_id, Err(cause));
             }
             self.look_at_peer_of(held.lane);
         }

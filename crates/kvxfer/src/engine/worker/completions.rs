@@ -111,7 +111,7 @@ impl Worker {
         self.events.give_up(&self.others);
     }
 
-    fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
+    pub(super) fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
         let soft = self.events.is_soft();
         if soft && vendor == kvxfer_verbs::vendor::PEER_GONE {
             // The control connection knows better than the data path how the peer went.
