@@ -4,7 +4,7 @@
 pairs=${1:-9}
 qps=${QPS:-1}
 depth=${DEPTH:-64}
-bytes=$((64 << 20))
+bytes=$((32 << 20))
 said=/tmp/speed
 mkdir -p $said
 

@@ -24,6 +24,11 @@ const ALONE: &str = "rxe0";
 const TWO_HOSTS: &str = "ra:rb";
 /// Both, one after the other: what tests of crates/verbs are told.
 const EITHER: &str = "rxe0,ra:rb";
+/// Tests that wait for long: in `--long` alone.
+const SLOW: [&str; 2] = [
+    "on_rdma_a_pull_that_is_late_for_a_cut_cable",
+    "on_rdma_pulls_over_a_cable_that_swallows_all",
+];
 
 /// The tests of crates/verbs that run on RDMA devices where they are told of any.
 const BLACK_BOX: [&str; 4] = ["bringup", "data", "faults", "model"];
@@ -39,7 +44,7 @@ pub(crate) fn run(root: &Path, build: Command, long: bool) -> anyhow::Result<com
     let binaries = Binaries::build(root, build)?;
     let mut runs = Vec::new();
     for test in &binaries.tests {
-        runs.extend(test.runs(test.has_ignored(ON_RDMA)?));
+        runs.extend(test.runs(test.has_ignored(ON_RDMA)?, long));
     }
     println!("runs of test binaries with RDMA: {}", runs.len());
     let seconds = if long {
@@ -123,7 +128,7 @@ impl Test {
     }
 
     /// What is to be run of it; `on_rdma`: whether it has tests that need a device.
-    fn runs(&self, on_rdma: bool) -> Vec<Run<'_>> {
+    fn runs(&self, on_rdma: bool, long: bool) -> Vec<Run<'_>> {
         let run = |devices, arguments| Run {
             test: self,
             devices,
@@ -132,14 +137,22 @@ impl Test {
         let verbs = Path::new(&self.folder).ends_with("crates/verbs");
         if self.name.starts_with("rdma") {
             // They cut the cable: no two at a time.
-            return vec![run(TWO_HOSTS, "--include-ignored --test-threads=1".into())];
+            let mut arguments = "--include-ignored --test-threads=1".to_owned();
+            for slow in SLOW.iter().filter(|_| !long) {
+                arguments.push_str(&format!(" --skip {slow}"));
+            }
+            return vec![run(TWO_HOSTS, arguments)];
         }
         if verbs && BLACK_BOX.contains(&self.name.as_str()) {
             return vec![run(EITHER, String::new())];
         }
         if on_rdma {
             let arguments = format!("--ignored --test-threads=1 {ON_RDMA}");
-            return vec![run(ALONE, arguments.clone()), run(TWO_HOSTS, arguments)];
+            let mut runs = vec![run(TWO_HOSTS, arguments.clone())];
+            if long {
+                runs.push(run(ALONE, arguments));
+            }
+            return runs;
         }
         Vec::new()
     }
@@ -260,7 +273,7 @@ mod tests {
     fn a_binary_runs_on_the_devices_that_its_tests_are_for() {
         let devices = |package, name, on_rdma| {
             let test = test(package, name);
-            let runs = test.runs(on_rdma);
+            let runs = test.runs(on_rdma, true);
             runs.iter().map(|run| run.devices).collect::<Vec<_>>()
         };
         let none: [&str; 0] = [];
@@ -268,7 +281,18 @@ mod tests {
         assert_eq!(devices("crates/verbs", "processes", false), none);
         assert_eq!(devices("crates/kvxfer", "data", false), none);
         assert_eq!(devices("crates/kvxfer", "faults", false), none);
-        assert_eq!(devices("crates/kvxfer", "faults", true), [ALONE, TWO_HOSTS]);
+        assert_eq!(devices("crates/kvxfer", "faults", true), [TWO_HOSTS, ALONE]);
         assert_eq!(devices("crates/kvxfer", "rdma", true), [TWO_HOSTS]);
+        // What takes long is left for when there is time.
+        let short = test("crates/kvxfer", "faults");
+        let devices: Vec<&str> = short
+            .runs(true, false)
+            .iter()
+            .map(|run| run.devices)
+            .collect();
+        assert_eq!(devices, [TWO_HOSTS]);
+        let cable = test("crates/kvxfer", "rdma");
+        let arguments = |long| cable.runs(true, long)[0].arguments.clone();
+        assert!(arguments(false).contains(SLOW[0]) && !arguments(true).contains("--skip"));
     }
 }

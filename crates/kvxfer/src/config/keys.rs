@@ -105,7 +105,7 @@ keys! {
     max_cqe_num: u32 = 0, Or(0, "auto", 1, 4_194_304);
     /// Memory pieces a work request.
     max_msg_sge: u32 = 0, Or(0, "auto", 1, 256);
-    /// Whether the end of a push is told on the data plane too; releases always flow.
+    /// Whether the end of a push is told on the data plane too, as over RDMA always; releases always flow.
     enable_notification: bool = false, Any;
     /// Most bytes under way to one peer.
     max_inflight_bytes: Bytes = Bytes(64 << 20), Within(Bytes(1 << 16), Bytes(1 << 40));

@@ -31,7 +31,8 @@ fn on_rdma_blocks_go_over_as_many_queue_pairs_as_are_asked_for() {
         let bytes = (16 << 10) * 96 * 2;
         assert_eq!([pulled.bytes, pushed.bytes], [bytes; 2]);
         assert!(over_the_cable() - before > 2 * bytes, "not over the cable");
-        assert_eq!(pushed.data_plane_notice, notices);
+        // Whatever the setting: a receive's completion alone says that the data is there.
+        assert!(pushed.data_plane_notice);
     }
 }
 
