@@ -332,8 +332,9 @@ fn struck_while_read(path: PathKind, fault: Fault) {
         (0..RANKS)
             .all(|dp| (0..BLOCKS).any(|block| trio.node.first_word(dp * BLOCKS + block) != POISON))
     });
-    fault.strike(&trio.children[VICTIM as usize]);
+    // Before: what is killed may fail at once.
     let under_way = pulls.iter().all(|pulls| running(pulls));
+    fault.strike(&trio.children[VICTIM as usize]);
     assert!(under_way, "struck too late");
 
     let failed = all_end(&pulls, fault);
@@ -432,8 +433,8 @@ fn struck_while_written(path: PathKind, fault: Fault) {
         .map(|push| vec![push.commit().expect("committed")])
         .collect();
     std::thread::sleep(Duration::from_millis(20));
-    fault.strike(&trio.children[VICTIM as usize]);
     let under_way = pushes.iter().all(|push| running(push));
+    fault.strike(&trio.children[VICTIM as usize]);
     assert!(under_way, "struck too late");
 
     assert!(all_end(&pushes, fault), "who has confirmed it?");
