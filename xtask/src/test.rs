@@ -371,7 +371,7 @@ impl Session<'_> {
         println!("{:>9.1} s in all", took.as_secs_f64());
         if sum.skipped > 0 {
             println!(
-                "{} tests not run: cargo xtask test --long runs them",
+                "{} tests ignored where the others ran: the reason of each says which step runs it",
                 sum.skipped
             );
         }

@@ -204,7 +204,7 @@ fn read_over_tcp() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_read() {
     read_mode(PathKind::Rdma);
 }
@@ -225,7 +225,7 @@ fn write_over_tcp() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write() {
     write_mode(PathKind::Rdma, false);
     write_mode(PathKind::Rdma, true);

@@ -20,6 +20,8 @@ use crate::wr::Completion;
 pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn info(&self) -> &DeviceInfo;
     fn address(&self) -> DeviceAddr;
+    /// As the address has it.
+    fn host(&self) -> &str;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
     fn alloc_pd(&self) -> Result<u32, Error>;
     /// Nothing is registered or made with it any more.
@@ -239,6 +241,12 @@ impl Context {
         self.backend.address()
     }
 
+    /// Whether a peer's device is on this host.
+    #[must_use]
+    pub fn shares_host(&self, peer: &DeviceAddr) -> bool {
+        self.backend.host() == peer.host
+    }
+
     /// Tries whether `path` leads to `peer`.
     ///
     /// # Errors
@@ -396,12 +404,18 @@ impl ProtectionDomain {
 /// Where completions arrive. One thread at a time polls; others wait for it.
 #[derive(Debug, Clone)]
 pub struct CompletionQueue {
-    pub(crate) inner: Arc<dyn CqBackend>,
+    inner: Arc<dyn CqBackend>,
     number: u32,
     backend: Arc<dyn DeviceBackend>,
 }
 
 impl CompletionQueue {
+    /// The queue as its device made it.
+    pub(crate) fn of<T: CqBackend + 'static>(&self, what: &'static str) -> Result<Arc<T>, Error> {
+        let any = Arc::clone(&self.inner).into_any();
+        any.downcast().map_err(|_| Error::ForeignHandle { what })
+    }
+
     /// Its number on the device, which [`AsyncEvent::CqError`] names.
     #[must_use]
     pub fn number(&self) -> u32 {

@@ -65,6 +65,10 @@ impl DeviceBackend for NullDevice {
         self.address.clone()
     }
 
+    fn host(&self) -> &str {
+        &self.address.host
+    }
+
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         Err(Error::Path {
             path,
@@ -124,8 +128,8 @@ impl DeviceBackend for NullDevice {
         send_cq: &CompletionQueue,
         recv_cq: &CompletionQueue,
     ) -> Result<Arc<dyn QpBackend>, Error> {
-        let send_cq = null_cq(send_cq, "send completion queue")?;
-        let recv_cq = null_cq(recv_cq, "receive completion queue")?;
+        let send_cq = send_cq.of::<NullCq>("send completion queue")?;
+        let recv_cq = recv_cq.of::<NullCq>("receive completion queue")?;
         Ok(Arc::new(NullQp {
             qpn: self.next.fetch_add(1, Ordering::Relaxed),
             caps: *caps,
@@ -138,13 +142,6 @@ impl DeviceBackend for NullDevice {
             work: Mutex::new(NullWork::default()),
         }))
     }
-}
-
-fn null_cq(cq: &CompletionQueue, what: &'static str) -> Result<Arc<NullCq>, Error> {
-    Arc::clone(&cq.inner)
-        .into_any()
-        .downcast()
-        .map_err(|_| Error::ForeignHandle { what })
 }
 
 #[derive(Debug)]

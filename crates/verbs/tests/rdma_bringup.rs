@@ -23,7 +23,7 @@ fn queue_pair(context: &Context) -> QueuePair<Init> {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn endpoints_that_nobody_has_are_refused() {
     let context = open_rdma(&config()).unwrap();
     type Change = fn(&mut QpEndpoint, &mut PortAddr);
@@ -74,7 +74,7 @@ fn endpoints_that_nobody_has_are_refused() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn what_a_device_does_not_have_is_named() {
     let refused = |change: &dyn Fn(&mut RdmaConfig)| {
         let mut config = config();

@@ -602,7 +602,7 @@ impl Bringup {
             path,
             notices,
             facts: describe.facts,
-            same_host: known.device.host == runtime.context().address().host,
+            same_host: runtime.context().shares_host(&known.device),
             standing: Standing::new(workers.len()),
             workers,
             lanes: self.lanes.len(),

@@ -385,7 +385,7 @@ impl Bringup<'_> {
             },
             generation: describe.generation,
             kv_role: describe.kv_role,
-            same_host: device.host == self.context.address().host,
+            same_host: self.context.shares_host(&device),
             by_secret: self.session.as_ref().is_some_and(|(_, _, by)| *by),
         });
         self.device = Some(device);

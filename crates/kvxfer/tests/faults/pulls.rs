@@ -68,13 +68,13 @@ fn tcp_read_producer_stopped() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_read_producer_killed() {
     producer_struck_while_read(PathKind::Rdma, Fault::Kill);
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_read_producer_stopped() {
     producer_struck_while_read(PathKind::Rdma, Fault::Stop);
 }

@@ -91,13 +91,13 @@ fn tcp_write_producer_stopped() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write_producer_killed() {
     producer_struck_while_it_pushes(PathKind::Rdma, Fault::Kill);
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write_producer_stopped() {
     producer_struck_while_it_pushes(PathKind::Rdma, Fault::Stop);
 }

@@ -83,7 +83,7 @@ fn tcp_write_consumer_stopped() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write_consumer_killed() {
     consumer_struck_while_pushed_to(PathKind::Rdma, Fault::Kill);
 }

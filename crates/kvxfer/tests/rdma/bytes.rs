@@ -12,7 +12,7 @@ fn over_the_cable() -> u64 {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_blocks_go_over_as_many_queue_pairs_as_are_asked_for() {
     for (count, notices) in [(1, false), (4, true), (16, true)] {
         let mut pair = Pair::new(16 << 10, 96, |config| {
@@ -37,7 +37,7 @@ fn on_rdma_blocks_go_over_as_many_queue_pairs_as_are_asked_for() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_sides_of_different_mtus_meet_at_the_smaller() {
     for mtu in [256, 1024] {
         let mut pair = Pair::new(16 << 10, 8, |config| {
@@ -52,7 +52,7 @@ fn on_rdma_sides_of_different_mtus_meet_at_the_smaller() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_ten_thousand_scattered_blocks() {
     const BLOCKS: u32 = 10_000;
     // Every block, which are next to each other on one side, and every other, of which none is.
@@ -68,7 +68,7 @@ fn on_rdma_ten_thousand_scattered_blocks() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_blocks_of_odd_lengths() {
     for bytes in [8, 509, 1003, 4095, 4097, 65_537] {
         let mut pair = Pair::new(bytes, 24, |_| {});
@@ -91,7 +91,7 @@ fn on_rdma_blocks_of_odd_lengths() {
 
 /// The devices take no message of more than 8 MiB.
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_blocks_longer_than_a_message() {
     for bytes in [9 << 20, (8 << 20) + 1] {
         let mut pair = Pair::new(bytes, 2, |_| {});

@@ -155,7 +155,7 @@ fn pulls_end(change: fn(&mut Config), fault: fn() -> Cable, hasty: Option<Durati
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_pulls_whose_cable_is_cut() {
     let causes = pulls_end(impatient, Cable::cut, None);
     assert!(causes.iter().all(names_the_link), "{causes:?}");
@@ -163,7 +163,7 @@ fn on_rdma_pulls_whose_cable_is_cut() {
 
 /// Long before the retries are over.
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test --long has some"]
 fn on_rdma_a_pull_that_is_late_for_a_cut_cable() {
     let causes = pulls_end(patient, Cable::cut, Some(Duration::from_secs(1)));
     let down = Cause::PortDown { port: 1 };
@@ -172,7 +172,7 @@ fn on_rdma_a_pull_that_is_late_for_a_cut_cable() {
 
 /// The ports are up all the while.
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test --long has some"]
 fn on_rdma_pulls_over_a_cable_that_swallows_all() {
     let causes = pulls_end(impatient, || Cable::disturbed("loss 100%"), None);
     let down = |cause: &Cause| matches!(cause, Cause::PortDown { .. });
@@ -181,7 +181,7 @@ fn on_rdma_pulls_over_a_cable_that_swallows_all() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_push_whose_cable_is_cut() {
     let mut pair = Pair::new(BLOCK, BLOCKS, impatient);
     let table = pair.all();
@@ -217,7 +217,7 @@ fn on_rdma_a_push_whose_cable_is_cut() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_cable_that_loses_and_delays() {
     // A packet each: soft-RoCE counts its tries from one message that has got through to the next, and has no
     // more than seven.

@@ -35,7 +35,7 @@ fn life(seed: u64, address: Option<SocketAddr>) -> (Node, SocketAddr, Ticket) {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_ticket_of_an_earlier_life() {
     let consumer = recipe(KvRole::Consumer, PathKind::Rdma, BLOCK, BLOCKS).node();
     consumer.side.poison().expect("poisoned");

@@ -24,7 +24,7 @@ fn why_not(error: &Error) -> &str {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_gid_that_does_not_exist() {
     let error = refused(|config| config.rdma_gid_index = 77);
     let why = why_not(&error);
@@ -35,14 +35,14 @@ fn on_rdma_a_gid_that_does_not_exist() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_port_that_does_not_exist() {
     let error = refused(|config| config.rdma_port = 9);
     assert_eq!(why_not(&error), "port 9 was asked for");
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_device_that_does_not_exist() {
     let error = refused(|config| {
         let mut builder = ConfigBuilder::new();
@@ -81,7 +81,7 @@ impl Drop for ShortFrames {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_an_mtu_above_the_links() {
     let limit = |mtu| {
         let error = refused(|config| config.rdma_mtu = mtu);
@@ -104,7 +104,7 @@ fn on_rdma_an_mtu_above_the_links() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device"]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_port_that_is_down() {
     struct Down;
     impl Drop for Down {

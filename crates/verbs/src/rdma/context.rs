@@ -538,6 +538,10 @@ impl DeviceBackend for RdmaDeviceHandle {
         address
     }
 
+    fn host(&self) -> &str {
+        &self.0.address.host
+    }
+
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         Err(Error::Path {
             path,
@@ -590,15 +594,10 @@ impl DeviceBackend for RdmaDeviceHandle {
         send_cq: &CompletionQueue,
         recv_cq: &CompletionQueue,
     ) -> Result<Arc<dyn QpBackend>, Error> {
-        let send_cq = rdma_cq(send_cq, "send completion queue")?;
-        let recv_cq = rdma_cq(recv_cq, "receive completion queue")?;
+        let send_cq = send_cq.of::<RdmaCq>("send completion queue")?;
+        let recv_cq = recv_cq.of::<RdmaCq>("receive completion queue")?;
         let pd = self.0.pd(pd)?;
         let qp = RdmaQp::create(Arc::clone(&self.0), pd, caps, send_cq, recv_cq)?;
         Ok(qp)
     }
-}
-
-fn rdma_cq(cq: &CompletionQueue, what: &'static str) -> Result<Arc<RdmaCq>, Error> {
-    let any = Arc::clone(&cq.inner).into_any();
-    any.downcast().map_err(|_| Error::ForeignHandle { what })
 }

@@ -247,6 +247,10 @@ impl DeviceBackend for SoftDevice {
         self.shared.address.clone()
     }
 
+    fn host(&self) -> &str {
+        &self.shared.address.host
+    }
+
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         link::probe(&self.shared, peer, path)
     }
@@ -335,14 +339,8 @@ impl DeviceBackend for SoftDevice {
         send_cq: &CompletionQueue,
         recv_cq: &CompletionQueue,
     ) -> Result<Arc<dyn QpBackend>, Error> {
-        let cq = |cq: &CompletionQueue, what| -> Result<Arc<SoftCq>, Error> {
-            Arc::clone(&cq.inner)
-                .into_any()
-                .downcast()
-                .map_err(|_| Error::ForeignHandle { what })
-        };
-        let send_cq = cq(send_cq, "send completion queue")?;
-        let recv_cq = cq(recv_cq, "receive completion queue")?;
+        let send_cq = send_cq.of::<SoftCq>("send completion queue")?;
+        let recv_cq = recv_cq.of::<SoftCq>("receive completion queue")?;
         // 24 bits, as on the wire, and never 0.
         let ordinal = self.shared.qps.fetch_add(1, Ordering::Relaxed);
         let qpn = self.shared.first_qpn.wrapping_add(ordinal) % 0xff_fffe + 1;
