@@ -7,7 +7,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvxfer::blocks::{BlockPair, GroupPairs};
 use kvxfer::layout::{DType, KvFormat, KvPlacement, Packing, Side, Topology, models};
-use kvxfer::plan::{Compiled, LayerScope, OpSource, PlanLimits, Role};
+use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, PlanLimits, Role};
 
 const BLOCKS: u32 = 1250;
 const LIMITS: PlanLimits = PlanLimits {
@@ -24,7 +24,7 @@ fn compiled(format: &KvFormat) -> Compiled {
         format,
         placement: &placement,
     };
-    Compiled::compile(&side, &side, Role::Pull).expect("equal sides match")
+    Compiled::compile(&side, &side, Role::Pull, Part::Common).expect("equal sides match")
 }
 
 /// Pairs of which no two touch, in an order that is no help to a sort.

@@ -18,7 +18,7 @@ use kvxfer::config::{Config, KvRole};
 use kvxfer::engine::{Engine, Instance, PullOptions};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::{KvFormat, KvPlacement, Packing, Side, Topology};
-use kvxfer::plan::{Compiled, LayerScope, OpSource, PlanLimits, Role};
+use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, PlanLimits, Role};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{
     Batch, Direction, Job, JobId, LaneId, LaneLimits, PeerKey, Scheduler, SchedulerConfig,
@@ -68,7 +68,8 @@ fn rig() -> Rig {
         format: &format,
         placement: &desc,
     };
-    let compiled = Compiled::compile(&side, &side, Role::Pull).expect("equal layouts");
+    let compiled =
+        Compiled::compile(&side, &side, Role::Pull, Part::Common).expect("equal layouts");
     let limits = PlanLimits {
         max_msg_bytes: 1 << 30,
         max_sge: 1,
@@ -278,7 +279,8 @@ fn submit(c: &mut Criterion) {
             format: &format,
             placement: &desc,
         };
-        let compiled = Compiled::compile(&side, &side, Role::Pull).expect("equal layouts");
+        let compiled =
+            Compiled::compile(&side, &side, Role::Pull, Part::Common).expect("equal layouts");
         let limits = PlanLimits {
             max_msg_bytes: 1 << 30,
             max_sge: 4,

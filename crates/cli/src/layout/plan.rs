@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use kvxfer::blocks::GroupPairs;
 use kvxfer::layout::Side;
-use kvxfer::plan::{Compiled, LayerScope, OpSource, PlanError, PlanLimits, Role};
+use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, PlanError, PlanLimits, Role};
 
 use super::args::{Direction, PlanArgs};
 use super::blocks::Blocks;
@@ -66,7 +66,7 @@ pub(super) fn report(
         Direction::Write => Role::Push,
     };
     let (p, c) = (side(&producer.format, &p), side(&consumer.format, &c));
-    let compiled = Compiled::compile(&p, &c, role)
+    let compiled = Compiled::compile(&p, &c, role, Part::Common)
         .map_err(|error| Problem::from_chain(Exit::Usage, &error))?;
     let groups = (0..producer.format.groups().len()).filter_map(|group| {
         let group = u32::try_from(group).ok()?;

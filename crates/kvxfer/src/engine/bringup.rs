@@ -24,9 +24,9 @@ use crate::engine::Inner;
 use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
-use crate::layout::{KvFormat, PlacementDesc, Side};
+use crate::layout::{KvFormat, LayoutMismatch, PlacementDesc, Side, compare};
 use crate::ping::ProbeSeat;
-use crate::plan::{CompileError, Compiled, PlanLimits, Role as PlanRole};
+use crate::plan::{CompileError, Compiled, Part, PlanLimits, Role as PlanRole};
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
 use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, goes_over, soft_path};
@@ -682,16 +682,20 @@ fn plans(
         if !wanted {
             return Ok(None);
         }
-        Compiled::compile(producer, consumer, role)
-            .map(Some)
-            .map_err(|error| {
-                let detail = cut(error.to_string());
-                let error = match error {
-                    CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
-                    other => Error::Compile(other),
-                };
-                Step::Refuse(Refusal::FormatMismatch { detail }, error)
-            })
+        let differences = compare(producer, consumer);
+        let compiled = match differences.is_empty() {
+            true => Compiled::compile(producer, consumer, role, Part::Common),
+            // Ranks that keep different parts are another matter than ranks that keep the same.
+            false => Err(LayoutMismatch { differences }.into()),
+        };
+        compiled.map(Some).map_err(|error| {
+            let detail = cut(error.to_string());
+            let error = match error {
+                CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
+                other => Error::Compile(other),
+            };
+            Step::Refuse(Refusal::FormatMismatch { detail }, error)
+        })
     };
     let pull = compile(pulls, &there, &here, PlanRole::Pull)?;
     let push = compile(pushes, &here, &there, PlanRole::Push)?;

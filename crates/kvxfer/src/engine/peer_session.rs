@@ -131,7 +131,7 @@ impl PeerSession {
     /// The limits of a plan over these pairs: a merged run is cut so that every lane gets some of it.
     pub(crate) fn limits(&self, compiled: &Compiled, pairs: &[GroupPairs]) -> PlanLimits {
         let bytes = pairs.iter().fold(0u64, |sum, group| {
-            let block = compiled.block_bytes(group.group).unwrap_or(0);
+            let block = compiled.unit_bytes(group.group).unwrap_or(0);
             sum.saturating_add(block.saturating_mul(group.pairs.len() as u64))
         });
         let share = bytes / (self.lanes.max(1) as u64 * CHUNKS_PER_LANE);

@@ -1,12 +1,17 @@
 //! What differs between two sides.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{AxisKind, KvFormat, PlacedTensor, PlacementDesc, Scaling, TensorFormat, common_split};
+use super::difference::{At, Found, Note};
+use super::digits::{Digit, common_split, split_off};
+use super::laid::{Half, Overlap, Units};
+use super::planes::{Plane, matching};
+use super::{
+    AxisKind, CacheGroup, Difference, KvFormat, LayerFormat, PlacedTensor, PlacementDesc, Scaling,
+    Severity, TensorFormat,
+};
 
 /// One side of a transfer: its format and where it keeps its part.
 #[derive(Debug, Clone, Copy)]
@@ -17,68 +22,9 @@ pub struct Side<'a> {
     pub placement: &'a PlacementDesc,
 }
 
-/// How bad a difference is; the worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Severity {
-    /// No copy can bridge it.
-    Incompatible,
-    /// The same bytes, cut otherwise.
-    Reshard,
-}
-
-/// One field in which two sides differ.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Difference {
-    /// Which field: `groups[0].block_tokens`, `groups[0].layers[0-79].k.dtype`.
-    pub field: String,
-    /// The producer's value.
-    pub producer: String,
-    /// The consumer's value.
-    pub consumer: String,
-    /// Why it matters.
-    pub why: String,
-    /// What the operator can do.
-    pub fix: String,
-    /// How bad it is.
-    pub severity: Severity,
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: producer {}, consumer {} ({}; {})",
-            self.field, self.producer, self.consumer, self.why, self.fix
-        )
-    }
-}
-
-/// Every difference that keeps two sides from exchanging blocks, the worst first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LayoutMismatch {
-    /// The differences; never empty.
-    pub differences: Vec<Difference>,
-}
-
-impl fmt::Display for LayoutMismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("layouts differ: ")?;
-        for (i, difference) in self.differences.iter().enumerate() {
-            if i > 0 {
-                f.write_str("; ")?;
-            }
-            difference.fmt(f)?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for LayoutMismatch {}
-
 /// Compares two sides field by field. Empty: their blocks can be exchanged as they are. Bases,
-/// numbers of blocks, strides and the order of axes may differ.
+/// numbers of blocks, strides and the order of axes may differ. Where every difference is
+/// [`Severity::Reshard`], the ranks can exchange what they both keep.
 #[must_use]
 pub fn compare(producer: &Side<'_>, consumer: &Side<'_>) -> Vec<Difference> {
     let mut found = Found::default();
@@ -86,14 +32,6 @@ pub fn compare(producer: &Side<'_>, consumer: &Side<'_>) -> Vec<Difference> {
     formats(producer.format, consumer.format, &mut found);
     placements(producer, consumer, &mut found);
     found.finish()
-}
-
-/// Why a field matters and what to do about it.
-#[derive(Clone, Copy)]
-struct Note {
-    severity: Severity,
-    why: &'static str,
-    fix: &'static str,
 }
 
 const OTHER_MODEL: Note = Note {
@@ -108,7 +46,7 @@ const GROUPS: Note = Note {
 };
 const BLOCK_TOKENS: Note = Note {
     severity: Severity::Reshard,
-    why: "a block of one side is not a block of the other",
+    why: "blocks are cut into units that both sides' blocks are multiples of: more operations, and smaller ones",
     fix: "start both sides with the same block size",
 };
 const LAYERS: Note = Note {
@@ -117,9 +55,14 @@ const LAYERS: Note = Note {
     fix: "use the same model, and the same speculative decoding, on both sides",
 };
 const TENSORS: Note = Note {
-    severity: Severity::Reshard,
-    why: "tensors are matched by name",
+    severity: Severity::Incompatible,
+    why: "a tensor on one side only has nothing to be copied from or to",
     fix: "use the same attention backend on both sides",
+};
+const STACKED: Note = Note {
+    severity: Severity::Reshard,
+    why: "K and V are one tensor on one side and two on the other, and move one by one",
+    fix: "use the same attention backend on both sides for larger pieces",
 };
 const DTYPE: Note = Note {
     severity: Severity::Incompatible,
@@ -136,106 +79,31 @@ const EXTENT: Note = Note {
     why: "the tensors hold different things",
     fix: "use the same model on both sides",
 };
+const COVERED: Note = Note {
+    severity: Severity::Incompatible,
+    why: "one number for so many tokens cannot be had from numbers for others",
+    fix: "start both sides with the same block size",
+};
 const AXES: Note = Note {
     severity: Severity::Incompatible,
     why: "the two ways to split this axis have no common part",
     fix: "use the same attention backend on both sides",
 };
+const STRIDES: Note = Note {
+    severity: Severity::Incompatible,
+    why: "what both sides keep of it, or the tokens that blocks of both sizes are made of, do not lie at even distances",
+    fix: "use the same attention backend on both sides, with the same block size",
+};
 const SHARD: Note = Note {
     severity: Severity::Reshard,
-    why: "the two ranks keep different parts",
-    fix: "use the same tensor-parallel size on both sides and pair equal ranks",
+    why: "a rank of one side keeps what several ranks of the other keep: more operations, and smaller ones",
+    fix: "for the largest pieces use the same tensor-parallel size on both sides, and pair equal ranks",
 };
 const WINDOW: Note = Note {
     severity: Severity::Reshard,
-    why: "the two ranks keep different layers",
-    fix: "use the same pipeline-parallel size on both sides and pair equal ranks",
+    why: "a rank of one side keeps layers of several ranks of the other",
+    fix: "for the fewest peers use the same pipeline-parallel size on both sides, and pair equal ranks",
 };
-
-/// Differences as they are found. The same one in many layers becomes one.
-#[derive(Default)]
-struct Found {
-    list: Vec<Difference>,
-    by_layer: BTreeMap<LayerKey, (Vec<u32>, Note)>,
-}
-
-/// Group, tensor (empty: the layer itself), field, producer's value, consumer's value.
-type LayerKey = (u32, String, &'static str, String, String);
-
-impl Found {
-    fn push(
-        &mut self,
-        field: impl Into<String>,
-        producer: impl fmt::Display,
-        consumer: impl fmt::Display,
-        note: Note,
-    ) {
-        self.list.push(Difference {
-            field: field.into(),
-            producer: producer.to_string(),
-            consumer: consumer.to_string(),
-            why: note.why.into(),
-            fix: note.fix.into(),
-            severity: note.severity,
-        });
-    }
-
-    fn layer(&mut self, at: At<'_>, field: &'static str, values: (String, String), note: Note) {
-        let key = (at.group, at.tensor.to_owned(), field, values.0, values.1);
-        let entry = self.by_layer.entry(key);
-        entry.or_insert((Vec::new(), note)).0.push(at.layer);
-    }
-
-    fn finish(mut self) -> Vec<Difference> {
-        for ((group, tensor, field, producer, consumer), (layers, note)) in
-            std::mem::take(&mut self.by_layer)
-        {
-            let mut path = format!("groups[{group}].layers[{}]", ranges(&layers));
-            for part in [tensor.as_str(), field] {
-                if !part.is_empty() {
-                    path.push('.');
-                    path.push_str(part);
-                }
-            }
-            self.push(path, producer, consumer, note);
-        }
-        self.list.sort_by_key(|d| d.severity);
-        self.list
-    }
-}
-
-/// Where a difference in a layer is.
-#[derive(Clone, Copy)]
-struct At<'a> {
-    group: u32,
-    layer: u32,
-    tensor: &'a str,
-}
-
-/// `0-3,7` of rising numbers.
-fn ranges(numbers: &[u32]) -> String {
-    let mut out = String::new();
-    let mut rest = numbers;
-    while let Some(&first) = rest.first() {
-        let mut len = 1;
-        while rest
-            .get(len)
-            .is_some_and(|n| Some(*n) == u32::try_from(len).ok().and_then(|l| first.checked_add(l)))
-        {
-            len += 1;
-        }
-        if !out.is_empty() {
-            out.push(',');
-        }
-        out.push_str(&first.to_string());
-        if let (true, Some(last)) = (len > 1, rest.get(len - 1)) {
-            out.push('-');
-            out.push_str(&last.to_string());
-        }
-        rest = rest.get(len..).unwrap_or(&[]);
-    }
-    out
-}
 
 fn identity(p: &KvFormat, c: &KvFormat, found: &mut Found) {
     let (p, c) = (p.model(), c.model());
@@ -282,11 +150,15 @@ fn formats(p: &KvFormat, c: &KvFormat, found: &mut Found) {
         if pg.kind != cg.kind {
             found.push(format!("groups[{g}].kind"), pg.kind, cg.kind, GROUPS);
         }
+        let units = Units::of(pg.block_tokens, cg.block_tokens);
         if pg.block_tokens != cg.block_tokens {
             let field = format!("groups[{g}].block_tokens");
             found.push(field, pg.block_tokens, cg.block_tokens, BLOCK_TOKENS);
-            if let (Some(last), true) = (found.list.last_mut(), pg.block_tokens > 0) {
-                let wanted = pg.block_tokens;
+            if let (Some(last), Some(units)) = (found.list.last_mut(), units) {
+                let (wanted, unit) = (pg.block_tokens, units.tokens);
+                last.why = format!(
+                    "blocks are cut into units of {unit} tokens: more operations, and smaller ones"
+                );
                 last.fix = format!("start the decode instance with --block-size {wanted}");
             }
         }
@@ -303,13 +175,7 @@ fn formats(p: &KvFormat, c: &KvFormat, found: &mut Found) {
                         let values = (layer.draft.to_string(), other.draft.to_string());
                         found.layer(at, "draft", values, LAYERS);
                     }
-                    tensors(
-                        at,
-                        pg.block_tokens == cg.block_tokens,
-                        &layer.tensors,
-                        &other.tensors,
-                        found,
-                    );
+                    tensors(at, (pg, cg), (layer, other), found);
                 }
             }
         }
@@ -328,31 +194,33 @@ fn formats(p: &KvFormat, c: &KvFormat, found: &mut Found) {
 
 fn tensors(
     at: At<'_>,
-    same_blocks: bool,
-    p: &[TensorFormat],
-    c: &[TensorFormat],
+    groups: (&CacheGroup, &CacheGroup),
+    (p, c): (&LayerFormat, &LayerFormat),
     found: &mut Found,
 ) {
-    let names = |list: &[TensorFormat]| {
-        let mut names: Vec<&str> = list.iter().map(|t| t.name.as_str()).collect();
-        names.sort_unstable();
-        names.join(", ")
+    let matching = matching(p, c);
+    let note = match (matching.unmatched, matching.restacked) {
+        (true, _) => Some(TENSORS),
+        (false, true) => Some(STACKED),
+        (false, false) => None,
     };
-    let (p_names, c_names) = (names(p), names(c));
-    if p_names != c_names {
-        found.layer(at, "tensors", (p_names, c_names), TENSORS);
-    }
-    for pt in p {
-        let Some(ct) = c.iter().find(|t| t.name == pt.name) else {
-            continue;
+    if let Some(note) = note {
+        let names = |layer: &LayerFormat| {
+            let mut names: Vec<&str> = layer.tensors.iter().map(|t| t.name.as_str()).collect();
+            names.sort_unstable();
+            names.join(", ")
         };
+        found.layer(at, "tensors", (names(p), names(c)), note);
+    }
+    for (pp, cp) in &matching.pairs {
         let at = At {
-            tensor: &pt.name,
+            tensor: pair_name(pp, cp),
             ..at
         };
         // The numbers themselves: of many, the text shows a few and a short hash.
-        if scaling(pt) != scaling(ct) {
-            let values = (scaling_text(pt), scaling_text(ct));
+        let (ps, cs) = (pp.scaling(), cp.scaling());
+        if !same_scaling(ps.as_deref(), cs.as_deref(), &matching.pairs) {
+            let values = (scaling_text(ps.as_deref()), scaling_text(cs.as_deref()));
             found.layer(at, "scaling", values, SCALING);
         }
         let mut differ = |field, p: String, c: String, note| {
@@ -360,7 +228,8 @@ fn tensors(
                 found.layer(at, field, (p, c), note);
             }
         };
-        differ("role", pt.role.to_string(), ct.role.to_string(), GROUPS);
+        let (pt, ct) = (pp.format, cp.format);
+        differ("role", pp.role().to_string(), cp.role().to_string(), GROUPS);
         differ("dtype", pt.dtype.to_string(), ct.dtype.to_string(), DTYPE);
         let sharded = |t: &TensorFormat| match t.sharded_axis() {
             None => "replicated".to_owned(),
@@ -368,16 +237,22 @@ fn tensors(
         };
         differ("sharded", sharded(pt), sharded(ct), SHARD);
         let mut extents_agree = true;
-        for kind in kinds(pt, ct) {
+        for kind in kinds(pp, cp) {
             // Unequal blocks have been reported for the group.
-            if kind == AxisKind::Token && !same_blocks {
+            if kind == AxisKind::Token && groups.0.block_tokens != groups.1.block_tokens {
                 continue;
             }
             let (p, c) = (pt.extent_of(kind), ct.extent_of(kind));
             extents_agree &= p == c;
             differ(extent_name(kind), p.to_string(), c.to_string(), EXTENT);
         }
-        if extents_agree && !splits_agree(pt, ct) {
+        if groups.0.block_tokens != groups.1.block_tokens {
+            let (p, c) = (covered(groups.0, pt), covered(groups.1, ct));
+            extents_agree &= p == c;
+            let text = |tokens| format!("one for {tokens} tokens");
+            differ("tokens", text(p), text(c), COVERED);
+        }
+        if extents_agree && !splits_agree(pp, cp, groups) {
             let axes = |t: &TensorFormat| {
                 let axes: Vec<String> = t.axes.iter().map(ToString::to_string).collect();
                 format!("[{}]", axes.join(", "))
@@ -387,17 +262,36 @@ fn tensors(
     }
 }
 
-/// How a tensor is scaled. Constants of 1 are no scaling.
-fn scaling(t: &TensorFormat) -> Option<&Scaling> {
-    t.scaling.as_ref().filter(|scaling| match scaling {
-        Scaling::Tensor { .. } => true,
-        Scaling::Constant { bits, .. } => bits.iter().any(|b| *b != ONE),
-    })
+/// What messages call a pair: the name of the tensor that is not K and V in one.
+fn pair_name<'a>(p: &Plane<'a>, c: &Plane<'a>) -> &'a str {
+    match p.kv {
+        None => &p.format.name,
+        Some(_) => &c.format.name,
+    }
+}
+
+/// How many tokens of a block one index of a tensor's tokens stands for: 1, but for scales.
+fn covered(group: &CacheGroup, tensor: &TensorFormat) -> u64 {
+    u64::from(group.block_tokens) / tensor.extent_of(AxisKind::Token).max(1)
+}
+
+/// Whether the numbers stand for the same values: constants bit by bit; scales that are stored by
+/// which tensor they are.
+fn same_scaling(
+    p: Option<&Scaling>,
+    c: Option<&Scaling>,
+    pairs: &[(Plane<'_>, Plane<'_>)],
+) -> bool {
+    let (Some(Scaling::Tensor { name: p }), Some(Scaling::Tensor { name: c })) = (p, c) else {
+        return p == c;
+    };
+    let same = |(pp, cp): &(Plane<'_>, Plane<'_>)| pp.format.name == *p && cp.format.name == *c;
+    p == c || pairs.iter().any(same)
 }
 
 /// The same for people; long lists are told by their hash.
-fn scaling_text(t: &TensorFormat) -> String {
-    match scaling(t) {
+fn scaling_text(scaling: Option<&Scaling>) -> String {
+    match scaling {
         None => "none".to_owned(),
         Some(Scaling::Tensor { name }) => format!("tensor {name}"),
         Some(Scaling::Constant { axes, bits }) => {
@@ -423,15 +317,12 @@ fn scaling_text(t: &TensorFormat) -> String {
     }
 }
 
-/// 1.0 as an IEEE single.
-const ONE: u32 = 0x3f80_0000;
-
 /// How many scales of a tensor a message shows.
 const SHOWN_SCALES: usize = 4;
 
-/// The kinds of axis that either tensor has.
-fn kinds(p: &TensorFormat, c: &TensorFormat) -> Vec<AxisKind> {
-    let mut all: Vec<AxisKind> = p.axes.iter().chain(&c.axes).map(|a| a.kind).collect();
+/// The kinds of axis that either has.
+fn kinds(p: &Plane<'_>, c: &Plane<'_>) -> Vec<AxisKind> {
+    let mut all: Vec<AxisKind> = p.kinds().chain(c.kinds()).collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -447,15 +338,82 @@ const fn extent_name(kind: AxisKind) -> &'static str {
     }
 }
 
-fn splits_agree(p: &TensorFormat, c: &TensorFormat) -> bool {
+/// Whether both sides can address the same parts of every axis, whatever the strides are.
+fn splits_agree(p: &Plane<'_>, c: &Plane<'_>, groups: (&CacheGroup, &CacheGroup)) -> bool {
+    let unit = match groups.0.block_tokens == groups.1.block_tokens {
+        true => None,
+        false => Units::of(groups.0.block_tokens, groups.1.block_tokens),
+    };
     kinds(p, c).into_iter().all(|kind| {
-        let parts = |t: &TensorFormat| -> Vec<(u64, u64)> {
-            let of_kind = t.axes.iter().filter(|a| a.kind == kind);
-            of_kind.map(|a| (a.extent, 0)).collect()
+        let digits = |group: &CacheGroup, plane: &Plane<'_>| -> Option<Vec<Digit>> {
+            let of_kind = plane.format.axes.iter().filter(|a| a.kind == kind);
+            let digits: Vec<Digit> = of_kind.map(|a| (a.extent, 0)).collect();
+            match unit.filter(|_| kind == AxisKind::Token) {
+                None => Some(digits),
+                Some(unit) => {
+                    let run = u64::from(unit.tokens) / covered(group, plane.format).max(1);
+                    split_off(&digits, run).map(|(_, inner)| inner)
+                }
+            }
         };
-        // Unequal block sizes are reported as such.
-        p.extent_of(kind) != c.extent_of(kind) || common_split(&parts(p), &parts(c)).is_some()
+        let both = digits(groups.0, p).zip(digits(groups.1, c));
+        both.is_some_and(|(p, c)| common_split(&p, &c).is_some())
     })
+}
+
+/// A tensor of a layer, or K or V of it, that both formats have; and where the two ranks keep it.
+pub(crate) struct Pair<'a> {
+    /// Index of the group.
+    pub(crate) group: u32,
+    /// The layer.
+    pub(crate) layer: u32,
+    /// What blocks of the group are made of.
+    pub(crate) units: Units,
+    /// The producer's, and where it is if this rank keeps it.
+    pub(crate) producer: (Plane<'a>, Option<&'a PlacedTensor>),
+    /// The consumer's.
+    pub(crate) consumer: (Plane<'a>, Option<&'a PlacedTensor>),
+}
+
+impl<'a> Pair<'a> {
+    /// Both sides, if both keep it.
+    pub(crate) fn both(&self) -> Option<(Half<'a>, Half<'a>)> {
+        let half = |(plane, placed): (Plane<'a>, Option<&'a PlacedTensor>)| {
+            placed.map(|placed| Half { plane, placed })
+        };
+        half(self.producer).zip(half(self.consumer))
+    }
+}
+
+/// What two sides' formats both have, by group and layer.
+pub(crate) fn pairs<'a>(p: &Side<'a>, c: &Side<'a>) -> Vec<Pair<'a>> {
+    let placed = |desc: &'a PlacementDesc| -> BTreeMap<(u32, u32, u32), &'a PlacedTensor> {
+        let key = |t: &'a PlacedTensor| ((t.group, t.layer, t.tensor), t);
+        desc.tensors().iter().map(key).collect()
+    };
+    let (p_placed, c_placed) = (placed(p.placement), placed(c.placement));
+    let mut out = Vec::new();
+    for (g, (pg, cg)) in (0_u32..).zip(p.format.groups().iter().zip(c.format.groups())) {
+        let Some(units) = Units::of(pg.block_tokens, cg.block_tokens) else {
+            continue;
+        };
+        for layer in &pg.layers {
+            let Some(other) = cg.layer(layer.layer) else {
+                continue;
+            };
+            for (pp, cp) in matching(layer, other).pairs {
+                let at = |plane: &Plane<'_>| (g, layer.layer, plane.tensor);
+                out.push(Pair {
+                    group: g,
+                    layer: layer.layer,
+                    units,
+                    producer: (pp, p_placed.get(&at(&pp)).copied()),
+                    consumer: (cp, c_placed.get(&at(&cp)).copied()),
+                });
+            }
+        }
+    }
+    out
 }
 
 fn placements(p: &Side<'_>, c: &Side<'_>, found: &mut Found) {
@@ -463,32 +421,50 @@ fn placements(p: &Side<'_>, c: &Side<'_>, found: &mut Found) {
     if pt.layers != ct.layers {
         found.push("placement.layers", pt.layers, ct.layers, WINDOW);
     }
-    let mut consumer = BTreeMap::new();
-    for t in c.placement.tensors() {
-        if let Some(format) = c.format.tensor(t.group, t.layer, t.tensor) {
-            consumer.insert((t.group, t.layer, format.name.as_str()), (t, format));
-        }
-    }
-    for t in p.placement.tensors() {
-        let Some(format) = p.format.tensor(t.group, t.layer, t.tensor) else {
+    let comparable = !found.is_incompatible();
+    for pair in pairs(p, c) {
+        let Some((producer, consumer)) = pair.both() else {
             continue;
         };
-        let key = (t.group, t.layer, format.name.as_str());
-        let Some((other, other_format)) = consumer.get(&key) else {
-            continue;
+        let at = At {
+            group: pair.group,
+            layer: pair.layer,
+            tensor: pair_name(&pair.producer.0, &pair.consumer.0),
         };
-        let part = |t: &PlacedTensor, format| match t.shard_of(format) {
+        let part = |half: &Half<'_>| match half.shard() {
             None => "whole".to_owned(),
-            Some(shard) => shard.to_string(),
+            Some((_, shard)) => shard.to_string(),
         };
-        let (a, b) = (part(t, format), part(other, other_format));
+        let (a, b) = (part(&producer), part(&consumer));
         if a != b {
-            let at = At {
-                group: t.group,
-                layer: t.layer,
-                tensor: &format.name,
-            };
             found.layer(at, "shard", (a, b), SHARD);
         }
+        // Of layouts that match as far as formats go, what strides allow.
+        let Some(overlap) = Overlap::of(&producer, &consumer).filter(|_| comparable) else {
+            continue;
+        };
+        let laid = overlap.lay(&producer, &consumer, pair.units);
+        let split = |kind| {
+            laid.as_ref()
+                .and_then(|(p, c)| common_split(p.digits(kind), c.digits(kind)))
+                .is_some()
+        };
+        if laid.is_none()
+            || !kinds(&producer.plane, &consumer.plane)
+                .into_iter()
+                .all(split)
+        {
+            let values = (strides_text(&producer), strides_text(&consumer));
+            found.layer(at, "strides", values, STRIDES);
+        }
     }
+}
+
+/// The axes that a rank keeps, with the bytes of a step.
+fn strides_text(half: &Half<'_>) -> String {
+    let format = half.plane.format;
+    let extents = half.placed.extents(format);
+    let axes = format.axes.iter().zip(extents).zip(&half.placed.strides);
+    let axes = axes.map(|((axis, extent), stride)| format!("{} {extent} × {stride} B", axis.kind));
+    format!("[{}]", axes.collect::<Vec<_>>().join(", "))
 }

@@ -25,6 +25,8 @@ pub mod limits {
     pub const NAME: usize = 256;
     /// Facts of a model's identity.
     pub const FACTS: usize = 128;
+    /// Tensor-parallel ranks times pipeline stages.
+    pub const RANKS: u64 = 4096;
     /// Constant scales of a tensor.
     pub const SCALES: usize = 4096;
     /// Bytes of one block of one tensor.

@@ -57,6 +57,14 @@ impl Shard {
         })
     }
 
+    /// What two parts have in common; `None`: nothing.
+    pub(crate) fn meet(self, other: Self) -> Option<Self> {
+        let end = |s: Self| s.first.saturating_add(s.count);
+        let first = self.first.max(other.first);
+        let count = end(self).min(end(other)).checked_sub(first)?;
+        (count > 0).then_some(Self { first, count })
+    }
+
     /// Refuses a part that is empty or not within the tensor's sharded axis.
     pub(super) fn check(
         self,

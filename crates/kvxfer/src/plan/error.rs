@@ -45,6 +45,20 @@ pub enum CompileError {
         /// The tensor.
         tensor: String,
     },
+    /// A group whose blocks are made of more units than can be counted.
+    #[error(
+        "group {group}: the {side}'s {blocks} blocks of {per_block} units each are more than 2^32; use block sizes that are multiples of one another"
+    )]
+    TooManyUnits {
+        /// Whose blocks.
+        side: SideName,
+        /// Index of the cache group.
+        group: u32,
+        /// How many blocks there are.
+        blocks: u32,
+        /// Units of a block.
+        per_block: u32,
+    },
     /// A tensor lies so differently on the two sides that its blocks fall into too many pieces.
     #[error(
         "{tensor}: a block is {pieces} pieces that lie alike on both sides, more than the {max} allowed; use the same order of axes on both sides"
@@ -57,6 +71,21 @@ pub enum CompileError {
         /// How many there may be.
         max: u64,
     },
+}
+
+/// Tokens of a request, from the first one on to before the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TokenRange {
+    /// The first token.
+    pub start: u64,
+    /// One past the last token.
+    pub end: u64,
+}
+
+impl fmt::Display for TokenRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..{}", self.start, self.end)
+    }
 }
 
 /// Why a request's block pairs cannot be planned.
@@ -75,7 +104,7 @@ pub enum PlanError {
         /// How many blocks there are.
         num_blocks: u32,
     },
-    /// Two pairs with the same destination.
+    /// A destination block that is there twice.
     #[error("destination block {block} of group {group} is listed twice")]
     DuplicateDestination {
         /// Index of the cache group; where groups share a pool, one of those that list it.
@@ -94,6 +123,66 @@ pub enum PlanError {
     /// A group with two lists of pairs.
     #[error("group {group} is listed twice")]
     GroupTwice {
+        /// Index of the cache group.
+        group: u32,
+    },
+    /// Block pairs of a group whose blocks are not of one size.
+    #[error(
+        "blocks of group {group} hold {producer_tokens} tokens at the producer and {consumer_tokens} at the consumer, so they do not go in pairs; give both sides' blocks in token order"
+    )]
+    UnequalBlocks {
+        /// Index of the cache group.
+        group: u32,
+        /// Tokens of a block at the producer.
+        producer_tokens: u32,
+        /// Tokens of a block at the consumer.
+        consumer_tokens: u32,
+    },
+    /// Lists of blocks of which one goes on where the other has ended.
+    #[error(
+        "group {group}: the producer's {producer_blocks} blocks hold tokens {producer}, the consumer's {consumer_blocks} hold tokens {consumer}; one list has blocks that the other has nothing for"
+    )]
+    Lengths {
+        /// Index of the cache group.
+        group: u32,
+        /// How many blocks the producer's list has.
+        producer_blocks: usize,
+        /// How many blocks the consumer's list has.
+        consumer_blocks: usize,
+        /// The producer's tokens.
+        producer: TokenRange,
+        /// The consumer's tokens.
+        consumer: TokenRange,
+    },
+    /// Tokens that a list of blocks does not hold.
+    #[error(
+        "group {group}: tokens {wanted} are wanted, and the {side}'s {blocks} blocks hold {held}"
+    )]
+    NotHeld {
+        /// Whose list.
+        side: SideName,
+        /// Index of the cache group.
+        group: u32,
+        /// How many blocks the list has.
+        blocks: usize,
+        /// The tokens that it holds.
+        held: TokenRange,
+        /// The tokens that are to move, whole units.
+        wanted: TokenRange,
+    },
+    /// A token at which no unit begins.
+    #[error("group {group}: token {token} is within a unit; begin at a multiple of {unit}")]
+    WithinUnit {
+        /// Index of the cache group.
+        group: u32,
+        /// The token.
+        token: u64,
+        /// Tokens of a unit.
+        unit: u32,
+    },
+    /// Units that were listed for two ranks with other block sizes.
+    #[error("the blocks of group {group} were listed for ranks with other block sizes")]
+    OtherUnits {
         /// Index of the cache group.
         group: u32,
     },

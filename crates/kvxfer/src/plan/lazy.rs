@@ -13,11 +13,11 @@ use super::source::{Op, OpSource, Piece};
 pub struct Plan {
     pub(super) inner: Arc<Inner>,
     pub(super) sections: Vec<Section>,
-    pub(super) units: Vec<Unit>,
-    pub(super) pieces: Vec<UnitPiece>,
-    /// For each unit the first and last pair it touches, as indices into its section's pairs.
+    pub(super) spans: Vec<OpSpan>,
+    pub(super) pieces: Vec<SpanPiece>,
+    /// For each span the first and last pair it touches, as indices into its section's pairs.
     pub(super) touched: Vec<(u32, u32)>,
-    /// Remote block in the high half, local block in the low one; sorted by remote block within a
+    /// Remote unit in the high half, local unit in the low one; sorted by remote unit within a
     /// group.
     pub(super) pairs: Vec<u64>,
     pub(super) report: PlanReport,
@@ -36,7 +36,7 @@ pub struct PlanReport {
     pub bytes: u64,
 }
 
-/// One geometry's operations: every unit for the first tensor, then for the next one, and so on.
+/// One geometry's operations: every span for the first tensor, then for the next one, and so on.
 #[derive(Debug)]
 pub(super) struct Section {
     /// The plan's index of its first operation.
@@ -47,18 +47,18 @@ pub(super) struct Section {
     pub(super) class: usize,
     /// In `Inner::tensors`.
     pub(super) tensors: Range<usize>,
-    /// In `Plan::units`.
-    pub(super) units: Range<usize>,
+    /// In `Plan::spans`.
+    pub(super) spans: Range<usize>,
     /// In `Plan::pairs`.
     pub(super) pairs: Range<usize>,
-    /// Whether the units are those of one block, to be repeated for each pair.
+    /// Whether the spans are those of one unit, to be repeated for each pair.
     pub(super) repeated: bool,
 }
 
-/// One operation, but for the tensor (and the block, where units are repeated): offsets count from
-/// the tensor's block 0 (or from the block).
+/// One operation, but for the tensor (and the unit, where spans are repeated): offsets count from
+/// the tensor's first unit (or from the unit).
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Unit {
+pub(super) struct OpSpan {
     pub(super) remote: u64,
     /// The first piece's local offset.
     pub(super) local: u64,
@@ -70,7 +70,7 @@ pub(super) struct Unit {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct UnitPiece {
+pub(super) struct SpanPiece {
     pub(super) local: u64,
     pub(super) len: u32,
 }
@@ -85,7 +85,7 @@ impl Plan {
     /// How many entries the plan holds: what it costs, beside what it comes to.
     #[cfg(test)]
     pub(super) fn held_entries(&self) -> usize {
-        self.sections.len() + self.units.len() + self.pieces.len() + self.pairs.len()
+        self.sections.len() + self.spans.len() + self.pieces.len() + self.pairs.len()
     }
 
     fn class(&self, section: &Section) -> &Class {
@@ -104,38 +104,38 @@ impl Section {
     }
 }
 
-/// A unit's operations at one place, into the sink.
+/// Operations at one place, into the sink.
 struct Emitter<'a, 's> {
-    pieces: &'a [UnitPiece],
+    pieces: &'a [SpanPiece],
     scratch: [Piece; MAX_PIECES],
     sink: &'s mut dyn FnMut(&Op<'_>),
 }
 
 impl Emitter<'_, '_> {
     #[inline]
-    fn units(&mut self, units: &[Unit], tensor: &TensorPair, remote_base: u64, local_base: u64) {
-        for unit in units {
-            let used = if unit.count == 1 {
+    fn spans(&mut self, spans: &[OpSpan], tensor: &TensorPair, remote_base: u64, local_base: u64) {
+        for span in spans {
+            let used = if span.count == 1 {
                 self.scratch[0] = Piece {
                     region: tensor.local_region,
-                    len: unit.len,
-                    offset: local_base + unit.local,
+                    len: span.len,
+                    offset: local_base + span.local,
                 };
                 1
             } else {
-                self.fill(unit, tensor.local_region, local_base)
+                self.fill(span, tensor.local_region, local_base)
             };
             (self.sink)(&Op {
                 remote_region: tensor.remote_region,
-                remote_offset: remote_base + unit.remote,
-                len: u64::from(unit.len),
+                remote_offset: remote_base + span.remote,
+                len: u64::from(span.len),
                 local: &self.scratch[..used],
             });
         }
     }
 
-    fn fill(&mut self, unit: &Unit, region: u32, local_base: u64) -> usize {
-        let pieces = &self.pieces[unit.pieces..unit.pieces + unit.count as usize];
+    fn fill(&mut self, span: &OpSpan, region: u32, local_base: u64) -> usize {
+        let pieces = &self.pieces[span.pieces..span.pieces + span.count as usize];
         for (out, piece) in self.scratch.iter_mut().zip(pieces) {
             *out = Piece {
                 region,
@@ -190,20 +190,29 @@ impl OpSource for Plan {
         let section = &self.sections[self.section_at(op)];
         let at = (op - section.first_op) % section.per_tensor;
         let (first, last) = if section.repeated {
-            let pair = index(at / section.units.len() as u64);
+            let pair = index(at / section.spans.len() as u64);
             (pair, pair)
         } else {
-            let (first, last) = self.touched[section.units.start + index(at)];
+            let (first, last) = self.touched[section.spans.start + index(at)];
             (first as usize, last as usize)
         };
         let pairs = &self.pairs[section.pairs.clone()];
+        let per_block = self.inner.groups[section.group as usize].units.consumer;
+        let begins = out.len();
         for pair in &pairs[first..=last] {
             let (remote, local) = unpack(*pair);
-            let block = match self.inner.role {
+            let unit = match self.inner.role {
                 Role::Pull => local,
                 Role::Push => remote,
             };
-            out.push((section.group, block));
+            out.push((section.group, unit / per_block));
+        }
+        if per_block > 1 {
+            // Units of a block may be apart, where the remote side is the producer's.
+            let mut blocks = out.split_off(begins);
+            blocks.sort_unstable();
+            blocks.dedup();
+            out.append(&mut blocks);
         }
     }
 }
@@ -211,7 +220,7 @@ impl OpSource for Plan {
 impl Plan {
     /// Operations `from..to` of a section, which are not none.
     fn emit_section(&self, section: &Section, from: u64, to: u64, out: &mut Emitter<'_, '_>) {
-        let units = &self.units[section.units.clone()];
+        let spans = &self.spans[section.spans.clone()];
         let pairs = &self.pairs[section.pairs.clone()];
         let tensors = &self.inner.tensors[section.tensors.clone()];
         let class = self.class(section);
@@ -222,27 +231,27 @@ impl Plan {
         for tensor in &tensors[first..] {
             let take = left.min(section.per_tensor - skip);
             if section.repeated {
-                let each = units.len() as u64;
-                let mut unit = index(skip % each);
+                let each = spans.len() as u64;
+                let mut span = index(skip % each);
                 let mut take = take;
                 for pair in &pairs[index(skip / each)..] {
                     if take == 0 {
                         break;
                     }
-                    let end = index((unit as u64).saturating_add(take).min(each));
+                    let end = index((span as u64).saturating_add(take).min(each));
                     let (remote, local) = unpack(*pair);
-                    out.units(
-                        &units[unit..end],
+                    out.spans(
+                        &spans[span..end],
                         tensor,
-                        tensor.remote_base + u64::from(remote) * class.remote_stride,
-                        tensor.local_base + u64::from(local) * class.local_stride,
+                        tensor.remote_base + class.remote.at(remote),
+                        tensor.local_base + class.local.at(local),
                     );
-                    take -= (end - unit) as u64;
-                    unit = 0;
+                    take -= (end - span) as u64;
+                    span = 0;
                 }
             } else {
-                let units = &units[index(skip)..index(skip + take)];
-                out.units(units, tensor, tensor.remote_base, tensor.local_base);
+                let spans = &spans[index(skip)..index(skip + take)];
+                out.spans(spans, tensor, tensor.remote_base, tensor.local_base);
             }
             left -= take;
             skip = 0;
@@ -253,12 +262,12 @@ impl Plan {
     }
 }
 
-/// A pair in one number that sorts by remote block, then by local block.
+/// A pair in one number that sorts by remote unit, then by local unit.
 pub(super) fn pack(remote: u32, local: u32) -> u64 {
     u64::from(remote) << 32 | u64::from(local)
 }
 
-/// Remote block, local block.
+/// Remote unit, local unit.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "the halves are what is wanted"

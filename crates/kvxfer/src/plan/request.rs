@@ -1,10 +1,14 @@
 //! From a request's block pairs to a plan.
 
+use std::ops::ControlFlow;
+
 use super::compile::{Class, Compiled, Group, Role};
 use super::error::{PlanError, SideName};
-use super::lazy::{Plan, PlanReport, Section, Unit, UnitPiece, pack, unpack};
+use super::lazy::{OpSpan, Plan, PlanReport, Section, SpanPiece, pack, unpack};
 use super::sort;
-use crate::blocks::GroupPairs;
+use super::units::UnitPairs;
+use crate::blocks::{BlockPair, GroupPairs};
+use crate::layout::Steps;
 
 /// The most bytes of an operation, whatever a device says: 2 GiB − 64 KiB keeps lengths below the
 /// sign bit and cuts at a 64 KiB boundary.
@@ -13,7 +17,7 @@ pub const MAX_CHUNK: u64 = (2 << 30) - (64 << 10);
 /// The most local pieces of an operation, whatever a device says.
 pub const MAX_PIECES: usize = 32;
 
-/// Blocks in more pieces than this are not merged with their neighbours: one block's operations
+/// Units in more pieces than this are not merged with their neighbours: one unit's operations
 /// are worked out and repeated, so that a plan's cost stays with its blocks.
 const MERGED_PIECES: usize = 8;
 
@@ -42,11 +46,63 @@ impl Compiled {
     /// # Errors
     ///
     /// A block out of range, a destination listed twice (in a group, or in groups that share a
-    /// pool), a group that is not there or listed twice, a layer that these ranks do not keep or
-    /// that none of the groups with pairs has, limits of zero, a request too large to count.
+    /// pool), a group that is not there or listed twice, a group with pairs whose blocks are not of
+    /// one size, a layer that these ranks do not keep or that none of the groups with pairs has,
+    /// limits of zero, a request too large to count.
     pub fn plan(
         &self,
         groups: &[GroupPairs],
+        scope: LayerScope,
+        limits: PlanLimits,
+    ) -> Result<Plan, PlanError> {
+        for request in groups.iter().filter(|g| !g.pairs.is_empty()) {
+            let units = self.group(request.group)?.units;
+            let tokens = |per_block: u32| units.tokens.saturating_mul(per_block);
+            if units.producer != units.consumer {
+                return Err(PlanError::UnequalBlocks {
+                    group: request.group,
+                    producer_tokens: tokens(units.producer),
+                    consumer_tokens: tokens(units.consumer),
+                });
+            }
+        }
+        let requests = groups.iter().map(|g| Request {
+            group: g.group,
+            pairs: &g.pairs,
+            blocks: None,
+        });
+        self.plan_requests(&requests.collect::<Vec<_>>(), scope, limits)
+    }
+
+    /// Plans the copying of these units, as [`Compiled::plan`] does that of block pairs. Units that
+    /// were listed for one pair of ranks serve for others of the same block sizes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Compiled::plan`], and units that were listed for other block sizes.
+    pub fn plan_units(
+        &self,
+        groups: &[UnitPairs],
+        scope: LayerScope,
+        limits: PlanLimits,
+    ) -> Result<Plan, PlanError> {
+        for request in groups {
+            if self.group(request.group)?.units != request.units {
+                let group = request.group;
+                return Err(PlanError::OtherUnits { group });
+            }
+        }
+        let requests = groups.iter().map(|g| Request {
+            group: g.group,
+            pairs: &g.pairs,
+            blocks: Some(&g.blocks),
+        });
+        self.plan_requests(&requests.collect::<Vec<_>>(), scope, limits)
+    }
+
+    fn plan_requests(
+        &self,
+        groups: &[Request<'_>],
         scope: LayerScope,
         limits: PlanLimits,
     ) -> Result<Plan, PlanError> {
@@ -86,9 +142,12 @@ impl Compiled {
             }));
             let own = &mut pairs[first_pair..];
             sort::by_remote(own);
-            report.blocks += own.len() as u64;
+            report.blocks += request.blocks.map_or(own.len(), <[u32]>::len) as u64;
             report.runs += runs(own);
             let group = &inner.groups[request.group as usize];
+            if let LayerScope::Layer(layer) = scope {
+                layer_found |= group.has(layer);
+            }
             for (c, class) in inner.classes[group.classes.clone()].iter().enumerate() {
                 let tensors = match scope {
                     LayerScope::All => class.tensors.clone(),
@@ -102,18 +161,17 @@ impl Compiled {
                 if tensors.is_empty() {
                     continue;
                 }
-                layer_found = true;
-                let first_unit = build.units.len();
+                let first_span = build.spans.len();
                 let repeated = class.pieces.len() > MERGED_PIECES;
                 if repeated {
-                    build.one_block(class);
+                    build.one_unit(class);
                 } else {
                     build.merged(class, own);
                 }
-                let units = first_unit..build.units.len();
+                let spans = first_span..build.spans.len();
                 let per_tensor = match repeated {
-                    false => Some(units.len() as u64),
-                    true => (units.len() as u64).checked_mul(own.len() as u64),
+                    false => Some(spans.len() as u64),
+                    true => (spans.len() as u64).checked_mul(own.len() as u64),
                 };
                 let tensors_len = tensors.len() as u64;
                 let ops = per_tensor.and_then(|n| n.checked_mul(tensors_len));
@@ -128,7 +186,7 @@ impl Compiled {
                     group: request.group,
                     class: group.classes.start + c,
                     tensors,
-                    units,
+                    spans,
                     pairs: first_pair..first_pair + own.len(),
                     repeated,
                 });
@@ -147,7 +205,7 @@ impl Compiled {
         Ok(Plan {
             inner: self.inner.clone(),
             sections,
-            units: build.units,
+            spans: build.spans,
             pieces: build.pieces,
             touched: build.touched,
             pairs,
@@ -156,8 +214,8 @@ impl Compiled {
     }
 
     /// Checks groups and block ids.
-    fn check(&self, requests: &[GroupPairs]) -> Result<(), PlanError> {
-        let mut spans = Vec::with_capacity(requests.len());
+    fn check(&self, requests: &[Request<'_>]) -> Result<(), PlanError> {
+        let mut ids = Vec::with_capacity(requests.len());
         for (i, request) in requests.iter().enumerate() {
             let group = self.group(request.group)?;
             if requests.iter().take(i).any(|r| r.group == request.group) {
@@ -165,27 +223,36 @@ impl Compiled {
                     group: request.group,
                 });
             }
-            let span = Span::of(request);
-            // A group that these ranks keep nothing of has no range to be out of.
-            if !group.classes.is_empty() {
-                span.in_range(request, group)?;
-            }
-            spans.push((group.pool, span, request));
+            request.in_range(group)?;
+            ids.push((group.pool, request));
         }
         // By pool: a block of a shared pool can be the destination in one of its groups only.
-        spans.sort_by_key(|(pool, ..)| *pool);
-        for sharers in spans.chunk_by(|a, b| a.0 == b.0) {
-            if let Some(block) = first_duplicate(sharers) {
-                let lists = |r: &GroupPairs| r.pairs.iter().any(|p| p.dst == block);
-                let last = sharers.iter().rfind(|(.., r)| lists(r));
-                let group = last.map_or(0, |(.., r)| r.group);
+        ids.sort_by_key(|(pool, _)| *pool);
+        for sharers in ids.chunk_by(|a, b| a.0 == b.0) {
+            // A list of units has been looked through already.
+            if let [
+                (
+                    _,
+                    Request {
+                        blocks: Some(_), ..
+                    },
+                ),
+            ] = sharers
+            {
+                continue;
+            }
+            let all = sharers.iter().flat_map(|(_, r)| r.destinations());
+            if let Some(block) = duplicate(all) {
+                let lists = |r: &Request<'_>| r.destinations().any(|b| b == block);
+                let last = sharers.iter().rfind(|(_, r)| lists(r));
+                let group = last.map_or(0, |(_, r)| r.group);
                 return Err(PlanError::DuplicateDestination { group, block });
             }
         }
         Ok(())
     }
 
-    fn group(&self, group: u32) -> Result<&Group, PlanError> {
+    pub(super) fn group(&self, group: u32) -> Result<&Group, PlanError> {
         let groups = &self.inner.groups;
         let found = usize::try_from(group).ok().and_then(|g| groups.get(g));
         found.ok_or_else(|| PlanError::UnknownGroup {
@@ -195,39 +262,40 @@ impl Compiled {
     }
 }
 
-/// The ids that a list of pairs spans.
-struct Span {
-    src_max: u32,
-    dst_min: u32,
-    dst_max: u32,
+/// What is asked for of one group: pairs of units, and where a unit is not a block, the destination
+/// blocks.
+struct Request<'a> {
+    group: u32,
+    pairs: &'a [BlockPair],
+    blocks: Option<&'a [u32]>,
 }
 
-impl Span {
-    fn of(request: &GroupPairs) -> Self {
-        let mut span = Self {
-            src_max: 0,
-            dst_min: u32::MAX,
-            dst_max: 0,
+impl Request<'_> {
+    /// The destination blocks.
+    fn destinations(&self) -> impl Iterator<Item = u32> + Clone {
+        let listed = self.blocks.unwrap_or(&[]);
+        let paired = match self.blocks {
+            None => self.pairs,
+            Some(_) => &[],
         };
-        for pair in &request.pairs {
-            span.src_max = span.src_max.max(pair.src);
-            span.dst_min = span.dst_min.min(pair.dst);
-            span.dst_max = span.dst_max.max(pair.dst);
-        }
-        span
+        let listed = listed.iter().copied();
+        listed.chain(paired.iter().map(|p| p.dst))
     }
 
-    fn in_range(&self, request: &GroupPairs, group: &Group) -> Result<(), PlanError> {
-        let sides = [
-            (SideName::Producer, self.src_max, group.producer_blocks),
-            (SideName::Consumer, self.dst_max, group.consumer_blocks),
-        ];
-        for (side, block, num_blocks) in sides {
-            if block >= num_blocks && !request.pairs.is_empty() {
+    fn in_range(&self, group: &Group) -> Result<(), PlanError> {
+        let (mut src_max, mut dst_max) = (0, 0);
+        for pair in self.pairs {
+            src_max = src_max.max(pair.src);
+            dst_max = dst_max.max(pair.dst);
+        }
+        for (side, unit) in [(SideName::Producer, src_max), (SideName::Consumer, dst_max)] {
+            let (per_block, num_blocks) = group.side(side);
+            // What a rank keeps nothing of has no range to be out of.
+            if num_blocks > 0 && unit / per_block >= num_blocks && !self.pairs.is_empty() {
                 return Err(PlanError::BlockOutOfRange {
                     side,
-                    group: request.group,
-                    block,
+                    group: self.group,
+                    block: unit / per_block,
                     num_blocks,
                 });
             }
@@ -236,33 +304,35 @@ impl Span {
     }
 }
 
-/// A destination that is there twice: a bitmap where the ids are dense enough for one to be cheap,
-/// a sorted copy otherwise.
-fn first_duplicate(requests: &[(u32, Span, &GroupPairs)]) -> Option<u32> {
-    let count: usize = requests.iter().map(|(.., r)| r.pairs.len()).sum();
-    let low = requests.iter().map(|(_, span, _)| span.dst_min).min()?;
-    let high = requests.iter().map(|(_, span, _)| span.dst_max).max()?;
+/// An id that is there twice: a bitmap where they are dense enough for one to be cheap, a sorted
+/// copy otherwise.
+pub(super) fn duplicate(ids: impl Iterator<Item = u32> + Clone) -> Option<u32> {
+    let (mut count, mut low, mut high) = (0_usize, u32::MAX, 0);
+    ids.clone().for_each(|id| {
+        count += 1;
+        low = low.min(id);
+        high = high.max(id);
+    });
     if count < 2 {
         return None;
     }
     let words = (high.checked_sub(low)? / 64) as usize + 1;
     if words <= count.saturating_mul(4).saturating_add(64) {
         let mut seen = vec![0_u64; words];
-        for (.., request) in requests {
-            for pair in &request.pairs {
-                let at = pair.dst - low;
-                let word = &mut seen[(at / 64) as usize];
-                let bit = 1_u64 << (at % 64);
-                if *word & bit != 0 {
-                    return Some(pair.dst);
-                }
-                *word |= bit;
+        let mut ids = ids;
+        let twice = ids.try_for_each(|id| {
+            let at = id - low;
+            let word = &mut seen[(at / 64) as usize];
+            let bit = 1_u64 << (at % 64);
+            if *word & bit != 0 {
+                return ControlFlow::Break(id);
             }
-        }
-        return None;
+            *word |= bit;
+            ControlFlow::Continue(())
+        });
+        return twice.break_value();
     }
-    let all = requests.iter().flat_map(|(.., r)| &r.pairs);
-    let mut sorted: Vec<u32> = all.map(|p| p.dst).collect();
+    let mut sorted: Vec<u32> = ids.collect();
     sorted.sort_unstable();
     let twice = sorted.windows(2).find(|w| w[0] == w[1]);
     twice.map(|w| w[0])
@@ -276,12 +346,12 @@ fn runs(pairs: &[u64]) -> u64 {
     breaks.count() as u64 + u64::from(!pairs.is_empty())
 }
 
-/// Units as they grow.
+/// Operations as they grow.
 struct Builder {
     max_len: u32,
     max_pieces: u32,
-    units: Vec<Unit>,
-    pieces: Vec<UnitPiece>,
+    spans: Vec<OpSpan>,
+    pieces: Vec<SpanPiece>,
     touched: Vec<(u32, u32)>,
 }
 
@@ -291,14 +361,14 @@ impl Builder {
         Self {
             max_len: u32::try_from(max_len).expect("MAX_CHUNK is below 2^32"),
             max_pieces: limits.max_sge.min(MAX_PIECES as u32),
-            units: Vec::with_capacity(pairs),
+            spans: Vec::with_capacity(pairs),
             pieces: Vec::new(),
             touched: Vec::with_capacity(pairs),
         }
     }
 
-    /// The units of one block, with offsets from where it begins.
-    fn one_block(&mut self, class: &Class) {
+    /// The operations of one unit, with offsets from where it begins.
+    fn one_unit(&mut self, class: &Class) {
         let mut open = Open::default();
         for piece in &class.pieces {
             self.add(&mut open, piece.remote, piece.local, piece.len, 0);
@@ -306,14 +376,30 @@ impl Builder {
         self.close(&open);
     }
 
-    /// The units of all pairs together, merged where the remote side goes on.
+    /// The operations of all pairs together, merged where the remote side goes on.
     fn merged(&mut self, class: &Class, pairs: &[u64]) {
+        // A unit's last byte is inside its memory, so these fit.
+        if let (Steps::Even(remote), Steps::Even(local)) = (class.remote, class.local) {
+            let (remote, local) = (|id| u64::from(id) * remote, |id| u64::from(id) * local);
+            self.merged_at(class, pairs, remote, local);
+        } else {
+            let (remote, local) = (class.remote, class.local);
+            self.merged_at(class, pairs, |id| remote.at(id), |id| local.at(id));
+        }
+    }
+
+    #[inline(always)]
+    fn merged_at(
+        &mut self,
+        class: &Class,
+        pairs: &[u64],
+        remote_at: impl Fn(u32) -> u64,
+        local_at: impl Fn(u32) -> u64,
+    ) {
         let mut open = Open::default();
         for (i, pair) in (0_u32..).zip(pairs) {
             let (remote, local) = unpack(*pair);
-            // A block's last byte is inside its memory, so these fit.
-            let remote = u64::from(remote) * class.remote_stride;
-            let local = u64::from(local) * class.local_stride;
+            let (remote, local) = (remote_at(remote), local_at(local));
             for piece in &class.pieces {
                 let (remote, local) = (remote + piece.remote, local + piece.local);
                 self.add(&mut open, remote, local, piece.len, i);
@@ -322,29 +408,29 @@ impl Builder {
         self.close(&open);
     }
 
-    /// Adds a stretch that is contiguous on both sides, to the open unit where it can.
-    // Inlined so that the open unit stays in registers: this runs once for each block.
+    /// Adds a stretch that is contiguous on both sides, to the open operation where it can.
+    // Inlined so that the open one stays in registers: this runs once for each block.
     #[inline(always)]
     fn add(&mut self, open: &mut Open, mut remote: u64, mut local: u64, mut len: u64, pair: u32) {
         loop {
-            let room = self.max_len - open.unit.len;
+            let room = self.max_len - open.span.len;
             let goes_on = local == open.local_end;
-            let joins = open.unit.len > 0
+            let joins = open.span.len > 0
                 && room > 0
-                && remote == open.unit.remote + u64::from(open.unit.len)
-                && (goes_on || open.unit.count < self.max_pieces);
+                && remote == open.span.remote + u64::from(open.span.len)
+                && (goes_on || open.span.count < self.max_pieces);
             let take = if joins {
                 let take = capped(len, room);
-                if open.unit.count > 1 || !goes_on {
+                if open.span.count > 1 || !goes_on {
                     self.join_piece(open, goes_on, local, take);
                 }
-                open.unit.len += take;
+                open.span.len += take;
                 open.last = pair;
                 take
             } else {
                 self.close(open);
                 let take = capped(len, self.max_len);
-                open.unit = Unit {
+                open.span = OpSpan {
                     remote,
                     local,
                     len: take,
@@ -365,7 +451,7 @@ impl Builder {
         }
     }
 
-    /// Adds to the pieces of a unit that has several, or is about to.
+    /// Adds to the pieces of an operation that has several, or is about to.
     #[inline(never)]
     fn join_piece(&mut self, open: &mut Open, goes_on: bool, local: u64, len: u32) {
         if goes_on {
@@ -374,30 +460,30 @@ impl Builder {
             }
             return;
         }
-        if open.unit.count == 1 {
-            open.unit.pieces = self.pieces.len();
-            self.pieces.push(UnitPiece {
-                local: open.unit.local,
-                len: open.unit.len,
+        if open.span.count == 1 {
+            open.span.pieces = self.pieces.len();
+            self.pieces.push(SpanPiece {
+                local: open.span.local,
+                len: open.span.len,
             });
         }
-        open.unit.count += 1;
-        self.pieces.push(UnitPiece { local, len });
+        open.span.count += 1;
+        self.pieces.push(SpanPiece { local, len });
     }
 
     #[inline]
     fn close(&mut self, open: &Open) {
-        if open.unit.len > 0 {
-            self.units.push(open.unit);
+        if open.span.len > 0 {
+            self.spans.push(open.span);
             self.touched.push((open.first, open.last));
         }
     }
 }
 
-/// The unit that may still grow; there is none while its length is 0.
+/// The operation that may still grow; there is none while its length is 0.
 #[derive(Default)]
 struct Open {
-    unit: Unit,
+    span: OpSpan,
     /// Where its last piece ends on the local side.
     local_end: u64,
     /// The first and last pair it touches.

@@ -3,7 +3,7 @@
 use super::*;
 use crate::blocks::{BlockPair, GroupPairs};
 use crate::layout::{
-    Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, KvPlacement, LayerFormat,
+    Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, KvPlacement, LayerFormat, LayerWindow,
     ModelIdentity, Packing, PlacementDesc, Side, TensorFormat, TensorRole, Topology, models,
 };
 
@@ -26,7 +26,7 @@ fn compiled(format: &KvFormat, producer_blocks: u32, consumer_blocks: u32, role:
         uniform(format, topology, consumer_blocks),
     );
     let side = |placement| Side { format, placement };
-    Compiled::compile(&side(&p), &side(&c), role).expect("the same format")
+    Compiled::compile(&side(&p), &side(&c), role, Part::Common).expect("the same format")
 }
 
 fn pairs(group: u32, pairs: &[(u32, u32)]) -> GroupPairs {
@@ -257,8 +257,8 @@ fn a_block_of_a_shared_pool_has_one_group() {
         format: &format,
         placement,
     };
-    let compiled =
-        Compiled::compile(&side(&producer), &side(&consumer), Role::Pull).expect("matches");
+    let compiled = Compiled::compile(&side(&producer), &side(&consumer), Role::Pull, Part::Common)
+        .expect("matches");
     let plan = |a, b| {
         let request = [pairs(0, &[(0, a)]), pairs(1, &[(0, b)])];
         compiled.plan(&request, LayerScope::All, NO_LIMITS)
@@ -270,10 +270,32 @@ fn a_block_of_a_shared_pool_has_one_group() {
     ));
 }
 
+fn llama(block: u32, dtype: DType) -> KvFormat {
+    models::builtin("llama-3.1-8b", block, dtype).expect("built in")
+}
+
+fn between(p: &KvFormat, c: &KvFormat, topologies: (Topology, Topology)) -> Compiled {
+    let (pp, cp) = (uniform(p, topologies.0, 100), uniform(c, topologies.1, 100));
+    let producer = Side {
+        format: p,
+        placement: &pp,
+    };
+    let consumer = Side {
+        format: c,
+        placement: &cp,
+    };
+    Compiled::compile(&producer, &consumer, Role::Pull, Part::Share).expect("reshardable")
+}
+
+fn unequal(producer: u32, consumer: u32) -> Compiled {
+    let (p, c) = (llama(producer, DType::Bf16), llama(consumer, DType::Bf16));
+    let topologies = (Topology::single(&p), Topology::single(&c));
+    between(&p, &c, topologies)
+}
+
 #[test]
-fn unequal_sides_are_refused_with_the_field_named() {
-    let format = models::builtin("llama-3.1-8b", 16, DType::Bf16).expect("built in");
-    let other = models::builtin("llama-3.1-8b", 64, DType::Bf16).expect("built in");
+fn what_no_copy_can_bridge_is_refused_with_the_field_named() {
+    let (format, other) = (llama(16, DType::Bf16), llama(64, DType::F16));
     let (p, c) = (
         uniform(&format, Topology::single(&format), 4),
         uniform(&other, Topology::single(&other), 4),
@@ -286,7 +308,8 @@ fn unequal_sides_are_refused_with_the_field_named() {
         format: &other,
         placement: &c,
     };
-    let error = Compiled::compile(&producer, &consumer, Role::Pull).expect_err("refused");
+    let compile = |consumer| Compiled::compile(&producer, consumer, Role::Pull, Part::Common);
+    let error = compile(&consumer).expect_err("refused");
     let CompileError::Mismatch(mismatch) = error else {
         panic!("{error}");
     };
@@ -295,17 +318,232 @@ fn unequal_sides_are_refused_with_the_field_named() {
         .iter()
         .map(|d| d.field.as_str())
         .collect();
-    assert_eq!(fields, ["groups[0].block_tokens"]);
+    assert_eq!(
+        fields,
+        [
+            "groups[0].layers[0-31].k.dtype",
+            "groups[0].layers[0-31].v.dtype",
+            "groups[0].block_tokens"
+        ]
+    );
     // A placement that is not for its format is neither a mismatch nor a panic.
     let wrong = Side {
         format: &other,
         placement: &p,
     };
     assert!(matches!(
-        Compiled::compile(&producer, &wrong, Role::Pull),
+        compile(&wrong),
         Err(CompileError::Placement {
             side: SideName::Consumer,
             ..
         })
     ));
+}
+
+/// (source unit, destination unit) of each pair.
+fn listed_units(pairs: &UnitPairs) -> Vec<(u32, u32)> {
+    pairs.pairs.iter().map(|p| (p.src, p.dst)).collect()
+}
+
+#[test]
+fn unequal_blocks_go_in_units() {
+    let compiled = unequal(16, 48);
+    let unit = compiled.unit(0).expect("a group");
+    assert_eq!(
+        (
+            unit.tokens,
+            unit.producer_per_block,
+            unit.consumer_per_block
+        ),
+        (16, 1, 3)
+    );
+    let pairs = compiled
+        .pairs(0, &[7, 3, 9, 5], &[2, 0], None)
+        .expect("listed");
+    assert_eq!(listed_units(&pairs), [(7, 6), (3, 7), (9, 8), (5, 0)]);
+    assert_eq!(pairs.blocks(), [2, 0]);
+    // Tokens 20 to 40 are in the units of 16 to 48: the start must be given as such.
+    let some = compiled.pairs(0, &[7, 3, 9, 5], &[2, 0], Some(16..40));
+    let some = some.expect("listed");
+    assert_eq!(listed_units(&some), [(3, 7), (9, 8)]);
+    assert_eq!(some.blocks(), [2]);
+    let plan = compiled.plan_units(&[pairs], LayerScope::Layer(3), NO_LIMITS);
+    let plan = plan.expect("planned");
+    assert_eq!(
+        plan.report(),
+        PlanReport {
+            blocks: 2,
+            runs: 4,
+            operations: 8,
+            bytes: 2 * 64 * 8 * 128 * 2,
+        }
+    );
+    // 24 and 16: units of 8 on both sides.
+    let compiled = unequal(24, 16);
+    let pairs = compiled
+        .pairs(0, &[1, 0], &[10, 11, 12], None)
+        .expect("listed");
+    assert_eq!(
+        listed_units(&pairs),
+        [(3, 20), (4, 21), (5, 22), (0, 23), (1, 24), (2, 25)]
+    );
+    let error = compiled.plan(&[self::pairs(0, &[(0, 0)])], LayerScope::All, NO_LIMITS);
+    assert!(matches!(error, Err(PlanError::UnequalBlocks { .. })));
+    let empty = compiled.plan(&[self::pairs(0, &[])], LayerScope::All, NO_LIMITS);
+    assert_eq!(empty.expect("nothing to plan").ops(), 0);
+    let others = unequal(16, 48).plan_units(&[pairs], LayerScope::All, NO_LIMITS);
+    assert_eq!(
+        others.expect_err("other units"),
+        PlanError::OtherUnits { group: 0 }
+    );
+}
+
+#[test]
+fn lists_that_begin_at_unequal_tokens() {
+    // A window that begins at token 90: block 5 of 16 tokens, block 1 of 64.
+    let compiled = unequal(16, 64);
+    let (src, dst) = ([50, 51, 52], [7]);
+    let src = Listed {
+        blocks: &src,
+        first_token: 80,
+    };
+    let dst = Listed {
+        blocks: &dst,
+        first_token: 64,
+    };
+    let pairs = compiled.pairs(0, src, dst, None).expect("listed");
+    assert_eq!(listed_units(&pairs), [(50, 29), (51, 30), (52, 31)]);
+    let refused = |tokens| compiled.pairs(0, src, dst, tokens).expect_err("refused");
+    assert_eq!(
+        refused(Some(64..128)).to_string(),
+        "group 0: tokens 64..128 are wanted, and the producer's 3 blocks hold 80..128"
+    );
+    assert_eq!(
+        refused(Some(81..128)).to_string(),
+        "group 0: token 81 is within a unit; begin at a multiple of 16"
+    );
+}
+
+#[test]
+fn lists_that_do_not_fit_are_refused() {
+    let compiled = unequal(16, 64);
+    let refused = |src: &[u32], dst: &[u32]| {
+        let error = compiled.pairs(0, src, dst, None).expect_err("refused");
+        error.to_string()
+    };
+    assert_eq!(
+        refused(&[0, 1, 2, 3], &[0, 1]),
+        "group 0: the producer's 4 blocks hold tokens 0..64, the consumer's 2 hold tokens 0..128; one list has blocks that the other has nothing for"
+    );
+    assert!(refused(&[0, 1, 2, 3, 4], &[0]).contains("hold tokens 0..80"));
+    assert_eq!(
+        refused(&[0, 1, 2, 3, 4], &[5, 5]),
+        "destination block 5 of group 0 is listed twice"
+    );
+    assert_eq!(
+        refused(&[0, 100], &[5]),
+        "producer block 100 of group 0 is out of range; there are 100"
+    );
+    assert_eq!(
+        refused(&[0], &[100]),
+        "consumer block 100 of group 0 is out of range; there are 100"
+    );
+    assert!(matches!(
+        compiled.pairs(1, &[], &[], None),
+        Err(PlanError::UnknownGroup { .. })
+    ));
+    for (src, dst) in [(&[][..], &[1][..]), (&[1], &[])] {
+        assert!(matches!(
+            compiled.pairs(0, src, dst, None),
+            Err(PlanError::Lengths { .. })
+        ));
+    }
+    assert!(
+        compiled
+            .pairs(0, &[], &[], None)
+            .expect("nothing")
+            .is_empty()
+    );
+    let nothing = compiled.pairs(0, &[1], &[], Some(32..32));
+    assert!(nothing.expect("no tokens").is_empty());
+}
+
+#[test]
+fn more_units_than_numbers_are_refused() {
+    let (p, c) = (llama(1024, DType::Bf16), llama(1023, DType::Bf16));
+    let (pp, cp) = (
+        uniform(&p, Topology::single(&p), 1 << 22),
+        uniform(&c, Topology::single(&c), 4),
+    );
+    let side = |format, placement| Side { format, placement };
+    let error = Compiled::compile(&side(&p, &pp), &side(&c, &cp), Role::Pull, Part::Common);
+    assert!(matches!(
+        error,
+        Err(CompileError::TooManyUnits {
+            side: SideName::Producer,
+            per_block: 1024,
+            ..
+        })
+    ));
+}
+
+#[test]
+fn ranks_share_out_what_several_keep() {
+    // 8 heads on 4 ranks, read by 8; a latent on 4 ranks, read by 8.
+    for (name, each) in [("llama-3.1-8b", 1), ("deepseek-v3", 576)] {
+        let format = models::builtin(name, 16, DType::Bf16).expect("built in");
+        for reader in 0..8 {
+            let givers = (0..4).filter(|giver| {
+                let topologies = (
+                    Topology::tensor_parallel(&format, *giver, 4),
+                    Topology::tensor_parallel(&format, reader, 8),
+                );
+                !between(&format, &format, topologies).is_empty()
+            });
+            let wanted = if each == 1 { reader / 2 } else { reader % 4 };
+            assert_eq!(givers.collect::<Vec<_>>(), [wanted], "{name} {reader}");
+        }
+    }
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let format = llama(16, DType::Bf16);
+    let whole = Topology::single(&format);
+    let covers: Vec<Compiled> = (0..4)
+        .map(|tp| {
+            between(
+                &format,
+                &format,
+                (Topology::tensor_parallel(&format, tp, 4), whole),
+            )
+        })
+        .collect();
+    let placement = uniform(&format, whole, 100);
+    let consumer = Side {
+        format: &format,
+        placement: &placement,
+    };
+    let missing = |of: &[usize]| {
+        let covers: Vec<&Cover> = of.iter().map(|i| covers[*i].cover()).collect();
+        Cover::missing(&consumer, &covers).map(|m| m.to_string())
+    };
+    assert_eq!(missing(&[3, 0, 2, 1]), None);
+    assert_eq!(missing(&[0, 1, 1, 2, 3, 3]), None);
+    let said = |of: &[usize]| missing(of).expect("something is missing");
+    assert_eq!(said(&[0, 3]), "group 0 (full) layers 0-31 k head 2..6");
+    assert_eq!(said(&[1, 2, 3]), "group 0 (full) layers 0-31 k head 0..2");
+    assert_eq!(said(&[]), "group 0 (full) layers 0-31 k");
+    // Another stage gives other layers.
+    let stage = Topology {
+        layers: LayerWindow { first: 0, end: 20 },
+        ..whole
+    };
+    let half = between(&format, &format, (stage, whole));
+    assert_eq!(half.layers(), stage.layers);
+    let missing = Cover::missing(&consumer, &[half.cover()]);
+    assert_eq!(
+        missing.expect("the other stage").to_string(),
+        "group 0 (full) layers 20-31 k head 0..8"
+    );
 }

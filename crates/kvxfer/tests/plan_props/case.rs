@@ -6,7 +6,7 @@ use crate::formats::{Formats, formats, placement};
 use crate::tape::Tape;
 use kvxfer::blocks::{BlockPair, GroupPairs};
 use kvxfer::layout::{AxisKind, PlacedTensor, PlacementDesc, Side, TensorFormat};
-use kvxfer::plan::{Compiled, PlanLimits, Role};
+use kvxfer::plan::{Compiled, Part, PlanLimits, Role};
 
 /// Pairs in stretches and alone; no destination twice.
 pub(crate) fn pairs(tape: &mut Tape, src_blocks: u32, dst_blocks: u32) -> Vec<BlockPair> {
@@ -90,7 +90,7 @@ impl Case {
             format: &self.formats.consumer,
             placement: &self.consumer,
         };
-        Compiled::compile(&producer, &consumer, self.role).expect("the sides match")
+        Compiled::compile(&producer, &consumer, self.role, Part::Common).expect("the sides match")
     }
 
     pub(crate) fn memory_len(&self, side: &PlacementDesc) -> Vec<usize> {

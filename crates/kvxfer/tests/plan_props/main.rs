@@ -2,8 +2,10 @@
 //! bytes asked for, each once, and nothing else.
 
 mod case;
+mod cluster;
 mod copied;
 mod formats;
+mod reshard;
 #[path = "../tape/mod.rs"]
 mod tape;
 
@@ -14,7 +16,7 @@ use copied::Copied;
 use formats::formats;
 use kvxfer::blocks::GroupPairs;
 use kvxfer::layout::{KvFormat, PlacementDesc, Side};
-use kvxfer::plan::{Compiled, LayerScope, OpSource, Role};
+use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, Role};
 use proptest::prelude::*;
 use tape::tape;
 
@@ -38,7 +40,7 @@ proptest! {
         prop_assert_eq!(report.blocks, blocks as u64);
         prop_assert!(report.runs <= report.blocks);
         let per_block: u64 = case.pairs.iter().map(|g| {
-            compiled.block_bytes(g.group).expect("a group") * g.pairs.len() as u64
+            compiled.unit_bytes(g.group).expect("a group") * g.pairs.len() as u64
         }).sum();
         prop_assert_eq!(report.bytes, per_block);
     }
@@ -91,7 +93,7 @@ proptest! {
         let Ok(consumer) = serde_json::from_value::<PlacementDesc>(json) else { return Ok(()) };
         let producer = Side { format: &case.formats.producer, placement: &case.producer };
         let consumer = Side { format: &case.formats.consumer, placement: &consumer };
-        let Ok(compiled) = Compiled::compile(&producer, &consumer, case.role) else { return Ok(()) };
+        let Ok(compiled) = Compiled::compile(&producer, &consumer, case.role, Part::Common) else { return Ok(()) };
         let Ok(plan) = compiled.plan(&case.pairs, LayerScope::All, case.limits) else { return Ok(()) };
         // What was let through stays inside the memories it names.
         let remote = match case.role { Role::Pull => producer, Role::Push => consumer };

@@ -40,5 +40,10 @@ impl Tape {
 
 /// Tapes.
 pub(crate) fn tape() -> impl Strategy<Value = Tape> {
-    prop::collection::vec(any::<u32>(), 0..600).prop_map(|numbers| Tape { numbers, at: 0 })
+    tape_of(600)
+}
+
+/// Tapes of up to so many numbers.
+pub(crate) fn tape_of(most: usize) -> impl Strategy<Value = Tape> {
+    prop::collection::vec(any::<u32>(), 0..most).prop_map(|numbers| Tape { numbers, at: 0 })
 }
