@@ -36,6 +36,8 @@ mod uniform;
 #[cfg(test)]
 mod builder_tests;
 #[cfg(test)]
+mod compare_tests;
+#[cfg(test)]
 mod tests;
 
 pub use axis::{Axis, AxisKind};

@@ -16,6 +16,16 @@ use crate::layout::{
 /// The most pieces that one unit of every geometry may have together.
 const TOTAL_PIECES: u64 = 1 << 22;
 
+/// Operations of fewer bytes than this keep a network card from its line rate: a queue pair takes some
+/// ten million of them a second, and at 400 Gb/s that is 5000 bytes each.
+pub const SMALL_PIECE: u64 = 4096;
+
+/// What operators are told of pieces of so many bytes, if they are small.
+#[must_use]
+pub fn small_pieces(bytes: u64) -> Option<String> {
+    (bytes < SMALL_PIECE).then(|| format!("{bytes}-byte pieces: expect a fraction of line rate"))
+}
+
 /// Which side does the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
