@@ -245,13 +245,16 @@ fn ranks_that_cannot_be_are_refused() {
     let whole = Topology::single(&format);
     let of = |tp, pp| Parallel { tp, pp };
     let single = vec![Rank::default()];
-    assert_eq!(reshard::sources(&format, of(1, 1), &whole), Ok(single));
+    assert_eq!(
+        reshard::sources((&format, of(1, 1)), (&format, &whole)),
+        Ok(single)
+    );
     assert!(matches!(
-        reshard::sources(&format, of(3, 1), &whole),
+        reshard::sources((&format, of(3, 1)), (&format, &whole)),
         Err(LayoutError::UnevenShard { .. })
     ));
     assert!(matches!(
-        reshard::takers(&format, &whole, of(u32::MAX, 7)),
+        reshard::takers((&format, &whole), (&format, of(u32::MAX, 7))),
         Err(LayoutError::TooMany { .. })
     ));
 }

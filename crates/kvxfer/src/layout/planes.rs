@@ -17,7 +17,7 @@ pub(crate) struct Plane<'a> {
 
 impl<'a> Plane<'a> {
     /// All of a tensor.
-    pub(super) const fn whole((tensor, format): (u32, &'a TensorFormat)) -> Self {
+    const fn whole((tensor, format): (u32, &'a TensorFormat)) -> Self {
         Self {
             tensor,
             format,

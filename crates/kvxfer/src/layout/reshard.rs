@@ -5,12 +5,12 @@
 //! rank, counted round. Two ranks that know each other's placement find this out by themselves; and
 //! readers spread over the replicas.
 
+use std::collections::BTreeMap;
+
 use super::check::at_most;
 use super::laid::{Half, Overlap};
-use super::planes::Plane;
-use super::{
-    KvFormat, LayerWindow, LayoutError, PlacedTensor, Shard, TensorFormat, Topology, limits,
-};
+use super::planes::{Plane, matching};
+use super::{KvFormat, LayerWindow, LayoutError, PlacedTensor, Shard, Topology, limits};
 use crate::ids::Rank;
 
 /// How the ranks of one data-parallel rank share out a model: heads dealt evenly to `tp` ranks, and
@@ -40,19 +40,18 @@ impl Parallel {
 }
 
 /// The producer ranks that a consumer rank takes something from, stage by stage; their `dp` is 0.
+/// With the two sides' formats, which may deal out other tensors.
 ///
 /// # Errors
 ///
 /// Heads that cannot be dealt evenly to either side's ranks, or more producer ranks than
 /// [`limits::RANKS`].
 pub fn sources(
-    format: &KvFormat,
-    producers: Parallel,
-    consumer: &Topology,
+    (p_format, producers): (&KvFormat, Parallel),
+    (c_format, consumer): (&KvFormat, &Topology),
 ) -> Result<Vec<Rank>, LayoutError> {
-    evenly(format, consumer)?;
-    let gives = |producer: &Topology| exchange(format, producer, consumer);
-    chosen(format, producers, gives)
+    let takes = Part::of(c_format, consumer)?;
+    chosen(p_format, producers, |gives| gives.exchanges(&takes))
 }
 
 /// The consumer ranks that take something from a producer rank, stage by stage; their `dp` is 0.
@@ -61,86 +60,106 @@ pub fn sources(
 ///
 /// As [`sources`], with the sides exchanged.
 pub fn takers(
-    format: &KvFormat,
-    producer: &Topology,
-    consumers: Parallel,
+    (p_format, producer): (&KvFormat, &Topology),
+    (c_format, consumers): (&KvFormat, Parallel),
 ) -> Result<Vec<Rank>, LayoutError> {
-    evenly(format, producer)?;
-    let takes = |consumer: &Topology| exchange(format, producer, consumer);
-    chosen(format, consumers, takes)
+    let gives = Part::of(p_format, producer)?;
+    chosen(c_format, consumers, |takes| gives.exchanges(takes))
 }
 
 /// The ranks that are meant.
 fn chosen(
     format: &KvFormat,
     ranks: Parallel,
-    is_meant: impl Fn(&Topology) -> Result<bool, LayoutError>,
+    is_meant: impl Fn(&Part<'_>) -> bool,
 ) -> Result<Vec<Rank>, LayoutError> {
     let count = u64::from(ranks.tp).saturating_mul(u64::from(ranks.pp));
     at_most("ranks", count, limits::RANKS)?;
     let mut out = Vec::new();
     for topology in ranks.ranks(format) {
-        if out.is_empty() && topology.rank == Rank::default() {
-            evenly(format, &topology)?;
-        }
-        if is_meant(&topology)? {
+        if is_meant(&Part::of(format, &topology)?) {
             out.push(topology.rank);
         }
     }
     Ok(out)
 }
 
-/// Refuses a rank to whose like not every tensor can be dealt.
-fn evenly(format: &KvFormat, topology: &Topology) -> Result<(), LayoutError> {
-    for (g, layer, t, tensor) in tensors(format) {
-        Shard::of(tensor, topology, || format.tensor_label(g, layer, t))?;
-    }
-    Ok(())
+/// What falls to a rank where all is dealt evenly.
+struct Part<'a> {
+    format: &'a KvFormat,
+    topology: Topology,
+    /// By group, layer and tensor.
+    tensors: BTreeMap<(u32, u32, u32), PlacedTensor>,
 }
 
-/// Whether the producer rank gives the consumer rank anything, both dealt evenly.
-fn exchange(
-    format: &KvFormat,
-    producer: &Topology,
-    consumer: &Topology,
-) -> Result<bool, LayoutError> {
-    for (g, layer, t, tensor) in tensors(format) {
-        if !producer.layers.contains(layer) || !consumer.layers.contains(layer) {
-            continue;
+impl<'a> Part<'a> {
+    fn of(format: &'a KvFormat, topology: &Topology) -> Result<Self, LayoutError> {
+        let mut tensors = BTreeMap::new();
+        for (group, g) in (0_u32..).zip(format.groups()) {
+            for layer in &g.layers {
+                for (t, tensor) in (0_u32..).zip(&layer.tensors) {
+                    let path = || format.tensor_label(group, layer.layer, t);
+                    let shard = Shard::of(tensor, topology, path)?;
+                    if !topology.layers.contains(layer.layer) {
+                        continue;
+                    }
+                    // Only its shard is looked at.
+                    let placed = PlacedTensor {
+                        group,
+                        layer: layer.layer,
+                        tensor: t,
+                        memory: 0,
+                        offset: 0,
+                        block_stride: 0,
+                        num_blocks: 1,
+                        strides: Vec::new(),
+                        shard,
+                    };
+                    tensors.insert((group, layer.layer, t), placed);
+                }
+            }
         }
-        let part = |topology| {
-            let path = || format.tensor_label(g, layer, t);
-            Shard::of(tensor, topology, path).map(|shard| PlacedTensor {
-                group: g,
-                layer,
-                tensor: t,
-                memory: 0,
-                offset: 0,
-                block_stride: 0,
-                num_blocks: 1,
-                strides: Vec::new(),
-                shard,
-            })
-        };
-        let (p, c) = (part(producer)?, part(consumer)?);
-        let plane = Plane::whole((t, tensor));
-        let (p, c) = (Half { plane, placed: &p }, Half { plane, placed: &c });
-        if Overlap::of(&p, &c).is_some() && gives_to(&p, producer, consumer) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Every tensor with its group, layer and index.
-fn tensors(format: &KvFormat) -> impl Iterator<Item = (u32, u32, u32, &TensorFormat)> {
-    let groups = (0_u32..).zip(format.groups());
-    groups.flat_map(|(g, group)| {
-        group.layers.iter().flat_map(move |layer| {
-            let indexed = (0_u32..).zip(&layer.tensors);
-            indexed.map(move |(t, tensor)| (g, layer.layer, t, tensor))
+        Ok(Self {
+            format,
+            topology: *topology,
+            tensors,
         })
-    })
+    }
+
+    /// Whether this producer rank gives that consumer rank anything.
+    fn exchanges(&self, consumer: &Self) -> bool {
+        let groups = self.format.groups().iter().zip(consumer.format.groups());
+        let both_keep = |layer: u32| {
+            let keeps = |part: &Self| part.topology.layers.contains(layer);
+            keeps(self) && keeps(consumer)
+        };
+        for (g, (pg, cg)) in (0_u32..).zip(groups) {
+            for layer in pg.layers.iter().filter(|l| both_keep(l.layer)) {
+                let Some(other) = cg.layer(layer.layer) else {
+                    continue;
+                };
+                let gives = |(p, c): (Plane<'_>, Plane<'_>)| {
+                    let p_placed = self.tensors.get(&(g, layer.layer, p.tensor))?;
+                    let c_placed = consumer.tensors.get(&(g, layer.layer, c.tensor))?;
+                    let p = Half {
+                        plane: p,
+                        placed: p_placed,
+                    };
+                    let c = Half {
+                        plane: c,
+                        placed: c_placed,
+                    };
+                    Overlap::of(&p, &c)?;
+                    gives_to(&p, &self.topology, &consumer.topology).then_some(())
+                };
+                let mut pairs = matching(layer, other).pairs.into_iter();
+                if pairs.any(|pair| gives(pair).is_some()) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
 }
 
 /// Whether of the producer ranks that keep this part this one gives it to the consumer rank.

@@ -143,19 +143,20 @@ proptest! {
                     others.remove(left_out);
                     prop_assert_eq!(Cover::missing(&c, &others).is_some(), !one.is_empty());
                 }
-                if cluster.alike {
-                    let topology = c.placement.topology();
-                    let sources = reshard::sources(&producer.format, producer.parallel, topology);
-                    let givers = compiled.iter().zip(&producer.ranks).filter(|(one, _)| !one.is_empty());
-                    let givers: Vec<Rank> = givers.map(|(_, desc)| desc.topology().rank).collect();
-                    prop_assert_eq!(sources.expect("even"), givers);
-                }
+                let topology = c.placement.topology();
+                let from = (&producer.format, producer.parallel);
+                let sources = reshard::sources(from, (&consumer.format, topology));
+                let givers = compiled.iter().zip(&producer.ranks);
+                let givers = givers.filter(|(one, _)| !one.is_empty());
+                let givers: Vec<Rank> = givers.map(|(_, desc)| desc.topology().rank).collect();
+                prop_assert_eq!(sources.expect("even"), givers);
             }
         }
-        if part == Part::Share && cluster.alike {
+        if part == Part::Share {
             for desc in &producer.ranks {
                 let topology = desc.topology();
-                let takers = reshard::takers(&consumer.format, topology, consumer.parallel);
+                let to = (&consumer.format, consumer.parallel);
+                let takers = reshard::takers((&producer.format, topology), to);
                 let takers: BTreeSet<Rank> = takers.expect("even").into_iter().collect();
                 prop_assert_eq!(takers, taken.remove(&topology.rank).unwrap_or_default());
             }
