@@ -74,6 +74,10 @@ pub(crate) struct DiffArgs {
     #[arg(value_name = "B")]
     pub(crate) consumer: String,
 
+    /// Exit with 1 also where the layouts are reshardable
+    #[arg(long)]
+    pub(crate) strict: bool,
+
     /// One line of JSON on standard output
     #[arg(long)]
     pub(crate) json: bool,
@@ -90,10 +94,15 @@ pub(crate) struct PlanArgs {
     #[arg(value_name = "B")]
     pub(crate) consumer: String,
 
-    /// Blocks of every group, and where they go if not to the same ids (0-15,32:7,40-47:100)
+    /// The producer's blocks in token order, and the consumer's first one where they go elsewhere
+    /// than to the same ids, or tokens where blocks are of unequal size (0-15,32:7,40-47:100)
     /// [default: 0]
     #[arg(long, value_name = "LIST")]
     pub(crate) blocks: Option<Blocks>,
+
+    /// Between all ranks of both sides instead of the two that are named (tp-rank, pp-rank)
+    #[arg(long)]
+    pub(crate) all_ranks: bool,
 
     /// Whether the consumer pulls or the producer pushes
     #[arg(long, value_enum, default_value_t = Direction::Read)]

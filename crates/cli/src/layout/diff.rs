@@ -5,16 +5,14 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use kvxfer::layout::{Difference, KvFormat, LayoutDiff, Severity, Side, Verdict, compare};
+use kvxfer::plan::{Role, small_pieces};
 
+use super::exchange::{Ranks, exchanges};
 use super::show::exact;
 use super::source::Layout;
 use crate::problem::{Exit, Problem};
 
 const SCHEMA: &str = "kvxfer.layout-diff/1";
-
-/// What [`Verdict::Reshardable`] is worth today.
-const NOT_YET: &str =
-    "this version moves blocks between equal layouts only: a session between these two is refused";
 
 /// What has come of a comparison.
 #[derive(Debug, Clone, Serialize)]
@@ -25,8 +23,8 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn is_identical(&self) -> bool {
-        self.diff.verdict == Verdict::Identical
+    pub(super) fn verdict(&self) -> Verdict {
+        self.diff.verdict
     }
 }
 
@@ -40,12 +38,13 @@ pub(super) fn report(producer: &Layout, consumer: &Layout) -> Result<Report, Pro
             field: field.to_owned(),
             producer: p.to_string(),
             consumer: c.to_string(),
-            why: "a rank of one side keeps what several ranks of the other keep".to_owned(),
-            fix: format!("start the decode instance with --{what}-parallel-size {p}"),
+            why: "a rank of one side keeps what several ranks of the other keep, and takes it from each: more operations, and smaller ones".to_owned(),
+            fix: format!("for the largest pieces start the decode instance with --{what}-parallel-size {p}"),
             severity: Severity::Reshard,
         })
         .collect();
     // Ranks pair up where there are as many on both sides. Otherwise the formats alone are compared.
+    let given = (producer, consumer);
     let (producer, consumer) = match differences.is_empty() {
         true => (producer.clone(), consumer.clone()),
         false => (producer.whole(), consumer.whole()),
@@ -65,13 +64,25 @@ pub(super) fn report(producer: &Layout, consumer: &Layout) -> Result<Report, Pro
     };
     differences.extend(compare(&producer_side, &consumer_side));
     let mut diff = LayoutDiff::new(&producer.format, &consumer.format, differences);
-    if diff.verdict == Verdict::Reshardable {
-        diff.warnings.insert(0, NOT_YET.to_owned());
+    if diff.verdict != Verdict::Incompatible {
+        // The layouts as they were given: their ranks are what takes from one another.
+        diff.warnings.extend(smallest(given));
     }
     Ok(Report {
         schema: SCHEMA,
         diff,
     })
+}
+
+/// What is to be said of the smallest piece that lies alike on both sides, between any two ranks.
+fn smallest((producer, consumer): (&Layout, &Layout)) -> Option<String> {
+    let all = match exchanges((producer, consumer), Ranks::All, Role::Pull, (1, 1)) {
+        Ok(all) => all,
+        // Nobody asked for what ranks exchange, but it is to be known that it cannot be said.
+        Err(problem) => return Some(problem.cause),
+    };
+    let pieces = all.iter().filter_map(|e| e.compiled.smallest_piece());
+    small_pieces(pieces.min()?)
 }
 
 /// The same for people: both sides, then what differs. Writing to a string does not fail.

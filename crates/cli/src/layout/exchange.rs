@@ -1,11 +1,13 @@
 //! Which rank gives what to which.
 
-use kvxfer::layout::reshard::{self, Parallel};
-use kvxfer::layout::{KvFormat, LayoutError, PlacementDesc, Side, Topology};
-use kvxfer::plan::{CompileError, Compiled, Part, Role};
+use kvxfer::layout::{LayoutError, Parallel, PlacementDesc, Side, Topology, reshard};
+use kvxfer::plan::{Compiled, Part, Role};
 
 use super::source::Layout;
 use crate::problem::{Exit, Problem};
+
+/// The most pairs of ranks that are looked at.
+const MOST_PAIRS: u64 = 1 << 16;
 
 /// A producer rank and a consumer rank between which something moves.
 pub(super) struct Exchange {
@@ -46,15 +48,28 @@ pub(super) fn exchanges(
     }
     let parallel = |t: &Topology| Parallel { tp: t.tp, pp: t.pp };
     let (from, to) = (parallel(&producer.topology), parallel(&consumer.topology));
-    let all = |layout: &Layout, parallel: Parallel, blocks| -> Result<Vec<PlacementDesc>, Problem> {
-        let ranks = parallel.ranks(&layout.format);
-        ranks.map(|topology| placed(layout, topology, blocks)).collect()
-    };
+    let all =
+        |layout: &Layout, parallel: Parallel, blocks| -> Result<Vec<PlacementDesc>, Problem> {
+            let ranks = parallel.ranks(&layout.format);
+            ranks
+                .map(|topology| placed(layout, topology, blocks))
+                .collect()
+        };
+    let count = |of: Parallel| u64::from(of.tp).saturating_mul(u64::from(of.pp));
+    let pairs = count(from).saturating_mul(count(to));
+    if pairs > MOST_PAIRS {
+        return Err(Problem::usage(format!(
+            "{pairs} pairs of ranks are more than the {MOST_PAIRS} that are looked at"
+        )));
+    }
     let (givers, takers) = (all(producer, from, src)?, all(consumer, to, dst)?);
     let mut out = Vec::new();
     for c in &takers {
-        let sources = sources(&producer.format, from, c.topology()).map_err(usage)?;
-        let sources = givers.iter().filter(|p| sources.contains(&p.topology().rank));
+        let (p_side, c_side) = ((&producer.format, from), (&consumer.format, c.topology()));
+        let sources = reshard::sources(p_side, c_side).map_err(usage)?;
+        let sources = givers
+            .iter()
+            .filter(|p| sources.contains(&p.topology().rank));
         for p in sources {
             let exchange = exchange((producer, p), (consumer, c), role)?;
             if !exchange.compiled.is_empty() {
@@ -63,4 +78,23 @@ pub(super) fn exchanges(
         }
     }
     Ok(out)
+}
+
+fn exchange(
+    (producer, p): (&Layout, &PlacementDesc),
+    (consumer, c): (&Layout, &PlacementDesc),
+    role: Role,
+) -> Result<Exchange, Problem> {
+    let side = |layout, placement| Side {
+        format: layout,
+        placement,
+    };
+    let (p_side, c_side) = (side(&producer.format, p), side(&consumer.format, c));
+    let compiled = Compiled::compile(&p_side, &c_side, role, Part::Share)
+        .map_err(|error| Problem::from_chain(Exit::Usage, &error))?;
+    Ok(Exchange {
+        producer: *p.topology(),
+        consumer: *c.topology(),
+        compiled,
+    })
 }

@@ -3,6 +3,7 @@
 mod args;
 mod blocks;
 mod diff;
+mod exchange;
 mod figures;
 mod plan;
 mod show;
@@ -11,6 +12,8 @@ mod source;
 use std::process::ExitCode;
 
 pub(crate) use args::LayoutCommand;
+
+use kvxfer::layout::Verdict;
 
 use crate::output;
 use crate::problem::{Exit, Problem};
@@ -50,12 +53,12 @@ pub(crate) fn run(command: &LayoutCommand) -> anyhow::Result<ExitCode> {
         }
         LayoutCommand::Diff(args) => {
             let sides = Sides::of(&args.producer, &args.consumer)?;
-            sides.tell(args.json)
+            sides.tell(args.json, args.strict)
         }
         LayoutCommand::Plan(args) => {
             let sides = Sides::of(&args.producer, &args.consumer)?;
-            if !sides.report.is_identical() {
-                return sides.tell(args.json);
+            if sides.report.verdict() == Verdict::Incompatible {
+                return sides.tell(args.json, false);
             }
             let report = plan::report(&sides.producer, &sides.consumer, args)?;
             let text = match args.json {
@@ -89,7 +92,9 @@ impl<'a> Sides<'a> {
         })
     }
 
-    fn tell(&self, json: bool) -> anyhow::Result<ExitCode> {
+    /// Says what differs. Layouts between which nothing can be copied fail, and where it is `strict`
+    /// all that are not the same.
+    fn tell(&self, json: bool, strict: bool) -> anyhow::Result<ExitCode> {
         let [p_name, c_name] = self.names;
         let text = match json {
             true => output::line(&self.report)?,
@@ -100,9 +105,10 @@ impl<'a> Sides<'a> {
             ),
         };
         say::result(&text)?;
-        Ok(match self.report.is_identical() {
-            true => ExitCode::SUCCESS,
-            false => Exit::Check.into(),
+        Ok(match self.report.verdict() {
+            Verdict::Identical => ExitCode::SUCCESS,
+            Verdict::Reshardable if !strict => ExitCode::SUCCESS,
+            _ => Exit::Check.into(),
         })
     }
 }

@@ -229,20 +229,13 @@ impl Compiled {
         // By pool: a block of a shared pool can be the destination in one of its groups only.
         ids.sort_by_key(|(pool, _)| *pool);
         for sharers in ids.chunk_by(|a, b| a.0 == b.0) {
-            // A list of units has been looked through already.
-            if let [
-                (
-                    _,
-                    Request {
-                        blocks: Some(_), ..
-                    },
-                ),
-            ] = sharers
-            {
-                continue;
-            }
-            let all = sharers.iter().flat_map(|(_, r)| r.destinations());
-            if let Some(block) = duplicate(all) {
+            let twice = match sharers {
+                // A list of units has been looked through already.
+                [(_, one)] if one.blocks.is_some() => None,
+                [(_, one)] => duplicate(one.pairs.iter().map(|p| p.dst)),
+                several => duplicate(several.iter().flat_map(|(_, r)| r.destinations())),
+            };
+            if let Some(block) = twice {
                 let lists = |r: &Request<'_>| r.destinations().any(|b| b == block);
                 let last = sharers.iter().rfind(|(_, r)| lists(r));
                 let group = last.map_or(0, |(_, r)| r.group);

@@ -123,7 +123,13 @@ proptest! {
                             run(&plan, (from, role), &mut tape, &needed, &mut arrived);
                         }
                         // Only where no group that has this layer was asked for.
-                        Err(error) => prop_assert!(by_layer, "{}", error),
+                        Err(error) => {
+                            let LayerScope::Layer(layer) = scope else { panic!("{error}") };
+                            let asked = pairs.iter().filter(|p| !p.is_empty());
+                            let groups = asked.map(|p| producer.format.group(p.group()).expect("a group"));
+                            let found = groups.into_iter().any(|g| g.layer(layer).is_some());
+                            prop_assert!(!found, "{}", error);
+                        }
                     }
                 }
                 if part == Part::Share && !one.is_empty() {
