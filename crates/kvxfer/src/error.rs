@@ -11,7 +11,7 @@ use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::LayoutError;
 use crate::layout::LayoutMismatch;
 use crate::metadata::MetadataError;
-use crate::plan::{CompileError, PlanError};
+use crate::plan::{CompileError, MissingPart, PlanError};
 use crate::session::SessionError;
 use crate::ticket::TicketError;
 use crate::transfer::Cause;
@@ -255,6 +255,51 @@ pub enum Error {
         /// The other.
         second: String,
     },
+    /// The ranks that a request's blocks would come from do not keep all that this rank needs.
+    #[error(
+        "{} do not keep {part}, which this rank needs; give the tickets of all ranks that have a part",
+        list(ranks)
+    )]
+    MissingPart {
+        /// Something that is missing.
+        part: MissingPart,
+        /// The ranks.
+        ranks: Vec<Rank>,
+    },
+    /// No rank of the remote engine keeps anything that this one keeps.
+    #[error("no connected rank of engine {engine} takes anything from rank {rank} of this one")]
+    NothingToPush {
+        /// This rank.
+        rank: Rank,
+        /// The remote engine.
+        engine: EngineId,
+    },
+    /// A ticket is of another request.
+    #[error("a ticket of request {other} where one of request {first} is needed")]
+    TicketsDiffer {
+        /// The request.
+        first: RequestId,
+        /// The ticket's.
+        other: RequestId,
+    },
+    /// Data-parallel ranks have requests of their own: no request is spread over them.
+    #[error(
+        "tickets of rank {first} and rank {other} for one transfer: data-parallel ranks have requests of their own"
+    )]
+    OtherReplica {
+        /// The rank of the first ticket.
+        first: Rank,
+        /// The rank of another.
+        other: Rank,
+    },
+    /// A rank has made one ticket for a request.
+    #[error("two tickets of request {request} are of rank {rank}")]
+    TicketTwice {
+        /// The request.
+        request: RequestId,
+        /// The rank.
+        rank: Rank,
+    },
     /// The instance has no such rank.
     #[error(
         "engine {engine} was not connected to at rank {rank}; the instance has {}",
@@ -320,16 +365,6 @@ pub enum Error {
         group: u32,
         /// The peer's block.
         block: u32,
-    },
-    /// Two lists that go together are not of one length.
-    #[error("{src} source blocks for {dst} destination blocks in group {group}")]
-    UnequalLengths {
-        /// The group.
-        group: u32,
-        /// Source blocks.
-        src: usize,
-        /// Destination blocks.
-        dst: usize,
     },
     /// The engine's `kv_role` does not do this.
     #[error("an engine of kv_role {role} cannot {operation}")]

@@ -32,6 +32,7 @@ use crate::block_set::{BlockSet, BlocksError, check_groups};
 use crate::blocks::GroupBlocks;
 use crate::event::{MemoryState, PeerName};
 use crate::ids::{Nonce, RequestId};
+use crate::plan::Cover;
 use crate::recent::Recent;
 use crate::ticket::MAX_PARTIES;
 use crate::time::Time;
@@ -231,12 +232,23 @@ enum Writer {
     Closed,
 }
 
+/// A peer that is to be bound.
+#[derive(Debug, Clone, Copy)]
+pub struct Sender<'a> {
+    /// Who it is.
+    pub name: &'a PeerName,
+    /// What of each block it writes.
+    pub cover: &'a Cover,
+}
+
 #[derive(Debug)]
 struct Bound {
     /// The session over which it writes.
     peer: PeerKey,
     /// Who it is.
     name: PeerName,
+    /// What of each block it writes.
+    cover: Cover,
     state: Writer,
 }
 
@@ -421,9 +433,9 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
-        name: &PeerName,
+        who: Sender<'_>,
     ) -> Result<(), PushRefusal> {
-        self.bind(request, nonce, peer, name)
+        self.bind(request, nonce, peer, who)
     }
 
     /// A peer that has the ticket from elsewhere asks whether it may begin to write. It may when
@@ -437,10 +449,10 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
-        name: &PeerName,
+        who: Sender<'_>,
     ) -> Result<(), PushRefusal> {
         self.on_time(now);
-        self.bind(request, nonce, peer, name)
+        self.bind(request, nonce, peer, who)
     }
 
     fn bind(
@@ -448,7 +460,7 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
-        name: &PeerName,
+        who: Sender<'_>,
     ) -> Result<(), PushRefusal> {
         let key = self.find(request, nonce)?;
         let expectation = self.expectation(key);
@@ -459,7 +471,9 @@ impl Expects {
             Some(Writer::Open) => Ok(()),
             // It said that it is done; beginning again would write into finished blocks.
             Some(Writer::Closed) => Err(PushRefusal::Late),
-            None if expectation.writers.iter().any(|w| w.name == *name) => Err(PushRefusal::Late),
+            None if expectation.writers.iter().any(|w| w.name == *who.name) => {
+                Err(PushRefusal::Late)
+            }
             None if expectation.writers.len() >= expectation.senders as usize => {
                 Err(PushRefusal::SendersFull {
                     senders: expectation.senders,
@@ -468,7 +482,8 @@ impl Expects {
             None => {
                 expectation.writers.push(Bound {
                     peer,
-                    name: name.clone(),
+                    name: who.name.clone(),
+                    cover: who.cover.clone(),
                     state: Writer::Open,
                 });
                 Ok(())
@@ -479,6 +494,9 @@ impl Expects {
     /// A sender has written everything and seen all completions. When it comes after the
     /// expectation failed it is refused, and counts as closed.
     ///
+    /// With the last of them `gap` is asked what their parts together leave out. If that is anything,
+    /// the expectation fails with it: as many senders came as were wanted, but not the right ones.
+    ///
     /// # Errors
     /// The reason to tell the sender: its push did not count.
     pub fn push_done(
@@ -487,6 +505,7 @@ impl Expects {
         request: &RequestId,
         nonce: Nonce,
         peer: PeerKey,
+        gap: impl FnOnce(&[&Cover]) -> Option<Cause>,
     ) -> Result<PushProgress, PushRefusal> {
         self.on_time(now);
         let key = self.find(request, nonce)?;
@@ -510,6 +529,11 @@ impl Expects {
         let left = senders.saturating_sub(u32::try_from(done).unwrap_or(u32::MAX));
         if left > 0 {
             return Ok(PushProgress::Waiting { left });
+        }
+        let covers: Vec<&Cover> = expectation.writers.iter().map(|w| &w.cover).collect();
+        if let Some(cause) = gap(&covers) {
+            self.fail(now, key, cause);
+            return Ok(PushProgress::Complete);
         }
         let expectation = self.remove(key);
         self.outputs.push_back(ExpectOutput::Received {

@@ -12,7 +12,7 @@ use super::health::Health;
 use super::peer_session::PeerSession;
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
-use crate::expects::{ExpectOutput, Expects, PushRefusal};
+use crate::expects::{ExpectOutput, Expects, PushRefusal, Sender};
 use crate::ids::{Nonce, RequestId};
 use crate::leases::{LeaseOutput, Leases};
 use crate::ticket::Ticket;
@@ -343,7 +343,15 @@ impl Ledgers {
 
     fn answer(&mut self, peer: &Arc<PeerSession>, ticket: &Ticket) {
         let (request, nonce) = (ticket.request.clone(), ticket.nonce);
-        match self.expects.announce(&request, nonce, peer.key, &peer.name) {
+        let Some(plans) = &peer.pull else {
+            // Of a role that cannot push: it may not have said that it will.
+            return refuse(peer, request, Some(nonce), Refusal::NotAuthorised);
+        };
+        let who = Sender {
+            name: &peer.name,
+            cover: plans.alone().cover(),
+        };
+        match self.expects.announce(&request, nonce, peer.key, who) {
             Ok(()) => match ticket.to_bytes() {
                 Ok(bytes) => peer.link.send(
                     Announce {

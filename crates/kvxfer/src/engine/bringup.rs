@@ -17,16 +17,16 @@ use super::async_events::Watched;
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
-use super::peer_session::{PeerSession, Standing};
+use super::peer_session::{PeerSession, Plans, Standing};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
 use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
-use crate::layout::{KvFormat, LayoutMismatch, PlacementDesc, Side, compare};
+use crate::layout::{KvFormat, PlacementDesc, Side};
 use crate::ping::ProbeSeat;
-use crate::plan::{CompileError, Compiled, Part, PlanLimits, Role as PlanRole};
+use crate::plan::{CompileError, PlanLimits, Role as PlanRole};
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
 use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, goes_over, soft_path};
@@ -69,8 +69,8 @@ struct Joining {
 struct Known {
     describe: Describe,
     device: DeviceAddr,
-    pull: Option<Compiled>,
-    push: Option<Compiled>,
+    pull: Option<Plans>,
+    push: Option<Plans>,
 }
 
 /// The state of one session's set-up.
@@ -665,7 +665,7 @@ fn plans(
     describe: &Describe,
     format: &KvFormat,
     placement: &PlacementDesc,
-) -> Result<(Option<Compiled>, Option<Compiled>), Step> {
+) -> Result<(Option<Plans>, Option<Plans>), Step> {
     let ours = engine.config.kv_role;
     let theirs = describe.kv_role;
     let pulls = ours.consumes() && theirs.produces();
@@ -673,29 +673,22 @@ fn plans(
     if !pulls && !pushes {
         return Err(refuse(Refusal::SameRole { role: ours }));
     }
-    let here = Side {
-        format: &engine.format,
-        placement: engine.placement.desc(),
-    };
+    let here = engine.side();
     let there = Side { format, placement };
     let compile = |wanted: bool, producer: &Side<'_>, consumer: &Side<'_>, role| {
         if !wanted {
             return Ok(None);
         }
-        let differences = compare(producer, consumer);
-        let compiled = match differences.is_empty() {
-            true => Compiled::compile(producer, consumer, role, Part::Common),
-            // Ranks that keep different parts are another matter than ranks that keep the same.
-            false => Err(LayoutMismatch { differences }.into()),
-        };
-        compiled.map(Some).map_err(|error| {
-            let detail = cut(error.to_string());
-            let error = match error {
-                CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
-                other => Error::Compile(other),
-            };
-            Step::Refuse(Refusal::FormatMismatch { detail }, error)
-        })
+        Plans::compile(producer, consumer, role)
+            .map(Some)
+            .map_err(|error| {
+                let detail = cut(error.to_string());
+                let error = match error {
+                    CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
+                    other => Error::Compile(other),
+                };
+                Step::Refuse(Refusal::FormatMismatch { detail }, error)
+            })
     };
     let pull = compile(pulls, &there, &here, PlanRole::Pull)?;
     let push = compile(pushes, &here, &there, PlanRole::Push)?;

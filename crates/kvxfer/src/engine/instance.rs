@@ -17,12 +17,13 @@ use crate::transport::PathInfo;
 ///
 /// What a ticket is for says the ticket: [`pull`](Self::pull) and [`release`](Self::release) go to
 /// the rank that made it. Where no ticket says it, a [`peer`](Self::peer) is to be chosen, unless
-/// there is only one.
+/// there is only one. Where the two engines are cut into ranks differently, a request's blocks are in
+/// parts at several ranks: [`pull_ranks`](Self::pull_ranks) and
+/// [`begin_push_ranks`](Self::begin_push_ranks) are for all of them at once.
 ///
 /// Ranks are lost and come back each for itself. What is under way with the others goes on, more can
 /// be asked of them, and a rank that is back works again through the same instance; the events of
-/// peers name the rank. One transfer is with one rank: an engine that needs blocks of several makes a
-/// transfer with each, and each rank offers to as many readers as there are.
+/// peers name the rank. Each rank offers to as many readers as there are.
 ///
 /// Clones are the same instance. The sessions close with the last of them, but for those whose `Peer`
 /// somebody has cloned.
@@ -229,7 +230,7 @@ impl Instance {
     }
 
     /// The peer that a ticket is of by its rank. Whether it is of that engine, the peer looks.
-    fn maker_of(&self, ticket: &Ticket) -> Result<&Peer, Error> {
+    pub(super) fn maker_of(&self, ticket: &Ticket) -> Result<&Peer, Error> {
         self.peer(ticket.rank).map_err(|error| {
             let here = self.engine_id();
             if ticket.engine == here {

@@ -11,6 +11,7 @@ mod dial;
 mod events;
 mod handle;
 mod health;
+mod joint;
 mod link;
 #[cfg(test)]
 mod link_tests;
@@ -29,12 +30,13 @@ mod worker;
 
 mod instance;
 mod push;
+mod ranks;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use tracing::{debug, info};
@@ -47,6 +49,7 @@ pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
 pub use peer::{Peer, PeerFacts, PullOptions};
 pub use push::{Push, PushOptions};
+pub use ranks::RanksPush;
 
 pub(crate) use connect::{Target, connect};
 pub(crate) use dial::Dialler;
@@ -70,6 +73,7 @@ use crate::expects::{PushProgress, PushRefusal};
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
+use crate::plan::Cover;
 use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Cause, Notice, PeerKey, TransferId};
@@ -209,6 +213,12 @@ impl Inner {
 
     pub(crate) fn now(&self) -> Time {
         self.runtime.clock.now()
+    }
+
+    /// When a transfer is due that may take so long, or as long as is configured.
+    pub(crate) fn deadline(&self, within: Option<Duration>) -> Time {
+        let within = within.unwrap_or(self.config.transfer_timeout);
+        self.now().saturating_add(within)
     }
 
     pub(crate) fn rank(&self) -> Rank {
@@ -439,7 +449,11 @@ impl Inner {
                     return Err(format!("push done by {sender} from {}", peer.name.rank));
                 }
                 let counted = self.books.with(self, |books, now| {
-                    books.expects.push_done(now, &request, nonce, peer.key)
+                    let gap = |covers: &[&Cover]| {
+                        let part = Cover::missing(&self.side(), covers)?;
+                        Some(Cause::MissingPart { part })
+                    };
+                    (books.expects).push_done(now, &request, nonce, peer.key, gap)
                 });
                 match counted {
                     Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => {}

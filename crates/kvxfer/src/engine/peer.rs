@@ -7,17 +7,19 @@ use std::time::{Duration, Instant};
 
 use super::Inner;
 use super::handle::{Shared, Transfer, TransferReport};
+use super::joint::Told;
 use super::net;
 use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
 use super::tether::Tether;
 use super::worker::{Command, Live};
-use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::blocks::GroupPairs;
 use crate::error::Error;
 use crate::event::PeerName;
-use crate::ids::{Rank, RequestId};
-use crate::plan::LayerScope;
-use crate::ticket::{Ticket, TicketKind};
+use crate::ids::{Nonce, Rank, RequestId};
+use crate::plan::{LayerScope, Plan};
+use crate::ticket::{LeaseRef, Ticket, TicketKind};
+use crate::time::Time;
 use crate::transfer::{Kind, Spec, TransferId};
 use crate::transport::PathInfo;
 use crate::wire::{Release, RemoteSpan};
@@ -119,7 +121,7 @@ impl Peer {
         }
     }
 
-    fn engine(&self) -> &Arc<Inner> {
+    pub(crate) fn engine(&self) -> &Arc<Inner> {
         &self.shares.engine
     }
 
@@ -244,63 +246,40 @@ impl Peer {
     ) -> Result<Transfer, Error> {
         let begun = Instant::now();
         let engine = self.engine();
-        if !engine.config.kv_role.consumes() {
+        let peer = self.pulls_with(ticket)?;
+        let plans = peer.pull_plans()?;
+        if let Some(part) = &plans.gap {
+            return Err(Error::MissingPart {
+                part: part.clone(),
+                ranks: vec![ticket.rank],
+            });
+        }
+        for group in pairs {
+            let src = || group.pairs.iter().map(|pair| pair.src);
+            in_ticket(ticket, group.group, group.pairs.len(), src)?;
+        }
+        let limits = peer.limits(&plans.common, pairs);
+        let plan = plans.common.plan(pairs, LayerScope::All, limits)?;
+        let shared = Arc::new(Shared::default());
+        let pull = PlannedPull::new(Arc::clone(&peer), ticket, plan, begun);
+        let until = engine.deadline(options.deadline);
+        let (id, owner) = pull.submit(
+            engine,
+            Told::Owner(Arc::clone(&shared)),
+            (options.tag, until, !options.hold),
+        )?;
+        Ok(transfer(engine, id, owner, shared))
+    }
+
+    /// The session over which a ticket's blocks can be pulled.
+    pub(crate) fn pulls_with(&self, ticket: &Ticket) -> Result<Arc<PeerSession>, Error> {
+        if !self.engine().config.kv_role.consumes() {
             return Err(Error::WrongRole {
                 role: "kv_producer",
                 operation: "pull",
             });
         }
-        let peer = self.session_for(ticket, TicketKind::Offer)?;
-        let Some(compiled) = &peer.pull else {
-            return Err(Error::WrongRole {
-                role: "kv_consumer",
-                operation: "be pulled from",
-            });
-        };
-        for group in pairs {
-            let src = || group.pairs.iter().map(|pair| pair.src);
-            in_ticket(ticket, group.group, group.pairs.len(), src)?;
-        }
-        let plan = compiled.plan(pairs, LayerScope::All, peer.limits(compiled, pairs))?;
-        let report = plan.report();
-        let id = TransferId(engine.runtime.next_id());
-        let owner = peer.owner(id);
-        let shared = Arc::new(Shared::default());
-        let now = engine.now();
-        let source = Arc::new(plan);
-        let live = Box::new(Live {
-            engine: Arc::clone(engine),
-            peer: Arc::clone(&peer),
-            shared: Arc::clone(&shared),
-            request: ticket.request.clone(),
-            nonce: ticket.nonce,
-            tag: options.tag,
-            lease: ticket.lease,
-            push: false,
-            submitted: now,
-            jobs: Vec::new(),
-            report: TransferReport {
-                operations: report.operations,
-                merged_runs: report.runs,
-                bytes: report.bytes,
-                prepare: begun.elapsed(),
-                ..TransferReport::default()
-            },
-        });
-        let spec = Spec {
-            id,
-            peer: peer.key,
-            kind: Kind::Pull {
-                source,
-                check_lease: report.operations > 0,
-                release: !options.hold,
-            },
-            deadline: now
-                .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
-            workers: peer.worker_count(),
-        };
-        peer.submit(owner, spec, live)?;
-        Ok(transfer(engine, id, owner, shared))
+        self.session_for(ticket, TicketKind::Offer)
     }
 
     /// Tells the producer that this reader needs the blocks no more, whether it has read them or
@@ -344,7 +323,12 @@ impl Peer {
             Some(ticket) => self.session_for(ticket, TicketKind::Expect)?,
             None => self.session()?,
         };
-        Push::begin(self.engine(), session, request, options)
+        Push::begin(self.engine(), session, request, &options)
+    }
+
+    /// Whether a ticket is of an expectation of the peer's.
+    pub(crate) fn expects(&self, ticket: &Ticket) -> Result<(), Error> {
+        self.session_for(ticket, TicketKind::Expect).map(|_| ())
     }
 
     /// The session that stands, if the ticket is of the peer's own, and of this life of it.
@@ -377,6 +361,79 @@ impl Peer {
             });
         }
         Ok(peer)
+    }
+}
+
+/// A pull that is planned and has yet to begin.
+pub(crate) struct PlannedPull {
+    peer: Arc<PeerSession>,
+    plan: Plan,
+    request: RequestId,
+    nonce: Nonce,
+    lease: Option<LeaseRef>,
+    begun: Instant,
+}
+
+impl PlannedPull {
+    /// Checking and planning began at `begun`.
+    pub(crate) fn new(peer: Arc<PeerSession>, ticket: &Ticket, plan: Plan, begun: Instant) -> Self {
+        Self {
+            peer,
+            plan,
+            request: ticket.request.clone(),
+            nonce: ticket.nonce,
+            lease: ticket.lease,
+            begun,
+        }
+    }
+
+    pub(crate) fn peer(&self) -> &Arc<PeerSession> {
+        &self.peer
+    }
+
+    /// Gives it to a worker: the transfer, and who owns it.
+    pub(crate) fn submit(
+        self,
+        engine: &Arc<Inner>,
+        told: Told,
+        (tag, deadline, release): (u64, Time, bool),
+    ) -> Result<(TransferId, u16), Error> {
+        let report = self.plan.report();
+        let id = TransferId(engine.runtime.next_id());
+        let owner = self.peer.owner(id);
+        let source = Arc::new(self.plan);
+        let live = Box::new(Live {
+            engine: Arc::clone(engine),
+            peer: Arc::clone(&self.peer),
+            told,
+            request: self.request,
+            nonce: self.nonce,
+            tag,
+            lease: self.lease,
+            push: false,
+            submitted: engine.now(),
+            jobs: Vec::new(),
+            report: TransferReport {
+                operations: report.operations,
+                merged_runs: report.runs,
+                bytes: report.bytes,
+                prepare: self.begun.elapsed(),
+                ..TransferReport::default()
+            },
+        });
+        let spec = Spec {
+            id,
+            peer: self.peer.key,
+            kind: Kind::Pull {
+                source,
+                check_lease: report.operations > 0,
+                release,
+            },
+            deadline,
+            workers: self.peer.worker_count(),
+        };
+        self.peer.submit(owner, spec, live)?;
+        Ok((id, owner))
     }
 }
 
@@ -429,20 +486,4 @@ pub(crate) fn in_ticket<I: Iterator<Item = u32>>(
         Some(block) => Err(missing(block)),
         None => Ok(()),
     }
-}
-
-/// Pairs of the two lists, which must be of one length.
-pub(crate) fn zip(group: u32, src: &[u32], dst: &GroupBlocks) -> Result<GroupPairs, Error> {
-    if src.len() != dst.blocks.len() {
-        return Err(Error::UnequalLengths {
-            group,
-            src: src.len(),
-            dst: dst.blocks.len(),
-        });
-    }
-    let pairs = src.iter().zip(&dst.blocks);
-    let pairs = pairs
-        .map(|(&src, &dst)| crate::blocks::BlockPair { src, dst })
-        .collect();
-    Ok(GroupPairs { group, pairs })
 }

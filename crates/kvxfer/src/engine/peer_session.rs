@@ -12,7 +12,8 @@ use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::Generation;
-use crate::plan::{Compiled, PlanLimits};
+use crate::layout::Side;
+use crate::plan::{CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, UnitPairs};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
 use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
@@ -51,6 +52,45 @@ impl Fate {
     }
 }
 
+/// What can be planned between this rank and a peer's, in one direction.
+#[derive(Debug, Clone)]
+pub(crate) struct Plans {
+    /// All that both keep.
+    pub(crate) common: Compiled,
+    /// What of it falls to this pair where several ranks of the producer keep the same.
+    pub(crate) share: Compiled,
+    /// Something that the consumer keeps and the producer does not: its blocks are whole only with what
+    /// other ranks have.
+    pub(crate) gap: Option<MissingPart>,
+}
+
+impl Plans {
+    /// # Errors
+    ///
+    /// As [`Compiled::compile`].
+    pub(crate) fn compile(
+        producer: &Side<'_>,
+        consumer: &Side<'_>,
+        role: Role,
+    ) -> Result<Self, CompileError> {
+        let common = Compiled::compile(producer, consumer, role, Part::Common)?;
+        Ok(Self {
+            share: Compiled::compile(producer, consumer, role, Part::Share)?,
+            gap: Cover::missing(consumer, &[common.cover()]),
+            common,
+        })
+    }
+
+    /// What of the consumer's blocks a push moves that is not one of several together: all, if that is
+    /// whole; otherwise this pair's share.
+    pub(crate) fn alone(&self) -> &Compiled {
+        match self.gap {
+            None => &self.common,
+            Some(_) => &self.share,
+        }
+    }
+}
+
 /// A peer with whom a session stands or stood. One that reconnects is another.
 #[derive(Debug)]
 pub(crate) struct PeerSession {
@@ -73,8 +113,8 @@ pub(crate) struct PeerSession {
     /// How many lanes there are.
     pub(crate) lanes: usize,
     /// Plans for reading from it, and for writing to it, where the roles allow.
-    pub(crate) pull: Option<Compiled>,
-    pub(crate) push: Option<Compiled>,
+    pub(crate) pull: Option<Plans>,
+    pub(crate) push: Option<Plans>,
     /// Whether both sides tell the end of a push on the data plane.
     pub(crate) notices: bool,
     /// The device's limits.
@@ -128,11 +168,56 @@ impl PeerSession {
         self.workers.get(at).copied().unwrap_or(0)
     }
 
+    /// Plans for reading from it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongRole`].
+    pub(crate) fn pull_plans(&self) -> Result<&Plans, Error> {
+        self.pull.as_ref().ok_or(Error::WrongRole {
+            role: "kv_consumer",
+            operation: "be pulled from",
+        })
+    }
+
+    /// Plans for writing to it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongRole`].
+    pub(crate) fn push_plans(&self, engine: &Inner) -> Result<&Plans, Error> {
+        if !engine.config.kv_role.produces() {
+            return Err(Error::WrongRole {
+                role: "kv_consumer",
+                operation: "push",
+            });
+        }
+        self.push.as_ref().ok_or(Error::WrongRole {
+            role: "kv_producer",
+            operation: "be pushed to",
+        })
+    }
+
     /// The limits of a plan over these pairs: a merged run is cut so that every lane gets some of it.
     pub(crate) fn limits(&self, compiled: &Compiled, pairs: &[GroupPairs]) -> PlanLimits {
-        let bytes = pairs.iter().fold(0u64, |sum, group| {
-            let block = compiled.unit_bytes(group.group).unwrap_or(0);
-            sum.saturating_add(block.saturating_mul(group.pairs.len() as u64))
+        let counts = pairs.iter().map(|group| (group.group, group.pairs.len()));
+        self.limits_of(compiled, counts)
+    }
+
+    /// The same over pairs of units.
+    pub(crate) fn unit_limits(&self, compiled: &Compiled, pairs: &[UnitPairs]) -> PlanLimits {
+        let counts = pairs.iter().map(|group| (group.group(), group.len()));
+        self.limits_of(compiled, counts)
+    }
+
+    fn limits_of(
+        &self,
+        compiled: &Compiled,
+        counts: impl Iterator<Item = (u32, usize)>,
+    ) -> PlanLimits {
+        let bytes = counts.fold(0_u64, |sum, (group, pairs)| {
+            let each = compiled.unit_bytes(group).unwrap_or(0);
+            sum.saturating_add(each.saturating_mul(pairs as u64))
         });
         let share = bytes / (self.lanes.max(1) as u64 * CHUNKS_PER_LANE);
         let chunk = share
@@ -235,9 +320,14 @@ impl PeerSession {
         // Sent under the lock, so that the worker has it before it hears of the peer's loss: every
         // transfer that was taken fails with its session, and before that is told.
         let fate = self.fate();
-        fate.usable()
-            .map_err(|cause| Error::NotConnected { cause })?;
+        if let Err(cause) = fate.usable() {
+            drop(fate);
+            live.not_taken(cause.clone());
+            return Err(Error::NotConnected { cause });
+        }
         let Some(worker) = self.all_workers.get(usize::from(owner)) else {
+            drop(fate);
+            live.not_taken(Cause::ShuttingDown);
             return Err(Error::ShuttingDown);
         };
         worker.send(Command::Submit { spec, live });

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,14 @@ use tracing::debug;
 use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
-use super::peer::{in_ticket, transfer, zip};
+use super::joint::Told;
+use super::peer::{in_ticket, transfer};
 use super::peer_session::PeerSession;
 use super::worker::{Command, Live};
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{LayerScope, Plan};
+use crate::plan::{Compiled, LayerScope, Plan};
 use crate::recent::Recent;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, Kind, PeerKey, Refusal, Spec, TransferId};
@@ -35,11 +37,11 @@ pub struct PushOptions {
     pub ticket: Option<Ticket>,
 }
 
-/// Blocks that wait for the ticket.
-#[derive(Debug)]
-enum Waiting {
+/// Blocks to write, that may have to wait for the ticket.
+#[derive(Debug, Clone)]
+pub(crate) enum Waiting {
     Pairs(LayerScope, Vec<GroupPairs>),
-    InOrder(LayerScope, Vec<GroupBlocks>),
+    InOrder(LayerScope, Vec<GroupBlocks>, Option<Range<u64>>),
 }
 
 #[derive(Debug)]
@@ -64,13 +66,15 @@ impl Stage {
 
 /// A push as the engine and its handle share it.
 #[derive(Debug)]
-struct Pushing {
+pub(crate) struct Pushing {
     id: TransferId,
     owner: u16,
     request: RequestId,
     peer: Arc<PeerSession>,
     /// The try that it was begun for, where the ticket came by another way.
     asked_for: Option<Nonce>,
+    /// What of the blocks it writes.
+    plans: Compiled,
     stage: Mutex<Stage>,
 }
 
@@ -240,6 +244,99 @@ pub(crate) fn close(peer: &PeerSession, request: &RequestId, nonce: Nonce) {
 }
 
 impl Pushing {
+    /// Begins a push of what `plans` writes, for the try that a ticket has named if one has come.
+    pub(crate) fn begin(
+        engine: &Arc<Inner>,
+        peer: Arc<PeerSession>,
+        request: &RequestId,
+        (nonce, options): (Option<Nonce>, &PushOptions),
+        plans: Compiled,
+        told: Told,
+    ) -> Result<Arc<Self>, Error> {
+        let id = TransferId(engine.runtime.next_id());
+        let owner = peer.owner(id);
+        let spec = Spec {
+            id,
+            peer: peer.key,
+            kind: Kind::Push,
+            deadline: engine.deadline(options.deadline),
+            workers: peer.worker_count(),
+        };
+        let stage = Stage::Asked {
+            waiting: Vec::new(),
+            committed: false,
+        };
+        let pushing = Arc::new(Self {
+            id,
+            owner,
+            request: request.clone(),
+            peer: Arc::clone(&peer),
+            asked_for: nonce,
+            plans,
+            stage: Mutex::new(stage),
+        });
+        engine.pushes.begin(&pushing)?;
+        let live = Box::new(Live {
+            engine: Arc::clone(engine),
+            peer: Arc::clone(&peer),
+            told,
+            request: request.clone(),
+            nonce: nonce.unwrap_or(NO_TICKET),
+            tag: options.tag,
+            lease: None,
+            push: true,
+            submitted: engine.now(),
+            jobs: Vec::new(),
+            report: TransferReport::default(),
+        });
+        if let Err(error) = peer.submit(owner, spec, live) {
+            engine.pushes.ended(id);
+            return Err(error);
+        }
+        // Even with a ticket: the consumer keeps account of who may write.
+        peer.link.send(
+            PushStart {
+                request: request.clone(),
+                nonce,
+            }
+            .into(),
+        );
+        Ok(pushing)
+    }
+
+    pub(crate) fn id(&self) -> TransferId {
+        self.id
+    }
+
+    /// The worker that owns it.
+    pub(crate) fn owner(&self) -> u16 {
+        self.owner
+    }
+
+    /// Whether it writes anything of this layer.
+    pub(crate) fn has_layer(&self, layer: u32) -> bool {
+        self.plans.layers().contains(layer)
+    }
+
+    /// Nothing follows.
+    pub(crate) fn commit(&self) {
+        let mut stage = self.stage();
+        match &mut *stage {
+            Stage::Asked { committed, .. } => *committed = true,
+            Stage::Open(_) => {
+                self.send(Command::Commit { id: self.id });
+                stage.end();
+            }
+            Stage::Ended { .. } => {}
+        }
+    }
+
+    /// Gives it up.
+    pub(crate) fn abort(&self) {
+        self.stage().end();
+        self.send(Command::Abort { id: self.id });
+    }
+
     fn stage(&self) -> MutexGuard<'_, Stage> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -285,7 +382,9 @@ impl Pushing {
             let begun = Instant::now();
             let plan = match &layer {
                 Waiting::Pairs(scope, pairs) => self.plan(ticket, *scope, pairs),
-                Waiting::InOrder(scope, src) => self.plan_in_order(ticket, *scope, src),
+                Waiting::InOrder(scope, src, tokens) => {
+                    self.plan_in_order(ticket, *scope, src, tokens.as_ref())
+                }
             };
             match plan {
                 Ok(plan) => self.add(plan, begun),
@@ -326,30 +425,23 @@ impl Pushing {
         ticket: &Ticket,
         scope: LayerScope,
         src: &[GroupBlocks],
+        tokens: Option<&Range<u64>>,
     ) -> Result<Plan, Error> {
-        let empty = GroupBlocks::default();
         let pairs = src
             .iter()
             .map(|src| {
-                let dst = ticket
-                    .groups
-                    .iter()
-                    .find(|g| g.group == src.group)
-                    .unwrap_or(&empty);
-                zip(src.group, &src.blocks, dst)
+                let dst = ticket.groups.iter().find(|g| g.group == src.group);
+                let dst = dst.map_or(&[][..], |dst| &dst.blocks);
+                (self.plans).pairs(src.group, &src.blocks, dst, tokens.cloned())
             })
             .collect::<Result<Vec<_>, _>>()?;
-        self.compile(scope, &pairs)
+        let limits = self.peer.unit_limits(&self.plans, &pairs);
+        Ok(self.plans.plan_units(&pairs, scope, limits)?)
     }
 
     fn compile(&self, scope: LayerScope, pairs: &[GroupPairs]) -> Result<Plan, Error> {
-        let Some(compiled) = &self.peer.push else {
-            return Err(Error::WrongRole {
-                role: "kv_producer",
-                operation: "be pushed to",
-            });
-        };
-        Ok(compiled.plan(pairs, scope, self.peer.limits(compiled, pairs))?)
+        let limits = self.peer.limits(&self.plans, pairs);
+        Ok(self.plans.plan(pairs, scope, limits)?)
     }
 
     /// Hands a plan to the worker; checking and planning began at `begun`.
@@ -363,7 +455,7 @@ impl Pushing {
         });
     }
 
-    fn layer(&self, engine: &Inner, layer: Waiting) -> Result<(), Error> {
+    pub(crate) fn layer(&self, engine: &Inner, layer: Waiting) -> Result<(), Error> {
         engine.runtime.health.check()?;
         let mut stage = self.stage();
         match &mut *stage {
@@ -389,7 +481,9 @@ impl Pushing {
                 // before the commit.
                 let plan = match &layer {
                     Waiting::Pairs(scope, pairs) => self.plan(&ticket, *scope, pairs)?,
-                    Waiting::InOrder(scope, src) => self.plan_in_order(&ticket, *scope, src)?,
+                    Waiting::InOrder(scope, src, tokens) => {
+                        self.plan_in_order(&ticket, *scope, src, tokens.as_ref())?
+                    }
                 };
                 self.add(plan, begun);
                 Ok(())
@@ -412,71 +506,13 @@ impl Push {
         engine: &Arc<Inner>,
         peer: Arc<PeerSession>,
         request: &RequestId,
-        options: PushOptions,
+        options: &PushOptions,
     ) -> Result<Self, Error> {
-        if !engine.config.kv_role.produces() {
-            return Err(Error::WrongRole {
-                role: "kv_consumer",
-                operation: "push",
-            });
-        }
-        if peer.push.is_none() {
-            return Err(Error::WrongRole {
-                role: "kv_producer",
-                operation: "be pushed to",
-            });
-        }
-        let id = TransferId(engine.runtime.next_id());
-        let owner = peer.owner(id);
-        let now = engine.now();
+        let plans = peer.push_plans(engine)?.alone().clone();
         let shared = Arc::new(Shared::default());
+        let told = Told::Owner(Arc::clone(&shared));
         let nonce = options.ticket.as_ref().map(|ticket| ticket.nonce);
-        let live = Box::new(Live {
-            engine: Arc::clone(engine),
-            peer: Arc::clone(&peer),
-            shared: Arc::clone(&shared),
-            request: request.clone(),
-            nonce: nonce.unwrap_or(NO_TICKET),
-            tag: options.tag,
-            lease: None,
-            push: true,
-            submitted: now,
-            jobs: Vec::new(),
-            report: TransferReport::default(),
-        });
-        let spec = Spec {
-            id,
-            peer: peer.key,
-            kind: Kind::Push,
-            deadline: now
-                .saturating_add(options.deadline.unwrap_or(engine.config.transfer_timeout)),
-            workers: peer.worker_count(),
-        };
-        let stage = Stage::Asked {
-            waiting: Vec::new(),
-            committed: false,
-        };
-        let pushing = Arc::new(Pushing {
-            id,
-            owner,
-            request: request.clone(),
-            peer: Arc::clone(&peer),
-            asked_for: nonce,
-            stage: Mutex::new(stage),
-        });
-        engine.pushes.begin(&pushing)?;
-        if let Err(error) = peer.submit(owner, spec, live) {
-            engine.pushes.ended(id);
-            return Err(error);
-        }
-        // Even with a ticket: the consumer keeps account of who may write.
-        peer.link.send(
-            PushStart {
-                request: request.clone(),
-                nonce,
-            }
-            .into(),
-        );
+        let pushing = Pushing::begin(engine, peer, request, (nonce, options), plans, told)?;
         Ok(Self {
             pushing,
             engine: Arc::clone(engine),
@@ -505,11 +541,11 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// As [`layer`](Self::layer), and [`Error::UnequalLengths`].
+    /// As [`layer`](Self::layer); lists of unequal length are an [`Error::Plan`].
     pub fn layer_in_order(&self, layer: u32, src: &[GroupBlocks]) -> Result<(), Error> {
         self.pushing.layer(
             &self.engine,
-            Waiting::InOrder(LayerScope::Layer(layer), src.to_vec()),
+            Waiting::InOrder(LayerScope::Layer(layer), src.to_vec(), None),
         )
     }
 
@@ -534,19 +570,7 @@ impl Push {
     pub fn commit(mut self) -> Result<Transfer, Error> {
         self.engine.runtime.health.check_process()?;
         self.over = true;
-        {
-            let mut stage = self.pushing.stage();
-            match &mut *stage {
-                Stage::Asked { committed, .. } => *committed = true,
-                Stage::Open(_) => {
-                    self.pushing.send(Command::Commit {
-                        id: self.pushing.id,
-                    });
-                    stage.end();
-                }
-                Stage::Ended { .. } => {}
-            }
-        }
+        self.pushing.commit();
         let shared = Arc::clone(&self.shared);
         Ok(transfer(
             &self.engine,
@@ -570,10 +594,7 @@ impl Push {
             // Nor may the child be the last to let go of what its parent uses.
             return std::mem::forget(Arc::clone(&self.engine));
         }
-        self.pushing.stage().end();
-        self.pushing.send(Command::Abort {
-            id: self.pushing.id,
-        });
+        self.pushing.abort();
     }
 }
 

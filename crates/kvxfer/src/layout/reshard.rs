@@ -1,9 +1,10 @@
 //! Which ranks exchange blocks where the two sides are cut otherwise.
 //!
 //! Where several producer ranks keep the same (a latent, a scale, replicated heads), one of them
-//! gives it to a consumer rank: the one whose place among them is the consumer's tensor-parallel
-//! rank, counted round. Two ranks that know each other's placement find this out by themselves; and
-//! readers spread over the replicas.
+//! gives it to a consumer rank: the one that the consumer rank *faces* where the two rows of ranks are
+//! laid side by side, or the one in its place among those that keep the part. So a consumer rank takes
+//! what all have from a rank that it takes heads from anyhow, and readers spread over the replicas.
+//! Two ranks that know each other's placement find this out by themselves.
 
 use std::collections::BTreeMap;
 
@@ -165,7 +166,13 @@ impl<'a> Part<'a> {
 /// Whether of the producer ranks that keep this part this one gives it to the consumer rank.
 pub(crate) fn gives_to(producer: &Half<'_>, topology: &Topology, consumer: &Topology) -> bool {
     let replicas = replicas(producer, topology);
-    topology.rank.tp % replicas == consumer.rank.tp % replicas
+    topology.rank.tp % replicas == facing(topology.tp, consumer) % replicas
+}
+
+/// The one of `tp` producer ranks that a consumer rank faces.
+fn facing(tp: u32, consumer: &Topology) -> u32 {
+    let (rank, ranks) = (u64::from(consumer.rank.tp), u64::from(consumer.tp.max(1)));
+    u32::try_from(rank * u64::from(tp) / ranks).unwrap_or(0)
 }
 
 /// How many neighbouring ranks keep the same part as this one: all, where it is not dealt out;

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::layout::{AxisKind, Overlap, Pair, Shard, Side, ranges};
 
 /// What one producer rank gives of what a consumer rank keeps. Blocks are not in question: whichever
@@ -158,7 +160,7 @@ impl Cover {
 }
 
 /// Part of a consumer rank's cache that nobody gives.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct MissingPart {
     /// Index of the cache group.

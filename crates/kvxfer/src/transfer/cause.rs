@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::plan::MissingPart;
 use crate::wire::ErrorCode;
 
 /// What an engine can do after a failure.
@@ -167,6 +168,12 @@ pub enum Cause {
     /// The consumer no longer wants the push.
     #[error("revoked by the consumer")]
     Revoked,
+    /// As many producers as were expected have pushed, and together they do not keep all of the blocks.
+    #[error("the ranks that have pushed do not keep {part}")]
+    MissingPart {
+        /// Something that is missing.
+        part: MissingPart,
+    },
     /// The peer refused.
     #[error("refused by the peer: {reason}")]
     Refused {
@@ -259,7 +266,8 @@ impl Cause {
                     Class::Fatal
                 }
             },
-            Self::Post { .. }
+            Self::MissingPart { .. }
+            | Self::Post { .. }
             | Self::LocalDevice { .. }
             | Self::NoPath
             | Self::ShuttingDown

@@ -1,16 +1,27 @@
 //! Who may write, and when memory is free.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use kvxfer::event::{Cause, MemoryState};
-use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal};
+use kvxfer::event::{Cause, MemoryState, PeerName};
+use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal, Sender};
 use kvxfer::ids::{Nonce, RequestId};
+use kvxfer::plan::Cover;
 use kvxfer::time::Time;
 use kvxfer::transfer::PeerKey;
 use proptest::prelude::*;
 
 use crate::{group, name, request};
+
+/// What is written of each block is looked at by the one test that asks for it.
+fn sender(name: &PeerName) -> Sender<'_> {
+    static COVER: LazyLock<Cover> = LazyLock::new(Cover::default);
+    Sender {
+        name,
+        cover: &COVER,
+    }
+}
 
 #[derive(Debug, Clone)]
 enum ExpectOp {
@@ -256,7 +267,7 @@ proptest! {
                     }
                 }
                 ExpectOp::Announce { request: r, nonce, peer } => {
-                    if expects.announce(&request(r), Nonce(nonce), PeerKey(peer), &name(peer)).is_ok() {
+                    if expects.announce(&request(r), Nonce(nonce), PeerKey(peer), sender(&name(peer))).is_ok() {
                         let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
                         prop_assert_eq!(entry.life, Life::Standing);
                         entry.may_write.insert(peer);
@@ -265,7 +276,7 @@ proptest! {
                     }
                 }
                 ExpectOp::Started { request: r, nonce, peer } => {
-                    let started = expects.push_started(now, &request(r), Nonce(nonce), PeerKey(peer), &name(peer));
+                    let started = expects.push_started(now, &request(r), Nonce(nonce), PeerKey(peer), sender(&name(peer)));
                     if started.is_ok() {
                         let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
                         prop_assert_eq!(entry.life, Life::Standing);
@@ -276,7 +287,7 @@ proptest! {
                 ExpectOp::Done { request: r, nonce, peer } => {
                     use PushRefusal::{NotASender, UnknownRequest, WrongNonce};
                     let could = world.stopped(r, nonce, peer, now, true);
-                    match expects.push_done(now, &request(r), Nonce(nonce), PeerKey(peer)) {
+                    match expects.push_done(now, &request(r), Nonce(nonce), PeerKey(peer), |_| None) {
                         Ok(PushProgress::Repeated) => prop_assert!(!could),
                         Ok(_) => prop_assert!(could),
                         Err(NotASender | UnknownRequest | WrongNonce) => prop_assert!(!could),
@@ -381,28 +392,30 @@ fn released(r: &RequestId, n: Nonce) -> ExpectOutput {
 fn a_sender_counts_once_over_all_its_sessions() {
     let (mut expects, r, n) = expecting(2);
     let first = name(1);
-    expects.announce(&r, n, PeerKey(1), &first).expect("room");
+    expects
+        .announce(&r, n, PeerKey(1), sender(&first))
+        .expect("room");
     // Over a second session while the first still stands.
     assert_eq!(
-        expects.push_started(Time(1), &r, n, PeerKey(2), &first),
+        expects.push_started(Time(1), &r, n, PeerKey(2), sender(&first)),
         Err(PushRefusal::Late)
     );
     assert_eq!(
-        expects.push_done(Time(2), &r, n, PeerKey(1)),
+        expects.push_done(Time(2), &r, n, PeerKey(1), |_| None),
         Ok(PushProgress::Waiting { left: 1 })
     );
     expects.peer_lost(Time(3), PeerKey(1), &Cause::PeerDead);
     // And over one that comes after it.
     assert_eq!(
-        expects.announce(&r, n, PeerKey(3), &first),
+        expects.announce(&r, n, PeerKey(3), sender(&first)),
         Err(PushRefusal::Late)
     );
     assert_eq!(expects.poll_output(), None);
     expects
-        .announce(&r, n, PeerKey(4), &name(4))
+        .announce(&r, n, PeerKey(4), sender(&name(4)))
         .expect("room for the other sender");
     assert_eq!(
-        expects.push_done(Time(4), &r, n, PeerKey(4)),
+        expects.push_done(Time(4), &r, n, PeerKey(4), |_| None),
         Ok(PushProgress::Complete)
     );
 }
@@ -410,15 +423,18 @@ fn a_sender_counts_once_over_all_its_sessions() {
 #[test]
 fn each_sender_counts_once() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
     expects
-        .push_started(Time(1), &r, n, PeerKey(2), &name(2))
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
+    expects
+        .push_started(Time(1), &r, n, PeerKey(2), sender(&name(2)))
         .expect("room");
     assert_eq!(
-        expects.push_started(Time(1), &r, n, PeerKey(3), &name(3)),
+        expects.push_started(Time(1), &r, n, PeerKey(3), sender(&name(3))),
         Err(PushRefusal::SendersFull { senders: 2 })
     );
-    let mut done = |r: &RequestId, n, peer| expects.push_done(Time(2), r, n, PeerKey(peer));
+    let mut done =
+        |r: &RequestId, n, peer| expects.push_done(Time(2), r, n, PeerKey(peer), |_| None);
     assert_eq!(done(&r, n, 3), Err(PushRefusal::NotASender));
     assert_eq!(done(&r, Nonce(6), 1), Err(PushRefusal::WrongNonce));
     assert_eq!(done(&request(9), n, 1), Err(PushRefusal::UnknownRequest));
@@ -426,7 +442,7 @@ fn each_sender_counts_once() {
     assert_eq!(done(&r, n, 1), Ok(PushProgress::Repeated));
     assert_eq!(outputs(&mut expects), []);
     assert_eq!(
-        expects.push_done(Time(3), &r, n, PeerKey(2)),
+        expects.push_done(Time(3), &r, n, PeerKey(2), |_| None),
         Ok(PushProgress::Complete)
     );
     assert_eq!(
@@ -438,7 +454,7 @@ fn each_sender_counts_once() {
         }]
     );
     assert_eq!(
-        expects.push_done(Time(3), &r, n, PeerKey(2)),
+        expects.push_done(Time(3), &r, n, PeerKey(2), |_| None),
         Err(PushRefusal::Late)
     );
 }
@@ -446,14 +462,18 @@ fn each_sender_counts_once() {
 #[test]
 fn the_deadline_revokes_and_the_answer_releases() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
-    expects.announce(&r, n, PeerKey(2), &name(2)).expect("room");
     expects
-        .push_done(Time(2), &r, n, PeerKey(1))
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
+    expects
+        .announce(&r, n, PeerKey(2), sender(&name(2)))
+        .expect("room");
+    expects
+        .push_done(Time(2), &r, n, PeerKey(1), |_| None)
         .expect("a sender");
     // What is late by the clock is late, whether or not the timer was looked at.
     assert_eq!(
-        expects.push_started(Time(100), &r, n, PeerKey(2), &name(2)),
+        expects.push_started(Time(100), &r, n, PeerKey(2), sender(&name(2))),
         Err(PushRefusal::Late)
     );
     assert_eq!(
@@ -473,7 +493,9 @@ fn the_deadline_revokes_and_the_answer_releases() {
 #[test]
 fn a_silent_peer_is_cut_off() {
     let (mut expects, r, n) = expecting(1);
-    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
+    expects
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
     expects.on_time(Time(100));
     outputs(&mut expects);
     assert_eq!(expects.next_timeout(), Some(Time(120)));
@@ -500,8 +522,12 @@ fn nobody_bound_means_nothing_to_wait_for() {
 #[test]
 fn an_abort_fails_and_revokes_the_others() {
     let (mut expects, r, n) = expecting(2);
-    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
-    expects.announce(&r, n, PeerKey(2), &name(2)).expect("room");
+    expects
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
+    expects
+        .announce(&r, n, PeerKey(2), sender(&name(2)))
+        .expect("room");
     expects
         .push_closed(Time(1), &r, n, PeerKey(1))
         .expect("a sender");
@@ -514,7 +540,7 @@ fn an_abort_fails_and_revokes_the_others() {
     );
     // All its operations had completed: that closes it, but the outcome stands.
     assert_eq!(
-        expects.push_done(Time(2), &r, n, PeerKey(2)),
+        expects.push_done(Time(2), &r, n, PeerKey(2), |_| None),
         Err(PushRefusal::Late)
     );
     assert_eq!(outputs(&mut expects), [released(&r, n)]);
@@ -523,7 +549,9 @@ fn an_abort_fails_and_revokes_the_others() {
 #[test]
 fn a_dead_peer_is_reset_and_not_asked() {
     let (mut expects, r, n) = expecting(1);
-    expects.announce(&r, n, PeerKey(1), &name(1)).expect("room");
+    expects
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
     expects.peer_lost(Time(1), PeerKey(1), &Cause::PeerDead);
     assert_eq!(
         outputs(&mut expects),
@@ -534,4 +562,38 @@ fn a_dead_peer_is_reset_and_not_asked() {
     );
     expects.peer_reset(PeerKey(1));
     assert_eq!(outputs(&mut expects), [released(&r, n)]);
+}
+
+/// All senders have come, and their parts together are not the whole: the request has failed, once, and
+/// its memory is free, for nobody is left who could write.
+#[test]
+fn the_wrong_senders_are_not_taken_for_the_right_ones() {
+    let (mut expects, r, n) = expecting(2);
+    expects
+        .announce(&r, n, PeerKey(1), sender(&name(1)))
+        .expect("room");
+    expects
+        .announce(&r, n, PeerKey(2), sender(&name(2)))
+        .expect("room");
+    let never = |_: &[&Cover]| -> Option<Cause> { panic!("asked before the last one") };
+    expects
+        .push_done(Time(2), &r, n, PeerKey(1), never)
+        .expect("counted");
+    let gap = |covers: &[&Cover]| {
+        assert_eq!(covers.len(), 2);
+        Some(Cause::Aborted)
+    };
+    let progress = expects.push_done(Time(3), &r, n, PeerKey(2), gap);
+    assert_eq!(progress, Ok(PushProgress::Complete));
+    let outputs = outputs(&mut expects);
+    let [
+        ExpectOutput::Failed {
+            cause: Cause::Aborted,
+            memory: MemoryState::Released,
+            ..
+        },
+    ] = outputs.as_slice()
+    else {
+        panic!("{outputs:?}");
+    };
 }

@@ -2,9 +2,10 @@
 //! one lock over it, so each call is one step here.
 
 use kvxfer::event::PeerName;
-use kvxfer::expects::{ExpectOutput, PushRefusal};
+use kvxfer::expects::{ExpectOutput, PushRefusal, Sender};
 use kvxfer::ids::{Nonce, Rank, RequestId};
 use kvxfer::leases::{LeaseOutput, ReleaseAnswer};
+use kvxfer::plan::Cover;
 use kvxfer::ticket::Ticket;
 use kvxfer::time::Time;
 use kvxfer::transfer::{Cause, Notice, PeerKey, Refusal};
@@ -179,9 +180,14 @@ impl World {
 
     fn answer_with_ticket(&mut self, life: usize, peer: usize, ticket: &Ticket) {
         let (key, name) = (self.peers[peer].key, self.name_of(peer));
+        // Every model engine has one rank, and all of each block.
+        let who = Sender {
+            name: &name,
+            cover: &Cover::default(),
+        };
         let bound = self.lives[life]
             .expects
-            .announce(&ticket.request, ticket.nonce, key, &name);
+            .announce(&ticket.request, ticket.nonce, key, who);
         match bound {
             Ok(()) => {
                 if let Some(expected) = self.lives[life].expected.get_mut(&ticket.nonce.0) {
@@ -281,7 +287,7 @@ impl World {
                     expected.close(key);
                 }
                 let counted = self.books_do(life, |books, now| {
-                    books.expects.push_done(now, &request, nonce, key)
+                    books.expects.push_done(now, &request, nonce, key, |_| None)
                 })?;
                 if counted.is_err() {
                     self.sum.count("push done: too late");

@@ -9,6 +9,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Outcome, PushOptions};
 use kvxfer::event::{Event, MemoryState, ReleaseReason};
 use kvxfer::ids::RequestId;
+use kvxfer::plan::PlanError;
 use kvxfer::transfer::{Cause, Refusal};
 
 #[test]
@@ -44,10 +45,14 @@ fn pushes_that_do_not_fit() {
     let error = push
         .layer_in_order(1, &groups([0, 1]))
         .expect_err("two for three");
-    assert!(
-        matches!(error, Error::UnequalLengths { src: 2, dst: 3, .. }),
-        "{error}"
-    );
+    let Error::Plan(PlanError::Lengths {
+        producer_blocks: 2,
+        consumer_blocks: 3,
+        ..
+    }) = error
+    else {
+        panic!("{error}");
+    };
     push.layer_in_order(1, &groups([0, 1, 2])).expect("fits");
     push.layer(0, &pairs([(1, 5), (2, 6)])).expect("fits");
     let transfer = push.commit().expect("committed");

@@ -54,8 +54,17 @@ impl Child {
 
     /// As the data-parallel rank `dp` of `ranks`.
     pub(crate) fn start_rank(spec: &Spec, dp: u32, ranks: u32) -> Child {
+        Self::start_as(spec, "dp", dp, ranks)
+    }
+
+    /// As the pipeline rank `pp` of `stages`, with its share of the two layers.
+    pub(crate) fn start_stage(spec: &Spec, pp: u32, stages: u32) -> Child {
+        Self::start_as(spec, "pp", pp, stages)
+    }
+
+    fn start_as(spec: &Spec, kind: &str, rank: u32, ranks: u32) -> Child {
         let text = format!(
-            "{}|{}|{}|{}|{}|{}|{}|{dp}|{ranks}",
+            "{}|{}|{}|{}|{}|{}|{}|{kind}|{rank}|{ranks}",
             match spec.role {
                 KvRole::Producer => "producer",
                 KvRole::Consumer => "consumer",
@@ -281,7 +290,8 @@ fn build(text: &str) -> (Node, u64) {
         listen,
         engine_id,
         seed,
-        dp,
+        kind,
+        rank,
         ranks,
     ] = parts[..]
     else {
@@ -305,7 +315,11 @@ fn build(text: &str) -> (Node, u64) {
     let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
     let recipe = recipe(role, path, number(block_bytes), blocks);
     let count = |text| u32::try_from(number(text)).expect("a rank");
-    let recipe = recipe.rank(count(dp), count(ranks)).with(|config| {
+    let recipe = match kind {
+        "pp" => recipe.stage(count(rank), count(ranks)),
+        _ => recipe.rank(count(rank), count(ranks)),
+    };
+    let recipe = recipe.with(|config| {
         // Whoever listens elsewhere is in a network of the test's own.
         config.allow_unauthenticated = !listen.starts_with("127.");
         if !engine_id.is_empty() {

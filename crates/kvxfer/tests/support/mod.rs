@@ -4,6 +4,7 @@
 
 pub(crate) mod child;
 pub(crate) mod counts;
+pub(crate) mod meaning;
 pub(crate) mod proxy;
 
 use std::collections::HashMap;
@@ -17,7 +18,7 @@ use kvxfer::config::{Config, ConfigBuilder, KvRole, PathKind, PathSet};
 use kvxfer::engine::Engine;
 use kvxfer::event::{Event, MemoryState, PeerName, ReleaseReason};
 use kvxfer::ids::{Nonce, RequestId};
-use kvxfer::layout::{KvFormat, Topology};
+use kvxfer::layout::{KvFormat, LayerWindow, Topology};
 
 /// Longer than anything takes on a busy machine; only a hang waits for so long.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -42,6 +43,8 @@ pub(crate) struct Recipe {
     pub(crate) memory: BenchMemory,
     /// Which data-parallel rank of how many.
     pub(crate) dp: (u32, u32),
+    /// Which pipeline rank of how many.
+    pub(crate) pp: (u32, u32),
 }
 
 /// The configuration takes this path and no other. The RDMA device is one that `KVXFER_TEST_RDMA` names: of
@@ -82,6 +85,7 @@ pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32
             _ => BenchMemory::Arena,
         },
         dp: (0, 1),
+        pp: (0, 1),
     }
 }
 
@@ -96,9 +100,16 @@ impl Recipe {
         self
     }
 
+    pub(crate) fn stage(mut self, pp: u32, stages: u32) -> Self {
+        self.pp = (pp, stages);
+        self
+    }
+
     pub(crate) fn try_node(&self) -> Result<Node, kvxfer::Error> {
         let mut topology = Topology::single(&self.format);
         (topology.rank.dp, topology.dp) = self.dp;
+        (topology.rank.pp, topology.pp) = self.pp;
+        topology.layers = LayerWindow::even(self.format.layers(), self.pp.0, self.pp.1);
         let shape = BenchShape {
             format: self.format.clone(),
             num_blocks: vec![self.blocks],

@@ -19,8 +19,9 @@ use tracing::{debug, warn};
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
 use super::async_events::{AsyncEvents, Watched};
-use super::handle::{Failure, Outcome, Shared, TransferReport};
+use super::handle::{Failure, Outcome, TransferReport};
 use super::health::Health;
+use super::joint::Told;
 use super::notices::{Inbox, Outbox};
 use super::peer_session::PeerSession;
 use super::push::close;
@@ -47,7 +48,7 @@ const RETRY: Duration = Duration::from_millis(1);
 pub(crate) struct Live {
     pub(crate) engine: Arc<Inner>,
     pub(crate) peer: Arc<PeerSession>,
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) told: Told,
     pub(crate) request: RequestId,
     pub(crate) nonce: Nonce,
     pub(crate) tag: u64,
@@ -58,20 +59,6 @@ pub(crate) struct Live {
     /// What it has been split into.
     pub(crate) jobs: Vec<Arc<Job>>,
     pub(crate) report: TransferReport,
-}
-
-impl Drop for Live {
-    /// Whoever waits for the transfer hears of its end even if its worker never did: the engine has
-    /// gone, or a command has come after the worker's end.
-    fn drop(&mut self) {
-        let failure = Failure {
-            first_cause: Cause::ShuttingDown,
-            invalid_blocks: Vec::new(),
-            memory: MemoryState::Released,
-        };
-        self.shared.finish(Outcome::Failed(failure), self.report);
-        self.shared.release();
-    }
 }
 
 /// What other threads ask of a worker.

@@ -7,7 +7,7 @@ use super::{Command, Worker};
 use crate::blocks::GroupBlocks;
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::peer_session::PeerSession;
-use crate::event::{Event, MemoryState, ReleaseReason};
+use crate::event::MemoryState;
 use crate::transfer::{
     self, Cause, DrainToken, Incomplete, Job, JobId, Notice, Output, PeerKey, TransferId,
 };
@@ -169,43 +169,13 @@ impl Worker {
             .max()
             .unwrap_or(live.submitted);
         live.report.post = posted.since(live.submitted);
-        let (request, nonce, tag) = (live.request.clone(), live.nonce, live.tag);
-        let (event, quarantined) = match &outcome {
-            Outcome::Done if live.push => {
-                let sent = Event::Sent {
-                    request,
-                    nonce,
-                    tag,
-                };
-                (sent, false)
-            }
-            Outcome::Done => {
-                let received = Event::Received {
-                    request,
-                    nonce,
-                    tag,
-                };
-                (received, false)
-            }
-            Outcome::Failed(failure) => {
-                let failed = Event::Failed {
-                    request,
-                    nonce,
-                    tag,
-                    invalid_blocks: failure.invalid_blocks.clone(),
-                    first_cause: failure.first_cause.clone(),
-                    memory: failure.memory,
-                };
-                (failed, failure.memory == MemoryState::Quarantined)
-            }
-        };
+        let quarantined =
+            outcome.failure().map(|failure| failure.memory) == Some(MemoryState::Quarantined);
         if live.push && !quarantined {
             // Before anybody hears: whoever does may begin the request's next push.
             live.engine.push_ended(id);
         }
-        // The handle first: whoever has the event finds the outcome and the report there.
-        live.shared.finish(outcome, live.report);
-        live.engine.events.push(event);
+        live.finish(outcome);
         if let Entry::Occupied(mut running) = self.running.entry(live.peer.key) {
             *running.get_mut() -= 1;
             if *running.get() == 0 {
@@ -222,12 +192,7 @@ impl Worker {
             if live.push {
                 live.engine.push_ended(id);
             }
-            live.shared.release();
-            live.engine.events.push(Event::Released {
-                request: live.request.clone(),
-                nonce: live.nonce,
-                reason: ReleaseReason::Drained,
-            });
+            live.free();
         }
         self.live.remove(&id);
     }

@@ -100,7 +100,7 @@ impl Wreck {
         let Some(live) = self.worker.live.get(&id) else {
             return;
         };
-        if live.shared.has_outcome() {
+        if live.has_outcome() {
             return;
         }
         for job in &live.jobs {

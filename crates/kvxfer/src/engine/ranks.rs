@@ -1,0 +1,405 @@
+//! Requests that are spread over the ranks of a remote engine: one transfer with a part for each of
+//! those that keep something of it.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Inner;
+use super::books::NO_TICKET;
+use super::handle::Transfer;
+use super::instance::Instance;
+use super::joint::{Joint, Told, Whole};
+use super::peer::{Peer, PlannedPull, PullOptions};
+use super::peer_session::PeerSession;
+use super::push::{PushOptions, Pushing, Waiting};
+use crate::blocks::GroupBlocks;
+use crate::error::Error;
+use crate::ids::{Nonce, RequestId};
+use crate::layout::Side;
+use crate::plan::{Cover, LayerScope};
+use crate::ticket::Ticket;
+use crate::transfer::{Cause, TransferId};
+use crate::wire::Release;
+
+impl Inner {
+    /// This rank's own side of a comparison.
+    pub(crate) fn side(&self) -> Side<'_> {
+        Side {
+            format: &self.format,
+            placement: self.placement.desc(),
+        }
+    }
+}
+
+impl Joint {
+    /// The handle of the transfer.
+    fn transfer(self: &Arc<Self>, engine: &Inner) -> Transfer {
+        let joint = Arc::clone(self);
+        Transfer {
+            id: TransferId(engine.runtime.next_id()),
+            shared: Arc::clone(self.shared()),
+            canceller: Arc::new(move |_| joint.cancel()),
+            health: Arc::clone(&engine.runtime.health),
+        }
+    }
+
+    fn told(self: &Arc<Self>, at: usize) -> Told {
+        Told::Part {
+            joint: Arc::clone(self),
+            at,
+        }
+    }
+
+    /// A part that was submitted can be cancelled with the others from here on.
+    fn runs(&self, peer: &PeerSession, owner: u16, id: TransferId) {
+        if let Some(worker) = peer.all_workers.get(usize::from(owner)) {
+            self.submitted(id, worker);
+        }
+    }
+}
+
+/// Checks that these are tickets of different ranks of one data-parallel rank, all for this request.
+fn of_one_request(request: &RequestId, tickets: &[Ticket]) -> Result<(), Error> {
+    for (at, ticket) in tickets.iter().enumerate() {
+        let earlier = tickets.get(..at).unwrap_or_default();
+        if ticket.request != *request {
+            return Err(Error::TicketsDiffer {
+                first: request.clone(),
+                other: ticket.request.clone(),
+            });
+        }
+        if earlier.iter().any(|t| t.rank == ticket.rank) {
+            return Err(Error::TicketTwice {
+                request: request.clone(),
+                rank: ticket.rank,
+            });
+        }
+        if let Some(first) = earlier.iter().find(|t| t.rank.dp != ticket.rank.dp) {
+            return Err(Error::OtherReplica {
+                first: first.rank,
+                other: ticket.rank,
+            });
+        }
+    }
+    Ok(())
+}
+
+impl Instance {
+    /// Reads a request's blocks from all ranks that keep a part of them, into this rank's `blocks`: the
+    /// way to pull where the two engines are cut into ranks differently, or into blocks of other sizes.
+    ///
+    /// `tickets` are those of the ranks' offers, one each, in any order; a ticket of a rank that has
+    /// nothing for this one is released and otherwise ignored. Both the tickets' blocks and `blocks`
+    /// are in token order and begin at the same token. `tokens` says which of them are wanted, counted
+    /// from there; `None`: all. Its start must lie on a boundary of blocks that both sides have; its
+    /// end is rounded up to one.
+    ///
+    /// It is one transfer: one outcome, when the last part is done or the first has failed, and one
+    /// event, with the nonce of the first ticket. After a failure the memory is free when nothing of
+    /// any part can touch it. Where several ranks keep the same, each reader takes it from one of
+    /// them ([`layout::reshard`](crate::layout::reshard) says which).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingPart`] if the ranks of these tickets do not keep all that this rank needs;
+    /// [`Error::TicketsDiffer`], [`Error::TicketTwice`], [`Error::OtherReplica`] if they are not those of
+    /// the ranks of one engine (and data-parallel rank) for one request; and as [`pull`](Self::pull).
+    pub fn pull_ranks(
+        &self,
+        tickets: &[Ticket],
+        blocks: &[GroupBlocks],
+        tokens: Option<Range<u64>>,
+        options: PullOptions,
+    ) -> Result<Transfer, Error> {
+        let first = tickets.first().ok_or(Error::NoRanks)?;
+        of_one_request(&first.request, tickets)?;
+        let mut sessions = Vec::with_capacity(tickets.len());
+        for ticket in tickets {
+            let peer = self.maker_of(ticket)?;
+            sessions.push((peer.engine(), peer.pulls_with(ticket)?, ticket));
+        }
+        let Some((engine, ..)) = sessions.first() else {
+            return Err(Error::NoRanks);
+        };
+        let engine = Arc::clone(engine);
+        let mut covers = Vec::with_capacity(sessions.len());
+        for (_, session, _) in &sessions {
+            covers.push(session.pull_plans()?.share.cover());
+        }
+        if let Some(part) = Cover::missing(&engine.side(), &covers) {
+            return Err(Error::MissingPart {
+                part,
+                ranks: tickets.iter().map(|ticket| ticket.rank).collect(),
+            });
+        }
+        let mut parts = Vec::with_capacity(sessions.len());
+        let mut releases = Vec::with_capacity(sessions.len());
+        for (_, session, ticket) in &sessions {
+            let begun = Instant::now();
+            let share = &session.pull_plans()?.share;
+            releases.push((
+                Arc::clone(session),
+                Release {
+                    request: ticket.request.clone(),
+                    nonce: ticket.nonce,
+                },
+            ));
+            if share.is_empty() {
+                continue;
+            }
+            let mut pairs = Vec::with_capacity(blocks.len());
+            for dst in blocks {
+                let src = ticket.groups.iter().find(|g| g.group == dst.group);
+                let src = src.map_or(&[][..], |src| &src.blocks);
+                pairs.push(share.pairs(dst.group, src, &dst.blocks, tokens.clone())?);
+            }
+            let limits = session.unit_limits(share, &pairs);
+            let plan = share.plan_units(&pairs, LayerScope::All, limits)?;
+            parts.push(PlannedPull::new(Arc::clone(session), ticket, plan, begun));
+        }
+        if options.hold {
+            releases.clear();
+        }
+        let whole = Whole {
+            request: first.request.clone(),
+            nonce: first.nonce,
+            tag: options.tag,
+            push: false,
+            blocks: blocks.to_vec(),
+            releases,
+        };
+        let until = engine.deadline(options.deadline);
+        let joint = Joint::new(&engine, whole, parts.len());
+        for (at, part) in parts.into_iter().enumerate() {
+            if joint.is_cancelled() {
+                joint.not_begun(at, Cause::Cancelled);
+                continue;
+            }
+            let peer = Arc::clone(part.peer());
+            // The releases follow the outcome of all parts: after a failure all may be tried again.
+            // A part that is not taken, because its session has just gone, has told the others so.
+            if let Ok((id, owner)) =
+                part.submit(&engine, joint.told(at), (options.tag, until, false))
+            {
+                joint.runs(&peer, owner, id);
+            }
+        }
+        Ok(joint.transfer(&engine))
+    }
+
+    /// The data-parallel rank that a push is for: that of its tickets, or the only one.
+    fn replica(&self, tickets: &[Ticket]) -> Result<u32, Error> {
+        let first = self.peers().first().ok_or(Error::NoRanks)?.rank().dp;
+        match tickets.first() {
+            Some(ticket) => Ok(ticket.rank.dp),
+            None if self.peers().iter().all(|peer| peer.rank().dp == first) => Ok(first),
+            None => Err(Error::SeveralRanks {
+                operation: "begin_push_ranks without tickets",
+                engine: self.engine_id(),
+                ranks: self.peers().iter().map(Peer::rank).collect(),
+            }),
+        }
+    }
+
+    /// Begins to push a request to all ranks that keep a part of what this rank has: the way to push
+    /// where the two engines are cut into ranks differently, or into blocks of other sizes. The ranks
+    /// that take nothing from this one are left out.
+    ///
+    /// Each consumer rank [expects](super::Engine::expect) as many `senders` as producer ranks have a
+    /// part for it ([`layout::reshard`](crate::layout::reshard) counts both). `tickets`: those that
+    /// have come by another way; without any the instance must be of one data-parallel rank, and with them
+    /// it is pushed to theirs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingToPush`] if no rank takes anything from this one; those of
+    /// [`pull_ranks`](Self::pull_ranks) for tickets; [`Error::SeveralRanks`]; and as
+    /// [`begin_push_with`](Self::begin_push_with).
+    pub fn begin_push_ranks(
+        &self,
+        request: &RequestId,
+        tickets: &[Ticket],
+        options: &PushOptions,
+    ) -> Result<RanksPush, Error> {
+        Inner::check_request(request)?;
+        of_one_request(request, tickets)?;
+        for ticket in tickets {
+            self.maker_of(ticket)?.expects(ticket)?;
+        }
+        let dp = self.replica(tickets)?;
+        let engine = self
+            .peers()
+            .first()
+            .map(Peer::engine)
+            .ok_or(Error::NoRanks)?;
+        let mut parts = Vec::new();
+        for peer in self.peers().iter().filter(|peer| peer.rank().dp == dp) {
+            let session = peer.session()?;
+            let share = session.push_plans(engine)?.share.clone();
+            if share.is_empty() {
+                continue;
+            }
+            let ticket = tickets.iter().find(|ticket| ticket.rank == peer.rank());
+            parts.push((session, share, ticket.map(|ticket| ticket.nonce)));
+        }
+        if parts.is_empty() {
+            return Err(Error::NothingToPush {
+                rank: engine.rank(),
+                engine: self.engine_id(),
+            });
+        }
+        let whole = Whole {
+            request: request.clone(),
+            nonce: tickets.first().map_or(NO_TICKET, |ticket| ticket.nonce),
+            tag: options.tag,
+            push: true,
+            blocks: Vec::new(),
+            releases: Vec::new(),
+        };
+        let joint = Joint::new(engine, whole, parts.len());
+        let mut push = RanksPush {
+            engine: Arc::clone(engine),
+            parts: Vec::with_capacity(parts.len()),
+            joint: Arc::clone(&joint),
+            over: false,
+        };
+        for (at, (session, share, nonce)) in parts.into_iter().enumerate() {
+            if joint.is_cancelled() {
+                joint.not_begun(at, Cause::Cancelled);
+                continue;
+            }
+            match push.begin_part(at, session, request, (nonce, options), share) {
+                Err(error) if at == 0 && !joint.has_ended(at) => {
+                    push.over = true;
+                    return Err(error);
+                }
+                // A part that is not taken, because its session has just gone, has told the others so.
+                Err(_) => joint.not_begun(at, Cause::Cancelled),
+                Ok(()) => {}
+            }
+        }
+        Ok(push)
+    }
+}
+
+/// A push to several ranks under way, made by [`Instance::begin_push_ranks`]. Dropping it without
+/// [`commit`](Self::commit) aborts it.
+///
+/// It is one transfer: one outcome and one event, [`Sent`](crate::event::Event::Sent) when every rank
+/// has all of its part. The first part that fails ends the others.
+#[derive(Debug)]
+pub struct RanksPush {
+    engine: Arc<Inner>,
+    parts: Vec<Arc<Pushing>>,
+    joint: Arc<Joint>,
+    over: bool,
+}
+
+impl RanksPush {
+    fn begin_part(
+        &mut self,
+        at: usize,
+        session: Arc<PeerSession>,
+        request: &RequestId,
+        how: (Option<Nonce>, &PushOptions),
+        share: crate::plan::Compiled,
+    ) -> Result<(), Error> {
+        let told = self.joint.told(at);
+        let peer = Arc::clone(&session);
+        let part = Pushing::begin(&self.engine, session, request, how, share, told)?;
+        self.joint.runs(&peer, part.owner(), part.id());
+        self.parts.push(part);
+        Ok(())
+    }
+
+    /// Writes one layer's blocks to every rank that keeps a part of it; `layer` counts over the whole
+    /// model. `src` are this rank's blocks of the request in token order, from the token at which the
+    /// consumers' tickets begin; `tokens` says which of them are to be written, counted from there
+    /// (chunked prefill), and `None` all. Its start must lie on a boundary of blocks that both sides
+    /// have; its end is rounded up to one, so what is written last is written again when it has grown.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Plan`], [`Error::PushEnded`]. What does not fit a ticket that has yet to come ends the
+    /// push later, with [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
+    pub fn layer(
+        &self,
+        layer: u32,
+        src: &[GroupBlocks],
+        tokens: Option<Range<u64>>,
+    ) -> Result<(), Error> {
+        let window = self.engine.placement.desc().topology().layers;
+        if !window.contains(layer) {
+            return Err(crate::plan::PlanError::LayerNotHere { layer, window }.into());
+        }
+        self.write(LayerScope::Layer(layer), src, tokens)
+    }
+
+    /// Writes all layers' blocks at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`layer`](Self::layer).
+    pub fn all_layers(&self, src: &[GroupBlocks], tokens: Option<Range<u64>>) -> Result<(), Error> {
+        self.write(LayerScope::All, src, tokens)
+    }
+
+    fn write(
+        &self,
+        scope: LayerScope,
+        src: &[GroupBlocks],
+        tokens: Option<Range<u64>>,
+    ) -> Result<(), Error> {
+        let blocks = Waiting::InOrder(scope, src.to_vec(), tokens);
+        for part in &self.parts {
+            if let LayerScope::Layer(layer) = scope
+                && !part.has_layer(layer)
+            {
+                continue;
+            }
+            part.layer(&self.engine, blocks.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Says that nothing follows. The transfer is done when every byte has been confirmed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Forked`]. What else goes wrong is the transfer's outcome.
+    pub fn commit(mut self) -> Result<Transfer, Error> {
+        self.engine.runtime.health.check_process()?;
+        self.over = true;
+        for part in &self.parts {
+            part.commit();
+        }
+        Ok(self.joint.transfer(&self.engine))
+    }
+
+    /// Gives the push up: each consumer's expectation fails. The transfer's outcome is a failure with
+    /// [`Cause::Cancelled`].
+    pub fn abort(mut self) -> Transfer {
+        self.give_up();
+        self.joint.transfer(&self.engine)
+    }
+
+    fn give_up(&mut self) {
+        self.over = true;
+        if self.engine.runtime.health.is_forked() {
+            // Nor may the child be the last to let go of what its parent uses.
+            return std::mem::forget((Arc::clone(&self.engine), Arc::clone(&self.joint)));
+        }
+        for part in &self.parts {
+            part.abort();
+        }
+    }
+}
+
+impl Drop for RanksPush {
+    fn drop(&mut self) {
+        if !self.over {
+            self.give_up();
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! Engines that are cut into ranks differently, or into blocks of other sizes: every consumer rank gets
+//! exactly what it keeps, whoever has it, in one transfer with one outcome.
+
+mod support;
+
+use std::ops::Range;
+
+use kvxfer::Error;
+use kvxfer::blocks::GroupBlocks;
+use kvxfer::config::KvRole;
+use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions};
+use kvxfer::event::{Event, ReleaseReason};
+use kvxfer::ids::RequestId;
+use kvxfer::layout::reshard::{Parallel, sources};
+use kvxfer::ticket::Ticket;
+use kvxfer::transfer::{Cause, Refusal};
+use support::meaning::{Cluster, Cut, cut};
+use support::{LONG, Log, groups};
+
+const SEED: u64 = 11;
+/// Tokens of a request: whole blocks of every size that is tried.
+const TOKENS: u64 = 192;
+/// Tokens that every rank has room for.
+const ROOM: u32 = 384;
+
+/// Blocks of a request in no order.
+fn table(tokens: u32, stride: u32) -> Vec<GroupBlocks> {
+    let blocks = ROOM / tokens;
+    let count = u32::try_from(TOKENS).expect("small") / tokens;
+    groups((0..count).map(|i| (i * stride + 3) % blocks))
+}
+
+struct Pair {
+    producers: Cluster,
+    consumers: Cluster,
+    src: Vec<GroupBlocks>,
+    dst: Vec<GroupBlocks>,
+}
+
+fn pair(producer: Cut, consumer: Cut) -> Pair {
+    let cluster = |name: &str, role, cut: Cut| Cluster::new(name, role, cut, ROOM / cut.tokens);
+    let producers = cluster("prefill", KvRole::Producer, producer);
+    let consumers = cluster("decode", KvRole::Consumer, consumer);
+    let src = table(producer.tokens, 5);
+    let dst = table(consumer.tokens, 7);
+    producers.fill(SEED, &src);
+    Pair {
+        producers,
+        consumers,
+        src,
+        dst,
+    }
+}
+
+impl Pair {
+    fn connect(&self, consumer: usize) -> Instance {
+        let engine = &self.consumers.nodes[consumer].engine;
+        engine
+            .connect_ranks(&self.producers.addresses, LONG)
+            .expect("sessions with all ranks")
+    }
+
+    fn offers(&self, request: &str, readers: u32) -> Vec<Ticket> {
+        let offer = |node: &support::Node| {
+            let request = RequestId::from(request);
+            node.engine.offer(&request, &self.src, readers, LONG)
+        };
+        let nodes = self.producers.nodes.iter();
+        nodes.map(|node| offer(node).expect("an offer")).collect()
+    }
+
+    fn consumers(&self) -> u32 {
+        u32::try_from(self.consumers.nodes.len()).expect("few")
+    }
+}
+
+/// Every consumer rank pulls from all producer ranks; then all offers are free.
+fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
+    let pair = pair(producer, consumer);
+    let tickets = pair.offers("r", pair.consumers());
+    let mut logs: Vec<Log> = pair
+        .producers
+        .nodes
+        .iter()
+        .map(|n| Log::new(&n.engine))
+        .collect();
+    for at in 0..pair.consumers.nodes.len() {
+        let mut log = Log::new(&pair.consumers.nodes[at].engine);
+        let instance = pair.connect(at);
+        let options = PullOptions {
+            tag: 9,
+            ..PullOptions::default()
+        };
+        let pull = instance
+            .pull_ranks(&tickets, &pair.dst, tokens.clone(), options)
+            .expect("a pull");
+        assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+        pair.consumers
+            .verify(at, SEED, &pair.dst, tokens.clone().unwrap_or(0..TOKENS));
+        assert!(pull.report().bytes > 0);
+        let received = |e: &Event| matches!(e, Event::Received { tag: 9, .. });
+        log.wait("the outcome", received);
+        assert_eq!(log.count(received), 1);
+        log.assert_told_once();
+    }
+    for log in &mut logs {
+        log.wait("the release of the offer", |e| {
+            matches!(
+                e,
+                Event::Released {
+                    reason: ReleaseReason::AllRead,
+                    ..
+                }
+            )
+        });
+    }
+}
+
+/// Every producer rank pushes to all consumer ranks, layer by layer.
+fn pushes(producer: Cut, consumer: Cut, senders: u32) {
+    let pair = pair(producer, consumer);
+    let request = RequestId::from("w");
+    let mut logs: Vec<Log> = pair
+        .consumers
+        .nodes
+        .iter()
+        .map(|n| Log::new(&n.engine))
+        .collect();
+    let parallel = Parallel {
+        tp: producer.tp,
+        pp: producer.pp,
+    };
+    for node in &pair.consumers.nodes {
+        let topology = node.side.placement().desc().topology();
+        let producer = (pair.producers.nodes[0].side.format(), parallel);
+        let of = sources(producer, (node.side.format(), &topology)).expect("even heads");
+        assert_eq!(of.len(), senders as usize, "{of:?}");
+        node.engine
+            .expect(&request, &pair.dst, senders, LONG)
+            .expect("expected");
+    }
+    for node in &pair.producers.nodes {
+        let mut log = Log::new(&node.engine);
+        let instance = node
+            .engine
+            .connect_ranks(&pair.consumers.addresses, LONG)
+            .expect("sessions with all ranks");
+        let push = match instance.begin_push_ranks(&request, &[], &PushOptions::default()) {
+            Ok(push) => push,
+            Err(Error::NothingToPush { .. }) => continue,
+            Err(error) => panic!("{error}"),
+        };
+        let window = node.side.placement().desc().topology().layers;
+        for layer in window.first..window.end {
+            push.layer(layer, &pair.src, None).expect("planned");
+        }
+        let push = push.commit().expect("committed");
+        assert_eq!(push.wait(LONG), Some(Outcome::Done));
+        log.wait("the outcome", |e| matches!(e, Event::Sent { .. }));
+        log.assert_told_once();
+    }
+    for (at, log) in logs.iter_mut().enumerate() {
+        log.wait("the outcome", |e| matches!(e, Event::Received { .. }));
+        log.assert_told_once();
+        pair.consumers.verify(at, SEED, &pair.dst, 0..TOKENS);
+    }
+}
+
+#[test]
+fn more_consumer_ranks_than_producer_ranks() {
+    pulls(cut(3, 1, 16), cut(6, 1, 16), None);
+    pushes(cut(3, 1, 16), cut(6, 1, 16), 1);
+}
+
+/// The latent, which both have, comes from one of them.
+#[test]
+fn fewer_consumer_ranks_than_producer_ranks() {
+    pulls(cut(6, 1, 16), cut(2, 1, 16), None);
+    pushes(cut(6, 1, 16), cut(2, 1, 16), 3);
+}
+
+#[test]
+fn heads_that_several_ranks_keep() {
+    pulls(cut(12, 1, 16), cut(3, 1, 16), None);
+    pulls(cut(3, 1, 16), cut(12, 1, 16), None);
+}
+
+#[test]
+fn pipelines_of_other_lengths() {
+    pulls(cut(1, 2, 16), cut(1, 1, 16), None);
+    pulls(cut(1, 1, 16), cut(1, 2, 16), None);
+    pushes(cut(2, 2, 16), cut(1, 1, 16), 4);
+}
+
+#[test]
+fn blocks_of_other_sizes() {
+    pulls(cut(1, 1, 16), cut(1, 1, 64), None);
+    pulls(cut(1, 1, 64), cut(1, 1, 16), None);
+    pulls(cut(1, 1, 48), cut(1, 1, 32), None);
+    pushes(cut(1, 1, 16), cut(1, 1, 64), 1);
+    pushes(cut(1, 1, 64), cut(1, 1, 16), 1);
+}
+
+#[test]
+fn everything_at_once() {
+    let other = Cut {
+        head_first: true,
+        ..cut(3, 2, 64)
+    };
+    pulls(cut(2, 1, 16), other, None);
+    pulls(other, cut(2, 1, 16), None);
+}
+
+/// A prefix that is here already, and an end inside a block.
+#[test]
+fn some_tokens_of_a_request() {
+    pulls(cut(2, 1, 16), cut(1, 1, 16), Some(32..96));
+    pulls(cut(1, 1, 16), cut(1, 1, 64), Some(48..128));
+    pulls(cut(1, 1, 64), cut(1, 1, 16), Some(16..112));
+}
+
+/// One rank's blocks are not whole without the others: it is said before anything moves.
+#[test]
+fn a_part_is_not_taken_for_the_whole() {
+    let pair = pair(cut(2, 1, 16), cut(1, 1, 16));
+    let tickets = pair.offers("r", 1);
+    let instance = pair.connect(0);
+    let alone = kvxfer::blocks::GroupPairs::default();
+    let error = instance
+        .pull(&tickets[1], &[alone], PullOptions::default())
+        .expect_err("half of the heads");
+    assert!(matches!(error, Error::MissingPart { .. }), "{error}");
+    assert!(error.to_string().contains("head"), "{error}");
+    let pull = |tickets: &[Ticket]| {
+        let options = PullOptions::default();
+        let pull = instance.pull_ranks(tickets, &pair.dst, None, options);
+        pull.expect_err("not all").to_string()
+    };
+    let error = pull(&tickets[..1]);
+    assert!(error.contains("dp0.pp0.tp0 do not keep"), "{error}");
+    let twice = [tickets[0].clone(), tickets[0].clone()];
+    assert!(pull(&twice).contains("two tickets"), "{}", pull(&twice));
+    let other = pair.producers.nodes[1]
+        .engine
+        .offer(&RequestId::from("other"), &pair.src, 1, LONG)
+        .expect("an offer");
+    let mixed = [tickets[0].clone(), other];
+    assert!(
+        pull(&mixed).contains("of request other"),
+        "{}",
+        pull(&mixed)
+    );
+    pair.consumers.verify(0, SEED, &pair.dst, 0..0);
+}
+
+/// Two senders that have the same do not make up for one that never came.
+#[test]
+fn as_many_senders_as_expected_but_not_the_right_ones() {
+    let pair = pair(cut(12, 1, 16), cut(1, 1, 16));
+    let request = RequestId::from("w");
+    let consumer = &pair.consumers.nodes[0];
+    let mut log = Log::new(&consumer.engine);
+    // One of each pair of ranks with the same head would do.
+    let expected = consumer.engine.expect(&request, &pair.dst, 2, LONG);
+    expected.expect("expected");
+    for node in [&pair.producers.nodes[0], &pair.producers.nodes[2]] {
+        let instance = node
+            .engine
+            .connect_ranks(&pair.consumers.addresses, LONG)
+            .expect("a session");
+        let push = instance
+            .begin_push_ranks(&request, &[], &PushOptions::default())
+            .expect("a push");
+        push.all_layers(&pair.src, None).expect("planned");
+        let push = push.commit().expect("committed");
+        assert!(push.wait(LONG).is_some());
+    }
+    let failed = log.wait("the outcome", |e| {
+        matches!(e, Event::Received { .. } | Event::Failed { .. })
+    });
+    let Event::Failed {
+        first_cause: Cause::MissingPart { part },
+        invalid_blocks,
+        ..
+    } = failed
+    else {
+        panic!("{failed:?}");
+    };
+    assert_eq!(invalid_blocks, pair.dst);
+    assert!(part.to_string().contains("head"), "{part}");
+    log.assert_told_once();
+}
+
+/// One rank's offer runs out under the pull: the whole pull fails, once, and may be tried again.
+#[test]
+fn one_part_fails() {
+    let pair = pair(cut(2, 1, 16), cut(1, 1, 16));
+    let tickets = pair.offers("r", 1);
+    let instance = pair.connect(0);
+    let mut log = Log::new(&pair.consumers.nodes[0].engine);
+    assert!(
+        pair.producers.nodes[1]
+            .engine
+            .retract(&RequestId::from("r"))
+    );
+    let pull = instance
+        .pull_ranks(&tickets, &pair.dst, None, PullOptions::default())
+        .expect("a pull");
+    let outcome = pull.wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("a failure");
+    assert!(
+        matches!(failure.first_cause, Cause::LeaseExpired | Cause::Retracted),
+        "{failure:?}"
+    );
+    assert!(pull.wait_released(LONG));
+    log.wait("the failure", |e| matches!(e, Event::Failed { .. }));
+    log.assert_told_once();
+    // The rank that was well still holds its blocks.
+    let again = pair.producers.nodes[1]
+        .engine
+        .offer(&RequestId::from("r"), &pair.src, 1, LONG)
+        .expect("an offer");
+    let tickets = [tickets[0].clone(), again];
+    let pull = instance
+        .pull_ranks(&tickets, &pair.dst, None, PullOptions::default())
+        .expect("a pull");
+    assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+    pair.consumers.verify(0, SEED, &pair.dst, 0..TOKENS);
+}
+
+#[test]
+fn a_pull_of_several_ranks_is_cancelled_as_one() {
+    let pair = pair(cut(3, 1, 16), cut(1, 1, 16));
+    let tickets = pair.offers("r", 1);
+    let instance = pair.connect(0);
+    let mut log = Log::new(&pair.consumers.nodes[0].engine);
+    let pull = instance
+        .pull_ranks(&tickets, &pair.dst, None, PullOptions::default())
+        .expect("a pull");
+    pull.cancel();
+    let outcome = pull.wait(LONG).expect("an outcome");
+    if let Some(failure) = outcome.failure() {
+        assert_eq!(failure.first_cause, Cause::Cancelled);
+    }
+    assert!(pull.wait_released(LONG));
+    log.assert_told_once();
+}
+
+/// A push to several ranks of which one does not want it.
+#[test]
+fn one_consumer_rank_gives_up() {
+    let pair = pair(cut(1, 1, 16), cut(3, 1, 16));
+    let request = RequestId::from("w");
+    let mut logs: Vec<Log> = pair
+        .consumers
+        .nodes
+        .iter()
+        .map(|n| Log::new(&n.engine))
+        .collect();
+    let expect = |node: &support::Node| node.engine.expect(&request, &pair.dst, 1, LONG);
+    let nodes = pair.consumers.nodes.iter();
+    let tickets: Vec<Ticket> = nodes.map(|node| expect(node).expect("expected")).collect();
+    let producer = &pair.producers.nodes[0];
+    let mut log = Log::new(&producer.engine);
+    let instance = producer
+        .engine
+        .connect_ranks(&pair.consumers.addresses, LONG)
+        .expect("sessions");
+    let push = instance
+        .begin_push_ranks(&request, &tickets, &PushOptions::default())
+        .expect("a push");
+    push.layer(0, &pair.src, None).expect("planned");
+    assert!(pair.consumers.nodes[1].engine.cancel_expect(&request));
+    log.wait("the failure", |e| matches!(e, Event::Failed { .. }));
+    let push = push.commit().expect("committed");
+    let outcome = push.wait(LONG).expect("an outcome");
+    let cause = outcome.failure().map(|f| &f.first_cause);
+    // It may have been cancelled before the push had asked.
+    let late = Cause::Refused {
+        reason: Refusal::Late,
+    };
+    assert!(
+        cause == Some(&Cause::Revoked) || cause == Some(&late),
+        "{cause:?}"
+    );
+    assert!(push.wait_released(LONG));
+    for log in &mut logs {
+        log.wait("the failure", |e| matches!(e, Event::Failed { .. }));
+        log.assert_told_once();
+    }
+    log.assert_told_once();
+}
