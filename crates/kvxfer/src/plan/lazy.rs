@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::compile::{Class, Inner, Role, TensorPair};
 use super::request::MAX_PIECES;
-use super::source::{Op, OpSource, Piece};
+use super::source::{Op, OpList, OpSource, Piece};
 
 /// The operations of a request, worked out as they are asked for. It holds one entry for each
 /// merged run of block pairs, not for each operation.
@@ -105,13 +105,13 @@ impl Section {
 }
 
 /// Operations at one place, into the sink.
-struct Emitter<'a, 's> {
+struct Emitter<'a, S> {
     pieces: &'a [SpanPiece],
     scratch: [Piece; MAX_PIECES],
-    sink: &'s mut dyn FnMut(&Op<'_>),
+    sink: S,
 }
 
-impl Emitter<'_, '_> {
+impl<S: FnMut(&Op<'_>)> Emitter<'_, S> {
     #[inline]
     fn spans(&mut self, spans: &[OpSpan], tensor: &TensorPair, remote_base: u64, local_base: u64) {
         for span in spans {
@@ -162,25 +162,12 @@ impl OpSource for Plan {
     }
 
     fn emit(&self, range: Range<u64>, sink: &mut dyn FnMut(&Op<'_>)) {
-        let end = range.end.min(self.report.operations);
-        let mut at = range.start;
-        if at >= end {
-            return;
-        }
-        let mut out = Emitter {
-            pieces: &self.pieces,
-            scratch: [Piece::default(); MAX_PIECES],
-            sink,
-        };
-        for section in &self.sections[self.section_at(at)..] {
-            if at >= end {
-                break;
-            }
-            let from = at - section.first_op;
-            let to = section.ops().min(end - section.first_op);
-            at = section.first_op + to;
-            self.emit_section(section, from, to, &mut out);
-        }
+        self.each(range, sink);
+    }
+
+    // Its own, so that the list's push is inlined: this is most of what an operation costs.
+    fn list(&self, range: Range<u64>, list: &mut OpList) {
+        self.each(range, |op: &Op<'_>| list.push(op));
     }
 
     fn blocks_of(&self, op: u64, out: &mut Vec<(u32, u32)>) {
@@ -218,8 +205,37 @@ impl OpSource for Plan {
 }
 
 impl Plan {
+    /// Hands the operations of a range to the sink.
+    fn each(&self, range: Range<u64>, sink: impl FnMut(&Op<'_>)) {
+        let end = range.end.min(self.report.operations);
+        let mut at = range.start;
+        if at >= end {
+            return;
+        }
+        let mut out = Emitter {
+            pieces: &self.pieces,
+            scratch: [Piece::default(); MAX_PIECES],
+            sink,
+        };
+        for section in &self.sections[self.section_at(at)..] {
+            if at >= end {
+                break;
+            }
+            let from = at - section.first_op;
+            let to = section.ops().min(end - section.first_op);
+            at = section.first_op + to;
+            self.emit_section(section, from, to, &mut out);
+        }
+    }
+
     /// Operations `from..to` of a section, which are not none.
-    fn emit_section(&self, section: &Section, from: u64, to: u64, out: &mut Emitter<'_, '_>) {
+    fn emit_section<S: FnMut(&Op<'_>)>(
+        &self,
+        section: &Section,
+        from: u64,
+        to: u64,
+        out: &mut Emitter<'_, S>,
+    ) {
         let spans = &self.spans[section.spans.clone()];
         let pairs = &self.pairs[section.pairs.clone()];
         let tensors = &self.inner.tensors[section.tensors.clone()];

@@ -24,5 +24,5 @@ pub use cover::{Cover, MissingPart};
 pub use error::{CompileError, PlanError, SideName, TokenRange};
 pub use lazy::{Plan, PlanReport};
 pub use request::{LayerScope, MAX_CHUNK, MAX_PIECES, PlanLimits};
-pub use source::{Op, OpSource, Piece};
+pub use source::{Op, OpList, OpSource, Piece};
 pub use units::{Listed, Unit, UnitPairs};

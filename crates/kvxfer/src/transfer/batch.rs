@@ -3,22 +3,7 @@
 use std::sync::Arc;
 
 use super::Job;
-use crate::plan::source::{Op, Piece};
-
-/// One operation of a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BatchOp {
-    /// Index of the remote memory.
-    pub remote_region: u32,
-    /// Where its local pieces begin in the batch's list.
-    first_piece: u32,
-    /// How many they are.
-    pieces: u32,
-    /// Bytes from the start of the remote memory.
-    pub remote_offset: u64,
-    /// Length in bytes.
-    pub len: u64,
-}
+use crate::plan::source::{OpList, Piece};
 
 /// A work request of a batch, as the device wants it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,11 +27,9 @@ pub struct WorkRequest<'a> {
 #[derive(Debug, Default)]
 pub struct Batch {
     job: Option<Arc<Job>>,
-    ops: Vec<BatchOp>,
-    pieces: Vec<Piece>,
+    ops: OpList,
     first_op: u64,
     first_wr_id: u64,
-    bytes: u64,
 }
 
 impl Batch {
@@ -71,7 +54,7 @@ impl Batch {
     /// How many bytes they move.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.ops.bytes()
     }
 
     /// The job whose operations these are: direction, peer, transfer. `None` in an empty batch.
@@ -89,62 +72,30 @@ impl Batch {
     /// The work requests in the order of posting.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = WorkRequest<'_>> + '_ {
         let last = self.ops.len().wrapping_sub(1);
-        self.ops.iter().enumerate().map(move |(i, op)| {
-            let from = op.first_piece as usize;
-            WorkRequest {
-                wr_id: self.first_wr_id + i as u64,
-                signaled: i == last,
-                remote_region: op.remote_region,
-                remote_offset: op.remote_offset,
-                len: op.len,
-                pieces: &self.pieces[from..from + op.pieces as usize],
-            }
+        self.ops.iter().enumerate().map(move |(i, op)| WorkRequest {
+            wr_id: self.first_wr_id + i as u64,
+            signaled: i == last,
+            remote_region: op.remote_region,
+            remote_offset: op.remote_offset,
+            len: op.len,
+            pieces: op.local,
         })
     }
 
     /// Empties it and lets the job go; the room stays.
     pub fn clear(&mut self) {
         self.job = None;
-        self.ops.clear();
-        self.pieces.clear();
-        self.bytes = 0;
+        self.ops.begin(0, 0);
     }
 
     /// Takes operations of `job` from `first_op` on, up to `limit` of them and, after the first,
     /// up to `max_bytes`.
     pub(super) fn fill(&mut self, job: &Arc<Job>, first_op: u64, limit: u64, max_bytes: u64) {
-        self.clear();
         self.first_op = first_op;
-        let (ops, pieces) = (&mut self.ops, &mut self.pieces);
-        let mut bytes = 0u64;
-        let mut full = false;
-        job.source
-            .emit(first_op..first_op + limit, &mut |op: &Op<'_>| {
-                let after = bytes.saturating_add(op.len);
-                // A source that emits more than it was asked for must not overrun the credits.
-                full |= ops.len() as u64 >= limit || (after > max_bytes && !ops.is_empty());
-                if full {
-                    return;
-                }
-                let first_piece = pieces.len();
-                // One piece is by far the most common; pushing it beats a general copy.
-                if let [piece] = op.local {
-                    pieces.push(*piece);
-                } else {
-                    pieces.extend_from_slice(op.local);
-                }
-                // Lossless: a batch has at most 2^20 operations of at most 2^10 pieces.
-                #[allow(clippy::cast_possible_truncation)]
-                ops.push(BatchOp {
-                    remote_region: op.remote_region,
-                    first_piece: first_piece as u32,
-                    pieces: op.local.len() as u32,
-                    remote_offset: op.remote_offset,
-                    len: op.len,
-                });
-                bytes = after;
-            });
-        self.bytes = bytes;
+        let max_ops = usize::try_from(limit).unwrap_or(usize::MAX);
+        self.ops.begin(max_ops, max_bytes);
+        let end = first_op.saturating_add(limit);
+        job.source.list(first_op..end, &mut self.ops);
         self.job = Some(Arc::clone(job));
     }
 

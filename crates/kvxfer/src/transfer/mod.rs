@@ -27,7 +27,7 @@ mod scheduler;
 #[cfg(test)]
 mod testing;
 
-pub use batch::{Batch, BatchOp, WorkRequest};
+pub use batch::{Batch, WorkRequest};
 pub use cause::{Cause, Class, CompletionStatus, LocalOperation, QpEvent, Refusal};
 pub use error::TransferError;
 pub use job::{Direction, Job, JobError, JobReport};

@@ -330,10 +330,16 @@ impl Sends {
         if self.wrs.len() < n {
             self.wrs.resize(n, EMPTY);
         }
-        let mut spans = chain.sges.iter();
-        for (entry, wr) in chain.wrs.iter().zip(&mut self.wrs).take(n) {
+        let mut spans = chain.sges.as_slice();
+        // One pointer leads to all of them: no other reference is made.
+        let first = self.wrs.as_mut_ptr();
+        for (at, entry) in chain.wrs.iter().enumerate().take(n) {
             let begin = self.sges.len();
-            for span in spans.by_ref().take(entry.nsge as usize) {
+            let (own, others) = spans
+                .split_at_checked(entry.nsge as usize)
+                .unwrap_or((spans, &[]));
+            spans = others;
+            for span in own {
                 // A length of 0 means 2 GiB to some devices. The regions were looked at before.
                 let (false, Some(region)) = (span.len == 0, entries.get(span.region as usize))
                 else {
@@ -345,7 +351,14 @@ impl Sends {
                     lkey: region.lkey,
                 });
             }
+            // SAFETY: there are `n` of them at least.
+            let wr = unsafe { &mut *first.wrapping_add(at) };
             wr.wr_id = self.ring.push(entry.wr_id, entry.op.opcode());
+            wr.next = if at + 1 == n {
+                ptr::null_mut()
+            } else {
+                first.wrapping_add(at + 1)
+            };
             // The vector has room for all of the chain's, and does not move.
             wr.sg_list = places.wrapping_add(begin);
             // No more than the queue pair takes, which was looked at before.
@@ -359,15 +372,6 @@ impl Sends {
                     rkey: entry.rkey,
                 },
             };
-        }
-        // One pointer leads to all of them: no reference is made any more.
-        let first = self.wrs.as_mut_ptr();
-        for at in 0..n {
-            let last = at + 1 == n;
-            let next = first.wrapping_add(at + 1);
-            // SAFETY: there are `n` of them at least.
-            let wr = unsafe { &mut (*first.wrapping_add(at)).next };
-            *wr = if last { ptr::null_mut() } else { next };
         }
         let mut bad: *mut ibv_send_wr = ptr::null_mut();
         // SAFETY: the queue pair is there until `destroy`, the list and its spans are in two
