@@ -5,7 +5,9 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kvxfer::blocks::{BlockPair, GroupPairs};
+use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
+use kvxfer::claims::{Claimant, Claims, Purpose};
+use kvxfer::ids::RequestId;
 use kvxfer::layout::{DType, KvFormat, KvPlacement, Packing, Side, Topology, models};
 use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, PlanLimits, Role};
 
@@ -50,6 +52,29 @@ fn consecutive() -> Vec<GroupPairs> {
     }]
 }
 
+/// Claiming the blocks of a request and letting go of them, among those of another.
+fn claim(c: &mut Criterion) {
+    let claims = Claims::new(vec![Some(0)]);
+    let lists = |from: u32| {
+        let blocks = scattered()[0].pairs.iter().map(|p| p.dst + from).collect();
+        vec![GroupBlocks { group: 0, blocks }]
+    };
+    let (request, purpose, from) = (RequestId::from("r"), Purpose::Expect, None);
+    let who = Claimant {
+        request: &request,
+        purpose,
+        from,
+    };
+    let _other = claims.claim(who, lists(1)).expect("free");
+    let mut group = c.benchmark_group("claim");
+    group.throughput(Throughput::Elements(BLOCKS.into()));
+    let wanted = lists(0);
+    group.bench_function("scattered", |b| {
+        b.iter(|| drop(black_box(claims.claim(who, wanted.clone()))));
+    });
+    group.finish();
+}
+
 fn plan(c: &mut Criterion) {
     let mut group = c.benchmark_group("plan");
     // K and V of 80 layers; and one latent of 61.
@@ -91,5 +116,5 @@ fn emit(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, plan, emit);
+criterion_group!(benches, claim, plan, emit);
 criterion_main!(benches);

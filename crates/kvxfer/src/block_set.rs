@@ -71,7 +71,7 @@ impl BlockSet {
     }
 
     /// Takes all blocks of a group out again.
-    pub(crate) fn remove_all(&mut self, group: u32, blocks: &[u32]) {
+    fn remove_all(&mut self, group: u32, blocks: &[u32]) {
         let pages = self.pages(group);
         for &block in blocks {
             let (page, word, bit) = place(block);

@@ -94,6 +94,9 @@ pub enum Error {
     /// An expectation cannot be made or ended.
     #[error(transparent)]
     Expect(#[from] crate::expects::ExpectError),
+    /// A block is in something else that is under way, or whose memory has not been released.
+    #[error(transparent)]
+    InUse(#[from] crate::claims::BlockInUse),
     /// A transfer cannot be taken.
     #[error(transparent)]
     Submit(#[from] crate::transfer::TransferError),

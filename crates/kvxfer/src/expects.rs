@@ -28,8 +28,9 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use crate::block_set::{BlockSet, BlocksError, check_groups};
+use crate::block_set::{BlocksError, check_groups};
 use crate::blocks::GroupBlocks;
+use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::event::{MemoryState, PeerName};
 use crate::ids::{Nonce, RequestId};
 use crate::plan::Cover;
@@ -139,18 +140,9 @@ pub enum ExpectError {
         /// What is wrong with them.
         source: BlocksError,
     },
-    /// A block still belongs to another expectation, standing or quarantined.
-    #[error(
-        "block {block} of cache group {group}, expected for request {request}, still belongs to another expectation"
-    )]
-    BlockInUse {
-        /// The request.
-        request: RequestId,
-        /// The group's index.
-        group: u32,
-        /// The block's id.
-        block: u32,
-    },
+    /// A block is in something else of this rank.
+    #[error(transparent)]
+    InUse(#[from] BlockInUse),
     /// Another try of the request is expected.
     #[error(
         "request {request} is already expected with nonce {held:?}, not {given:?}; cancel it first"
@@ -270,6 +262,8 @@ struct Expectation {
     /// The bound peers; at most `senders`, usually a handful.
     writers: Vec<Bound>,
     phase: Phase,
+    /// Its blocks, while a peer may write them.
+    _claim: Claim,
 }
 
 impl Expectation {
@@ -305,8 +299,8 @@ pub struct Expects {
     by_try: HashMap<(RequestId, Nonce), u64>,
     standing: HashMap<RequestId, u64>,
     timers: BTreeSet<(Time, u64)>,
-    /// Blocks that a peer may write: of every standing or draining expectation.
-    held: BlockSet,
+    /// Where the blocks of every standing or draining expectation are claimed.
+    claims: Claims,
     /// Peers whose reset was asked for and has not been reported.
     resetting: HashSet<PeerKey>,
     ended: Recent,
@@ -314,9 +308,10 @@ pub struct Expects {
 }
 
 impl Expects {
-    /// No expectations; a revoked peer has `grace` to answer before it is cut off.
+    /// No expectations; a revoked peer has `grace` to answer before it is cut off. Blocks are claimed
+    /// among the rank's `claims` until they are the owner's again.
     #[must_use]
-    pub fn new(grace: Duration) -> Expects {
+    pub fn new(grace: Duration, claims: Claims) -> Expects {
         Expects {
             grace,
             next_key: 0,
@@ -324,7 +319,7 @@ impl Expects {
             by_try: HashMap::new(),
             standing: HashMap::new(),
             timers: BTreeSet::new(),
-            held: BlockSet::default(),
+            claims,
             resetting: HashSet::new(),
             ended: Recent::new(REMEMBERED),
             outputs: VecDeque::new(),
@@ -336,7 +331,7 @@ impl Expects {
     ///
     /// # Errors
     /// It makes no sense, contradicts an expectation that stands or has ended, or wants a block
-    /// that another one holds. Nothing is changed then.
+    /// that is in something else. Nothing is changed then.
     pub fn expect(&mut self, now: Time, want: ExpectSpec<'_>) -> Result<bool, ExpectError> {
         let ExpectSpec {
             request,
@@ -386,7 +381,12 @@ impl Expects {
             request: request.clone(),
             source,
         })?;
-        self.hold(request, groups)?;
+        let who = Claimant {
+            request,
+            purpose: Purpose::Expect,
+            from: None,
+        };
+        let claim = self.claims.claim(who, groups.to_vec())?;
 
         let key = self.next_key;
         self.next_key += 1;
@@ -403,25 +403,10 @@ impl Expects {
                 senders,
                 writers: Vec::new(),
                 phase: Phase::Standing(deadline),
+                _claim: claim,
             },
         );
         Ok(true)
-    }
-
-    fn hold(&mut self, request: &RequestId, groups: &[GroupBlocks]) -> Result<(), ExpectError> {
-        for (at, group) in groups.iter().enumerate() {
-            if let Err(block) = self.held.insert_all(group.group, &group.blocks) {
-                for earlier in &groups[..at] {
-                    self.held.remove_all(earlier.group, &earlier.blocks);
-                }
-                return Err(ExpectError::BlockInUse {
-                    request: request.clone(),
-                    group: group.group,
-                    block,
-                });
-            }
-        }
-        Ok(())
     }
 
     /// Binds a peer, before the ticket is sent to it. Announcing again over the same session is fine.
@@ -770,9 +755,6 @@ impl Expects {
         self.by_try.remove(&(request.clone(), expectation.nonce));
         if self.standing.get(request) == Some(&key) {
             self.standing.remove(request);
-        }
-        for group in &expectation.groups {
-            self.held.remove_all(group.group, &group.blocks);
         }
         self.ended.push(request, expectation.nonce);
         expectation

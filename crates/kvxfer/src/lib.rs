@@ -96,6 +96,7 @@
 pub mod bench;
 mod block_set;
 pub mod blocks;
+pub mod claims;
 pub mod config;
 pub mod devices;
 pub mod engine;

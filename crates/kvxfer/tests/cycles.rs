@@ -12,7 +12,7 @@ use kvxfer::event::Event;
 use kvxfer::ids::RequestId;
 use support::child::{self, Child, Spec};
 use support::counts::Counts;
-use support::{LONG, Node, groups, pairs, recipe, until};
+use support::{LONG, Node, dealt, groups, pairs, recipe, until};
 
 const BLOCK: u64 = 32 << 10;
 const BLOCKS: u32 = 256;
@@ -88,15 +88,17 @@ fn live(
         }
         Stage::Pulled => {
             let ticket = child.offer(request, BLOCKS, LONG);
-            let pull = |tag| {
+            let pull = |(tag, wanted): (u64, Vec<_>)| {
                 let options = PullOptions {
                     tag,
                     hold: true,
                     ..PullOptions::default()
                 };
-                instance.pull(&ticket, &all(), options).expect("a transfer")
+                instance
+                    .pull(&ticket, &wanted, options)
+                    .expect("a transfer")
             };
-            (0..8).map(pull).collect()
+            (0..).zip(dealt(&all(), 8)).map(pull).collect()
         }
         Stage::Begun | Stage::Pushing => {
             node.engine

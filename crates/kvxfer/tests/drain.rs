@@ -16,8 +16,11 @@ use kvxfer::event::MemoryState;
 use kvxfer::ids::RequestId;
 use support::{LONG, Log, groups, pairs, recipe, until};
 
-const BLOCK: u64 = 256 << 10;
-const BLOCKS: u32 = 128;
+const BLOCK: u64 = 32 << 10;
+const PULLS: u32 = 32;
+/// Of each pull.
+const MOST: u32 = 64;
+const BLOCKS: u32 = PULLS * MOST;
 const GRACE: Duration = Duration::from_millis(100);
 
 /// Says that it has been woken, and stays until it is let go of.
@@ -39,8 +42,12 @@ impl Wake for Holding {
 fn memory_comes_back_after_the_last_worker() {
     for path in [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp] {
         let with = |role| {
-            recipe(role, path, BLOCK, BLOCKS)
-                .with(|config| config.drain_grace = GRACE)
+            recipe(role, path, BLOCK, BLOCKS + 1)
+                .with(|config| {
+                    config.drain_grace = GRACE;
+                    // Far more is asked for than is posted at once.
+                    config.max_send_wr = 16;
+                })
                 .node()
         };
         let (producer, consumer) = (with(KvRole::Producer), with(KvRole::Consumer));
@@ -63,14 +70,14 @@ fn memory_comes_back_after_the_last_worker() {
             hold: true,
             ..PullOptions::default()
         };
-        let wanted = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
-        let long: Vec<Transfer> = (0..32)
-            .map(|tag| {
-                instance
-                    .pull(&ticket, &wanted, options(tag))
-                    .expect("a pull")
-            })
-            .collect();
+        let pull = |tag: u32| {
+            let own = tag * MOST..(tag + 1) * MOST;
+            // Block 0 is for another one.
+            let wanted = pairs(own.map(|b| (b, BLOCKS - b)));
+            let pull = instance.pull(&ticket, &wanted, options(tag.into()));
+            pull.expect("a pull")
+        };
+        let long: Vec<Transfer> = (0..PULLS).map(pull).collect();
         // One worker finishes this, and then stays away with what it has posted of the others.
         let (woken, is_woken) = channel();
         let (let_go, stays) = channel();

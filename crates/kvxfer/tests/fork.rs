@@ -16,7 +16,7 @@ use kvxfer::transfer::Cause;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use support::{LONG, Node, groups, pairs, recipe, until};
+use support::{LONG, Node, dealt, groups, pairs, recipe, until};
 
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: u32 = 128;
@@ -141,7 +141,7 @@ fn a_forked_child() {
         };
         let (push, committed) = (begin("push"), begin("committed"));
         let wanted = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
-        let pull = |tag| {
+        let pull = |(tag, wanted): (u64, Vec<_>)| {
             let options = PullOptions {
                 tag,
                 hold: true,
@@ -149,7 +149,7 @@ fn a_forked_child() {
             };
             instance.pull(&ticket, &wanted, options).expect("a pull")
         };
-        let mut running: Vec<Transfer> = (0..32).map(pull).collect();
+        let mut running: Vec<Transfer> = (0..).zip(dealt(&wanted, 32)).map(pull).collect();
         // All of it moves into the child; the parent keeps its own copy of the memory.
         let mine = Inherited {
             transfer: running.pop().expect("many"),
@@ -178,7 +178,7 @@ fn a_forked_child() {
             assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
         }
         node.side.verify(7, &wanted).expect("every byte");
-        let transfer = pull(99);
+        let transfer = pull((99, wanted.clone()));
         assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
         for push in [push, committed] {
             let transfer = push.commit().expect("committed");

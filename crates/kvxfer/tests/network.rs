@@ -15,7 +15,7 @@ use kvxfer::ticket::Ticket;
 use kvxfer::transfer::Cause;
 use namespaces::{Far, THERE, between};
 use support::child::{self, Child, Spec};
-use support::{LONG, Log, Node, POISON, RECYCLED, groups, pairs, recipe, until};
+use support::{LONG, Log, Node, POISON, RECYCLED, dealt, groups, pairs, recipe, until};
 
 const BLOCK: u64 = 16 << 10;
 const BLOCKS: u32 = 512;
@@ -62,13 +62,19 @@ fn all() -> Vec<kvxfer::blocks::GroupPairs> {
     pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)))
 }
 
-fn pull(from: &Instance, ticket: &Ticket, tag: u64, deadline: Duration) -> Transfer {
+/// How many pulls have all blocks between them.
+const PULLS: u32 = 4;
+
+/// One of these.
+fn pull(from: &Instance, ticket: &Ticket, tag: u32, deadline: Duration) -> Transfer {
     let options = PullOptions {
-        tag,
+        tag: tag.into(),
         deadline: Some(deadline),
         hold: true,
     };
-    from.pull(ticket, &all(), options).expect("a transfer")
+    let all = dealt(&all(), PULLS);
+    let wanted = &all[(tag % PULLS) as usize];
+    from.pull(ticket, wanted, options).expect("a transfer")
 }
 
 fn done(transfer: &Transfer) {

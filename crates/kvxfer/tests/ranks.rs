@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use kvxfer::Error;
 use kvxfer::blocks::GroupPairs;
-use kvxfer::config::{KvRole, PathKind};
+use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions, Transfer};
 use kvxfer::event::{Event, PeerName};
 use kvxfer::ids::{EngineId, Rank, RequestId};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::Cause;
 use support::child::{self, Child, Spec};
-use support::{LONG, Log, Node, POISON, bounded, pairs, recipe, until};
+use support::{LONG, Log, Node, POISON, bounded, dealt, pairs, recipe, take_time, until};
 
 const BLOCK: u64 = 16 << 10;
 /// Blocks of a rank, in two layers: 24 MiB.
@@ -113,12 +113,13 @@ fn start(path: PathKind, dp: u32, listen: &str) -> Child {
 }
 
 impl Trio {
-    fn new(path: PathKind) -> Self {
+    fn new(path: PathKind, change: fn(&mut Config)) -> Self {
         let children: Vec<Child> = (0..RANKS)
             .map(|dp| start(path, dp, "127.0.0.1:0"))
             .collect();
         let node = recipe(KvRole::Both, path, BLOCK, RANKS * BLOCKS)
             .with(|config| config.connect_timeout = Duration::from_secs(2))
+            .with(change)
             .node();
         node.side.poison().expect("poisoned");
         let log = Log::new(&node.engine);
@@ -305,21 +306,32 @@ fn all_end(of: &[Vec<Transfer>], fault: Fault) -> bool {
 // ---- READ --------------------------------------------------------------------------------------
 
 fn struck_while_read(path: PathKind, fault: Fault) {
-    let mut trio = Trio::new(path);
+    let mut trio = Trio::new(path, take_time);
+    // It is over before its blocks are on offer.
+    let victim = &mut trio.children[VICTIM as usize];
+    let expect = victim.expect("old", FEW, Duration::from_millis(1));
+    let ended = victim.outcome("old");
+    assert!(ended.starts_with("failed"), "{ended}");
     let tickets: Vec<Ticket> = trio
         .children
         .iter_mut()
         .map(|child| child.offer("r", BLOCKS, LONG))
         .collect();
-    let expect = trio.children[VICTIM as usize].expect("old", FEW, LONG);
-    let pull = |dp: u32, tag| {
+    let parts: Vec<_> = (0..RANKS)
+        .map(|dp| dealt(&area(dp, BLOCKS), TIMES))
+        .collect();
+    let pull = |dp: u32, tag: u32| {
         let options = PullOptions {
             tag: u64::from(dp * TIMES + tag),
             deadline: Some(fault.deadline(dp)),
             hold: true,
         };
         trio.instance
-            .pull(&tickets[dp as usize], &area(dp, BLOCKS), options)
+            .pull(
+                &tickets[dp as usize],
+                &parts[dp as usize][tag as usize],
+                options,
+            )
             .expect("a transfer")
     };
     let mut pulls: Vec<Vec<Transfer>> = (0..RANKS).map(|_| Vec::new()).collect();
@@ -403,11 +415,14 @@ fn tcp_rank_stopped_while_read() {
 // ---- WRITE -------------------------------------------------------------------------------------
 
 fn struck_while_written(path: PathKind, fault: Fault) {
-    let mut trio = Trio::new(path);
+    let mut trio = Trio::new(path, |_| {});
     for dp in 0..RANKS {
         trio.pulls_from(dp, "first", BLOCKS);
     }
     let old = trio.children[VICTIM as usize].offer("old", FEW, LONG);
+    trio.instance.release(&old).expect("up");
+    trio.children[VICTIM as usize].tell("released old");
+    trio.children[VICTIM as usize].answer("released");
     for child in &mut trio.children {
         // Poisons what is then written.
         child.receive("w", BLOCKS, LONG);

@@ -13,6 +13,7 @@ use super::net;
 use super::peer::Peer;
 use super::runtime::Runtime;
 use crate::blocks::GroupBlocks;
+use crate::claims::Purpose;
 use crate::config::Config;
 use crate::error::Error;
 use crate::event::{Event, PeerName};
@@ -287,7 +288,8 @@ impl Engine {
     /// # Errors
     ///
     /// [`Error::Lease`]: already on offer, no readers, a block twice, no free slot;
-    /// [`Error::NoSuchBlock`]; [`Error::WrongRole`].
+    /// [`Error::InUse`]: a block that this rank is being written to; [`Error::NoSuchBlock`];
+    /// [`Error::WrongRole`].
     pub fn offer(
         &self,
         request: &RequestId,
@@ -306,11 +308,15 @@ impl Engine {
         self.check(request, groups)?;
         check_ttl(ttl)?;
         let nonce = Inner::nonce()?;
+        let claim = inner.claim_source(request, Purpose::Offer, || groups.to_vec())?;
         let lease: LeaseRef = inner.books.with(inner, |books, now| {
             let offered = books
                 .leases
                 .offer(now, request, nonce, groups, readers, ttl)?;
             inner.lease_table.flip(offered.lease.slot, offered.flip)?;
+            if let Some(claim) = claim {
+                books.offered.insert((request.clone(), nonce), claim);
+            }
             Ok::<_, Error>(offered.lease)
         })?;
         Ok(self.ticket(
@@ -345,8 +351,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`Error::Expect`]: already expected, a block that another expectation holds, no senders;
-    /// [`Error::NoSuchBlock`]; [`Error::WrongRole`].
+    /// [`Error::Expect`]: already expected, a block that is in anything else whose memory has not been
+    /// released, no senders; [`Error::NoSuchBlock`]; [`Error::WrongRole`].
     pub fn expect(
         &self,
         request: &RequestId,

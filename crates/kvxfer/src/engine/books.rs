@@ -10,6 +10,7 @@ use tracing::{debug, error};
 
 use super::health::Health;
 use super::peer_session::PeerSession;
+use crate::claims::{Claim, Claims};
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
 use crate::expects::{ExpectOutput, Expects, PushRefusal, Sender};
@@ -34,6 +35,8 @@ const NAP: Duration = Duration::from_secs(1);
 pub(crate) struct Ledgers {
     pub(crate) leases: Leases,
     pub(crate) expects: Expects,
+    /// The blocks of offers that stand, where this rank is written to as well.
+    pub(crate) offered: HashMap<(RequestId, Nonce), Claim>,
     /// The tickets of expectations that stand, for producers that ask.
     pub(crate) tickets: HashMap<RequestId, Ticket>,
     /// What producers asked for before.
@@ -68,11 +71,12 @@ impl Drop for Held<'_> {
 }
 
 impl Books {
-    pub(crate) fn new(slots: u32, grace: Duration) -> Self {
+    pub(crate) fn new(slots: u32, grace: Duration, claims: Claims) -> Self {
         Self {
             ledgers: Mutex::new(Ledgers {
                 leases: Leases::new(slots),
-                expects: Expects::new(grace),
+                expects: Expects::new(grace, claims),
+                offered: HashMap::new(),
                 tickets: HashMap::new(),
                 wanted: HashMap::new(),
                 stopping: false,
@@ -205,6 +209,9 @@ impl Ledgers {
                     reason,
                     ..
                 } => {
+                    let of = (request, nonce);
+                    self.offered.remove(&of);
+                    let (request, nonce) = of;
                     engine.events.push(Event::Released {
                         request,
                         nonce,

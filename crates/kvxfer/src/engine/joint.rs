@@ -382,6 +382,7 @@ impl Drop for Live {
             memory: MemoryState::Released,
         };
         let outcome = Outcome::Failed(failure);
+        self.claim = None;
         match &self.told {
             Told::Owner(shared) => {
                 shared.finish(outcome, self.report);

@@ -66,6 +66,8 @@ use scratch::{Landings, LeaseTable};
 use worker::Live;
 
 use crate::bench::BenchSeat;
+use crate::blocks::GroupBlocks;
+use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::config::Config;
 use crate::error::Error;
 use crate::event::PeerName;
@@ -129,6 +131,8 @@ pub(crate) struct Inner {
     pub(crate) lease_table: LeaseTable,
     lease_regions: RegionTable,
     pub(crate) books: Arc<Books>,
+    /// Which blocks are in what.
+    pub(crate) claims: Claims,
     pub(crate) pushes: Pushes,
     pub(crate) events: EventQueue,
     roster: Mutex<Roster>,
@@ -180,7 +184,9 @@ impl Inner {
             pd.register(lease_table.memory(), Access::REMOTE_READ)?,
         ]);
         let fingerprint = format.fingerprint().0;
-        let books = Arc::new(Books::new(config.lease_slots, config.drain_grace));
+        let claims = Claims::new(claimed_pools(&format, placement.desc()));
+        let (slots, grace) = (config.lease_slots, config.drain_grace);
+        let books = Arc::new(Books::new(slots, grace, claims.clone()));
         let inner = Arc::new(Self {
             runtime,
             id,
@@ -194,6 +200,7 @@ impl Inner {
             lease_table,
             lease_regions,
             books,
+            claims,
             pushes: Pushes::default(),
             events: EventQueue::new()?,
             roster: Mutex::default(),
@@ -232,6 +239,25 @@ impl Inner {
     /// The access that peers' queue pairs need: a producer's lease slots are read, whatever else.
     pub(crate) fn remote_access(&self) -> Access {
         remote_access(self.config.kv_role)
+    }
+
+    /// Claims blocks that are about to be read here or by peers. What is never written needs no claim.
+    pub(crate) fn claim_source(
+        &self,
+        request: &RequestId,
+        purpose: Purpose,
+        groups: impl FnOnce() -> Vec<GroupBlocks>,
+    ) -> Result<Option<Claim>, BlockInUse> {
+        if !self.config.kv_role.consumes() {
+            return Ok(None);
+        }
+        let from = None;
+        let who = Claimant {
+            request,
+            purpose,
+            from,
+        };
+        self.claims.claim(who, groups()).map(Some)
     }
 
     /// Whether all memory has a file that a peer on this host could map.
@@ -563,6 +589,14 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// The pool of each group's blocks; none where this rank keeps nothing of the group.
+fn claimed_pools(format: &KvFormat, placement: &PlacementDesc) -> Vec<Option<u32>> {
+    let groups = (0_u32..).zip(placement.pools()).take(format.groups().len());
+    groups
+        .map(|(group, pool)| placement.num_blocks(group).map(|_| *pool))
+        .collect()
 }
 
 /// The access that peers need to the memory of a producer, a consumer, or both.

@@ -16,6 +16,8 @@ use crate::transfer::Cause;
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
 const BLOCKS: u32 = 128;
+/// Pulls that run at once.
+const PULLS: u32 = 8;
 const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
 const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;
 const SENT: u64 = 0x3a3a_3a3a_3a3a_3a3a;
@@ -182,23 +184,34 @@ fn pulls_of_a_worker_that_panics() {
             .engine
             .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)
             .expect("an offer");
-        let pull = |tag| {
+        let pull = |tag: u32| {
             let options = PullOptions {
-                tag,
+                tag: tag.into(),
                 hold: true,
                 ..PullOptions::default()
             };
-            instance
-                .pull(&ticket, &all_blocks(), options)
-                .expect("a pull")
+            // Each has destinations of its own.
+            let of = |b: &u32| b % PULLS == tag;
+            let pairs = (0..BLOCKS).filter(of).map(|dst| BlockPair {
+                src: BLOCKS - 1 - dst,
+                dst,
+            });
+            let wanted = [GroupPairs {
+                group: 0,
+                pairs: pairs.collect(),
+            }];
+            instance.pull(&ticket, &wanted, options).expect("a pull")
         };
-        let transfers: Vec<Transfer> = (0..32).map(pull).collect();
+        let transfers: Vec<Transfer> = (0..PULLS).map(pull).collect();
         consumer.panic(worker);
         all_end(&transfers);
-        for transfer in &transfers {
+        for (tag, transfer) in (0..).zip(&transfers) {
             let outcome = transfer.outcome().expect("it has come");
             if let Some(failure) = outcome.failure() {
-                assert_eq!(failure.invalid_blocks, groups(0..BLOCKS));
+                let of = |b: &u32| b % PULLS == tag;
+                let blocks = (0..BLOCKS).filter(of).collect();
+                let invalid = [GroupBlocks { group: 0, blocks }];
+                assert_eq!(failure.invalid_blocks, invalid);
             }
         }
         consumer.recycle();
@@ -227,7 +240,7 @@ fn pulls_of_a_worker_that_panics() {
             }
         }
         tags.sort_unstable();
-        assert_eq!(tags, (0..32).collect::<Vec<u64>>());
+        assert_eq!(tags, (0..u64::from(PULLS)).collect::<Vec<u64>>());
         assert_eq!(held, 0, "{seen:#?}");
         std::thread::sleep(Duration::from_millis(100));
         consumer.assert_recycled();

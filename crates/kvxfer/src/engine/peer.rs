@@ -13,7 +13,8 @@ use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
 use super::tether::Tether;
 use super::worker::{Command, Live};
-use crate::blocks::GroupPairs;
+use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::claims::{Claim, Claimant, Purpose};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{Nonce, Rank, RequestId};
@@ -237,7 +238,8 @@ impl Peer {
     ///
     /// Before anything moves: [`Error::NotConnected`], [`Error::WrongInstance`],
     /// [`Error::OldGeneration`], [`Error::WrongTicket`], [`Error::NotInTicket`], [`Error::Plan`] (a
-    /// block out of range, a destination twice, …), [`Error::WrongRole`].
+    /// block out of range, a destination twice, …), [`Error::InUse`] (a destination that is in another
+    /// pull, or in anything else whose memory has not been released), [`Error::WrongRole`].
     pub fn pull(
         &self,
         ticket: &Ticket,
@@ -261,7 +263,7 @@ impl Peer {
         let limits = peer.limits(&plans.common, pairs);
         let plan = plans.common.plan(pairs, LayerScope::All, limits)?;
         let shared = Arc::new(Shared::default());
-        let pull = PlannedPull::new(Arc::clone(&peer), ticket, plan, begun);
+        let pull = PlannedPull::new(engine, &peer, ticket, (plan, destinations(pairs)), begun)?;
         let until = engine.deadline(options.deadline);
         let (id, owner) = pull.submit(
             engine,
@@ -371,20 +373,37 @@ pub(crate) struct PlannedPull {
     request: RequestId,
     nonce: Nonce,
     lease: Option<LeaseRef>,
+    claim: Claim,
     begun: Instant,
 }
 
 impl PlannedPull {
-    /// Checking and planning began at `begun`.
-    pub(crate) fn new(peer: Arc<PeerSession>, ticket: &Ticket, plan: Plan, begun: Instant) -> Self {
-        Self {
-            peer,
+    /// Claims the blocks that a plan writes. Checking and planning began at `begun`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`].
+    pub(crate) fn new(
+        engine: &Inner,
+        peer: &Arc<PeerSession>,
+        ticket: &Ticket,
+        (plan, blocks): (Plan, Vec<GroupBlocks>),
+        begun: Instant,
+    ) -> Result<Self, Error> {
+        let who = Claimant {
+            request: &ticket.request,
+            purpose: Purpose::Pull,
+            from: Some(&peer.name),
+        };
+        Ok(Self {
+            peer: Arc::clone(peer),
             plan,
             request: ticket.request.clone(),
             nonce: ticket.nonce,
             lease: ticket.lease,
+            claim: engine.claims.claim(who, blocks)?,
             begun,
-        }
+        })
     }
 
     pub(crate) fn peer(&self) -> &Arc<PeerSession> {
@@ -420,6 +439,7 @@ impl PlannedPull {
                 prepare: self.begun.elapsed(),
                 ..TransferReport::default()
             },
+            claim: Some(self.claim),
         });
         let spec = Spec {
             id,
@@ -456,6 +476,15 @@ pub(crate) fn transfer(
         canceller,
         health,
     }
+}
+
+/// The destinations of the pairs.
+fn destinations(pairs: &[GroupPairs]) -> Vec<GroupBlocks> {
+    let of = |pairs: &GroupPairs| GroupBlocks {
+        group: pairs.group,
+        blocks: pairs.pairs.iter().map(|pair| pair.dst).collect(),
+    };
+    pairs.iter().map(of).collect()
 }
 
 /// Checks that the ticket's blocks of a group hold all of these.

@@ -16,7 +16,9 @@ use super::joint::Told;
 use super::peer::{in_ticket, transfer};
 use super::peer_session::PeerSession;
 use super::worker::{Command, Live};
+use crate::block_set::BlockSet;
 use crate::blocks::{GroupBlocks, GroupPairs};
+use crate::claims::{Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::plan::{Compiled, LayerScope, Plan};
@@ -76,6 +78,15 @@ pub(crate) struct Pushing {
     /// What of the blocks it writes.
     plans: Compiled,
     stage: Mutex<Stage>,
+    sources: Mutex<Sources>,
+}
+
+/// The blocks that a push reads, where this rank is written to as well.
+#[derive(Debug, Default)]
+struct Sources {
+    /// Those that are claimed: every layer reads the same ones.
+    blocks: BlockSet,
+    claims: Vec<Claim>,
 }
 
 /// The pushes of an engine that have not ended.
@@ -219,7 +230,9 @@ impl Pushes {
             push
         };
         if let Some(push) = push {
+            // No layer comes after this, so no claim.
             push.stage().end();
+            push.sources().claims.clear();
         }
     }
 }
@@ -274,6 +287,7 @@ impl Pushing {
             asked_for: nonce,
             plans,
             stage: Mutex::new(stage),
+            sources: Mutex::default(),
         });
         engine.pushes.begin(&pushing)?;
         let live = Box::new(Live {
@@ -288,6 +302,7 @@ impl Pushing {
             submitted: engine.now(),
             jobs: Vec::new(),
             report: TransferReport::default(),
+            claim: None,
         });
         if let Err(error) = peer.submit(owner, spec, live) {
             engine.pushes.ended(id);
@@ -339,6 +354,52 @@ impl Pushing {
 
     fn stage(&self) -> MutexGuard<'_, Stage> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sources(&self) -> MutexGuard<'_, Sources> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Claims the blocks that a layer reads. The stage is held, so that a push that ends lets go of all.
+    fn claim(&self, engine: &Inner, layer: &Waiting) -> Result<(), Error> {
+        if !engine.config.kv_role.consumes() {
+            return Ok(());
+        }
+        let mut sources = self.sources();
+        let Sources { blocks, claims } = &mut *sources;
+        let desc = engine.placement.desc();
+        let fresh = |group: u32, ids: &mut dyn Iterator<Item = u32>| {
+            // What is out of range is refused when it is planned, if that has not been done.
+            let known = desc.num_blocks(group).unwrap_or(0);
+            let fresh = ids.filter(|id| *id < known && !blocks.contains(group, *id));
+            GroupBlocks {
+                group,
+                blocks: fresh.collect(),
+            }
+        };
+        let mut groups: Vec<GroupBlocks> = match layer {
+            Waiting::Pairs(_, pairs) => pairs
+                .iter()
+                .map(|of| fresh(of.group, &mut of.pairs.iter().map(|pair| pair.src)))
+                .collect(),
+            Waiting::InOrder(_, src, _) => src
+                .iter()
+                .map(|of| fresh(of.group, &mut of.blocks.iter().copied()))
+                .collect(),
+        };
+        groups.retain(|group| !group.blocks.is_empty());
+        if groups.is_empty() {
+            return Ok(());
+        }
+        let claim = engine.claim_source(&self.request, Purpose::Push, || groups.clone())?;
+        claims.extend(claim);
+        for group in groups {
+            for id in group.blocks {
+                // A source may be listed twice.
+                let _ = blocks.insert_all(group.group, &[id]);
+            }
+        }
+        Ok(())
     }
 
     fn send(&self, command: Command) {
@@ -471,6 +532,7 @@ impl Pushing {
                 if let Waiting::Pairs(scope, pairs) = &layer {
                     self.compile(*scope, pairs)?;
                 }
+                self.claim(engine, &layer)?;
                 waiting.push(layer);
                 Ok(())
             }
@@ -485,6 +547,7 @@ impl Pushing {
                         self.plan_in_order(&ticket, *scope, src, tokens.as_ref())?
                     }
                 };
+                self.claim(engine, &layer)?;
                 self.add(plan, begun);
                 Ok(())
             }

@@ -156,7 +156,13 @@ impl Instance {
             }
             let limits = session.unit_limits(share, &pairs);
             let plan = share.plan_units(&pairs, LayerScope::All, limits)?;
-            parts.push(PlannedPull::new(Arc::clone(session), ticket, plan, begun));
+            let written = pairs.iter().map(|pairs| GroupBlocks {
+                group: pairs.group(),
+                blocks: pairs.blocks().to_vec(),
+            });
+            let planned = (plan, written.collect());
+            // All are claimed before the first begins: what is refused is refused as a whole.
+            parts.push(PlannedPull::new(&engine, session, ticket, planned, begun)?);
         }
         if options.hold {
             releases.clear();

@@ -64,8 +64,8 @@ impl OpList {
     pub fn push(&mut self, op: &Op<'_>) {
         let after = self.bytes.saturating_add(op.len);
         // A source that emits more than it was asked for must not overrun the credits.
-        self.full |= self.ops.len() >= self.max_ops
-            || (after > self.max_bytes && !self.ops.is_empty());
+        self.full |=
+            self.ops.len() >= self.max_ops || (after > self.max_bytes && !self.ops.is_empty());
         if self.full {
             return;
         }

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use kvxfer::claims::Claims;
 use kvxfer::event::{Cause, MemoryState, PeerName};
 use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal, Sender};
 use kvxfer::ids::{Nonce, RequestId};
@@ -223,6 +224,11 @@ impl ExpectWorld {
 
 const GRACE: u64 = 20;
 
+/// Of two cache groups that share a pool.
+fn claims() -> Claims {
+    Claims::new(vec![Some(3), Some(3)])
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
@@ -230,7 +236,7 @@ proptest! {
     fn an_expectation_ends_once_and_memory_waits_for_writers(
         ops in prop::collection::vec(expect_op(), 1..150)
     ) {
-        let mut expects = Expects::new(Duration::from_nanos(GRACE));
+        let mut expects = Expects::new(Duration::from_nanos(GRACE), claims());
         let mut world = ExpectWorld::default();
         let mut now = Time(0);
         for op in ops {
@@ -239,7 +245,7 @@ proptest! {
                     let (request, nonce) = (request(r), Nonce(nonce));
                     let blocks: Vec<u32> = (first..first + count).collect();
                     let deadline = Time(now.0 + within);
-                    let groups = [group(0, &blocks)];
+                    let groups = [group(first % 2, &blocks)];
                     let spec = ExpectSpec {
                         request: &request, nonce, groups: &groups, senders, deadline, tag: nonce.0,
                     };
@@ -340,7 +346,7 @@ proptest! {
 }
 
 fn expecting(senders: u32) -> (Expects, RequestId, Nonce) {
-    let mut expects = Expects::new(Duration::from_nanos(GRACE));
+    let mut expects = Expects::new(Duration::from_nanos(GRACE), claims());
     let (r, n) = (request(1), Nonce(7));
     let spec = ExpectSpec {
         request: &r,

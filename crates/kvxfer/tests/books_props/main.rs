@@ -1,5 +1,6 @@
 //! Properties of the books: tickets, leases, expectations, under random events.
 
+mod claims;
 mod expects;
 mod leases;
 mod tickets;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
+use kvxfer::claims::Claims;
 use kvxfer::expects::Expects;
 use kvxfer::ids::{EngineId, Generation, Nonce, RequestId};
 use kvxfer::leases::{LeaseWord, Leases};
@@ -252,7 +253,7 @@ impl World {
             leases: Leases::new(slots),
             table: vec![LeaseWord::DEAD; slots as usize],
             late_flips: Vec::new(),
-            expects: Expects::new(self.grace),
+            expects: Expects::new(self.grace, Claims::new(vec![Some(0)])),
             tickets: BTreeMap::new(),
             wanted: Vec::new(),
             pushes: Pushes::default(),

@@ -18,7 +18,9 @@ use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::RequestId;
 use kvxfer::transfer::Cause;
 use support::child::{self, Child, Spec};
-use support::{LONG, Log, Node, POISON, RECYCLED, bounded, groups, pairs, recipe, until};
+use support::{
+    LONG, Log, Node, POISON, RECYCLED, bounded, dealt, groups, pairs, recipe, take_time, until,
+};
 
 /// 64 MiB in two layers, and as often over again as makes a transfer long enough to be struck.
 pub(crate) const BLOCK: u64 = 16 << 10;
@@ -84,7 +86,13 @@ pub(crate) fn peer(role: KvRole, path: PathKind) -> Child {
 
 pub(crate) fn survivor(role: KvRole, path: PathKind) -> Node {
     let node = recipe(role, path, BLOCK, BLOCKS)
-        .with(|config| config.connect_timeout = Duration::from_secs(2))
+        .with(|config| {
+            config.connect_timeout = Duration::from_secs(2);
+            // It reads; what is written to it takes the time that its peer takes.
+            if role == KvRole::Consumer {
+                take_time(config);
+            }
+        })
         .node();
     match role {
         KvRole::Producer => node.side.fill(SEED).expect("filled"),
@@ -104,23 +112,21 @@ pub(crate) fn all_blocks() -> Vec<kvxfer::blocks::GroupPairs> {
     pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)))
 }
 
-/// Starts pulling everything, many times over.
+/// Starts pulling everything, in many pulls.
 pub(crate) fn pull_all(
     instance: &Instance,
     ticket: &kvxfer::ticket::Ticket,
     deadline: Duration,
 ) -> Vec<Transfer> {
-    let start = |tag| {
+    let start = |(tag, wanted): (u64, Vec<_>)| {
         let options = PullOptions {
             tag,
             deadline: Some(deadline),
             hold: true,
         };
-        instance
-            .pull(ticket, &all_blocks(), options)
-            .expect("a transfer")
+        instance.pull(ticket, &wanted, options).expect("a transfer")
     };
-    (0..u64::from(TIMES)).map(start).collect()
+    (0..).zip(dealt(&all_blocks(), TIMES)).map(start).collect()
 }
 
 pub(crate) fn bytes_have_come(node: &Node) {

@@ -8,7 +8,7 @@ use kvxfer::engine::{Outcome, Transfer};
 use kvxfer::event::{Event, MemoryState};
 use kvxfer::transfer::{Cause, CompletionStatus};
 
-use crate::support::{LONG, RECYCLED, until};
+use crate::support::{LONG, RECYCLED, dealt, until};
 use crate::{Pair, sh};
 
 /// What a transfer is given that is to end before. Soft-RoCE whose own end is down may stop without a word,
@@ -20,6 +20,8 @@ const SLACK: Duration = Duration::from_secs(15);
 /// 32 MiB in two layers, as often over again as makes it long enough to be struck.
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: u32 = 256;
+/// For pulls, each of which has blocks of its own.
+const MANY: u32 = 2048;
 const TIMES: u32 = 12;
 
 /// Half a second of retries.
@@ -134,15 +136,17 @@ impl Pair {
 /// A cable that is cut or carries nothing under pulls, which end for it. `hasty` is the deadline of one
 /// more that begins only then.
 fn pulls_end(change: fn(&mut Config), fault: fn() -> Cable, hasty: Option<Duration>) -> Vec<Cause> {
-    let mut pair = Pair::new(BLOCK, BLOCKS, change);
+    let mut pair = Pair::new(BLOCK, MANY, change);
     let table = pair.all();
     let begun = Instant::now();
-    let pull = |_| pair.pull(&table, ENOUGH).expect("a transfer");
-    let mut transfers: Vec<Transfer> = (0..TIMES).map(pull).collect();
+    let mut parts = dealt(&table, TIMES + 1);
+    let last = parts.pop().expect("one more");
+    let pull = |part: Vec<_>| pair.pull(&part, ENOUGH).expect("a transfer");
+    let mut transfers: Vec<Transfer> = parts.into_iter().map(pull).collect();
     pair.bytes_have_come();
     let cable = fault();
     if let Some(hasty) = hasty {
-        transfers.push(pair.pull(&table, hasty).expect("the session stands"));
+        transfers.push(pair.pull(&last, hasty).expect("the session stands"));
     }
     let causes = failures(&transfers);
     let took = begun.elapsed();

@@ -7,6 +7,7 @@ mod support;
 
 mod calls;
 mod misfits;
+mod owned;
 mod pulls;
 mod pushes;
 mod strangers;

@@ -16,7 +16,7 @@ use kvxfer::ticket::Ticket;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
+use super::{LONG, Log, Node, POISON, dealt, groups, pairs, recipe, until};
 
 const VARIABLE: &str = "KVXFER_TEST_CHILD";
 /// The test that is a child's main function.
@@ -206,7 +206,7 @@ impl Child {
         self.answer("late")
     }
 
-    /// Has the child pull the first `blocks` blocks of a ticket, `times` over.
+    /// Has the child pull the first `blocks` blocks of a ticket, in `times` pulls.
     pub(crate) fn pull(&mut self, peer: &PeerName, ticket: &Ticket, blocks: u32, times: u32) {
         let engine = &peer.engine.0;
         let ticket = ticket.to_json().expect("json");
@@ -501,7 +501,7 @@ fn serve(node: &Node, seed: u64) {
                 let ticket = Ticket::from_json(ticket).expect("a ticket");
                 let from = way_to(node, peer);
                 let wanted = pairs((0..number(blocks)).map(|b| (b, b)));
-                for tag in 0..u64::from(number(times)) {
+                for (tag, wanted) in (0..).zip(dealt(&wanted, number(times))) {
                     let options = PullOptions {
                         tag,
                         hold: true,

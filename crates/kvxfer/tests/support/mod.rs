@@ -203,6 +203,29 @@ pub(crate) fn pairs(pairs: impl IntoIterator<Item = (u32, u32)>) -> Vec<GroupPai
     vec![GroupPairs { group: 0, pairs }]
 }
 
+/// The pairs dealt out to so many pulls, each with destinations of its own.
+pub(crate) fn dealt(table: &[GroupPairs], pulls: u32) -> Vec<Vec<GroupPairs>> {
+    let part = |at: u32| {
+        let of = |group: &GroupPairs| GroupPairs {
+            group: group.group,
+            pairs: (0..)
+                .zip(&group.pairs)
+                .filter(|(i, _): &(u32, _)| i % pulls == at)
+                .map(|(_, pair)| *pair)
+                .collect(),
+        };
+        table.iter().map(of).collect()
+    };
+    (0..pulls).map(part).collect()
+}
+
+/// Work requests of the software device take their time, and few are posted at once: what is begun at
+/// once is under way for a while, however little it is.
+pub(crate) fn take_time(config: &mut Config) {
+    config.max_send_wr = 16;
+    config.faults = Some("delay=1:10ms".parse().expect("a plan"));
+}
+
 /// Waits until something holds; panics with `what` when it never does.
 #[track_caller]
 pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {

@@ -27,6 +27,7 @@ use super::peer_session::PeerSession;
 use super::push::close;
 use super::wake::Wake;
 use super::{Clock, Inner};
+use crate::claims::Claim;
 use crate::error::Error;
 use crate::event::MemoryState;
 use crate::ids::{Nonce, RequestId};
@@ -59,6 +60,8 @@ pub(crate) struct Live {
     /// What it has been split into.
     pub(crate) jobs: Vec<Arc<Job>>,
     pub(crate) report: TransferReport,
+    /// A pull's destination blocks, until they are the owner's again.
+    pub(crate) claim: Option<Claim>,
 }
 
 /// What other threads ask of a worker.

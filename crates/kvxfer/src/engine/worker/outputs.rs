@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Command, Worker};
 use crate::blocks::GroupBlocks;
+use crate::claims::Claim;
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
@@ -171,8 +172,12 @@ impl Worker {
         live.report.post = posted.since(live.submitted);
         let quarantined =
             outcome.failure().map(|failure| failure.memory) == Some(MemoryState::Quarantined);
+        // Before anybody hears: whoever does may use the blocks, or begin the request's next push.
+        match quarantined {
+            true => live.claim.iter().for_each(Claim::failed),
+            false => live.claim = None,
+        }
         if live.push && !quarantined {
-            // Before anybody hears: whoever does may begin the request's next push.
             live.engine.push_ended(id);
         }
         live.finish(outcome);
@@ -188,7 +193,8 @@ impl Worker {
     }
 
     pub(super) fn released(&mut self, id: TransferId) {
-        if let Some(live) = self.live.get(&id) {
+        if let Some(live) = self.live.get_mut(&id) {
+            live.claim = None;
             if live.push {
                 live.engine.push_ended(id);
             }
