@@ -125,8 +125,11 @@ fuzz_target!(|data: &[u8]| {
     let Some((stage, mut rest)) = data.split_first() else {
         return;
     };
-    let role = [Role::Engine, Role::Bench, Role::Probe][usize::from(stage >> 4) % 3];
+    let role =
+        [Role::Engine, Role::Bench, Role::Probe, Role::Observer][usize::from(stage >> 4) % 4];
     let mut peer = Peer::authenticated(role);
+    // An observer describes nothing, and nothing comes after.
+    let stage = if role == Role::Observer { 0 } else { *stage };
     if stage & 3 >= 1 {
         let message = Message::from(describe());
         peer.say(message.kind() as u8, &message.encode().unwrap());

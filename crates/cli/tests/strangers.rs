@@ -14,9 +14,10 @@ use kvxfer::wire::{
 use support::{LONG, run};
 
 /// Every command that meets a peer.
-const COMMANDS: [&[&str]; 2] = [
+const COMMANDS: [&[&str]; 3] = [
     &["bw", "--size", "4K", "--blocks", "16", "--iters", "12"],
     &["ping", "-c", "1"],
+    &["layout", "show"],
 ];
 
 /// Runs each command against a peer of one connection that does `act`; it must end with code 3
@@ -165,8 +166,12 @@ fn nobody_there_is_told() {
 #[test]
 fn a_host_that_is_not_known_is_told() {
     for command in COMMANDS {
-        // RFC 2606: this name never resolves.
-        let ended = run(&[command, &["no-such-host.invalid"]].concat());
+        // RFC 2606: this name never resolves. A layout is a live engine's if it has a port.
+        let host = match command[0] {
+            "layout" => "no-such-host.invalid:7301",
+            _ => "no-such-host.invalid",
+        };
+        let ended = run(&[command, &[host]].concat());
         ended.failed(
             3,
             &["no-such-host.invalid:7301", "evidence: ", "fix: say HOST"],

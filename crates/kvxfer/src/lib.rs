@@ -98,6 +98,7 @@ mod block_set;
 pub mod blocks;
 pub mod claims;
 pub mod config;
+mod control;
 pub mod devices;
 pub mod engine;
 mod error;

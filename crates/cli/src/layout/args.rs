@@ -1,12 +1,14 @@
 //! Options of `kvxfer layout`.
 
 use std::fmt;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
 use kvxfer::layout::DType;
 
 use super::blocks::Blocks;
+use crate::args::Trust;
 use crate::size::{self, Size};
 
 /// What to do with layouts.
@@ -16,10 +18,11 @@ pub(crate) enum LayoutCommand {
     Show(Box<ShowArgs>),
     /// Compare two layouts field by field: what differs, why it matters, and how to mend it.
     ///
-    /// A and B are each a config.json or its folder, a layout file (`layout show --json`), or a
-    /// built-in model's name, with options after a colon: `config.json:tp=4,block-size=16,dtype=fp8`.
-    /// The options are tp, pp, tp-rank, pp-rank, block-size, dtype, mtp, one-table, model-id and
-    /// revision, as of `layout show`.
+    /// A and B are each a config.json or its folder, a layout file (`layout show --json`), the
+    /// `HOST:PORT` of a live engine, or a built-in model's name, with options after a colon:
+    /// `config.json:tp=4,block-size=16,dtype=fp8`. The options are tp, pp, tp-rank, pp-rank, block-size,
+    /// dtype, mtp, one-table, model-id and revision, as of `layout show`. A layout file and an engine
+    /// say all of it themselves.
     ///
     /// The exit code is 0 if blocks can be exchanged as they are, and otherwise 1.
     Diff(Box<DiffArgs>),
@@ -34,8 +37,8 @@ pub(crate) enum LayoutCommand {
 /// Options of `kvxfer layout show`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ShowArgs {
-    /// A config.json or its folder, a layout file, or a built-in model's name
-    #[arg(value_name = "CONFIG|NAME")]
+    /// A config.json or its folder, a layout file, a live engine's HOST:PORT, or a built-in model's name
+    #[arg(value_name = "CONFIG|NAME|HOST:PORT")]
     pub(crate) source: String,
 
     #[command(flatten)]
@@ -58,6 +61,9 @@ pub(crate) struct ShowArgs {
     #[arg(long, value_name = "MS", value_parser = milliseconds, requires = "gbps")]
     pub(crate) prefill_ms: Option<f64>,
 
+    #[command(flatten)]
+    pub(crate) ask: Ask,
+
     /// One line of JSON on standard output; it is a layout file
     #[arg(long)]
     pub(crate) json: bool,
@@ -77,6 +83,9 @@ pub(crate) struct DiffArgs {
     /// Exit with 1 also where the layouts are reshardable
     #[arg(long)]
     pub(crate) strict: bool,
+
+    #[command(flatten)]
+    pub(crate) ask: Ask,
 
     /// One line of JSON on standard output
     #[arg(long)]
@@ -117,9 +126,23 @@ pub(crate) struct PlanArgs {
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_msg_sge: u32,
 
+    #[command(flatten)]
+    pub(crate) ask: Ask,
+
     /// One line of JSON on standard output
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How live engines are asked.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Ask {
+    #[command(flatten)]
+    pub(crate) trust: Trust,
+
+    /// Give up on a live engine that has not answered after this long [default: 30]
+    #[arg(long, value_name = "TIME", value_parser = size::duration)]
+    pub(crate) timeout: Option<Duration>,
 }
 
 /// Which side posts.

@@ -136,7 +136,7 @@ mod tests {
     use crate::layout::args::Shape;
 
     fn layout(name: &str, shape: &Shape) -> Layout {
-        Layout::of(name, shape).expect("built in")
+        Layout::named(name, shape).expect("built in")
     }
 
     #[test]

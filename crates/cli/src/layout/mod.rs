@@ -5,6 +5,7 @@ mod blocks;
 mod diff;
 mod exchange;
 mod figures;
+mod live;
 mod plan;
 mod show;
 mod source;
@@ -18,7 +19,7 @@ use kvxfer::layout::Verdict;
 use crate::output;
 use crate::problem::{Exit, Problem};
 use crate::say;
-use args::Shape;
+use args::{Ask, Shape};
 pub(crate) use source::Layout;
 
 /// What rank 0 of `tp` keeps of a model, a built-in one or a config.json, with one block table: how
@@ -41,7 +42,7 @@ pub(crate) fn of_model(model: &str, block_size: u32, tp: u32) -> Result<Layout, 
 pub(crate) fn run(command: &LayoutCommand) -> anyhow::Result<ExitCode> {
     match command {
         LayoutCommand::Show(args) => {
-            let layout = Layout::of(&args.source, &args.shape)?;
+            let layout = Layout::of(&args.source, &args.shape, &args.ask)?;
             let report = show::report(layout, args)
                 .map_err(|error| Problem::from_chain(Exit::Usage, &error))?;
             let text = match args.json {
@@ -52,11 +53,11 @@ pub(crate) fn run(command: &LayoutCommand) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         LayoutCommand::Diff(args) => {
-            let sides = Sides::of(&args.producer, &args.consumer)?;
+            let sides = Sides::of(&args.producer, &args.consumer, &args.ask)?;
             sides.tell(args.json, args.strict)
         }
         LayoutCommand::Plan(args) => {
-            let sides = Sides::of(&args.producer, &args.consumer)?;
+            let sides = Sides::of(&args.producer, &args.consumer, &args.ask)?;
             if sides.report.verdict() == Verdict::Incompatible {
                 return sides.tell(args.json, false);
             }
@@ -80,8 +81,8 @@ struct Sides<'a> {
 }
 
 impl<'a> Sides<'a> {
-    fn of(p_name: &'a str, c_name: &'a str) -> Result<Self, Problem> {
-        let side = |source| Layout::of(source, &Shape::default());
+    fn of(p_name: &'a str, c_name: &'a str, ask: &Ask) -> Result<Self, Problem> {
+        let side = |source| Layout::of(source, &Shape::default(), ask);
         let (producer, consumer) = (side(p_name)?, side(c_name)?);
         let report = diff::report(&producer, &consumer)?;
         Ok(Self {

@@ -13,7 +13,8 @@ use kvxfer::layout::{
     HfOptions, KvFormat, KvPlacement, LayerWindow, LayoutError, Packing, PlacementDesc, Topology,
 };
 
-use super::args::{Shape, dtype};
+use super::args::{Ask, Shape, dtype};
+use super::live;
 use crate::problem::Problem;
 
 /// The schema of `layout show --json`, which is a layout file too.
@@ -31,10 +32,18 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// What `text` names, with the options that are part of it and those beside it, which come first.
-    pub(super) fn of(text: &str, beside: &Shape) -> Result<Self, Problem> {
+    /// A live engine is asked.
+    pub(super) fn of(text: &str, beside: &Shape, ask: &Ask) -> Result<Self, Problem> {
         let (name, mut shape) = split(text)?;
         shape.put(beside);
-        Self::named(name, &shape)
+        if !live::is_address(name) {
+            return Self::named(name, &shape);
+        }
+        if shape != Shape::default() {
+            let cause = format!("{name} is a live engine, which says all of it itself");
+            return Err(Problem::usage(cause).with_fix("leave the options out"));
+        }
+        live::layout(name, ask)
     }
 
     /// What a name or a file says, and what `shape` adds to it.
@@ -266,7 +275,7 @@ fn read(name: &str) -> Result<Value, Problem> {
             std::io::ErrorKind::NotFound => problem.with_fix(match meant(name) {
                 Some(known) => format!("say {known}, if that is the model"),
                 None => format!(
-                    "name a config.json, the folder of one, or a built-in model: {}",
+                    "name a config.json, the folder of one, a live engine's HOST:PORT, or a built-in model: {}",
                     NAMES.join(", ")
                 ),
             }),
@@ -358,16 +367,16 @@ mod tests {
             pp_rank: Some(1),
             ..Shape::default()
         };
-        let layout = Layout::of("llama-3.1-70b", &shape).expect("built in");
+        let layout = Layout::named("llama-3.1-70b", &shape).expect("built in");
         assert_eq!(layout.topology.layers.first, 40);
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("a.json");
         let file = serde_json::json!({"schema": SCHEMA, "layout": layout});
         std::fs::write(&path, file.to_string()).expect("written");
         let name = path.to_str().expect("text");
-        let again = Layout::of(name, &Shape::default()).expect("a layout file");
+        let again = Layout::named(name, &Shape::default()).expect("a layout file");
         assert_eq!(again, layout);
-        let error = Layout::of(name, &shape).expect_err("it says so itself");
+        let error = Layout::named(name, &shape).expect_err("it says so itself");
         assert!(error.cause.contains("says all of it itself"), "{error}");
     }
 }

@@ -13,4 +13,4 @@ pub(crate) use bw::run_bw;
 pub(crate) use ping::run_ping;
 pub(crate) use row::Failed;
 pub(crate) use serve::run_serve;
-pub(crate) use settings::is_soft;
+pub(crate) use settings::{Settings, is_soft};

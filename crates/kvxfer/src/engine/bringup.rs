@@ -17,6 +17,7 @@ use super::async_events::Watched;
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
+use super::observe::shown;
 use super::peer_session::{PeerSession, Plans, Standing};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
@@ -102,6 +103,8 @@ pub(crate) struct Bringup {
     wanted_rank: Option<Rank>,
     bench: Option<BenchSeat>,
     probe: Option<ProbeSeat>,
+    /// Whether an observer has been told what it came for.
+    observed: bool,
 }
 
 impl Bringup {
@@ -147,6 +150,7 @@ impl Bringup {
             wanted_rank: None,
             bench: None,
             probe: None,
+            observed: false,
         }
     }
 
@@ -182,6 +186,11 @@ impl Bringup {
                 }
                 Err(refusal) => Ok(vec![refuse(refusal)]),
             },
+            // It says goodbye then, or the session's time runs out.
+            (End::Server, Role::Observer) => {
+                self.observed = true;
+                Ok(vec![Step::Send(shown(engine.describe()?).into())])
+            }
             _ => Ok(vec![Step::Send(self.describe(engine)?.into())]),
         }
     }
@@ -630,7 +639,7 @@ impl Bringup {
         Ok(Vec::new())
     }
 
-    /// The session is over. Returns whether transfers could run, and why they do no more.
+    /// The session is over. Returns whether it had come to what it was for, and why it goes on no more.
     pub(crate) fn end(&mut self, engine: &Arc<Inner>, cause: Cause) -> (bool, Cause) {
         if let Some((session, _)) = &self.session {
             engine.runtime.close_door(session);
@@ -640,7 +649,7 @@ impl Bringup {
             return (seat.serves(), cause);
         }
         let Some(peer) = self.peer.take() else {
-            return (false, cause);
+            return (self.observed, cause);
         };
         (true, engine.peer_down(&peer, cause))
     }
@@ -741,8 +750,8 @@ fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, String> {
     Ok(all)
 }
 
-/// Whether the parts of a description agree with each other; the error says which do not.
-fn consistent(
+/// Whether what a description says of the layout agrees with itself; the error says what does not.
+pub(super) fn agree(
     describe: &Describe,
     format: &KvFormat,
     placement: &PlacementDesc,
@@ -757,6 +766,17 @@ fn consistent(
             describe.rank
         ));
     }
+    placement
+        .validate(format)
+        .map_err(|error| error.to_string())
+}
+
+/// Whether all parts of a description agree with each other; the error says which do not.
+fn consistent(
+    describe: &Describe,
+    format: &KvFormat,
+    placement: &PlacementDesc,
+) -> Result<(), String> {
     let lengths = describe.memories.iter().map(|m| m.len);
     if !lengths.eq(placement.memory_len().iter().copied()) {
         return Err("memories are not of the lengths that the placement says".to_owned());
@@ -769,7 +789,5 @@ fn consistent(
     {
         return Err(format!("two memories share address {:#x}", second.addr));
     }
-    placement
-        .validate(format)
-        .map_err(|error| error.to_string())
+    agree(describe, format, placement)
 }

@@ -17,6 +17,7 @@ mod link;
 mod link_tests;
 pub(crate) mod net;
 mod notices;
+mod observe;
 #[cfg(test)]
 mod panic_tests;
 mod peer;
@@ -47,6 +48,7 @@ pub use crate::transport::check_device;
 pub use api::Engine;
 pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
+pub use observe::{PeerLayout, describe};
 pub use peer::{Peer, PeerFacts, PullOptions};
 pub use push::{Push, PushOptions};
 pub use ranks::RanksPush;

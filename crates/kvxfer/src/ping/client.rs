@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use kvxfer_verbs::{Context, DeviceAddr, GidChoice, Link as QpLink, QpEndpoint, RtrAttr, RtsAttr};
 
-use super::control::Control;
 use super::lane::{Lane, Parts};
 use super::{Ping, Probe, WORD};
 use crate::config::{Config, DEFAULT_PORT};
+use crate::control::Control;
 use crate::engine::{Dialler, net, random_nonce, session_config};
 use crate::error::Error;
 use crate::event::PeerName;

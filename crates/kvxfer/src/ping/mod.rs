@@ -25,7 +25,6 @@
 //! ```
 
 mod client;
-mod control;
 mod lane;
 mod seat;
 

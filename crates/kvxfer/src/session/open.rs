@@ -107,7 +107,7 @@ impl Session {
     fn may_receive(&self, kind: MessageKind) -> bool {
         let p = &self.progress;
         match kind {
-            MessageKind::Describe => p.theirs.is_none(),
+            MessageKind::Describe => p.theirs.is_none() && self.describes(self.side.other()),
             // The peer sends these once it has our description and has accepted it. Its own comes
             // before them; whether we have accepted that is not its business.
             MessageKind::QpOffer | MessageKind::QpAnswer | MessageKind::QpReset => {
@@ -138,7 +138,7 @@ impl Session {
         let p = &self.progress;
         match kind {
             _ if self.phase != Phase::Open => false,
-            MessageKind::Describe => p.ours.is_none(),
+            MessageKind::Describe => p.ours.is_none() && self.describes(self.side),
             MessageKind::QpOffer | MessageKind::QpAnswer | MessageKind::QpReset => described,
             MessageKind::Ready => described && !p.ready_sent,
             MessageKind::Bench => self.role == Role::Bench,
@@ -156,6 +156,12 @@ impl Session {
             | MessageKind::Revoke
             | MessageKind::Retracted => self.moves_blocks(),
         }
+    }
+
+    /// Whether a side says who it is: an observer does not, so that nothing follows its server's
+    /// description but goodbye.
+    fn describes(&self, side: Side) -> bool {
+        self.role != Role::Observer || side == Side::Server
     }
 
     /// Whether messages about transfers have a place: a probe has none.

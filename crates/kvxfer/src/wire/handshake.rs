@@ -93,6 +93,9 @@ pub enum Role {
     Bench,
     /// A probe (`kvxfer ping`): it uses the scratch region only.
     Probe,
+    /// An observer (`kvxfer layout diff HOST:PORT`): it is told the layout, and nothing to reach
+    /// memory by.
+    Observer,
 }
 
 impl fmt::Display for Role {
@@ -101,6 +104,7 @@ impl fmt::Display for Role {
             Role::Engine => "engine",
             Role::Bench => "bench",
             Role::Probe => "probe",
+            Role::Observer => "observer",
         })
     }
 }

@@ -306,7 +306,7 @@ pub enum Refusal {
 fn fix(role: super::Role) -> &'static str {
     match role {
         super::Role::Bench => "; set allow_bench on the engine, or use kvxfer serve",
-        super::Role::Engine | super::Role::Probe => "",
+        super::Role::Engine | super::Role::Probe | super::Role::Observer => "",
     }
 }
 

@@ -11,6 +11,7 @@ mod descriptions;
 mod files;
 mod liar;
 mod messages;
+mod observers;
 mod owner;
 mod queue_pairs;
 mod reasons;

@@ -66,3 +66,10 @@ pub(crate) fn logged(words: &str) {
     };
     until(&format!("{words:?} in the log"), || all().contains(words));
 }
+
+/// Checks that nothing was said.
+#[track_caller]
+pub(crate) fn assert_quiet() {
+    let lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(lines.is_empty(), "{lines:#?}");
+}

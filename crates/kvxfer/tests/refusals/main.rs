@@ -7,6 +7,7 @@ mod support;
 
 mod calls;
 mod misfits;
+mod observers;
 mod owned;
 mod pulls;
 mod pushes;

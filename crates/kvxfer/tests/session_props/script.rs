@@ -214,6 +214,25 @@ fn what_the_state_does_not_allow_is_cut_off() {
         );
     }
 
+    // An observer has nothing to say but goodbye.
+    for no_place in [
+        plain_describe("a").into(),
+        offer.clone().into(),
+        Ready {}.into(),
+        release(),
+    ] {
+        let mut s = Script::authenticated(Role::Observer);
+        s.server.send(&plain_describe("b").into()).unwrap();
+        unexpected(&mut s, no_place, authed);
+    }
+    let mut s = Script::authenticated(Role::Observer);
+    s.server.send(&plain_describe("b").into()).unwrap();
+    let reason = GoodbyeReason::Finished;
+    assert_eq!(
+        s.say(Goodbye { reason }),
+        [Event::Closed(Closed::Goodbye(reason))]
+    );
+
     // Answers must answer something, with as many endpoints.
     unexpected(
         &mut Script::described(Role::Engine),

@@ -1,4 +1,5 @@
-//! The pinger's control connection: a [`Session`] over a socket, driven by the caller's own thread.
+//! The control connection of a side that has no engine (a pinger, an observer): a [`Session`] over a
+//! socket, driven by the caller's own thread.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -19,7 +20,7 @@ const READ_CHUNK: usize = 64 * 1024;
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub(super) struct Control {
+pub(crate) struct Control {
     session: Session,
     socket: TcpStream,
     began: Instant,
@@ -29,7 +30,7 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(session: Session, socket: TcpStream, name: String) -> Result<Self, Error> {
+    pub(crate) fn new(session: Session, socket: TcpStream, name: String) -> Result<Self, Error> {
         socket
             .set_nonblocking(true)
             .map_err(|source| Error::Unreachable {
@@ -49,16 +50,16 @@ impl Control {
         Ok(this)
     }
 
-    pub(super) fn session(&mut self) -> &mut Session {
+    pub(crate) fn session(&mut self) -> &mut Session {
         &mut self.session
     }
 
-    pub(super) fn stop_on(&mut self, fd: OwnedFd) {
+    pub(crate) fn stop_on(&mut self, fd: OwnedFd) {
         self.stop = Some(fd);
     }
 
     /// Whether the caller's descriptor says to stop.
-    pub(super) fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         let Some(stop) = &self.stop else {
             return false;
         };
@@ -71,7 +72,7 @@ impl Control {
     }
 
     /// Reads what is there, lets time pass, writes what waits. Does not sleep.
-    pub(super) fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         // Bounded, so that a peer that never stops sending does not keep time from passing.
         for _ in 0..16 {
             if self.session.is_closed() {
@@ -115,7 +116,7 @@ impl Control {
     }
 
     /// What has happened; an ended session is an error that says why.
-    pub(super) fn event(&mut self) -> Result<Option<Event>, Error> {
+    pub(crate) fn event(&mut self) -> Result<Option<Event>, Error> {
         match self.session.poll_event() {
             Some(Event::Closed(closed)) => Err(self.ended(closed)),
             None if self.session.is_closed() => Err(Error::NotConnected {
@@ -138,7 +139,7 @@ impl Control {
         }
     }
 
-    pub(super) fn send(&mut self, message: &Message) -> Result<(), Error> {
+    pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
         match self.session.send(message) {
             Ok(()) => Ok(()),
             // Bytes that came with the last ones have ended it: why is the next event.
@@ -149,7 +150,7 @@ impl Control {
     }
 
     /// Cuts the peer off for what it has said.
-    pub(super) fn cut_off(&mut self, text: &str) -> Error {
+    pub(crate) fn cut_off(&mut self, text: &str) -> Error {
         self.session.cut_off(ErrorCode::Lie, text);
         self.flush();
         Error::Session {
@@ -162,7 +163,7 @@ impl Control {
     }
 
     /// The session did not stand in time: how far it came.
-    pub(super) fn late(&mut self, after: Duration) -> Error {
+    pub(crate) fn late(&mut self, after: Duration) -> Error {
         let state = self.session.state();
         self.session.cut_off(ErrorCode::Timeout, "not in time");
         self.flush();
@@ -176,7 +177,7 @@ impl Control {
     }
 
     /// Sends a ping; its number.
-    pub(super) fn ping(&mut self) -> Option<u64> {
+    pub(crate) fn ping(&mut self) -> Option<u64> {
         let now = self.now();
         let sequence = self.session.ping(now).ok();
         self.flush();
@@ -185,7 +186,7 @@ impl Control {
 
     /// Sleeps until the connection, `other` or the caller's stop has something, or the session's
     /// time is due; at most until `until`.
-    pub(super) fn sleep(&self, until: Instant, other: Option<BorrowedFd<'_>>) {
+    pub(crate) fn sleep(&self, until: Instant, other: Option<BorrowedFd<'_>>) {
         let mut left = until.saturating_duration_since(Instant::now());
         if let Some(at) = self.session.next_timeout() {
             left = left.min(at.since(self.now()));
@@ -201,7 +202,7 @@ impl Control {
     }
 
     /// Says goodbye.
-    pub(super) fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.session.close(GoodbyeReason::Finished);
         let until = Instant::now() + LAST_WORDS;
         while !self.session.is_finished() && Instant::now() < until {
