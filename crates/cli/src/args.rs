@@ -80,6 +80,11 @@ pub(crate) struct BwArgs {
     #[arg(conflicts_with = "iters")]
     pub(crate) duration: Option<Duration>,
 
+    /// Compare every byte again after each round that is measured; without this it is done once for each
+    /// row, before anything is timed. Figures of small blocks suffer, for caches are cold then
+    #[arg(long)]
+    pub(crate) verify: bool,
+
     /// Measure this many transfers a row
     #[arg(long, short = 'n', value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]

@@ -90,6 +90,24 @@ fn every_byte_arrives_over_tcp() {
     over("tcp");
 }
 
+/// Every round's bytes, in both directions.
+#[test]
+fn every_round_is_verified_where_that_is_wanted() {
+    let ended = run_bw(&["--json", "--path", "arena", "--verify"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report = ended.json();
+    for row in report["rows"].as_array().expect("rows") {
+        let number = |name: &str| row[name].as_u64().expect("a number");
+        // Four at a time: the first pass, and three rounds.
+        assert_eq!(number("transfers"), 12, "{row}");
+        assert_eq!(
+            number("verified_bytes"),
+            number("bytes") * (4 + 12),
+            "{row}"
+        );
+    }
+}
+
 /// Also of a model with windows: one block table for all layers, as an engine without pools has it.
 #[test]
 fn the_pattern_of_a_config_is_moved() {

@@ -36,7 +36,7 @@ fn engine(role: KvRole, tokens: u32) -> (Engine, BenchSide, String) {
 fn two_live_engines_are_compared() {
     let (prefill, _p, producer) = engine(KvRole::Producer, 16);
     let (decode, _d, consumer) = engine(KvRole::Consumer, 16);
-    let (_, _w, wide) = engine(KvRole::Consumer, 64);
+    let (_wide, _w, wide) = engine(KvRole::Consumer, 64);
     let ended = layout(&["diff", &producer, &consumer, "--json"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert_eq!(ended.json()["verdict"], "identical");

@@ -112,6 +112,7 @@ pub mod ping;
 pub mod plan;
 mod recent;
 pub mod session;
+pub mod sums;
 mod sync;
 pub mod ticket;
 pub mod time;

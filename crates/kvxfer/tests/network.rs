@@ -62,18 +62,18 @@ fn all() -> Vec<kvxfer::blocks::GroupPairs> {
     pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)))
 }
 
-/// How many pulls have all blocks between them.
-const PULLS: u32 = 4;
-
-/// One of these.
-fn pull(from: &Instance, ticket: &Ticket, tag: u32, deadline: Duration) -> Transfer {
+fn pull(
+    from: &Instance,
+    ticket: &Ticket,
+    wanted: &[kvxfer::blocks::GroupPairs],
+    tag: u64,
+    deadline: Duration,
+) -> Transfer {
     let options = PullOptions {
-        tag: tag.into(),
+        tag,
         deadline: Some(deadline),
         hold: true,
     };
-    let all = dealt(&all(), PULLS);
-    let wanted = &all[(tag % PULLS) as usize];
     from.pull(ticket, wanted, options).expect("a transfer")
 }
 
@@ -108,8 +108,10 @@ fn a_link_that_loses() {
         |far, mut child, node, mut log, from| {
             far.lose(2);
             let ticket = child.offer("r", BLOCKS, LONG);
-            let transfers: Vec<Transfer> =
-                (0..4).map(|tag| pull(&from, &ticket, tag, LONG)).collect();
+            let transfers: Vec<Transfer> = (0..)
+                .zip(dealt(&all(), 4))
+                .map(|(tag, part)| pull(&from, &ticket, &part, tag, LONG))
+                .collect();
             transfers.iter().for_each(done);
             node.side.verify(SEED, &all()).expect("every byte");
             node.side.poison().expect("poisoned");
@@ -142,10 +144,10 @@ fn a_link_that_delays() {
             far.slow("200mbit");
             // 16 MiB take two thirds of a second.
             let ticket = child.offer("r", BLOCKS, LONG);
-            done(&pull(&from, &ticket, 1, LONG));
+            done(&pull(&from, &ticket, &all(), 1, LONG));
             node.side.verify(SEED, &all()).expect("every byte");
             let begun = Instant::now();
-            let late = pull(&from, &ticket, 2, Duration::from_millis(150));
+            let late = pull(&from, &ticket, &all(), 2, Duration::from_millis(150));
             let outcome = late.wait(LONG).expect("an outcome");
             let failure = outcome.failure().expect("there was no time");
             assert_eq!(failure.first_cause, Cause::DeadlinePassed);
@@ -171,7 +173,7 @@ fn a_link_that_is_cut() {
             far.slow("400mbit");
             let ticket = child.offer("r", BLOCKS, LONG);
             // Shortly: TCP sends again what was lost.
-            let short = pull(&from, &ticket, 1, LONG);
+            let short = pull(&from, &ticket, &all(), 1, LONG);
             until("the first bytes", || moved(&node));
             Far::link("down");
             assert!(short.outcome().is_none(), "cut too late");
@@ -181,8 +183,9 @@ fn a_link_that_is_cut() {
             node.side.verify(SEED, &all()).expect("every byte");
             // For good: the deadline of one comes first, the other hears that the peer is silent.
             node.side.poison().expect("poisoned");
-            let hasty = pull(&from, &ticket, 2, Duration::from_millis(700));
-            let patient = pull(&from, &ticket, 3, LONG);
+            let halves = dealt(&all(), 2);
+            let hasty = pull(&from, &ticket, &halves[0], 2, Duration::from_millis(700));
+            let patient = pull(&from, &ticket, &halves[1], 3, LONG);
             until("the first bytes", || moved(&node));
             Far::link("down");
             let cause = |transfer: &Transfer| {

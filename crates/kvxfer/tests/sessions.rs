@@ -14,7 +14,7 @@ use kvxfer::session::SessionError;
 use kvxfer::transfer::Cause;
 use kvxfer::wire::Refusal;
 use support::proxy::Proxy;
-use support::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
+use support::{LONG, Log, Node, POISON, dealt, groups, pairs, recipe, take_time, until};
 
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: u32 = 64;
@@ -68,13 +68,15 @@ fn told_in_order(path: PathKind) {
     const CUTS: u64 = 15;
     const PULLS: u64 = 24;
     let (producer, proxy) = listening(KvRole::Producer, path);
-    let consumer = recipe(KvRole::Consumer, path, BLOCK, BLOCKS).node();
+    let consumer = recipe(KvRole::Consumer, path, BLOCK, BLOCKS).with(take_time);
+    let consumer = consumer.node();
     let ticket = producer
         .engine
         .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)
         .expect("an offer");
     let instance = connect(&consumer, &proxy);
     let wanted = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
+    let wanted = dealt(&wanted, PULLS as u32);
     let mut back = None;
     until("the session on the other side", || {
         back = producer.engine.peer_of(&consumer.name());
@@ -86,16 +88,21 @@ fn told_in_order(path: PathKind) {
     for cut in 0..CUTS {
         assert!(instance.wait_up(LONG));
         let mut tags = Vec::new();
-        for pull in 0..PULLS {
+        for (pull, wanted) in (0..).zip(&wanted) {
             let options = PullOptions {
                 tag: cut * PULLS + pull,
                 hold: true,
                 ..PullOptions::default()
             };
-            match instance.pull(&ticket, &wanted, options) {
-                Ok(_) => tags.push(cut * PULLS + pull),
-                Err(error) => panic!("{error}"),
-            }
+            // What the last session had under way may not be released yet.
+            until("a pull", || {
+                match instance.pull(&ticket, wanted, options.clone()) {
+                    Ok(_) => true,
+                    Err(Error::InUse(_)) => false,
+                    Err(error) => panic!("{error}"),
+                }
+            });
+            tags.push(cut * PULLS + pull);
         }
         proxy.cut();
         // The end of this session, and what came until then.
@@ -228,7 +235,7 @@ fn a_restart_is_seen_before_the_loss() {
         .expect(&expected, &groups(0..8), 1, LONG)
         .expect("an expectation");
     let filling = first_way.begin_push(&expected).expect("a push");
-    filling.all_layers(&pairs([(0, 0)])).expect("fits");
+    filling.all_layers(&pairs([(20, 0)])).expect("fits");
     let pushed = RequestId::from("pushed");
     let old = first
         .engine
@@ -239,7 +246,7 @@ fn a_restart_is_seen_before_the_loss() {
         ..PushOptions::default()
     };
     let pushing = back().begin_push_with(&pushed, options).expect("a push");
-    pushing.all_layers(&pairs([(1, 1)])).expect("fits");
+    pushing.all_layers(&pairs([(30, 1)])).expect("fits");
     until("bytes of both", || {
         survivor.first_word(0) != POISON && first.first_word(1) == POISON
     });

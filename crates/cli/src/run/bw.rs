@@ -306,6 +306,7 @@ impl Run<'_> {
                     // The second operation is not to find the first one's bytes in place.
                     seed: self.seed ^ (*op as u64),
                     length: length(self.args),
+                    verify: self.args.verify,
                     timeout: self.timeout,
                     progress: &progress,
                 };

@@ -44,6 +44,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) op: Op,
     pub(crate) seed: u64,
     pub(crate) length: Length,
+    /// Whether the bytes of every round are compared, and not of the first pass alone.
+    pub(crate) verify: bool,
     /// Each transfer's deadline.
     pub(crate) timeout: Duration,
     pub(crate) progress: &'a Progress,
@@ -86,24 +88,12 @@ impl Bench<'_> {
 
         let mut first = Samples::default();
         self.round(&mut slots, &mut first, |started, _| started < count as u64)?;
-        let pairs = self.case.all_pairs(self.op);
-        let verified_bytes = match self.op {
-            Op::Read => self.client.side().verify(self.seed, &pairs)?,
-            Op::Write => self.client.verify_target(self.seed, &pairs)?,
-        };
-        let wanted = self.case.bytes() * count as u64;
-        if verified_bytes != wanted {
-            return Err(Problem::new(
-                Exit::Check,
-                format!("{verified_bytes} bytes were verified and {wanted} moved"),
-            )
-            .into());
-        }
+        let mut verified_bytes = self.check(&self.case.all_pairs(self.op), count)?;
         if let Some(limit) = limit {
             // Its memory and connections are to be warm too.
             limit.run(count)?;
         }
-        let samples = self.measure(&mut slots, limit)?;
+        let samples = self.measure(&mut slots, limit, &mut verified_bytes)?;
         self.finish(slots)?;
 
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
@@ -137,19 +127,36 @@ impl Bench<'_> {
             .ok_or_else(|| Problem::new(Exit::Check, "nothing was timed").into())
     }
 
+    /// Compares every byte of these slots' destinations with what it must be; returns how many.
+    fn check(&self, pairs: &[GroupPairs], slots: usize) -> anyhow::Result<u64> {
+        let verified = match self.op {
+            Op::Read => self.client.side().verify(self.seed, pairs)?,
+            Op::Write => self.client.verify_target(self.seed, pairs)?,
+        };
+        let wanted = self.case.bytes() * slots as u64;
+        if verified != wanted {
+            let cause = format!("{verified} bytes were verified and {wanted} moved");
+            return Err(Problem::new(Exit::Check, cause).into());
+        }
+        Ok(verified)
+    }
+
+    /// Fills all destinations with what no pattern holds, so that what is not moved is noticed.
+    fn poison(&self) -> Result<(), kvxfer::Error> {
+        match self.op {
+            Op::Read => self.client.side().poison(),
+            Op::Write => self.client.poison_target(),
+        }
+    }
+
     /// Fills and poisons, and has the target offer or expect every slot's blocks.
     fn prepare(&self) -> Result<Vec<Slot>, kvxfer::Error> {
         let slots = 0..self.case.slots.len();
         match self.op {
-            Op::Read => {
-                self.client.fill_target(self.seed)?;
-                self.client.side().poison()?;
-            }
-            Op::Write => {
-                self.client.side().fill(self.seed)?;
-                self.client.poison_target()?;
-            }
+            Op::Read => self.client.fill_target(self.seed)?,
+            Op::Write => self.client.side().fill(self.seed)?,
         }
+        self.poison()?;
         slots
             .map(|slot| {
                 let blocks = self.case.remote_blocks(slot);
@@ -175,8 +182,14 @@ impl Bench<'_> {
             .collect()
     }
 
-    /// Rounds of transfers, in turns with the limit.
-    fn measure(&self, slots: &mut [Slot], limit: Option<&Limit>) -> anyhow::Result<Samples> {
+    /// Rounds of transfers, in turns with the limit. With `--verify` the bytes of each are compared and
+    /// added to `verified`, outside the time that is measured.
+    fn measure(
+        &self,
+        slots: &mut [Slot],
+        limit: Option<&Limit>,
+        verified: &mut u64,
+    ) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
         let rounds = match self.length {
             Length::Time(_) => ROUNDS,
@@ -192,6 +205,9 @@ impl Bench<'_> {
             Length::Time(_) => 0,
         };
         for round in 0..rounds {
+            if self.verify {
+                self.poison()?;
+            }
             let least = slots.len() as u64;
             let (transfers, time) = match self.length {
                 Length::Time(total) => {
@@ -210,6 +226,13 @@ impl Bench<'_> {
                 }
             };
             spent += time;
+            if self.verify {
+                // They begin in order: fewer transfers than slots are those of the first slots.
+                let moved = usize::try_from(transfers).map_or(slots.len(), |n| n.min(slots.len()));
+                for slot in 0..moved {
+                    *verified += self.check(&self.case.pairs(self.op, slot), 1)?;
+                }
+            }
             let bytes = self.case.bytes() as f64 * transfers as f64;
             samples.rates.push(bytes / time.as_secs_f64());
             if let Some(limit) = limit {

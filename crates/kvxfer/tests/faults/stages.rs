@@ -156,7 +156,8 @@ fn a_peer_that_restarts_again_and_again() {
             role: KvRole::Both,
             listen: listen.to_owned(),
             engine_id: Some("phoenix".to_owned()),
-            ..peer_spec(KvRole::Producer, path, 16)
+            // Some are on offer, some are pushed, some are expected.
+            ..peer_spec(KvRole::Producer, path, 24)
         };
         let node = recipe(KvRole::Both, path, BLOCK, 16).node();
         node.side.poison().expect("poisoned");
@@ -167,8 +168,8 @@ fn a_peer_that_restarts_again_and_again() {
         for life in 0..LIVES {
             until("the peer", || instance.is_up());
             pulls_from(&node, &instance, &mut child, &format!("well-{life}"));
-            offers.push(child.offer(&format!("offer-{life}"), 16, LONG));
-            expects.push(child.expect(&format!("to-{life}"), 16, LONG));
+            offers.push(child.offer(&format!("offer-{life}"), 8, LONG));
+            expects.push(child.expect_at(&format!("to-{life}"), 16..24, LONG));
             let request = RequestId::from(format!("from-{life}"));
             expected.push(
                 node.engine
@@ -177,7 +178,7 @@ fn a_peer_that_restarts_again_and_again() {
             );
             let to = RequestId::from(format!("to-{life}"));
             let pushing = instance.begin_push(&to).expect("a push");
-            pushing.all_layers(&pairs([(0, 0)])).expect("fits");
+            pushing.all_layers(&pairs([(0, 16)])).expect("fits");
             // Begun, and never committed.
             node.fill_blocks(8..16, POISON);
             child.begin_at(&node.name(), &request.0, 8..16);

@@ -90,7 +90,8 @@ fn an_engine_that_shows_what_is_not_so() {
     let liar = Liar::new(&world);
     let honest = liar.describe();
     let other = KvFormat::opaque(4096, 1).expect("a format");
-    let cases: [(&str, Box<dyn Fn(&mut Describe)>); 5] = [
+    type Change = Box<dyn Fn(&mut Describe)>;
+    let cases: [(&str, Change); 5] = [
         ("format", Box::new(|d| d.format = Blob(vec![0xc1]))),
         ("placement", Box::new(|d| d.placement = Blob(vec![0xc1]))),
         (

@@ -6,6 +6,7 @@ mod cluster;
 mod copied;
 mod formats;
 mod reshard;
+mod sums;
 #[path = "../tape/mod.rs"]
 mod tape;
 

@@ -169,8 +169,19 @@ impl Child {
 
     /// Has the child expect its first `blocks` blocks.
     pub(crate) fn expect(&mut self, request: &str, blocks: u32, deadline: Duration) -> Ticket {
+        self.expect_at(request, 0..blocks, deadline)
+    }
+
+    /// Has the child expect these blocks of its own.
+    pub(crate) fn expect_at(
+        &mut self,
+        request: &str,
+        blocks: Range<u32>,
+        deadline: Duration,
+    ) -> Ticket {
+        let Range { start, end } = blocks;
         self.tell(&format!(
-            "expect {request} {blocks} {}",
+            "expect {request} {start} {end} {}",
             deadline.as_millis()
         ));
         Ticket::from_json(&self.answer("ticket")).expect("a ticket")
@@ -442,9 +453,9 @@ fn serve(node: &Node, seed: u64) {
                     .expect("an offer");
                 say(&format!("ticket {}", ticket.to_json().expect("json")));
             }
-            ["expect", request, blocks, deadline] => {
+            ["expect", request, start, end, deadline] => {
                 let deadline = Duration::from_millis(u64::from(number(deadline)));
-                let blocks = groups(0..number(blocks));
+                let blocks = groups(number(start)..number(end));
                 let ticket = node
                     .engine
                     .expect(&RequestId::from(request), &blocks, 1, deadline)
