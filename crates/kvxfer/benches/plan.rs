@@ -9,7 +9,7 @@ use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use kvxfer::claims::{Claimant, Claims, Purpose};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::{DType, KvFormat, KvPlacement, Packing, Side, Topology, models};
-use kvxfer::plan::{Compiled, LayerScope, OpSource, Part, PlanLimits, Role};
+use kvxfer::plan::{Compiled, Cover, LayerScope, OpSource, Part, PlanLimits, Role};
 
 const BLOCKS: u32 = 1250;
 const LIMITS: PlanLimits = PlanLimits {
@@ -116,5 +116,34 @@ fn emit(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, claim, plan, emit);
+/// Whether 8 ranks of which each gives an eighth of the heads give all of 160 tensors: once a request.
+fn cover(c: &mut Criterion) {
+    let format = models::builtin("llama-3.1-70b", 16, DType::Bf16).expect("built in");
+    let placed = |topology| {
+        KvPlacement::uniform(&format, topology, &[64], Packing::PerTensor, 4096)
+            .and_then(|uniform| uniform.describe(&format))
+            .expect("a valid placement")
+    };
+    let whole = placed(Topology::single(&format));
+    let consumer = Side {
+        format: &format,
+        placement: &whole,
+    };
+    let ranks: Vec<Compiled> = (0..8)
+        .map(|rank| {
+            let part = placed(Topology::tensor_parallel(&format, rank, 8));
+            let producer = Side {
+                format: &format,
+                placement: &part,
+            };
+            Compiled::compile(&producer, &consumer, Role::Pull, Part::Share).expect("a share")
+        })
+        .collect();
+    let covers: Vec<&Cover> = ranks.iter().map(Compiled::cover).collect();
+    c.bench_function("cover", |b| {
+        b.iter(|| Cover::missing(&consumer, black_box(&covers)));
+    });
+}
+
+criterion_group!(benches, claim, plan, emit, cover);
 criterion_main!(benches);

@@ -26,9 +26,10 @@ pub struct Plan {
 /// What a plan comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PlanReport {
-    /// Block pairs asked for, over all groups.
+    /// Destination blocks that are written, in part or whole, over all groups.
     pub blocks: u64,
-    /// Stretches of pairs whose blocks are consecutive on both sides.
+    /// Stretches of blocks, or of units where blocks are of unequal size, that are consecutive on both
+    /// sides.
     pub runs: u64,
     /// Operations.
     pub operations: u64,

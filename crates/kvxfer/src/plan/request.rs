@@ -223,22 +223,21 @@ impl Compiled {
                     group: request.group,
                 });
             }
-            request.in_range(group)?;
-            ids.push((group.pool, request));
+            ids.push((group.pool, request.in_range(group)?, request));
         }
         // By pool: a block of a shared pool can be the destination in one of its groups only.
-        ids.sort_by_key(|(pool, _)| *pool);
+        ids.sort_by_key(|(pool, ..)| *pool);
         for sharers in ids.chunk_by(|a, b| a.0 == b.0) {
             let twice = match sharers {
                 // A list of units has been looked through already.
-                [(_, one)] if one.blocks.is_some() => None,
-                [(_, one)] => duplicate(one.pairs.iter().map(|p| p.dst)),
-                several => duplicate(several.iter().flat_map(|(_, r)| r.destinations())),
+                [(.., one)] if one.blocks.is_some() => None,
+                [(_, span, one)] => twice_within(*span, one.pairs.iter().map(|p| p.dst)),
+                several => duplicate(several.iter().flat_map(|(.., r)| r.destinations())),
             };
             if let Some(block) = twice {
                 let lists = |r: &Request<'_>| r.destinations().any(|b| b == block);
-                let last = sharers.iter().rfind(|(_, r)| lists(r));
-                let group = last.map_or(0, |(_, r)| r.group);
+                let last = sharers.iter().rfind(|(.., r)| lists(r));
+                let group = last.map_or(0, |(.., r)| r.group);
                 return Err(PlanError::DuplicateDestination { group, block });
             }
         }
@@ -275,16 +274,21 @@ impl Request<'_> {
         listed.chain(paired.iter().map(|p| p.dst))
     }
 
-    fn in_range(&self, group: &Group) -> Result<(), PlanError> {
-        let (mut src_max, mut dst_max) = (0, 0);
+    /// Refuses units that are not there; the destinations, as unit numbers, otherwise.
+    fn in_range(&self, group: &Group) -> Result<Span, PlanError> {
+        let mut src_max = 0;
+        let mut dst = Span::default();
         for pair in self.pairs {
             src_max = src_max.max(pair.src);
-            dst_max = dst_max.max(pair.dst);
+            dst.take(pair.dst);
         }
-        for (side, unit) in [(SideName::Producer, src_max), (SideName::Consumer, dst_max)] {
+        for (side, unit) in [
+            (SideName::Producer, src_max),
+            (SideName::Consumer, dst.high),
+        ] {
             let (per_block, num_blocks) = group.side(side);
             // What a rank keeps nothing of has no range to be out of.
-            if num_blocks > 0 && unit / per_block >= num_blocks && !self.pairs.is_empty() {
+            if num_blocks > 0 && unit / per_block >= num_blocks && dst.count > 0 {
                 return Err(PlanError::BlockOutOfRange {
                     side,
                     group: self.group,
@@ -293,26 +297,54 @@ impl Request<'_> {
                 });
             }
         }
-        Ok(())
+        Ok(dst)
     }
 }
 
-/// An id that is there twice: a bitmap where they are dense enough for one to be cheap, a sorted
-/// copy otherwise.
+/// How many ids there are, and the numbers that they span.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    count: usize,
+    low: u32,
+    high: u32,
+}
+
+impl Default for Span {
+    fn default() -> Self {
+        Self {
+            count: 0,
+            low: u32::MAX,
+            high: 0,
+        }
+    }
+}
+
+impl Span {
+    #[inline]
+    fn take(&mut self, id: u32) {
+        self.count += 1;
+        self.low = self.low.min(id);
+        self.high = self.high.max(id);
+    }
+}
+
+/// An id that is there twice.
 pub(super) fn duplicate(ids: impl Iterator<Item = u32> + Clone) -> Option<u32> {
-    let (mut count, mut low, mut high) = (0_usize, u32::MAX, 0);
-    ids.clone().for_each(|id| {
-        count += 1;
-        low = low.min(id);
-        high = high.max(id);
-    });
+    let mut span = Span::default();
+    ids.clone().for_each(|id| span.take(id));
+    twice_within(span, ids)
+}
+
+/// The same, of ids whose span is known: a bitmap where they are dense enough for one to be cheap, a
+/// sorted copy otherwise.
+fn twice_within(span: Span, mut ids: impl Iterator<Item = u32>) -> Option<u32> {
+    let Span { count, low, high } = span;
     if count < 2 {
         return None;
     }
     let words = (high.checked_sub(low)? / 64) as usize + 1;
     if words <= count.saturating_mul(4).saturating_add(64) {
         let mut seen = vec![0_u64; words];
-        let mut ids = ids;
         let twice = ids.try_for_each(|id| {
             let at = id - low;
             let word = &mut seen[(at / 64) as usize];

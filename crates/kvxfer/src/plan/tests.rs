@@ -268,6 +268,17 @@ fn a_block_of_a_shared_pool_has_one_group() {
         plan(2, 2),
         Err(PlanError::DuplicateDestination { block: 2, .. })
     ));
+    // The same of lists.
+    let listed = |a, b| {
+        let of = |group, block: u32| compiled.pairs(group, &[0], &[block], None);
+        let request = [of(0, a).expect("listed"), of(1, b).expect("listed")];
+        compiled.plan_units(&request, LayerScope::All, NO_LIMITS)
+    };
+    assert!(listed(1, 2).is_ok());
+    assert!(matches!(
+        listed(2, 2),
+        Err(PlanError::DuplicateDestination { block: 2, group: 1 })
+    ));
 }
 
 fn llama(block: u32, dtype: DType) -> KvFormat {
