@@ -108,7 +108,7 @@ fn what_would_move_between_ranks_that_keep_other_parts() {
     let pairs = (0..8).map(|tp| (tp / 2, tp));
     assert_eq!(from, pairs.collect::<Vec<_>>());
     let (_, exchanges) = planned("deepseek-v3:tp=8", "deepseek-v3:tp=2", &["--all-ranks"]);
-    let each = |tp: u64| [0, tp, 0, tp, 61, 61 * 16 * 576 * 2];
+    let each = |tp: u64| [0, tp, 0, 4 * tp, 61, 61 * 16 * 576 * 2];
     assert_eq!(exchanges, [each(0), each(1)]);
     // Stages: layers 0 to 15 and 16 to 31.
     let stages = "llama-3.1-8b:pp=2";

@@ -48,7 +48,7 @@ fn two_live_engines_are_compared() {
         "{ended:?}"
     );
     assert_eq!(ended.json()["verdict"], "identical");
-    let ended = layout(&["diff", &producer, &wide]);
+    let ended = layout(&["diff", &producer, &wide, "--strict"]);
     assert_eq!(ended.code, Some(1), "{ended:?}");
     for said in [producer.as_str(), &wide, "--block-size 16"] {
         assert!(ended.stdout.contains(said), "{said}: {ended:?}");

@@ -59,11 +59,10 @@ fn claim(c: &mut Criterion) {
         let blocks = scattered()[0].pairs.iter().map(|p| p.dst + from).collect();
         vec![GroupBlocks { group: 0, blocks }]
     };
-    let (request, purpose, from) = (RequestId::from("r"), Purpose::Expect, None);
+    let (request, purpose) = (RequestId::from("r"), Purpose::Expect);
     let who = Claimant {
         request: &request,
         purpose,
-        from,
     };
     let _other = claims.claim(who, lists(1)).expect("free");
     let mut group = c.benchmark_group("claim");

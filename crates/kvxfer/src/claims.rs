@@ -9,24 +9,19 @@
 //! memory, whichever group has it.
 //!
 //! # Parts of one request
-//! A rank may get one request's blocks from several ranks of one engine, each its part of every
-//! block: heads, or layers. Such pulls are of one *family*: the same request, from the same engine.
-//! Members from different ranks share blocks, as long as none of them has failed; a second pull from
-//! the same rank does not, for it would write the same bytes.
+//! A request's blocks may come from several ranks, each with its part of every block: heads, or layers.
+//! Such a transfer has one claim for all its parts, until the last of them touches nothing.
 //!
 //! # Cost
 //! One cell of 16 bytes a block, in pages that exist only where a block was claimed, and one visit of
-//! it for claiming and for letting go. Nothing is looked for by request unless there is a conflict or
-//! a family of several.
+//! it for claiming and for letting go. Nothing is looked for by request unless there is a conflict.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::block_set::BlockSet;
 use crate::blocks::GroupBlocks;
-use crate::event::PeerName;
-use crate::ids::{EngineId, RequestId};
+use crate::ids::RequestId;
 
 /// Blocks of one page.
 const PAGE: usize = 4096;
@@ -90,49 +85,30 @@ pub struct Claimant<'a> {
     pub request: &'a RequestId,
     /// What for.
     pub purpose: Purpose,
-    /// The rank that a pull reads from.
-    pub from: Option<&'a PeerName>,
 }
 
 /// Whose block it is, and how many have it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
-    /// [`READ`], or a family's place in the table plus one.
-    held: u32,
+    /// Whether it is read; otherwise one claim alone has it.
+    read: bool,
     /// Claims that have it; 0: none, whatever the rest says.
     count: u32,
     /// The list that took it last, by [`Table::lists`].
     list: u64,
 }
 
-/// What is read shares its blocks, whoever reads.
-const READ: u32 = 0;
-
 type Page = Box<[Cell; PAGE]>;
 
 /// A pool's cells.
 type Pages = Vec<Option<Page>>;
-
-/// The claims that may share the blocks they write.
-#[derive(Debug, Default)]
-struct Family {
-    /// In `Table::held`.
-    members: Vec<usize>,
-    /// Its key in `Table::families_of`.
-    key: Option<(RequestId, EngineId)>,
-}
 
 /// A claim that stands.
 #[derive(Debug)]
 struct Held {
     request: RequestId,
     purpose: Purpose,
-    from: Option<PeerName>,
-    /// Its cells' `held`.
-    family: u32,
     groups: Vec<GroupBlocks>,
-    /// Its transfer has failed, and what was posted may still land.
-    failed: bool,
 }
 
 /// Values by place; places are used again.
@@ -161,10 +137,6 @@ impl<T> Slots<T> {
         self.all.len() - 1
     }
 
-    fn get(&self, at: usize) -> Option<&T> {
-        self.all.get(at)?.as_ref()
-    }
-
     fn get_mut(&mut self, at: usize) -> Option<&mut T> {
         self.all.get_mut(at)?.as_mut()
     }
@@ -189,8 +161,6 @@ struct Table {
     /// Lists of blocks that were claimed until now.
     lists: u64,
     held: Slots<Held>,
-    families: Slots<Family>,
-    families_of: HashMap<(RequestId, EngineId), usize>,
 }
 
 /// The claims on a rank's blocks. Clones are the same.
@@ -209,16 +179,6 @@ pub struct Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         lock(&self.table).let_go(self.at);
-    }
-}
-
-impl Claim {
-    /// What it was for has failed, and what was posted may still touch the blocks: nobody joins it any
-    /// more.
-    pub fn failed(&self) {
-        if let Some(held) = lock(&self.table).held.get_mut(self.at) {
-            held.failed = true;
-        }
     }
 }
 
@@ -267,47 +227,26 @@ impl Claims {
     }
 }
 
-/// The others of a family, as one that joins it finds them.
-#[derive(Debug, Default)]
-struct Kin {
-    /// Whether one of them has failed.
-    failed: bool,
-    /// What those that read from the same rank have, by pool.
-    same_rank: BlockSet,
-}
-
 /// A claim that is being made.
 struct Making {
     at: usize,
-    family: u32,
-    /// Its first list.
-    first: u64,
-    kin: Option<Kin>,
+    writes: bool,
 }
 
 impl Table {
     fn claim(&mut self, who: Claimant<'_>, groups: Vec<GroupBlocks>) -> Result<usize, BlockInUse> {
-        let family = self.family(who);
         let at = self.held.put(Held {
             request: who.request.clone(),
             purpose: who.purpose,
-            from: who.from.cloned(),
-            family,
             groups: Vec::with_capacity(groups.len()),
-            failed: false,
         });
-        if let Some(family) = place(family).and_then(|at| self.families.get_mut(at)) {
-            family.members.push(at);
-        }
-        let mut making = Making {
+        let making = Making {
             at,
-            family,
-            first: self.lists + 1,
-            kin: None,
+            writes: who.purpose.writes(),
         };
         for group in groups {
             let number = group.group;
-            if let Err(block) = self.take(&mut making, group) {
+            if let Err(block) = self.take(&making, group) {
                 let refusal = self.refusal(at, who, number, block);
                 self.let_go(at);
                 return Err(refusal);
@@ -316,31 +255,8 @@ impl Table {
         Ok(at)
     }
 
-    /// The family that a claim belongs to, as cells name it.
-    fn family(&mut self, who: Claimant<'_>) -> u32 {
-        if !who.purpose.writes() {
-            return READ;
-        }
-        let key = who
-            .from
-            .map(|from| (who.request.clone(), from.engine.clone()));
-        let known = key.as_ref().and_then(|key| self.families_of.get(key));
-        let at = known.copied().unwrap_or_else(|| {
-            let at = self.families.put(Family {
-                members: Vec::new(),
-                key: key.clone(),
-            });
-            if let Some(key) = key {
-                self.families_of.insert(key, at);
-            }
-            at
-        });
-        // Each family has a claim that stands: there is no memory for so many.
-        u32::try_from(at + 1).expect("fewer than 2^32 claims stand")
-    }
-
     /// Takes one group's blocks, up to the first that cannot be had, which is the error.
-    fn take(&mut self, making: &mut Making, group: GroupBlocks) -> Result<(), u32> {
+    fn take(&mut self, making: &Making, group: GroupBlocks) -> Result<(), u32> {
         let Some(pool) = self.pool(group.group) else {
             return Ok(());
         };
@@ -358,12 +274,13 @@ impl Table {
                 if cell.list == list {
                     return false;
                 }
-                if !self.joins(making, cell, pool, block) {
+                // Also of another of its own groups, where that writes it.
+                if making.writes || !cell.read {
                     refused = Some(block);
                     return false;
                 }
             }
-            cell.held = making.family;
+            cell.read = !making.writes;
             cell.count += 1;
             cell.list = list;
             true
@@ -374,47 +291,6 @@ impl Table {
             held.groups.push(GroupBlocks { group, blocks });
         }
         refused.map_or(Ok(()), Err)
-    }
-
-    /// Whether a claim may have a block beside those that have it.
-    fn joins(&self, making: &mut Making, cell: &Cell, pool: u32, block: u32) -> bool {
-        if cell.held != making.family {
-            return false;
-        }
-        if making.family == READ {
-            return true;
-        }
-        if cell.list >= making.first {
-            // Another of its own groups writes it.
-            return false;
-        }
-        let (at, family) = (making.at, making.family);
-        let kin = making.kin.get_or_insert_with(|| self.kin(at, family));
-        !kin.failed && !kin.same_rank.contains(pool, block)
-    }
-
-    /// The family that a new claim finds.
-    fn kin(&self, new: usize, family: u32) -> Kin {
-        let mut kin = Kin::default();
-        let rank = |at| self.held.get(at)?.from.as_ref().map(|from| from.rank);
-        let family = place(family).and_then(|at| self.families.get(at));
-        let others = family.into_iter().flat_map(|family| &family.members);
-        for &other in others.filter(|other| **other != new) {
-            let Some(held) = self.held.get(other) else {
-                continue;
-            };
-            kin.failed |= held.failed;
-            if rank(other) != rank(new) {
-                continue;
-            }
-            for group in &held.groups {
-                if let Some(pool) = self.pool(group.group) {
-                    // No two of one rank have a block in common.
-                    let _ = kin.same_rank.insert_all(pool, &group.blocks);
-                }
-            }
-        }
-        kin
     }
 
     /// Who has the block that a claim cannot have.
@@ -453,28 +329,12 @@ impl Table {
                 }
             }
         }
-        let Some(place) = place(held.family) else {
-            return;
-        };
-        if let Some(family) = self.families.get_mut(place) {
-            family.members.retain(|member| *member != at);
-            if family.members.is_empty()
-                && let Some(Family { key: Some(key), .. }) = self.families.take(place)
-            {
-                self.families_of.remove(&key);
-            }
-        }
     }
 
     fn pool(&self, group: u32) -> Option<u32> {
         let at = usize::try_from(group).ok()?;
         self.pools.get(at).copied().flatten()
     }
-}
-
-/// A family's place in the table.
-fn place(family: u32) -> Option<usize> {
-    family.checked_sub(1)?.try_into().ok()
 }
 
 /// A block's cell, whose page comes into being.

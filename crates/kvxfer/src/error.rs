@@ -277,6 +277,28 @@ pub enum Error {
         /// The remote engine.
         engine: EngineId,
     },
+    /// Nothing orders two writes of one push, so what has been written in token order is not written
+    /// again: tokens must end with a whole unit of blocks unless nothing of the layer follows.
+    #[error(
+        "tokens of group {group}{} have been written already in the push of request {request}",
+        layer.map_or(String::new(), |layer| format!(", layer {layer},"))
+    )]
+    WrittenTwice {
+        /// The request.
+        request: RequestId,
+        /// The cache group.
+        group: u32,
+        /// The layer; `None`: all.
+        layer: Option<u32>,
+    },
+    /// A sliding window's blocks begin where the window does, which the lists do not say.
+    #[error(
+        "group {group} is a sliding window: its blocks can be paired by their order only where both sides' are of one size, and only all of them"
+    )]
+    Window {
+        /// The cache group.
+        group: u32,
+    },
     /// A ticket is of another request.
     #[error("a ticket of request {other} where one of request {first} is needed")]
     TicketsDiffer {

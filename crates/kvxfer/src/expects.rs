@@ -384,7 +384,6 @@ impl Expects {
         let who = Claimant {
             request,
             purpose: Purpose::Expect,
-            from: None,
         };
         let claim = self.claims.claim(who, groups.to_vec())?;
 

@@ -11,7 +11,7 @@ use kvxfer::config::KvRole;
 use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions};
 use kvxfer::event::{Event, ReleaseReason};
 use kvxfer::ids::RequestId;
-use kvxfer::layout::reshard::{Parallel, sources};
+use kvxfer::layout::reshard::{Parallel, sources, takers};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use support::meaning::{Cluster, Cut, cut};
@@ -60,30 +60,36 @@ impl Pair {
             .expect("sessions with all ranks")
     }
 
-    fn offers(&self, request: &str, readers: u32) -> Vec<Ticket> {
-        let offer = |node: &support::Node| {
-            let request = RequestId::from(request);
-            node.engine.offer(&request, &self.src, readers, LONG)
+    /// Offers of the ranks that have something for somebody, for as many readers as that is.
+    fn offers(&self, request: &str) -> Vec<Ticket> {
+        let cut = self.consumers.cut;
+        let to = Parallel {
+            tp: cut.tp,
+            pp: cut.pp,
+            dp: 0,
         };
-        let nodes = self.producers.nodes.iter();
-        nodes.map(|node| offer(node).expect("an offer")).collect()
-    }
-
-    fn consumers(&self) -> u32 {
-        u32::try_from(self.consumers.nodes.len()).expect("few")
+        let offer = |node: &support::Node| {
+            let topology = node.side.placement().desc().topology();
+            let to = (self.consumers.nodes[0].side.format(), to);
+            let takers = takers((node.side.format(), &topology), to).expect("even heads");
+            let readers = u32::try_from(takers.len()).expect("few");
+            let offer = || {
+                let request = RequestId::from(request);
+                node.engine.offer(&request, &self.src, readers, LONG)
+            };
+            (readers > 0).then(|| offer().expect("an offer"))
+        };
+        self.producers.nodes.iter().filter_map(offer).collect()
     }
 }
 
 /// Every consumer rank pulls from all producer ranks; then all offers are free.
 fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
     let pair = pair(producer, consumer);
-    let tickets = pair.offers("r", pair.consumers());
-    let mut logs: Vec<Log> = pair
-        .producers
-        .nodes
-        .iter()
-        .map(|n| Log::new(&n.engine))
-        .collect();
+    let tickets = pair.offers("r");
+    let offered = |node: &&support::Node| tickets.iter().any(|t| t.rank == node.engine.rank());
+    let offerers = pair.producers.nodes.iter().filter(offered);
+    let mut logs: Vec<Log> = offerers.map(|node| Log::new(&node.engine)).collect();
     for at in 0..pair.consumers.nodes.len() {
         let mut log = Log::new(&pair.consumers.nodes[at].engine);
         let instance = pair.connect(at);
@@ -129,6 +135,7 @@ fn pushes(producer: Cut, consumer: Cut, senders: u32) {
     let parallel = Parallel {
         tp: producer.tp,
         pp: producer.pp,
+        dp: 0,
     };
     for node in &pair.consumers.nodes {
         let topology = node.side.placement().desc().topology();
@@ -223,11 +230,11 @@ fn some_tokens_of_a_request() {
 #[test]
 fn a_part_is_not_taken_for_the_whole() {
     let pair = pair(cut(2, 1, 16), cut(1, 1, 16));
-    let tickets = pair.offers("r", 1);
+    let tickets = pair.offers("r");
     let instance = pair.connect(0);
-    let alone = kvxfer::blocks::GroupPairs::default();
+    let alone = support::pairs([(pair.src[0].blocks[0], 0)]);
     let error = instance
-        .pull(&tickets[1], &[alone], PullOptions::default())
+        .pull(&tickets[1], &alone, PullOptions::default())
         .expect_err("half of the heads");
     assert!(matches!(error, Error::MissingPart { .. }), "{error}");
     assert!(error.to_string().contains("head"), "{error}");
@@ -295,7 +302,7 @@ fn as_many_senders_as_expected_but_not_the_right_ones() {
 #[test]
 fn one_part_fails() {
     let pair = pair(cut(2, 1, 16), cut(1, 1, 16));
-    let tickets = pair.offers("r", 1);
+    let tickets = pair.offers("r");
     let instance = pair.connect(0);
     let mut log = Log::new(&pair.consumers.nodes[0].engine);
     assert!(
@@ -331,19 +338,108 @@ fn one_part_fails() {
 #[test]
 fn a_pull_of_several_ranks_is_cancelled_as_one() {
     let pair = pair(cut(3, 1, 16), cut(1, 1, 16));
-    let tickets = pair.offers("r", 1);
-    let instance = pair.connect(0);
-    let mut log = Log::new(&pair.consumers.nodes[0].engine);
+    let slow = Cluster::with(
+        "slow",
+        KvRole::Consumer,
+        cut(1, 1, 16),
+        ROOM / 16,
+        |config| {
+            config.faults = Some("delay=1:1s".parse().expect("a plan"));
+        },
+    );
+    let tickets = pair.offers("r");
+    let engine = &slow.nodes[0].engine;
+    let instance = engine
+        .connect_ranks(&pair.producers.addresses, LONG)
+        .expect("sessions with all ranks");
+    let mut log = Log::new(engine);
     let pull = instance
         .pull_ranks(&tickets, &pair.dst, None, PullOptions::default())
         .expect("a pull");
+    // What one pull writes no other may have, until nothing of it can land.
+    let again = instance.pull_ranks(&tickets, &pair.dst, None, PullOptions::default());
+    assert!(matches!(again, Err(Error::InUse(_))), "{again:?}");
     pull.cancel();
     let outcome = pull.wait(LONG).expect("an outcome");
-    if let Some(failure) = outcome.failure() {
-        assert_eq!(failure.first_cause, Cause::Cancelled);
-    }
+    let failure = outcome.failure().expect("it takes a second otherwise");
+    assert_eq!(failure.first_cause, Cause::Cancelled);
     assert!(pull.wait_released(LONG));
     log.assert_told_once();
+    let options = PullOptions {
+        tag: 1,
+        ..PullOptions::default()
+    };
+    let again = instance
+        .pull_ranks(&tickets, &pair.dst, None, options)
+        .expect("the offers stand, and the blocks are free");
+    again.cancel();
+    assert!(again.wait(LONG).is_some_and(|outcome| !outcome.is_done()));
+    assert!(again.wait_released(LONG));
+    log.assert_told_once();
+}
+
+/// Prefill in chunks. What has been written is not written again, for nothing would order the two.
+#[test]
+fn a_push_in_chunks() {
+    let pair = pair(cut(1, 1, 16), cut(2, 1, 64));
+    let request = RequestId::from("w");
+    let expect = |node: &support::Node| node.engine.expect(&request, &pair.dst, 1, LONG);
+    for node in &pair.consumers.nodes {
+        expect(node).expect("expected");
+    }
+    let instance = pair.producers.nodes[0]
+        .engine
+        .connect_ranks(&pair.consumers.addresses, LONG)
+        .expect("sessions");
+    let push = instance
+        .begin_push_ranks(&request, &[], &PushOptions::default())
+        .expect("a push");
+    for tokens in [0..48, 48..112] {
+        for layer in 0..4 {
+            push.layer(layer, &pair.src, Some(tokens.clone()))
+                .expect("new tokens");
+        }
+    }
+    let error = push
+        .layer(2, &pair.src, Some(96..128))
+        .expect_err("written before");
+    assert!(
+        matches!(error, Error::WrittenTwice { layer: Some(2), .. }),
+        "{error}"
+    );
+    let error = push
+        .all_layers(&pair.src, None)
+        .expect_err("written before");
+    assert!(
+        matches!(error, Error::WrittenTwice { layer: None, .. }),
+        "{error}"
+    );
+    push.all_layers(&pair.src, Some(112..192))
+        .expect("the rest");
+    let push = push.commit().expect("committed");
+    assert_eq!(push.wait(LONG), Some(Outcome::Done));
+    for (at, node) in pair.consumers.nodes.iter().enumerate() {
+        let mut log = Log::new(&node.engine);
+        log.wait("the outcome", |e| matches!(e, Event::Received { .. }));
+        pair.consumers.verify(at, SEED, &pair.dst, 0..TOKENS);
+    }
+}
+
+/// A rank that has nothing for this one may be away.
+#[test]
+fn a_rank_that_is_not_needed_is_not_missed() {
+    let mut pair = pair(cut(2, 1, 16), cut(6, 1, 16));
+    let tickets = pair.offers("r");
+    let instance = pair.connect(0);
+    drop(pair.producers.nodes.pop());
+    support::until("the loss", || !instance.is_up());
+    let pull =
+        |tickets: &[Ticket]| instance.pull_ranks(tickets, &pair.dst, None, PullOptions::default());
+    let needed = pull(&tickets[1..]).expect_err("it is away");
+    assert!(matches!(needed, Error::NotConnected { .. }), "{needed}");
+    let pull = pull(&tickets).expect("a pull");
+    assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+    pair.consumers.verify(0, SEED, &pair.dst, 0..TOKENS);
 }
 
 /// A push to several ranks of which one does not want it.

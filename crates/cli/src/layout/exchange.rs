@@ -46,7 +46,11 @@ pub(super) fn exchanges(
         let c = placed(consumer, consumer.topology, dst)?;
         return Ok(vec![exchange((producer, &p), (consumer, &c), role)?]);
     }
-    let parallel = |t: &Topology| Parallel { tp: t.tp, pp: t.pp };
+    let parallel = |t: &Topology| Parallel {
+        tp: t.tp,
+        pp: t.pp,
+        dp: t.rank.dp,
+    };
     let (from, to) = (parallel(&producer.topology), parallel(&consumer.topology));
     let all =
         |layout: &Layout, parallel: Parallel, blocks| -> Result<Vec<PlacementDesc>, Problem> {

@@ -350,8 +350,9 @@ impl Ledgers {
 
     fn answer(&mut self, peer: &Arc<PeerSession>, ticket: &Ticket) {
         let (request, nonce) = (ticket.request.clone(), ticket.nonce);
-        let Some(plans) = &peer.pull else {
-            // Of a role that cannot push: it may not have said that it will.
+        let Some(plans) = peer.pull.as_ref().filter(|p| !p.alone().is_empty()) else {
+            // Of a role that cannot push, or a rank that has nothing of what is kept here: it may not take
+            // another's place.
             return refuse(peer, request, Some(nonce), Refusal::NotAuthorised);
         };
         let who = Sender {

@@ -95,9 +95,14 @@ impl Shared {
     }
 
     pub(crate) fn finish(&self, outcome: Outcome, report: TransferReport) {
+        wake(self.set(outcome, report));
+    }
+
+    /// The same without waking who polls: whoever holds locks does that when they are let go.
+    pub(crate) fn set(&self, outcome: Outcome, report: TransferReport) -> Option<Waker> {
         let mut state = self.lock();
         if state.outcome.is_some() {
-            return;
+            return None;
         }
         state.released = match &outcome {
             Outcome::Done => true,
@@ -108,12 +113,7 @@ impl Shared {
         let waker = state.waker.take();
         drop(state);
         self.changed.notify_all();
-        if let Some(waker) = waker {
-            // A waker is foreign code on a worker's thread: its panic is not the transfers' business.
-            if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
-                error!("the waker of a transfer has panicked");
-            }
-        }
+        waker
     }
 
     pub(crate) fn has_outcome(&self) -> bool {
@@ -123,6 +123,16 @@ impl Shared {
     pub(crate) fn release(&self) {
         self.lock().released = true;
         self.changed.notify_all();
+    }
+}
+
+/// Wakes who polls. A waker is foreign code on a worker's thread: its panic is not the transfers'
+/// business.
+pub(crate) fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker
+        && catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err()
+    {
+        error!("the waker of a transfer has panicked");
     }
 }
 

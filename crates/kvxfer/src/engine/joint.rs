@@ -5,12 +5,15 @@
 //! heard twice counts once.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 
 use super::Inner;
-use super::handle::{Failure, Outcome, Shared, TransferReport};
+use super::handle::{Failure, Outcome, Shared, TransferReport, wake};
 use super::peer_session::PeerSession;
 use super::worker::{Command, Live, WorkerHandle};
 use crate::blocks::GroupBlocks;
+use crate::claims::{Claim, Claimant, Purpose};
+use crate::error::Error;
 use crate::event::{Event, MemoryState, ReleaseReason};
 use crate::ids::{Nonce, RequestId};
 use crate::transfer::{Cause, TransferId};
@@ -47,6 +50,8 @@ struct Parts {
     /// Whether the outcome has been told, and memory is still to be released.
     told: bool,
     quarantined: bool,
+    /// The destination blocks, until no part touches them.
+    claim: Option<Claim>,
 }
 
 impl Parts {
@@ -57,6 +62,16 @@ impl Parts {
             report: TransferReport::default(),
             told: false,
             quarantined: false,
+            claim: None,
+        }
+    }
+
+    /// There is nothing to do.
+    fn nothing(&mut self) -> Next {
+        self.told = true;
+        Next {
+            outcome: Some(Outcome::Done),
+            ..Next::default()
         }
     }
 
@@ -91,8 +106,9 @@ impl Parts {
                 self.quarantined = !free;
                 next.outcome = Some(Outcome::Failed(Failure {
                     first_cause: failure.first_cause.clone(),
-                    // Of a part that has not ended nothing is known.
-                    invalid_blocks: match next.cancel {
+                    // Of a part that has not ended nothing is known, and one that was not begun lists
+                    // none.
+                    invalid_blocks: match next.cancel || failure.invalid_blocks.is_empty() {
                         true => self.blocks.clone(),
                         false => failure.invalid_blocks.clone(),
                     },
@@ -157,8 +173,6 @@ pub(crate) struct Whole {
     pub(crate) nonce: Nonce,
     pub(crate) tag: u64,
     pub(crate) push: bool,
-    /// The destination blocks of a pull.
-    pub(crate) blocks: Vec<GroupBlocks>,
     /// What is said to the producers when all is done; nothing when the pull holds.
     pub(crate) releases: Vec<(Arc<PeerSession>, Release)>,
 }
@@ -175,15 +189,39 @@ pub(crate) struct Joint {
 }
 
 impl Joint {
-    /// Of `count` parts that are yet to be submitted.
-    pub(crate) fn new(engine: &Arc<Inner>, whole: Whole, count: usize) -> Arc<Self> {
-        Arc::new(Self {
+    /// Of `count` parts that are yet to be submitted, and with the destination blocks of a pull.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`].
+    pub(crate) fn new(
+        engine: &Arc<Inner>,
+        whole: Whole,
+        count: usize,
+        blocks: Vec<GroupBlocks>,
+    ) -> Result<Arc<Self>, Error> {
+        let who = Claimant {
+            request: &whole.request,
+            purpose: Purpose::Pull,
+        };
+        let claim = match whole.push {
+            true => None,
+            false => Some(engine.claims.claim(who, blocks.clone())?),
+        };
+        let mut parts = Parts::new(count, blocks);
+        parts.claim = claim;
+        Ok(Arc::new(Self {
             engine: Arc::clone(engine),
-            parts: Mutex::new(Parts::new(count, whole.blocks.clone())),
+            parts: Mutex::new(parts),
             whole,
             shared: Arc::default(),
             members: Mutex::default(),
-        })
+        }))
+    }
+
+    /// It has no parts: it is done.
+    pub(crate) fn is_nothing(&self) {
+        self.news(Parts::nothing);
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -253,12 +291,16 @@ impl Joint {
     fn news(&self, act: impl FnOnce(&mut Parts) -> Next) {
         let mut parts = self.parts();
         let next = act(&mut parts);
+        if parts.all(Part::Free) {
+            // Before anybody hears: whoever does may use the blocks.
+            parts.claim = None;
+        }
         if next.cancel {
             self.cancel();
         }
-        if let Some(outcome) = next.outcome {
-            self.tell(outcome, parts.report);
-        }
+        let waker = next
+            .outcome
+            .and_then(|outcome| self.tell(outcome, parts.report));
         if next.released {
             self.shared.release();
             self.engine.events.push(Event::Released {
@@ -267,9 +309,12 @@ impl Joint {
                 reason: ReleaseReason::Drained,
             });
         }
+        drop(parts);
+        // Foreign code.
+        wake(waker);
     }
 
-    fn tell(&self, outcome: Outcome, report: TransferReport) {
+    fn tell(&self, outcome: Outcome, report: TransferReport) -> Option<Waker> {
         let whole = &self.whole;
         if outcome.is_done() {
             for (peer, release) in &whole.releases {
@@ -284,8 +329,9 @@ impl Joint {
             whole.tag,
         );
         // The handle first: whoever has the event finds the outcome and the report there.
-        self.shared.finish(outcome, report);
+        let waker = self.shared.set(outcome, report);
         self.engine.events.push(event);
+        waker
     }
 }
 
@@ -329,7 +375,8 @@ pub(crate) enum Told {
 
 impl Live {
     /// No worker has taken it. Of a transfer of its own whoever submitted it is told by the error.
-    pub(crate) fn not_taken(self, cause: Cause) {
+    pub(crate) fn not_taken(mut self, cause: Cause) {
+        self.claim = None;
         if let Told::Part { joint, at } = &self.told {
             joint.not_begun(*at, cause);
         }
@@ -472,6 +519,26 @@ mod tests {
         assert_eq!(invalid(&next), [5]);
         assert!(!next.cancel && !next.released);
         assert_eq!(all.released(1), Next::default(), "it was free already");
+    }
+
+    /// Nobody has read that part, whatever its own list says.
+    #[test]
+    fn a_part_that_was_not_begun_makes_all_blocks_invalid() {
+        let mut all = parts(2);
+        let none = TransferReport::default();
+        all.ended(0, &Outcome::Done, &none);
+        let failure = Failure {
+            first_cause: Cause::PeerDead,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Released,
+        };
+        let next = all.ended(1, &Outcome::Failed(failure), &none);
+        assert_eq!(invalid(&next), BLOCKS);
+    }
+
+    #[test]
+    fn no_parts_are_done() {
+        assert_eq!(parts(0).nothing().outcome, Some(Outcome::Done));
     }
 
     proptest! {

@@ -253,12 +253,7 @@ impl Inner {
         if !self.config.kv_role.consumes() {
             return Ok(None);
         }
-        let from = None;
-        let who = Claimant {
-            request,
-            purpose,
-            from,
-        };
+        let who = Claimant { request, purpose };
         self.claims.claim(who, groups()).map(Some)
     }
 

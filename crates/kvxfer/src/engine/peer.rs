@@ -250,7 +250,10 @@ impl Peer {
         let engine = self.engine();
         let peer = self.pulls_with(ticket)?;
         let plans = peer.pull_plans()?;
-        if let Some(part) = &plans.gap {
+        // Without blocks nothing is read, and the offer is released.
+        if let Some(part) = &plans.gap
+            && pairs.iter().any(|group| !group.pairs.is_empty())
+        {
             return Err(Error::MissingPart {
                 part: part.clone(),
                 ranks: vec![ticket.rank],
@@ -263,7 +266,12 @@ impl Peer {
         let limits = peer.limits(&plans.common, pairs);
         let plan = plans.common.plan(pairs, LayerScope::All, limits)?;
         let shared = Arc::new(Shared::default());
-        let pull = PlannedPull::new(engine, &peer, ticket, (plan, destinations(pairs)), begun)?;
+        let mut pull = PlannedPull::new(&peer, ticket, plan, begun);
+        let who = Claimant {
+            request: &ticket.request,
+            purpose: Purpose::Pull,
+        };
+        pull.claim = Some(engine.claims.claim(who, destinations(pairs))?);
         let until = engine.deadline(options.deadline);
         let (id, owner) = pull.submit(
             engine,
@@ -373,37 +381,28 @@ pub(crate) struct PlannedPull {
     request: RequestId,
     nonce: Nonce,
     lease: Option<LeaseRef>,
-    claim: Claim,
+    /// Its destination blocks, unless it is a part of something that has them.
+    claim: Option<Claim>,
     begun: Instant,
 }
 
 impl PlannedPull {
-    /// Claims the blocks that a plan writes. Checking and planning began at `begun`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InUse`].
+    /// Checking and planning began at `begun`.
     pub(crate) fn new(
-        engine: &Inner,
         peer: &Arc<PeerSession>,
         ticket: &Ticket,
-        (plan, blocks): (Plan, Vec<GroupBlocks>),
+        plan: Plan,
         begun: Instant,
-    ) -> Result<Self, Error> {
-        let who = Claimant {
-            request: &ticket.request,
-            purpose: Purpose::Pull,
-            from: Some(&peer.name),
-        };
-        Ok(Self {
+    ) -> Self {
+        Self {
             peer: Arc::clone(peer),
             plan,
             request: ticket.request.clone(),
             nonce: ticket.nonce,
             lease: ticket.lease,
-            claim: engine.claims.claim(who, blocks)?,
+            claim: None,
             begun,
-        })
+        }
     }
 
     pub(crate) fn peer(&self) -> &Arc<PeerSession> {
@@ -439,7 +438,7 @@ impl PlannedPull {
                 prepare: self.begun.elapsed(),
                 ..TransferReport::default()
             },
-            claim: Some(self.claim),
+            claim: self.claim,
         });
         let spec = Spec {
             id,

@@ -1,5 +1,6 @@
 //! One session with one remote rank: what is known of it, and how its queue pairs are taken down.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -7,12 +8,12 @@ use kvxfer_verbs::RegionTable;
 
 use super::link::Link;
 use super::worker::{Command, Live, WorkerHandle};
-use crate::blocks::GroupPairs;
+use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::Generation;
-use crate::layout::Side;
+use crate::layout::{GroupKind, KvFormat, Side};
 use crate::plan::{CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, UnitPairs};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
@@ -89,6 +90,45 @@ impl Plans {
             Some(_) => &self.share,
         }
     }
+}
+
+/// The list of one group's blocks; empty where there is none.
+fn list(groups: &[GroupBlocks], group: u32) -> &[u32] {
+    let found = groups.iter().find(|g| g.group == group);
+    found.map_or(&[][..], |g| &g.blocks)
+}
+
+/// Pairs the producer's and the consumer's blocks, both in token order, of those of `groups` that
+/// `plans` moves anything of.
+///
+/// # Errors
+///
+/// [`Error::Plan`]; [`Error::Window`] for a sliding window's blocks where it cannot be told at which
+/// tokens the two lists begin.
+pub(crate) fn in_order(
+    (plans, format): (&Compiled, &KvFormat),
+    groups: impl Iterator<Item = u32>,
+    (src, dst): (&[GroupBlocks], &[GroupBlocks]),
+    tokens: Option<&Range<u64>>,
+) -> Result<Vec<UnitPairs>, Error> {
+    let mut pairs = Vec::new();
+    for group in groups {
+        if plans.unit_bytes(group) == Some(0) {
+            continue;
+        }
+        let windowed = format
+            .group(group)
+            .is_some_and(|g| matches!(g.kind, GroupKind::SlidingWindow { .. }));
+        let equal = plans
+            .unit(group)
+            .is_some_and(|unit| unit.producer_per_block == unit.consumer_per_block);
+        // The lists hold the window alone, and each begins with the block that the window begins in.
+        if windowed && !(equal && tokens.is_none()) {
+            return Err(Error::Window { group });
+        }
+        pairs.push(plans.pairs(group, list(src, group), list(dst, group), tokens.cloned())?);
+    }
+    Ok(pairs)
 }
 
 /// A peer with whom a session stands or stood. One that reconnects is another.

@@ -14,7 +14,7 @@ use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
 use super::peer::{in_ticket, transfer};
-use super::peer_session::PeerSession;
+use super::peer_session::{PeerSession, in_order};
 use super::worker::{Command, Live};
 use crate::block_set::BlockSet;
 use crate::blocks::{GroupBlocks, GroupPairs};
@@ -79,6 +79,30 @@ pub(crate) struct Pushing {
     plans: Compiled,
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
+    written: Mutex<Written>,
+}
+
+/// What has been written in token order, in units: nothing orders two writes of one unit, so each is
+/// written once.
+#[derive(Debug, Default)]
+struct Written(HashMap<u32, Vec<(Option<u32>, Range<u64>)>>);
+
+impl Written {
+    /// Whether some of these units of a group have been written: of this layer, or of all layers.
+    fn has(&self, group: u32, layer: Option<u32>, units: &Range<u64>) -> bool {
+        let of_group = self.0.get(&group);
+        of_group.into_iter().flatten().any(|(other, range)| {
+            (layer.is_none() || other.is_none() || *other == layer)
+                && range.start < units.end
+                && units.start < range.end
+        })
+    }
+
+    fn take(&mut self, units: Vec<(u32, Option<u32>, Range<u64>)>) {
+        for (group, layer, units) in units {
+            self.0.entry(group).or_default().push((layer, units));
+        }
+    }
 }
 
 /// The blocks that a push reads, where this rank is written to as well.
@@ -127,6 +151,11 @@ impl Pushes {
 
     fn of(&self, peer: PeerKey, request: &RequestId) -> Option<Arc<Pushing>> {
         self.lock().of(peer, request)
+    }
+
+    /// Whether an earlier push of the request has not ended.
+    pub(crate) fn is_under_way(&self, peer: PeerKey, request: &RequestId) -> bool {
+        self.of(peer, request).is_some()
     }
 
     /// Takes a new push, unless an earlier one of the request has not ended.
@@ -288,6 +317,7 @@ impl Pushing {
             plans,
             stage: Mutex::new(stage),
             sources: Mutex::default(),
+            written: Mutex::default(),
         });
         engine.pushes.begin(&pushing)?;
         let live = Box::new(Live {
@@ -488,14 +518,10 @@ impl Pushing {
         src: &[GroupBlocks],
         tokens: Option<&Range<u64>>,
     ) -> Result<Plan, Error> {
-        let pairs = src
-            .iter()
-            .map(|src| {
-                let dst = ticket.groups.iter().find(|g| g.group == src.group);
-                let dst = dst.map_or(&[][..], |dst| &dst.blocks);
-                (self.plans).pairs(src.group, &src.blocks, dst, tokens.cloned())
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let engine = self.peer.engine.upgrade().ok_or(Error::ShuttingDown)?;
+        let groups = src.iter().map(|src| src.group);
+        let lists = (src, ticket.groups.as_slice());
+        let pairs = in_order((&self.plans, &engine.format), groups, lists, tokens)?;
         let limits = self.peer.unit_limits(&self.plans, &pairs);
         Ok(self.plans.plan_units(&pairs, scope, limits)?)
     }
@@ -516,9 +542,42 @@ impl Pushing {
         });
     }
 
+    /// The units of each group that blocks in token order write.
+    fn units(&self, layer: &Waiting) -> Vec<(u32, Option<u32>, Range<u64>)> {
+        let Waiting::InOrder(scope, src, tokens) = layer else {
+            return Vec::new();
+        };
+        let layer = match scope {
+            LayerScope::All => None,
+            LayerScope::Layer(layer) => Some(*layer),
+        };
+        let of = |group: &GroupBlocks| {
+            let unit = self.plans.unit(group.group).map_or(0, |unit| unit.tokens);
+            let units = match (tokens, u64::from(unit)) {
+                // A slot moves whole.
+                (None, _) | (_, 0) => 0..u64::MAX,
+                (Some(tokens), unit) => tokens.start / unit..tokens.end.div_ceil(unit),
+            };
+            (group.group, layer, units)
+        };
+        src.iter().map(of).collect()
+    }
+
     pub(crate) fn layer(&self, engine: &Inner, layer: Waiting) -> Result<(), Error> {
         engine.runtime.health.check()?;
         let mut stage = self.stage();
+        let units = self.units(&layer);
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let twice = |(group, layer, units): &&(u32, Option<u32>, Range<u64>)| {
+            written.has(*group, *layer, units)
+        };
+        if let Some(&(group, layer, _)) = units.iter().find(twice) {
+            return Err(Error::WrittenTwice {
+                request: self.request.clone(),
+                group,
+                layer,
+            });
+        }
         match &mut *stage {
             Stage::Asked {
                 committed: true, ..
@@ -534,6 +593,7 @@ impl Pushing {
                 }
                 self.claim(engine, &layer)?;
                 waiting.push(layer);
+                written.take(units);
                 Ok(())
             }
             Stage::Open(ticket) => {
@@ -549,6 +609,7 @@ impl Pushing {
                 };
                 self.claim(engine, &layer)?;
                 self.add(plan, begun);
+                written.take(units);
                 Ok(())
             }
         }
@@ -572,6 +633,12 @@ impl Push {
         options: &PushOptions,
     ) -> Result<Self, Error> {
         let plans = peer.push_plans(engine)?.alone().clone();
+        if plans.is_empty() {
+            return Err(Error::NothingToPush {
+                rank: engine.rank(),
+                engine: peer.name.engine.clone(),
+            });
+        }
         let shared = Arc::new(Shared::default());
         let told = Told::Owner(Arc::clone(&shared));
         let nonce = options.ticket.as_ref().map(|ticket| ticket.nonce);
@@ -604,7 +671,8 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// As [`layer`](Self::layer); lists of unequal length are an [`Error::Plan`].
+    /// As [`layer`](Self::layer); lists of unequal length are an [`Error::Plan`]; and
+    /// [`Error::WrittenTwice`].
     pub fn layer_in_order(&self, layer: u32, src: &[GroupBlocks]) -> Result<(), Error> {
         self.pushing.layer(
             &self.engine,

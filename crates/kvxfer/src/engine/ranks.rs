@@ -1,6 +1,7 @@
 //! Requests that are spread over the ranks of a remote engine: one transfer with a part for each of
 //! those that keep something of it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,7 +12,7 @@ use super::handle::Transfer;
 use super::instance::Instance;
 use super::joint::{Joint, Told, Whole};
 use super::peer::{Peer, PlannedPull, PullOptions};
-use super::peer_session::PeerSession;
+use super::peer_session::{PeerSession, in_order};
 use super::push::{PushOptions, Pushing, Waiting};
 use crate::blocks::GroupBlocks;
 use crate::error::Error;
@@ -35,11 +36,16 @@ impl Inner {
 impl Joint {
     /// The handle of the transfer.
     fn transfer(self: &Arc<Self>, engine: &Inner) -> Transfer {
-        let joint = Arc::clone(self);
+        // Its parts hold it while they run: a handle that is kept keeps nothing else.
+        let joint = Arc::downgrade(self);
         Transfer {
             id: TransferId(engine.runtime.next_id()),
             shared: Arc::clone(self.shared()),
-            canceller: Arc::new(move |_| joint.cancel()),
+            canceller: Arc::new(move |_| {
+                if let Some(joint) = joint.upgrade() {
+                    joint.cancel();
+                }
+            }),
             health: Arc::clone(&engine.runtime.health),
         }
     }
@@ -89,11 +95,13 @@ impl Instance {
     /// Reads a request's blocks from all ranks that keep a part of them, into this rank's `blocks`: the
     /// way to pull where the two engines are cut into ranks differently, or into blocks of other sizes.
     ///
-    /// `tickets` are those of the ranks' offers, one each, in any order; a ticket of a rank that has
-    /// nothing for this one is released and otherwise ignored. Both the tickets' blocks and `blocks`
-    /// are in token order and begin at the same token. `tokens` says which of them are wanted, counted
-    /// from there; `None`: all. Its start must lie on a boundary of blocks that both sides have; its
-    /// end is rounded up to one.
+    /// `tickets` are those of the ranks' offers, one each, in any order; one of a rank that has nothing
+    /// for this one is ignored. (A rank offers for as many readers as
+    /// [`takers`](crate::layout::reshard::takers) lists.) Both the tickets' blocks and `blocks` are in
+    /// token order and begin at the same token. `tokens` says which of them are wanted, counted from
+    /// there; `None`: all. Its start must lie on a boundary of blocks that both sides have; its end is
+    /// rounded up to one. Where a sliding window begins the lists do not say: its blocks can be pulled
+    /// where both sides' are of one size, and only all of them.
     ///
     /// It is one transfer: one outcome, when the last part is done or the first has failed, and one
     /// event, with the nonce of the first ticket. After a failure the memory is free when nothing of
@@ -104,7 +112,8 @@ impl Instance {
     ///
     /// [`Error::MissingPart`] if the ranks of these tickets do not keep all that this rank needs;
     /// [`Error::TicketsDiffer`], [`Error::TicketTwice`], [`Error::OtherReplica`] if they are not those of
-    /// the ranks of one engine (and data-parallel rank) for one request; and as [`pull`](Self::pull).
+    /// the ranks of one engine (and data-parallel rank) for one request; [`Error::Window`]; and as
+    /// [`pull`](Self::pull).
     pub fn pull_ranks(
         &self,
         tickets: &[Ticket],
@@ -114,69 +123,72 @@ impl Instance {
     ) -> Result<Transfer, Error> {
         let first = tickets.first().ok_or(Error::NoRanks)?;
         of_one_request(&first.request, tickets)?;
+        let engine = Arc::clone(
+            self.peers()
+                .first()
+                .map(Peer::engine)
+                .ok_or(Error::NoRanks)?,
+        );
         let mut sessions = Vec::with_capacity(tickets.len());
+        let mut away = None;
         for ticket in tickets {
-            let peer = self.maker_of(ticket)?;
-            sessions.push((peer.engine(), peer.pulls_with(ticket)?, ticket));
+            match self.maker_of(ticket)?.pulls_with(ticket) {
+                Ok(session) => sessions.push((session, ticket)),
+                // It may not be needed.
+                Err(error @ Error::NotConnected { .. }) => away = Some(error),
+                Err(error) => return Err(error),
+            }
         }
-        let Some((engine, ..)) = sessions.first() else {
-            return Err(Error::NoRanks);
-        };
-        let engine = Arc::clone(engine);
         let mut covers = Vec::with_capacity(sessions.len());
-        for (_, session, _) in &sessions {
+        for (session, _) in &sessions {
             covers.push(session.pull_plans()?.share.cover());
         }
         if let Some(part) = Cover::missing(&engine.side(), &covers) {
-            return Err(Error::MissingPart {
+            return Err(away.unwrap_or(Error::MissingPart {
                 part,
                 ranks: tickets.iter().map(|ticket| ticket.rank).collect(),
-            });
+            }));
         }
         let mut parts = Vec::with_capacity(sessions.len());
         let mut releases = Vec::with_capacity(sessions.len());
-        for (_, session, ticket) in &sessions {
+        let mut written: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        for (session, ticket) in &sessions {
             let begun = Instant::now();
             let share = &session.pull_plans()?.share;
-            releases.push((
-                Arc::clone(session),
-                Release {
-                    request: ticket.request.clone(),
-                    nonce: ticket.nonce,
-                },
-            ));
             if share.is_empty() {
                 continue;
             }
-            let mut pairs = Vec::with_capacity(blocks.len());
-            for dst in blocks {
-                let src = ticket.groups.iter().find(|g| g.group == dst.group);
-                let src = src.map_or(&[][..], |src| &src.blocks);
-                pairs.push(share.pairs(dst.group, src, &dst.blocks, tokens.clone())?);
+            let groups = blocks.iter().map(|dst| dst.group);
+            let lists = (ticket.groups.as_slice(), blocks);
+            let pairs = in_order((share, &engine.format), groups, lists, tokens.as_ref())?;
+            for pairs in &pairs {
+                let of_group = written.entry(pairs.group()).or_default();
+                of_group.extend(pairs.blocks());
             }
             let limits = session.unit_limits(share, &pairs);
             let plan = share.plan_units(&pairs, LayerScope::All, limits)?;
-            let written = pairs.iter().map(|pairs| GroupBlocks {
-                group: pairs.group(),
-                blocks: pairs.blocks().to_vec(),
-            });
-            let planned = (plan, written.collect());
-            // All are claimed before the first begins: what is refused is refused as a whole.
-            parts.push(PlannedPull::new(&engine, session, ticket, planned, begun)?);
-        }
-        if options.hold {
-            releases.clear();
+            parts.push(PlannedPull::new(session, ticket, plan, begun));
+            if !options.hold {
+                let (request, nonce) = (ticket.request.clone(), ticket.nonce);
+                releases.push((Arc::clone(session), Release { request, nonce }));
+            }
         }
         let whole = Whole {
             request: first.request.clone(),
             nonce: first.nonce,
             tag: options.tag,
             push: false,
-            blocks: blocks.to_vec(),
             releases,
         };
+        let written = written.into_iter().map(|(group, blocks)| GroupBlocks {
+            group,
+            blocks: blocks.into_iter().collect(),
+        });
         let until = engine.deadline(options.deadline);
-        let joint = Joint::new(&engine, whole, parts.len());
+        let joint = Joint::new(&engine, whole, parts.len(), written.collect())?;
+        if parts.is_empty() {
+            joint.is_nothing();
+        }
         for (at, part) in parts.into_iter().enumerate() {
             if joint.is_cancelled() {
                 joint.not_begun(at, Cause::Cancelled);
@@ -242,12 +254,19 @@ impl Instance {
         let mut parts = Vec::new();
         for peer in self.peers().iter().filter(|peer| peer.rank().dp == dp) {
             let session = peer.session()?;
-            let share = session.push_plans(engine)?.share.clone();
-            if share.is_empty() {
+            let plans = session.push_plans(engine)?;
+            if plans.share.is_empty() {
                 continue;
             }
+            if engine.pushes.is_under_way(session.key, request) {
+                return Err(Error::PushUnderWay {
+                    request: request.clone(),
+                });
+            }
+            // What the consumer takes it for: it goes by the same rule.
+            let plans = plans.alone().clone();
             let ticket = tickets.iter().find(|ticket| ticket.rank == peer.rank());
-            parts.push((session, share, ticket.map(|ticket| ticket.nonce)));
+            parts.push((session, plans, ticket.map(|ticket| ticket.nonce)));
         }
         if parts.is_empty() {
             return Err(Error::NothingToPush {
@@ -260,10 +279,9 @@ impl Instance {
             nonce: tickets.first().map_or(NO_TICKET, |ticket| ticket.nonce),
             tag: options.tag,
             push: true,
-            blocks: Vec::new(),
             releases: Vec::new(),
         };
-        let joint = Joint::new(engine, whole, parts.len());
+        let joint = Joint::new(engine, whole, parts.len(), Vec::new())?;
         let mut push = RanksPush {
             engine: Arc::clone(engine),
             parts: Vec::with_capacity(parts.len()),
@@ -280,8 +298,9 @@ impl Instance {
                     push.over = true;
                     return Err(error);
                 }
-                // A part that is not taken, because its session has just gone, has told the others so.
-                Err(_) => joint.not_begun(at, Cause::Cancelled),
+                // Its session has just gone, of which it has told the others; or somebody has begun
+                // another push of the request meanwhile.
+                Err(_) => joint.not_begun(at, Cause::Aborted),
                 Ok(()) => {}
             }
         }
@@ -323,11 +342,13 @@ impl RanksPush {
     /// model. `src` are this rank's blocks of the request in token order, from the token at which the
     /// consumers' tickets begin; `tokens` says which of them are to be written, counted from there
     /// (chunked prefill), and `None` all. Its start must lie on a boundary of blocks that both sides
-    /// have; its end is rounded up to one, so what is written last is written again when it has grown.
+    /// have; its end is rounded up to one. Nothing is written twice, for nothing orders two writes: keep
+    /// the tokens of a block that is not full for a later call. A slot of a recurrent state moves whole,
+    /// so name its group in one call, when it has its last content.
     ///
     /// # Errors
     ///
-    /// [`Error::Plan`], [`Error::PushEnded`]. What does not fit a ticket that has yet to come ends the
+    /// [`Error::WrittenTwice`], [`Error::Window`], [`Error::Plan`], [`Error::PushEnded`]. What does not fit a ticket that has yet to come ends the
     /// push later, with [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
     pub fn layer(
         &self,

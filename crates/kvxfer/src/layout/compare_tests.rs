@@ -243,7 +243,7 @@ fn units_must_lie_at_even_distances() {
 fn ranks_that_cannot_be_are_refused() {
     let format = format(TOKENS, vec![key(TOKENS), value(TOKENS)]);
     let whole = Topology::single(&format);
-    let of = |tp, pp| Parallel { tp, pp };
+    let of = |tp, pp| Parallel { tp, pp, dp: 0 };
     let single = vec![Rank::default()];
     assert_eq!(
         reshard::sources((&format, of(1, 1)), (&format, &whole)),

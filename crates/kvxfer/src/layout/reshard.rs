@@ -2,9 +2,10 @@
 //!
 //! Where several producer ranks keep the same (a latent, a scale, replicated heads), one of them
 //! gives it to a consumer rank: the one that the consumer rank *faces* where the two rows of ranks are
-//! laid side by side, or the one in its place among those that keep the part. So a consumer rank takes
-//! what all have from a rank that it takes heads from anyhow, and readers spread over the replicas.
-//! Two ranks that know each other's placement find this out by themselves.
+//! laid side by side, or the one in its place among those that keep the part, counted on by the
+//! consumer's data-parallel rank. So a consumer rank takes what all have from a rank that it takes
+//! heads from anyhow, where there is one data-parallel rank, and where there are several they spread
+//! over the replicas. Two ranks that know each other's placement find this out by themselves.
 
 use std::collections::BTreeMap;
 
@@ -22,25 +23,31 @@ pub struct Parallel {
     pub tp: u32,
     /// Pipeline stages.
     pub pp: u32,
+    /// Which data-parallel rank it is.
+    pub dp: u32,
 }
 
 impl Parallel {
-    /// Every rank of data-parallel rank 0, stage by stage.
+    /// Every rank of the data-parallel rank, stage by stage.
     pub fn ranks(self, format: &KvFormat) -> impl Iterator<Item = Topology> {
         let layers = format.layers();
         (0..self.pp).flat_map(move |pp| {
             (0..self.tp).map(move |tp| Topology {
-                rank: Rank { dp: 0, pp, tp },
+                rank: Rank {
+                    dp: self.dp,
+                    pp,
+                    tp,
+                },
                 tp: self.tp,
                 pp: self.pp,
-                dp: 1,
+                dp: self.dp.saturating_add(1),
                 layers: LayerWindow::even(layers, pp, self.pp),
             })
         })
     }
 }
 
-/// The producer ranks that a consumer rank takes something from, stage by stage; their `dp` is 0.
+/// The producer ranks that a consumer rank takes something from, stage by stage.
 /// With the two sides' formats, which may deal out other tensors.
 ///
 /// # Errors
@@ -55,7 +62,7 @@ pub fn sources(
     chosen(p_format, producers, |gives| gives.exchanges(&takes))
 }
 
-/// The consumer ranks that take something from a producer rank, stage by stage; their `dp` is 0.
+/// The consumer ranks that take something from a producer rank, stage by stage.
 ///
 /// # Errors
 ///
@@ -166,7 +173,8 @@ impl<'a> Part<'a> {
 /// Whether of the producer ranks that keep this part this one gives it to the consumer rank.
 pub(crate) fn gives_to(producer: &Half<'_>, topology: &Topology, consumer: &Topology) -> bool {
     let replicas = replicas(producer, topology);
-    topology.rank.tp % replicas == facing(topology.tp, consumer) % replicas
+    let place = u64::from(facing(topology.tp, consumer)) + u64::from(consumer.rank.dp);
+    u64::from(topology.rank.tp % replicas) == place % u64::from(replicas)
 }
 
 /// The one of `tp` producer ranks that a consumer rank faces.

@@ -41,9 +41,8 @@ pub enum Part {
     /// All of it.
     Common,
     /// What this producer rank gives this consumer rank. Where several producer ranks keep the same,
-    /// one of them gives it: the one whose place among them is the consumer's tensor-parallel rank,
-    /// counted round. So the shares of all producer ranks are all of what a consumer rank keeps, each
-    /// byte once.
+    /// one of them gives it ([`reshard`](crate::layout::reshard) says which). So the shares of all
+    /// producer ranks are all of what a consumer rank keeps, each byte once where they are dealt evenly.
     Share,
 }
 

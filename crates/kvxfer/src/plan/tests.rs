@@ -516,6 +516,21 @@ fn ranks_share_out_what_several_keep() {
     }
 }
 
+/// Of what all have, each data-parallel reader takes it from another.
+#[test]
+fn data_parallel_readers_spread_over_the_replicas() {
+    let format = models::builtin("deepseek-v3", 16, DType::Bf16).expect("built in");
+    for reader in 0..8 {
+        let mut consumer = Topology::single(&format);
+        (consumer.rank.dp, consumer.dp) = (reader, 8);
+        let givers = (0..8).filter(|giver| {
+            let topologies = (Topology::tensor_parallel(&format, *giver, 8), consumer);
+            !between(&format, &format, topologies).is_empty()
+        });
+        assert_eq!(givers.collect::<Vec<_>>(), [reader]);
+    }
+}
+
 #[test]
 fn what_is_missing_is_named() {
     let format = llama(16, DType::Bf16);

@@ -211,6 +211,7 @@ impl Cluster {
         let mut parallel = || Parallel {
             tp: tape.pick(&SIZES),
             pp: tape.pick(&[1, 2, 3]),
+            dp: tape.pick(&[0, 0, 1, 5]),
         };
         let mut parallels = [parallel(), parallel()];
         let layers = tape.pick(&[2_u32, 3, 1, 4]);
@@ -369,10 +370,14 @@ fn engine<'a>(
     for pp in 0..parallel.pp {
         for tp in 0..parallel.tp {
             let topology = Topology {
-                rank: Rank { dp: 0, pp, tp },
+                rank: Rank {
+                    dp: parallel.dp,
+                    pp,
+                    tp,
+                },
                 tp: parallel.tp,
                 pp: parallel.pp,
-                dp: 1,
+                dp: parallel.dp + 1,
                 layers: LayerWindow::even(format.layers(), pp, parallel.pp),
             };
             ranks.push(place(tape, &format, topology, &num_blocks));

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use crate::support::{LONG, bounded, groups, pairs};
+use crate::support::{LONG, bounded, groups, pairs, until};
 use crate::{SOON, chain, offer, pair};
 use kvxfer::Error;
 use kvxfer::config::{Config, KvRole};
@@ -25,7 +25,11 @@ fn an_observer_sees_the_layout_and_disturbs_nobody() {
     let address = kvxfer::metadata::Metadata::from_bytes(&address).expect("metadata");
     let ticket = offer(&producer, "r", 8);
     let mut events = Vec::new();
-    producer.engine.poll_events(&mut events);
+    // The side that is connected to hears a moment later that the session stands.
+    until("the peer", || {
+        producer.engine.poll_events(&mut events);
+        events.iter().any(|e| matches!(e, Event::PeerUp { .. }))
+    });
     for _ in 0..3 {
         let seen = look(&Config::default(), &address.address, LONG).expect("a layout");
         assert_eq!(seen.name, producer.name());

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use kvxfer::bench::{BenchMemory, BenchShape, BenchSide};
 use kvxfer::blocks::GroupBlocks;
-use kvxfer::config::{KvRole, PathKind};
+use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::Engine;
 use kvxfer::layout::{
     Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, LayerFormat, LayerWindow,
@@ -96,6 +96,16 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Ranks by pipeline, then tensor position, each with so many blocks, listening.
     pub(crate) fn new(name: &str, role: KvRole, cut: Cut, blocks: u32) -> Self {
+        Self::with(name, role, cut, blocks, |_| {})
+    }
+
+    pub(crate) fn with(
+        name: &str,
+        role: KvRole,
+        cut: Cut,
+        blocks: u32,
+        change: impl Fn(&mut Config),
+    ) -> Self {
         let format = format(cut);
         let mut nodes = Vec::new();
         let mut addresses = Vec::new();
@@ -116,6 +126,7 @@ impl Cluster {
                 config.engine_id = Some(name.into());
                 config.num_worker_threads = 1;
                 config.qp_per_transfer = 2;
+                change(&mut config);
                 let placement = side.placement().clone();
                 let engine = Engine::new(config, format.clone(), placement).expect("an engine");
                 let address = engine.listen("127.0.0.1:0").expect("a free port");

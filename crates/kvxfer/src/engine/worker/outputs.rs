@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::{Command, Worker};
 use crate::blocks::GroupBlocks;
-use crate::claims::Claim;
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
@@ -173,9 +172,8 @@ impl Worker {
         let quarantined =
             outcome.failure().map(|failure| failure.memory) == Some(MemoryState::Quarantined);
         // Before anybody hears: whoever does may use the blocks, or begin the request's next push.
-        match quarantined {
-            true => live.claim.iter().for_each(Claim::failed),
-            false => live.claim = None,
+        if !quarantined {
+            live.claim = None;
         }
         if live.push && !quarantined {
             live.engine.push_ended(id);
