@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cq::Poll;
 use crate::error::{Error, os};
-use crate::memory::Memory;
+use crate::memory::{Memory, MemoryKind};
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey};
@@ -347,12 +347,19 @@ impl ProtectionDomain {
     ///
     /// # Errors
     ///
-    /// [`Error::RegisterSpan`], [`Error::RegisterAccess`], [`Error::Unsealed`],
-    /// [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Register`], [`Error::Os`].
+    /// [`Error::RegisterSpan`], [`Error::RegisterKind`] for memory that is not the host's,
+    /// [`Error::RegisterAccess`], [`Error::Unsealed`], [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Register`], [`Error::Os`].
     pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<MemoryRegion, Error> {
         let (addr, len) = (memory.addr(), memory.len());
         if len == 0 || addr == 0 || addr.checked_add(len).is_none() {
             return Err(Error::RegisterSpan { addr, len });
+        }
+        // Whatever is registered, some device goes by its addresses: the software device takes them
+        // for pointers, and a region of one device may stand in another's table.
+        let kind = memory.kind();
+        if kind != MemoryKind::Host {
+            let device = self.0.backend.info().name.clone();
+            return Err(Error::RegisterKind { device, kind, len });
         }
         if access.contains(Access::REMOTE_WRITE) && !access.contains(Access::LOCAL_WRITE) {
             return Err(Error::RegisterAccess);

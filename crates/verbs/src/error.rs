@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::memory::MemoryKind;
 use crate::qp::{QpState, SoftPath};
 use crate::rdma::{GidFault, PortState, Transport};
 
@@ -18,12 +19,21 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// The memory is empty, wraps around the address space or is of a kind that the device cannot
-    /// reach.
+    /// The memory is empty, or wraps around the address space.
     #[error("cannot register {len} bytes at {addr:#x}: not a span that this device reaches")]
     RegisterSpan {
         /// First byte.
         addr: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The memory is of a kind that the device cannot reach.
+    #[error("{device} cannot register {len} bytes of {kind}: it reaches host memory alone")]
+    RegisterKind {
+        /// The device.
+        device: String,
+        /// Where the memory lives.
+        kind: MemoryKind,
         /// Bytes.
         len: u64,
     },

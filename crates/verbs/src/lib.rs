@@ -29,7 +29,7 @@ pub use device::{
     AsyncEvent, CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain,
 };
 pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault};
-pub use memory::{FdSpan, Memory, MemoryKind};
+pub use memory::{FdSpan, Memory, MemoryKind, NotPciAddress, PciAddress};
 pub use null::open_null;
 pub use qp::{
     Init, InitAttr, Link, PortAddr, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr,

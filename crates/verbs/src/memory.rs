@@ -2,13 +2,82 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::str::FromStr;
+
+/// Where a device sits, the same in every process and container of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PciAddress {
+    /// The domain (segment).
+    pub domain: u32,
+    /// The bus.
+    pub bus: u8,
+    /// The device, below 32.
+    pub device: u8,
+    /// The function, below 8.
+    pub function: u8,
+}
+
+impl fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (domain, bus) = (self.domain, self.bus);
+        write!(
+            f,
+            "{domain:04x}:{bus:02x}:{:02x}.{}",
+            self.device, self.function
+        )
+    }
+}
+
+/// A text that is no PCI address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no PCI address: one looks like 0000:1b:00.0")]
+pub struct NotPciAddress(pub String);
+
+impl FromStr for PciAddress {
+    type Err = NotPciAddress;
+
+    /// Reads `domain:bus:device.function`, all hexadecimal; the domain may be left out.
+    fn from_str(text: &str) -> Result<Self, NotPciAddress> {
+        let read = || {
+            let hex = |part: &str| {
+                let digits = part.bytes().all(|b| b.is_ascii_hexdigit());
+                digits.then(|| u32::from_str_radix(part, 16).ok()).flatten()
+            };
+            let (rest, function) = text.rsplit_once('.')?;
+            let (rest, device) = rest.rsplit_once(':')?;
+            let (domain, bus) = rest.rsplit_once(':').unwrap_or(("0", rest));
+            let address = Self {
+                domain: hex(domain)?,
+                bus: u8::try_from(hex(bus)?).ok()?,
+                device: u8::try_from(hex(device)?).ok()?,
+                function: u8::try_from(hex(function)?).ok()?,
+            };
+            (address.device < 32 && address.function < 8).then_some(address)
+        };
+        read().ok_or_else(|| NotPciAddress(text.to_owned()))
+    }
+}
 
 /// Where memory lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MemoryKind {
-    /// Ordinary pages of this process.
+    /// Pages that this process's CPU reads and writes.
     Host,
+    /// Memory of a GPU. Its addresses are the GPU's: the CPU never goes there.
+    Device {
+        /// The GPU.
+        gpu: PciAddress,
+    },
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Device { gpu } => write!(f, "memory of GPU {gpu}"),
+        }
+    }
 }
 
 /// The file behind memory that another process may map.
@@ -28,12 +97,14 @@ pub struct FdSpan<'a> {
 /// # Safety
 ///
 /// For as long as the value lives, the implementor keeps these true:
-/// - `addr()..addr() + len()` is mapped, readable and writable, and does not move;
+/// - `addr()..addr() + len()` is mapped and does not move: where `kind()` is [`MemoryKind::Host`],
+///   readable and writable by this process's CPU; where it is another, for the device that it names, and
+///   nobody may take an address of it for a pointer;
 /// - no Rust reference to those bytes exists while the memory is registered with a device;
 /// - `addr()`, `len()`, `kind()` and `fd()` always answer the same;
 /// - where `fd()` answers, the file's bytes from `offset` are the same pages as the span.
 pub unsafe trait Memory: Send + Sync + fmt::Debug + 'static {
-    /// The address of the first byte, in this process.
+    /// The address of the first byte: in this process, or of the device that [`kind`](Self::kind) names.
     fn addr(&self) -> u64;
 
     /// The length in bytes.
@@ -49,4 +120,49 @@ pub unsafe trait Memory: Send + Sync + fmt::Debug + 'static {
 
     /// The file behind it, if another process may map it.
     fn fd(&self) -> Option<FdSpan<'_>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pci_address_is_read_as_it_is_written() {
+        let address = PciAddress {
+            domain: 0x10,
+            bus: 0xab,
+            device: 0x1f,
+            function: 7,
+        };
+        assert_eq!(address.to_string(), "0010:ab:1f.7");
+        for text in ["0010:ab:1f.7", "00000010:AB:1F.7"] {
+            assert_eq!(text.parse(), Ok(address));
+        }
+        let low = "1b:00.0".parse::<PciAddress>();
+        assert_eq!(low.map(|a| a.to_string()), Ok("0000:1b:00.0".to_owned()));
+        let high = "fedcba98:00:00.0".parse::<PciAddress>();
+        assert_eq!(high.map(|a| a.domain), Ok(0xfedc_ba98));
+    }
+
+    #[test]
+    fn what_is_no_pci_address_is_refused() {
+        for text in [
+            "",
+            ".",
+            ":.",
+            "0:0",
+            "0000:1b:00",
+            "0000:1b:20.0",
+            "0000:1b:00.8",
+            "0000:100:00.0",
+            "0000:1b:+1.0",
+            "0000:1b:00.",
+            "x:1b:00.0",
+            "1:0000:1b:00.0",
+            "100000000:1b:00.0",
+        ] {
+            let read = text.parse::<PciAddress>();
+            assert_eq!(read, Err(NotPciAddress(text.to_owned())), "{text}");
+        }
+    }
 }

@@ -277,3 +277,50 @@ fn a_posted_chain_keeps_its_memory_registered() {
     assert_eq!(reap(&a.send_cq, 1)[0].status, WcStatus::Success);
     assert!(weak.upgrade().is_none());
 }
+
+/// Says that it is a GPU's. At its address there is nothing that a CPU could read.
+#[derive(Debug)]
+struct FakeGpuMemory;
+
+// SAFETY: the contract lets nobody go to an address that is not the host's, and of `gpu` there is none.
+unsafe impl Memory for FakeGpuMemory {
+    fn addr(&self) -> u64 {
+        0x1000
+    }
+    fn len(&self) -> u64 {
+        1 << 20
+    }
+    fn kind(&self) -> MemoryKind {
+        MemoryKind::Device {
+            gpu: "0000:1b:00.0".parse().unwrap(),
+        }
+    }
+    fn fd(&self) -> Option<FdSpan<'_>> {
+        None
+    }
+}
+
+/// The software device would take its address for a pointer, and die of it.
+#[test]
+fn memory_that_is_not_the_hosts_is_refused_before_any_device_has_it() {
+    let mut devices = vec![open_null()];
+    for how in every() {
+        devices.push(open_pair(how, &Options::default()).0);
+    }
+    for ctx in devices {
+        let pd = ctx.alloc_pd().unwrap();
+        let refused = pd.register(Arc::new(FakeGpuMemory), all()).map(drop);
+        let name = &ctx.device().name;
+        let words = refused.as_ref().map_err(ToString::to_string);
+        assert_eq!(
+            words,
+            Err(format!(
+                "{name} cannot register 1048576 bytes of memory of GPU 0000:1b:00.0: it reaches host memory alone"
+            ))
+        );
+        assert!(matches!(
+            refused,
+            Err(Error::RegisterKind { len: 0x10_0000, .. })
+        ));
+    }
+}
