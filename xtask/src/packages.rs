@@ -76,6 +76,29 @@ pub(crate) fn rdma_headers() -> Result<(), String> {
     })
 }
 
+/// Makes sure that a real libamdhip64 is there, which tests load to see what it says without a GPU.
+///
+/// # Errors
+///
+/// Why it is not, for people to read.
+pub(crate) fn hip() -> Result<(), String> {
+    let find = "ls /usr/lib/*/libamdhip64.so.[567] /opt/rocm/lib/libamdhip64.so.[567] 2>/dev/null | grep -q .";
+    install("libamdhip64", "libamdhip64-5", || {
+        quiet("sh", &["-c", find]) == Some(true)
+    })
+}
+
+/// Makes sure that the headers of HIP are there.
+///
+/// # Errors
+///
+/// Why they are not, for people to read.
+pub(crate) fn hip_headers() -> Result<(), String> {
+    install("hip_runtime_api.h", "libamdhip64-dev", || {
+        Path::new("/usr/include/hip/hip_runtime_api.h").exists()
+    })
+}
+
 /// Makes sure that what the virtual machine starts with and what runs inside it are there: the guest
 /// has this machine's programs.
 ///

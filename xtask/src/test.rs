@@ -37,6 +37,9 @@ const LONG_HISTORIES: &str = "2000000";
 /// The step that runs the tests which need RDMA.
 const RDMA: &str = "RDMA in a virtual machine";
 
+/// What the names of ignored tests begin with that need a GPU.
+const ON_GPU: &str = "on_gpu_";
+
 /// How often a model of loom switches between threads where none has to wait.
 const PREEMPTIONS: &str = "LOOM_MAX_PREEMPTIONS";
 
@@ -163,7 +166,7 @@ impl Session<'_> {
         })?;
         self.step("abi", |s| {
             // What it needs is of other packages than Rust's: who has it not is told.
-            if let Err(why) = packages::rdma_headers() {
+            if let Err(why) = packages::rdma_headers().and_then(|()| packages::hip_headers()) {
                 return Ok(s.missing(why));
             }
             let mut command = s.command(&["test", "--manifest-path", "tests/abi/Cargo.toml"]);
@@ -208,12 +211,14 @@ impl Session<'_> {
                 "--no-fail-fast",
             ]
         };
-        // Ignored tests that need RDMA run in the virtual machine alone.
-        let elsewhere = format!("not test(/{}/)", vm::suite::ON_RDMA);
+        // Ignored tests that need RDMA run in the virtual machine alone, those that need a GPU where there
+        // is one.
+        let elsewhere = format!("not test(/{}|{ON_GPU}/)", vm::suite::ON_RDMA);
         match (self.long, nextest) {
             (true, true) => args.extend(["--run-ignored", "all", "-E", &elsewhere]),
             (true, false) => {
-                args.extend(["--", "--include-ignored", "--skip", vm::suite::ON_RDMA]);
+                args.extend(["--", "--include-ignored"]);
+                args.extend(["--skip", vm::suite::ON_RDMA, "--skip", ON_GPU]);
             }
             (false, _) => {}
         }
@@ -221,6 +226,12 @@ impl Session<'_> {
         if network {
             // They may not skip themselves then.
             command.env("KVXFER_NEED_NETWORK", "1");
+        }
+        match packages::hip() {
+            Ok(()) => {
+                command.env("KVXFER_NEED_HIP", "1");
+            }
+            Err(why) => println!("no test loads the real HIP: {why}"),
         }
         let ended = command::show(&mut command, self.root)?;
         Ok(tested(&ended))

@@ -1,8 +1,10 @@
-//! What can go wrong with host memory.
+//! What can go wrong with memory of the host and of GPUs.
 
 use std::fmt;
 
 use nix::errno::Errno;
+
+use crate::gpu::{GpuFault, NoGpu};
 
 /// The operation that an [`Error`] speaks of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,7 +64,7 @@ pub struct FirstMismatch {
     pub found: u64,
 }
 
-/// Why host memory could not be had or used.
+/// Why memory could not be had or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -168,6 +170,30 @@ pub enum Error {
         /// The kernel's answer.
         source: Errno,
     },
+    /// There is no GPU that could be used.
+    #[error("no GPU: {0}")]
+    NoGpu(#[source] NoGpu),
+    /// A GPU, or its runtime, has refused something.
+    #[error("{0}")]
+    Gpu(#[source] Box<GpuFault>),
+    /// A copy between two places of the host was to be put on a GPU's stream.
+    #[error(
+        "a copy of {len} bytes from {src:#x} to {dst:#x} is the host's alone: no GPU's stream takes it"
+    )]
+    HostCopy {
+        /// Bytes.
+        len: u64,
+        /// Where from.
+        src: u64,
+        /// Where to.
+        dst: u64,
+    },
+    /// `getrandom` refused.
+    #[error("getrandom: {source}")]
+    Random {
+        /// The kernel's answer.
+        source: Errno,
+    },
     /// The stream's other end closed it.
     #[error("bare stream ended after {done} bytes")]
     StreamEnded {
@@ -187,8 +213,21 @@ impl Error {
             | Self::Map { source, .. }
             | Self::Populate { source, .. }
             | Self::ProcessVm { source, .. }
+            | Self::Random { source }
             | Self::Stream { source, .. } => Some(*source),
             _ => None,
         }
+    }
+}
+
+impl From<NoGpu> for Error {
+    fn from(why: NoGpu) -> Self {
+        Self::NoGpu(why)
+    }
+}
+
+impl From<GpuFault> for Error {
+    fn from(fault: GpuFault) -> Self {
+        Self::Gpu(Box::new(fault))
     }
 }

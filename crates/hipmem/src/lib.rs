@@ -1,5 +1,6 @@
 //! Memory that kvxfer can move: host arenas another process may map, anonymous buffers, and spans
-//! that an engine already owns. All three are reached through one safe handle, [`HostMemory`].
+//! that an engine already owns. All three are reached through one safe handle, [`HostMemory`]. Memory of
+//! GPUs, with their streams, events and code, is in [`gpu`].
 //!
 //! # The memory model
 //!
@@ -30,6 +31,7 @@ mod arena;
 pub mod bare;
 mod buffer;
 mod error;
+pub mod gpu;
 mod mapping;
 mod memory;
 mod pages;

@@ -1,0 +1,160 @@
+//! Host memory that GPUs reach as well.
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::device::Gpu;
+use crate::error::{Error, Operation};
+use crate::memory::HostMemory;
+
+/// Pinned host memory: the CPU and all GPUs of the runtime reach it. Clones are the same memory.
+#[derive(Clone)]
+pub struct PinnedMemory {
+    pub(super) pinned: Arc<Pinned>,
+}
+
+pub(super) struct Pinned {
+    host: HostMemory,
+    device_addr: u64,
+    gpu: Gpu,
+    /// Holds the memory too, until it is no longer pinned.
+    _registration: Option<Registration>,
+}
+
+/// Memory of the runtime's that is freed with the value.
+struct Allocated {
+    gpu: Gpu,
+    addr: u64,
+}
+
+impl Drop for Allocated {
+    fn drop(&mut self) {
+        let freed = self.gpu.enter().and_then(|_current| {
+            // SAFETY: it was allocated for this value, and whoever used it held it.
+            Ok(unsafe { self.gpu.api().host_free(self.addr) }?)
+        });
+        if let Err(error) = freed {
+            tracing::warn!(%error, "pinned memory is not given back");
+        }
+    }
+}
+
+/// Memory that is no longer pinned when the value goes.
+struct Registration {
+    gpu: Gpu,
+    host: HostMemory,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let undone = self.gpu.enter().and_then(|_current| {
+            // SAFETY: it was registered for this value, and whoever used it through a GPU held it.
+            Ok(unsafe { self.gpu.api().host_unregister(self.host.addr()) }?)
+        });
+        if let Err(error) = undone {
+            tracing::warn!(%error, "host memory stays pinned");
+        }
+    }
+}
+
+impl PinnedMemory {
+    /// New pinned memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Empty`] for no bytes; [`Error::Gpu`].
+    pub fn new(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+        if len == 0 {
+            return Err(Error::Empty);
+        }
+        let bytes = usize::try_from(len).map_err(|_| Error::TooLarge { len })?;
+        let _current = gpu.enter()?;
+        let (addr, device_addr) = gpu.api().host_alloc(len)?;
+        let allocated = Allocated {
+            gpu: gpu.clone(),
+            addr,
+        };
+        let pointer = std::ptr::with_exposed_provenance_mut(addr as usize);
+        let pointer = NonNull::new(pointer).ok_or(Error::TooLarge { len })?;
+        // SAFETY: the runtime's pinned memory is mapped, readable, writable and in place until
+        // `allocated` goes, and nobody has a reference to it.
+        let host = unsafe { HostMemory::from_raw_parts(pointer, bytes, Arc::new(allocated)) };
+        Ok(Self {
+            pinned: Arc::new(Pinned {
+                host,
+                device_addr,
+                gpu: gpu.clone(),
+                _registration: None,
+            }),
+        })
+    }
+
+    /// Pins host memory that is there. It is pinned until the last clone is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`], for example if it is pinned already.
+    pub fn register(gpu: &Gpu, host: &HostMemory) -> Result<Self, Error> {
+        if host.is_empty() {
+            return Err(Error::Empty);
+        }
+        let _current = gpu.enter()?;
+        // SAFETY: the registration holds the memory, which is mapped as long.
+        let device_addr = unsafe { gpu.api().host_register(host.addr(), host.len()) }?;
+        let registration = Registration {
+            gpu: gpu.clone(),
+            host: host.clone(),
+        };
+        Ok(Self {
+            pinned: Arc::new(Pinned {
+                host: host.clone(),
+                device_addr,
+                gpu: gpu.clone(),
+                _registration: Some(registration),
+            }),
+        })
+    }
+
+    /// The memory as the host has it: what reads, writes and registers it with a NIC.
+    #[must_use]
+    pub fn host(&self) -> &HostMemory {
+        &self.pinned.host
+    }
+
+    /// The address that GPUs know its first byte by.
+    #[must_use]
+    pub fn device_addr(&self) -> u64 {
+        self.pinned.device_addr
+    }
+
+    /// The length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.pinned.host.len()
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pinned.host.is_empty()
+    }
+
+    /// The device that it was pinned through.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.pinned.gpu
+    }
+
+    /// The host's address of a range that is wholly inside.
+    pub(super) fn range(&self, operation: Operation, offset: u64, len: u64) -> Result<u64, Error> {
+        self.pinned.host.range(operation, offset, len)?;
+        Ok(self.pinned.host.addr() + offset)
+    }
+}
+
+impl fmt::Debug for PinnedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PinnedMemory({:?} for {:?})", self.host(), self.gpu())
+    }
+}

@@ -1,0 +1,337 @@
+//! Streams: queues of a GPU's work, and copies that are put there without waiting.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use libc::c_void;
+
+use super::api::Direction;
+use super::device::Gpu;
+use super::event::{Event, poll};
+use super::memory::GpuMemory;
+use super::pinned::PinnedMemory;
+use crate::error::{Error, Operation};
+
+/// How long a stream that is given up is waited for. What has not ended by then is never given back.
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+type Keep = Arc<dyn Any + Send + Sync>;
+
+/// A stream of a GPU: its own or an engine's. Clones are the same stream.
+#[derive(Clone)]
+pub struct Stream(Arc<Inner>);
+
+struct Inner {
+    gpu: Gpu,
+    raw: u64,
+    /// What keeps somebody else's stream; `None`: it is ours.
+    keep: Option<Keep>,
+    /// What is still on the stream, and nobody waits for any more.
+    left: Mutex<Vec<(Event, Vec<Keep>)>>,
+}
+
+/// A place that a copy goes from or to.
+#[derive(Debug, Clone, Copy)]
+pub enum Place<'a> {
+    /// In a GPU's memory, from this offset.
+    Gpu(&'a GpuMemory, u64),
+    /// In pinned host memory, from this offset.
+    Pinned(&'a PinnedMemory, u64),
+}
+
+/// One contiguous copy.
+#[derive(Debug, Clone, Copy)]
+pub struct Copy<'a> {
+    /// Where to.
+    pub dst: Place<'a>,
+    /// Where from.
+    pub src: Place<'a>,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Work on a stream that keeps its memory until it has ended, whether or not this value is kept.
+#[derive(Debug)]
+pub struct Pending {
+    stream: Stream,
+    event: Event,
+    keep: Vec<Keep>,
+}
+
+impl Place<'_> {
+    fn range(&self, operation: Operation, len: u64) -> Result<u64, Error> {
+        match self {
+            Self::Gpu(memory, offset) => memory.range(operation, *offset, len),
+            Self::Pinned(memory, offset) => memory.range(operation, *offset, len),
+        }
+    }
+
+    fn keep(&self) -> Keep {
+        match self {
+            Self::Gpu(memory, _) => Arc::clone(&memory.span) as Keep,
+            Self::Pinned(memory, _) => Arc::clone(&memory.pinned) as Keep,
+        }
+    }
+}
+
+impl Stream {
+    /// A new stream, which waits for no other.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn new(gpu: &Gpu) -> Result<Self, Error> {
+        let _current = gpu.enter()?;
+        let raw = gpu.api().stream_create()?;
+        Ok(Self::of(gpu, raw, None))
+    }
+
+    /// An engine's own stream: a `hipStream_t` or `CUstream`; null is the default stream.
+    ///
+    /// # Safety
+    ///
+    /// It is a stream of `gpu`'s device (and, for CUDA, of its primary context), is not destroyed before `keep`
+    /// is dropped, and is not being captured into a graph while kvxfer uses it.
+    #[must_use]
+    pub unsafe fn from_raw(gpu: &Gpu, raw: *mut c_void, keep: Keep) -> Self {
+        Self::of(gpu, raw.expose_provenance() as u64, Some(keep))
+    }
+
+    fn of(gpu: &Gpu, raw: u64, keep: Option<Keep>) -> Self {
+        Self(Arc::new(Inner {
+            gpu: gpu.clone(),
+            raw,
+            keep,
+            left: Mutex::default(),
+        }))
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
+    /// The runtime's handle.
+    #[must_use]
+    pub fn as_raw(&self) -> *mut c_void {
+        std::ptr::with_exposed_provenance_mut(self.0.raw as usize)
+    }
+
+    pub(super) fn raw(&self) -> u64 {
+        self.0.raw
+    }
+
+    /// Whether all that is on it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`], also for what went wrong on it.
+    pub fn is_done(&self) -> Result<bool, Error> {
+        self.0.is_done()
+    }
+
+    /// Waits until all that is on it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`GpuFault::Deadline`](super::GpuFault::Deadline); as [`is_done`](Self::is_done).
+    pub fn wait(&self, deadline: Instant) -> Result<(), Error> {
+        poll("a GPU stream", deadline, || self.is_done())
+    }
+
+    /// Lets what comes after on it wait for an event, which may be another device's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn wait_event(&self, event: &Event) -> Result<(), Error> {
+        let _current = self.gpu().enter()?;
+        // SAFETY: both are held.
+        Ok(unsafe { self.gpu().api().stream_wait_event(self.0.raw, event.raw()) }?)
+    }
+
+    /// Puts copies on it, in this order. They keep their memory until they have ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`]; then none was put. [`Error::Gpu`].
+    pub fn copy(&self, copies: &[Copy<'_>]) -> Result<Pending, Error> {
+        let mut spans = Vec::with_capacity(copies.len());
+        for copy in copies {
+            let src = copy.src.range(Operation::CopySource, copy.len)?;
+            let dst = copy.dst.range(Operation::CopyDestination, copy.len)?;
+            let way = match (copy.dst, copy.src) {
+                (Place::Gpu(..), Place::Pinned(..)) => Direction::HostToDevice,
+                (Place::Pinned(..), Place::Gpu(..)) => Direction::DeviceToHost,
+                (Place::Gpu(..), Place::Gpu(..)) => Direction::DeviceToDevice,
+                (Place::Pinned(to, at), Place::Pinned(from, from_at)) => {
+                    // The host's own work is not put on a GPU's queue.
+                    let (to, from) = (to.host(), from.host());
+                    return Err(Error::HostCopy {
+                        len: copy.len,
+                        src: from.addr() + from_at,
+                        dst: to.addr() + at,
+                    });
+                }
+            };
+            spans.push((dst, src, copy.len, way));
+        }
+        let mut keep: Vec<Keep> = copies
+            .iter()
+            .flat_map(|c| [c.dst.keep(), c.src.keep()])
+            .collect();
+        // Copies of many pieces name few memories.
+        keep.sort_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
+        keep.dedup_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
+        self.put(keep, |raw| {
+            for (dst, src, len, way) in spans.iter().filter(|(.., len, _)| *len > 0) {
+                let api = self.gpu().api();
+                // SAFETY: both spans are of memory that `keep` holds until the stream has got past this.
+                unsafe { api.copy(*dst, *src, *len, *way, raw) }?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Puts a fill on it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`]; then nothing was put. [`Error::Gpu`].
+    pub fn fill(
+        &self,
+        memory: &GpuMemory,
+        offset: u64,
+        len: u64,
+        byte: u8,
+    ) -> Result<Pending, Error> {
+        let dst = memory.range(Operation::Fill, offset, len)?;
+        let keep = vec![Place::Gpu(memory, 0).keep()];
+        self.put(keep, |raw| {
+            if len == 0 {
+                return Ok(());
+            }
+            // SAFETY: the span is of memory that `keep` holds until the stream has got past this.
+            Ok(unsafe { self.gpu().api().fill(dst, byte, len, raw) }?)
+        })
+    }
+
+    /// Puts work on it, and an event behind it. Where the event cannot be had, nobody knows when the work ends: what
+    /// it uses is never given back.
+    pub(super) fn put(
+        &self,
+        keep: Vec<Keep>,
+        work: impl FnOnce(u64) -> Result<(), Error>,
+    ) -> Result<Pending, Error> {
+        self.0.forget_done();
+        let event = Event::new(self.gpu())?;
+        let _current = self.gpu().enter()?;
+        let worked = work(self.0.raw);
+        if let Err(error) = event.record(self) {
+            std::mem::forget(keep);
+            return Err(error);
+        }
+        let stream = self.clone();
+        let pending = Pending {
+            stream,
+            event,
+            keep,
+        };
+        worked.map(|()| pending)
+    }
+}
+
+impl Inner {
+    fn is_done(&self) -> Result<bool, Error> {
+        let _current = self.gpu.enter()?;
+        // SAFETY: the stream is held.
+        Ok(unsafe { self.gpu.api().stream_done(self.raw) }?)
+    }
+
+    /// Lets go what has ended.
+    fn forget_done(&self) {
+        let done: Vec<_> = {
+            let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+            left.extract_if(.., |(event, _)| event.is_done().unwrap_or(false))
+                .collect()
+        };
+        // Memory may go with it, which is not for the lock's time.
+        drop(done);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let left = std::mem::take(self.left.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let idle = self.keep.is_some() && left.is_empty();
+        let deadline = Instant::now() + LAST_WAIT;
+        let ended = idle
+            || match &self.keep {
+                None => poll("a GPU stream", deadline, || self.is_done()),
+                Some(_) => left.iter().try_for_each(|(event, _)| event.wait(deadline)),
+            }
+            .inspect_err(|error| tracing::warn!(%error, "a stream's memory is never given back"))
+            .is_ok();
+        if !ended {
+            std::mem::forget(left);
+            return;
+        }
+        if self.keep.is_some() {
+            return;
+        }
+        let destroyed = self.gpu.enter().and_then(|_current| {
+            // SAFETY: it was made for this value, whoever used it held it, and nothing is on it.
+            Ok(unsafe { self.gpu.api().stream_destroy(self.raw) }?)
+        });
+        if let Err(error) = destroyed {
+            tracing::warn!(%error, "a stream is not destroyed");
+        }
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "stream {:#x} of {:?}", self.0.raw, self.0.gpu)
+    }
+}
+
+impl Pending {
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`], also for what went wrong with it.
+    pub fn is_done(&self) -> Result<bool, Error> {
+        self.event.is_done()
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`GpuFault::Deadline`](super::GpuFault::Deadline); as [`is_done`](Self::is_done).
+    pub fn wait(&self, deadline: Instant) -> Result<(), Error> {
+        self.event.wait(deadline)
+    }
+
+    /// The mark behind it, for other streams to wait for.
+    #[must_use]
+    pub fn event(&self) -> &Event {
+        &self.event
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if self.event.is_done().unwrap_or(false) {
+            return;
+        }
+        let keep = std::mem::take(&mut self.keep);
+        let left = &self.stream.0.left;
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.push((self.event.clone(), keep));
+    }
+}
