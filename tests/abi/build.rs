@@ -1,7 +1,9 @@
 //! Reads our declarations of C and writes the same table of facts three times: as Rust says it of
 //! ours, as a C compiler says it of the headers, and as Rust says it of what bindgen made for
 //! rdma-sys. Nothing is listed by hand: what is declared is compared, and what cannot be understood
-//! here ends the build.
+//! here ends the build. The GPU runtimes' are in gpu.rs.
+
+mod gpu;
 
 use std::collections::BTreeSet;
 use std::env;
@@ -444,4 +446,5 @@ fn main() {
         .file(&probe)
         .warnings(false)
         .compile("kvxfer_abi_probe");
+    gpu::write(&here, &out);
 }

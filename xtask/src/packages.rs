@@ -1,6 +1,6 @@
 //! Debian packages that a step needs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::command::quiet;
 
@@ -74,6 +74,27 @@ pub(crate) fn rdma_headers() -> Result<(), String> {
     install("libclang", "libclang-dev", || {
         quiet("sh", &["-c", find]) == Some(true)
     })
+}
+
+/// The folder of the oldest libclang that is installed: the bindgen of rdma-sys panics with the newest, which the
+/// GPU's compiler brings.
+pub(crate) fn oldest_libclang() -> Option<PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib")
+        .ok()?
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let version: u32 = name.to_str()?.strip_prefix("llvm-")?.parse().ok()?;
+            let folder = entry.path().join("lib");
+            let has = |file: std::fs::DirEntry| {
+                let name = file.file_name();
+                name.to_str()
+                    .is_some_and(|n| n.starts_with("libclang.so") || n.starts_with("libclang-1"))
+            };
+            let found = std::fs::read_dir(&folder).ok()?.flatten().any(has);
+            found.then_some((version, folder))
+        });
+    versions.min().map(|(_, folder)| folder)
 }
 
 /// Makes sure that a real libamdhip64 is there, which tests load to see what it says without a GPU.

@@ -37,6 +37,9 @@ const LONG_HISTORIES: &str = "2000000";
 /// The step that runs the tests which need RDMA.
 const RDMA: &str = "RDMA in a virtual machine";
 
+/// Where bindgen looks for libclang.
+const LIBCLANG: &str = "LIBCLANG_PATH";
+
 /// What the names of ignored tests begin with that need a GPU.
 const ON_GPU: &str = "on_gpu_";
 
@@ -171,6 +174,11 @@ impl Session<'_> {
             }
             let mut command = s.command(&["test", "--manifest-path", "tests/abi/Cargo.toml"]);
             command.args(["--locked", "--lib"]);
+            if let (None, Some(libclang)) =
+                (std::env::var_os(LIBCLANG), packages::oldest_libclang())
+            {
+                command.env(LIBCLANG, libclang);
+            }
             Ok(tested(&command::show(&mut command, s.root)?))
         })?;
         if root.join("fuzz/Cargo.toml").exists() {

@@ -1,7 +1,15 @@
 //! Compares the C declarations of `crates/verbs` with the installed headers of rdma-core and with
-//! rdma-sys, which bindgen made from them; and the versions of symbols with the installed library.
+//! rdma-sys, which bindgen made from them; and the versions of symbols with the installed library. The same for
+//! the GPU runtimes' declarations in `crates/hipmem`, in `gpu`.
 #![cfg(test)]
-#![allow(non_camel_case_types, non_snake_case, dead_code)]
+#![allow(
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    dead_code
+)]
+
+mod gpu;
 
 #[path = "../../../crates/verbs/src/sys/enums.rs"]
 mod enums;
@@ -48,8 +56,12 @@ unsafe extern "C" {
 
 /// The C compiler's table.
 fn headers() -> Facts {
+    facts_of((&raw const kvxfer_abi_facts).cast())
+}
+
+/// A table of C, which ends with a name that is null.
+fn facts_of(mut at: *const Fact) -> Facts {
     let mut facts = Facts::new();
-    let mut at = (&raw const kvxfer_abi_facts).cast::<Fact>();
     loop {
         // SAFETY: the table ends with a name that is null, and has not ended yet.
         let fact = unsafe { at.read() };
