@@ -261,6 +261,19 @@ pub(super) fn same(what: &'static str, is: &Gpu, stream: &Gpu) -> Result<(), Err
     }
 }
 
+/// What one runtime calls an address or an event is nothing to another, or something else.
+pub(super) fn same_runtime(what: &'static str, is: &Gpu, other: &Gpu) -> Result<(), Error> {
+    match Arc::ptr_eq(&is.0.api, &other.0.api) {
+        true => Ok(()),
+        false => Err(GpuFault::OtherRuntime {
+            what,
+            is: is.runtime(),
+            other: other.runtime(),
+        }
+        .into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -269,6 +269,16 @@ pub enum GpuFault {
         /// The stream's.
         stream: PciAddress,
     },
+    /// Handles of two runtimes were mixed.
+    #[error("{what} is of {is}, the other of {other}: nothing goes from one runtime to another")]
+    OtherRuntime {
+        /// What is of another runtime.
+        what: &'static str,
+        /// Its runtime.
+        is: RuntimeKind,
+        /// The other's.
+        other: RuntimeKind,
+    },
     /// Something did not end in time.
     #[error("{what} did not end within {waited:?}")]
     Deadline {

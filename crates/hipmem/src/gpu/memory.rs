@@ -10,7 +10,7 @@ use kvxfer_verbs::{FdSpan, Memory, MemoryKind, PciAddress};
 use super::api::{Direction, DmaBufFault, Grain};
 use super::class::MemoryClass;
 use super::code::OUT_OF_MEMORY;
-use super::device::{Gpu, Uuid};
+use super::device::{Gpu, Uuid, same_runtime};
 use super::error::GpuFault;
 use super::ipc::Opened;
 use crate::error::{Error, Operation};
@@ -404,6 +404,7 @@ impl GpuMemory {
         dst_offset: u64,
         len: u64,
     ) -> Result<(), Error> {
+        same_runtime("what is copied from", src.gpu(), self.gpu())?;
         let from = src.range(Operation::CopySource, src_offset, len)?;
         let to = self.range(Operation::CopyDestination, dst_offset, len)?;
         if len == 0 {

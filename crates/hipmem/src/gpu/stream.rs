@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use libc::c_void;
 
 use super::api::Direction;
-use super::device::Gpu;
+use super::device::{Gpu, same_runtime};
 use super::event::{Event, poll};
 use super::memory::GpuMemory;
 use super::pinned::PinnedMemory;
@@ -65,6 +65,13 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, offset) => memory.range(operation, *offset, len),
             Self::Pinned(memory, offset) => memory.range(operation, *offset, len),
+        }
+    }
+
+    fn gpu(&self) -> &Gpu {
+        match self {
+            Self::Gpu(memory, _) => memory.gpu(),
+            Self::Pinned(memory, _) => memory.gpu(),
         }
     }
 
@@ -146,8 +153,9 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Gpu`].
+    /// [`GpuFault::OtherRuntime`](super::GpuFault::OtherRuntime), [`Error::Gpu`].
     pub fn wait_event(&self, event: &Event) -> Result<(), Error> {
+        same_runtime("the event", event.gpu(), self.gpu())?;
         let _current = self.gpu().enter()?;
         // SAFETY: both are held.
         Ok(unsafe { self.gpu().api().stream_wait_event(self.0.raw, event.raw()) }?)
@@ -157,10 +165,13 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfBounds`]; then none was put. [`Error::Gpu`].
+    /// [`Error::OutOfBounds`], [`Error::HostCopy`], [`GpuFault::OtherRuntime`](super::GpuFault::OtherRuntime);
+    /// then none was put. [`Error::Gpu`].
     pub fn copy(&self, copies: &[Copy<'_>]) -> Result<Pending, Error> {
         let mut spans = Vec::with_capacity(copies.len());
         for copy in copies {
+            same_runtime("what is copied from", copy.src.gpu(), self.gpu())?;
+            same_runtime("what is copied to", copy.dst.gpu(), self.gpu())?;
             let src = copy.src.range(Operation::CopySource, copy.len)?;
             let dst = copy.dst.range(Operation::CopyDestination, copy.len)?;
             let way = match (copy.dst, copy.src) {
@@ -208,6 +219,7 @@ impl Stream {
         len: u64,
         byte: u8,
     ) -> Result<Pending, Error> {
+        same_runtime("what is filled", memory.gpu(), self.gpu())?;
         let dst = memory.range(Operation::Fill, offset, len)?;
         let keep = vec![Place::Gpu(memory, 0).keep()];
         self.put(keep, |raw| {

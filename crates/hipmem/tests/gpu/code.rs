@@ -9,7 +9,7 @@ use crate::{Outcome, fault, gpu, soon};
 /// Adds a number to each of `n` words.
 const PTX: &str = "
 .version 7.0
-.target sm_70
+.target sm_80
 .address_size 64
 .visible .entry add(.param .align 8 .b8 args[16])
 {
@@ -158,7 +158,7 @@ fn a_launch_without_threads_or_with_too_many_is_refused() -> Outcome {
 fn a_kernel_that_is_not_there_is_told_by_name() -> Outcome {
     // SAFETY: it is what a compiler made of the text above.
     let module = unsafe { Module::load(&gpu(), &code()) }?;
-    for name in ["subtract", "ad", "", "sub\0add"] {
+    for name in ["subtract", "ad", "sub\0add"] {
         let found = fault(module.kernel(name));
         let same = matches!(&found, GpuFault::NoKernel { name: n, refused } if n == name && refused.code.number == 500);
         assert!(same, "{found:?}");
@@ -172,7 +172,9 @@ fn what_is_not_code_is_told_with_the_loaders_words() {
     let images: &[&[u8]] = match gpu.runtime() {
         // HIP takes anything that begins rightly for code, and may abort.
         RuntimeKind::Hip => &[b"this is no code, and no compiler made it of any"],
-        _ => &[b"", b"this is no code", &[0x7f, b'E', b'L', b'F', 0, 0]],
+        // CUDA goes by what a file says of its own length.
+        RuntimeKind::Cuda => &[b"this is no code"],
+        RuntimeKind::Host => &[b"", b"this is no code", &[0x7f, b'E', b'L', b'F', 0, 0]],
     };
     for image in images {
         // SAFETY: no loader takes it for code.

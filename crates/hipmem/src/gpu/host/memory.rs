@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::super::api::PointerFacts;
@@ -47,9 +48,12 @@ struct Handle {
 
 impl Memories {
     pub(super) fn alloc(&self, len: u64) -> Result<u64, Refused> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let room = || {
-            let file = memfd_create(c"kvxfer-host-gpu", MFdFlags::MFD_CLOEXEC).ok()?;
+            let file = memfd_create(c"kvxfer-host-gpu", flags).ok()?;
             nix::unistd::ftruncate(&file, i64::try_from(len).ok()?).ok()?;
+            // Who maps a file that another can cut dies of what it touches behind the cut.
+            fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).ok()?;
             Block::map(file, len)
         };
         let block = room().ok_or_else(|| refused("alloc", code::OUT_OF_MEMORY))?;
@@ -134,6 +138,10 @@ impl Memories {
             let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
             let after = file.metadata().ok()?;
             if !same(after.ino(), after.len()) || started(pid) != Some(handle.started) {
+                return None;
+            }
+            let seals = SealFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GET_SEALS).ok()?);
+            if !seals.contains(SealFlag::F_SEAL_SHRINK) {
                 return None;
             }
             Block::map(file.into(), handle.len)

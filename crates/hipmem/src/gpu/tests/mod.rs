@@ -371,3 +371,42 @@ fn ptx_that_is_refused_comes_with_the_compilers_words() -> Result<(), Error> {
     );
     Ok(())
 }
+
+/// An address or an event of one is something else to the other: the stand-in would go there.
+#[test]
+fn what_is_of_two_runtimes_is_not_mixed() -> Result<(), Error> {
+    let fake = Fake::new(CUDA, Cuda::REQUIRED);
+    let theirs = cuda(&fake)?;
+    let theirs = theirs.gpu(0)?;
+    let far = at(theirs, 0x20_0000, 4096)?;
+    let host = GpuRuntime::open(super::RuntimeChoice::Only(RuntimeKind::Host))?;
+    let host = host.gpu(0)?;
+    let (stream, near) = (super::Stream::new(host)?, GpuMemory::new(host, 4096)?);
+    let refused = |result: Result<(), Error>| {
+        let found = fault(result);
+        assert!(
+            matches!(
+                found,
+                GpuFault::OtherRuntime {
+                    is: RuntimeKind::Cuda,
+                    other: RuntimeKind::Host,
+                    ..
+                }
+            ),
+            "{found}"
+        );
+    };
+    refused(stream.wait_event(&super::Event::new(theirs)?));
+    refused(stream.fill(&far, 0, 1, 0).map(drop));
+    refused(near.copy_from(&far, 0, 0, 1));
+    let (a, b) = (super::Place::Gpu(&far, 0), super::Place::Gpu(&near, 0));
+    for (dst, src) in [(a, b), (b, a)] {
+        refused(stream.copy(&[super::Copy { dst, src, len: 1 }]).map(drop));
+    }
+    assert!(!theirs.can_access(host)?);
+    assert!(matches!(
+        fault(host.enable_access(theirs)),
+        GpuFault::NoPeerAccess { refused: None, .. }
+    ));
+    Ok(())
+}
