@@ -1,6 +1,7 @@
 //! Streams: queues of a GPU's work, and copies that are put there without waiting.
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,7 +30,7 @@ struct Inner {
     /// What keeps somebody else's stream; `None`: it is ours.
     keep: Option<Keep>,
     /// What is still on the stream, and nobody waits for any more.
-    left: Mutex<Vec<(Event, Vec<Keep>)>>,
+    left: Mutex<VecDeque<(Event, Vec<Keep>)>>,
 }
 
 /// A place that a copy goes from or to.
@@ -263,14 +264,19 @@ impl Inner {
         Ok(unsafe { self.gpu.api().stream_done(self.raw) }?)
     }
 
-    /// Lets go what has ended.
+    /// Lets go what has ended. A stream does things in turn, so what stands behind something that has not
+    /// ended can wait: looking at all of it each time would cost more than the work.
     fn forget_done(&self) {
-        let done: Vec<_> = {
-            let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-            left.extract_if(.., |(event, _)| event.is_done().unwrap_or(false))
-                .collect()
-        };
+        let mut done = Vec::new();
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        while left
+            .front()
+            .is_some_and(|(event, _)| event.is_done().unwrap_or(false))
+        {
+            done.extend(left.pop_front());
+        }
         // Memory may go with it, which is not for the lock's time.
+        drop(left);
         drop(done);
     }
 }
@@ -344,6 +350,6 @@ impl Drop for Pending {
         let keep = std::mem::take(&mut self.keep);
         let left = &self.stream.0.left;
         let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.push((self.event.clone(), keep));
+        left.push_back((self.event.clone(), keep));
     }
 }
