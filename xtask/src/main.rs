@@ -1,9 +1,10 @@
 //! What a developer and the build machine run: `cargo xtask test`, and `cargo xtask vm` for one
-//! command on a machine with RDMA.
+//! command on a machine with RDMA, `cargo xtask kernels` for the device code.
 #![forbid(unsafe_code)]
 
 mod command;
 mod documents;
+mod kernels;
 mod packages;
 mod tally;
 mod test;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask test [--long]
        cargo xtask vm [--seconds N] [--cpus N] [--memory MIB] [--two-hosts] -- COMMAND ARGUMENTS...
+       cargo xtask kernels [--check]
 
   test    format, clippy, build, unit, property, simulation and process tests, tests of RDMA in a
           virtual machine, doc tests, docs
@@ -30,6 +32,10 @@ usage: cargo xtask test [--long]
   --memory     3072
   --two-hosts  also the RDMA devices ra (10.1.0.1) and rb (10.1.0.2), at the ends ha and hb of a
                cable
+
+  kernels  builds kernels/ for every GPU and for the host into kernels/prebuilt/, with clang-22
+  --check  whether that is of these sources, what the compiler makes of them, and whether the
+           instructions are there that must be; as in test
 ";
 
 fn main() -> ExitCode {
@@ -42,6 +48,13 @@ fn main() -> ExitCode {
     let good = match args.as_slice() {
         ["test"] => test::run(&root, false),
         ["test", "--long"] => test::run(&root, true),
+        ["kernels", args @ ..] => match kernels::by_hand(&root, args) {
+            Some(good) => good,
+            None => {
+                eprint!("{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
         ["vm", args @ ..] => {
             return vm::by_hand(&root, args).unwrap_or_else(|why| {
                 eprint!("xtask: {why}\n\n{USAGE}");

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::{self, quiet};
 use crate::documents;
+use crate::kernels;
 use crate::packages;
 use crate::tally::{self, Tally};
 use crate::vm;
@@ -166,6 +167,19 @@ impl Session<'_> {
             command.env("RUSTDOCFLAGS", "-D warnings");
             let ended = command::show(&mut command, s.root)?;
             Ok(passed_if(ended.success))
+        })?;
+        self.step("kernels", |s| {
+            let checked = kernels::check(s.root)?;
+            for problem in &checked.problems {
+                eprintln!("{problem}");
+            }
+            if !checked.problems.is_empty() {
+                return Ok(Outcome::Failed(NONE));
+            }
+            Ok(match checked.skipped {
+                None => Outcome::Passed(ONE),
+                Some(why) => s.missing(why),
+            })
         })?;
         self.step("abi", |s| {
             // What it needs is of other packages than Rust's: who has it not is told.

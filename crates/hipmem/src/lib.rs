@@ -32,6 +32,7 @@ pub mod bare;
 mod buffer;
 mod error;
 pub mod gpu;
+pub mod kernels;
 mod mapping;
 mod memory;
 mod pages;

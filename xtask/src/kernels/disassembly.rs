@@ -1,0 +1,235 @@
+//! What the machine code for AMD must have and must not have.
+//!
+//! Nothing of this has run on AMD hardware here, so this is the evidence: the instructions that the
+//! memory models of the architectures ask for are there, in their order.
+
+use super::listing::{KERNELS, Kernel, kernel};
+
+/// How an architecture family spells things.
+struct Family {
+    acquire: &'static [&'static str],
+    release: &'static [&'static str],
+    load_16: &'static str,
+    store_16: &'static str,
+    store_8: &'static str,
+    /// On every load of system scope.
+    system: &'static str,
+    /// Whether waves can tell which XCC they run on.
+    has_xcc: bool,
+}
+
+const GFX94: Family = Family {
+    acquire: &[
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "buffer_inv sc0 sc1",
+        "s_waitcnt vmcnt(0)",
+    ],
+    release: &[
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "buffer_wbl2 sc0 sc1",
+        "s_waitcnt vmcnt(0)",
+    ],
+    load_16: "global_load_dwordx4 ",
+    store_16: "global_store_dwordx4 ",
+    store_8: "global_store_dwordx2 ",
+    system: " sc0 sc1",
+    has_xcc: true,
+};
+
+const GFX90A: Family = Family {
+    acquire: &[
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "buffer_invl2",
+        "buffer_wbinvl1_vol",
+        "s_waitcnt vmcnt(0)",
+    ],
+    release: &[
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "buffer_wbl2",
+        "s_waitcnt vmcnt(0)",
+    ],
+    system: " glc",
+    has_xcc: false,
+    ..GFX94
+};
+
+const GFX11: Family = Family {
+    acquire: &[
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "s_waitcnt_vscnt null, 0x0",
+        "buffer_gl1_inv",
+        "buffer_gl0_inv",
+        "s_waitcnt vmcnt(0)",
+    ],
+    release: &["s_waitcnt vmcnt(0) lgkmcnt(0)", "s_waitcnt_vscnt null, 0x0"],
+    load_16: "global_load_b128 ",
+    store_16: "global_store_b128 ",
+    store_8: "global_store_b64 ",
+    system: " glc",
+    has_xcc: false,
+};
+
+fn family(arch: &str) -> Option<&'static Family> {
+    match arch {
+        "gfx942" | "gfx950" => Some(&GFX94),
+        "gfx90a" => Some(&GFX90A),
+        "gfx1100" => Some(&GFX11),
+        _ => None,
+    }
+}
+
+/// Everything that is wrong with this listing of llvm-objdump.
+pub(super) fn problems(arch: &str, listing: &str) -> Vec<String> {
+    let Some(family) = family(arch) else {
+        return vec![format!("nobody has said what {arch} must have")];
+    };
+    let kernels = kernels(listing);
+    let mut problems = Vec::new();
+    for kernel in &kernels {
+        problems.extend(memory_problems(kernel));
+    }
+    for name in KERNELS {
+        let Some(kernel) = kernel(&kernels, name, &mut problems) else {
+            continue;
+        };
+        let found = match name {
+            "kvx_acquire" => fence(family, kernel, family.acquire, "acquire"),
+            "kvx_release" => fence(family, kernel, family.release, "release"),
+            "kvx_verify" => verify(family, kernel),
+            _ => gather(family, kernel),
+        };
+        problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
+    }
+    problems
+}
+
+/// The functions of a listing.
+fn kernels(listing: &str) -> Vec<Kernel<'_>> {
+    let mut kernels: Vec<Kernel<'_>> = Vec::new();
+    for line in listing.lines() {
+        let label = line.split_once('<').and_then(|(_, l)| l.strip_suffix(">:"));
+        if let Some(name) = label.filter(|_| !line.starts_with(char::is_whitespace)) {
+            let code = Vec::new();
+            kernels.push(Kernel { name, code });
+        } else if line.starts_with(char::is_whitespace)
+            && let Some(kernel) = kernels.last_mut()
+        {
+            let instruction = line.split("//").next().unwrap_or_default().trim();
+            if !instruction.is_empty() {
+                kernel.code.push(instruction);
+            }
+        }
+    }
+    kernels
+}
+
+/// Instructions on memory that no kernel may have: what is not known to be harmless is not.
+fn memory_problems(kernel: &Kernel<'_>) -> Vec<String> {
+    const MEMORY: [&str; 8] = [
+        "global_", "flat_", "buffer_", "scratch_", "ds_", "s_store", "s_atomic", "image_",
+    ];
+    const HARMLESS: [&str; 11] = [
+        "global_load_",
+        "global_store_",
+        "ds_read",
+        "ds_write",
+        "ds_load_",
+        "ds_store_",
+        "buffer_inv",
+        "buffer_wbl2",
+        "buffer_wbinvl1_vol",
+        "buffer_gl0_inv",
+        "buffer_gl1_inv",
+    ];
+    let begins = |i: &str, with: &[&str]| with.iter().any(|prefix| i.starts_with(prefix));
+    let found = kernel.code.iter();
+    let found = found.filter(|i| begins(i, &MEMORY) && !begins(i, &HARMLESS));
+    found.map(|i| format!("{}: has {i}", kernel.name)).collect()
+}
+
+/// A fence: itself first, then one record, and nothing else on memory.
+fn fence(family: &Family, kernel: &Kernel<'_>, sequence: &[&str], what: &str) -> Vec<String> {
+    let mut problems = Vec::new();
+    let store = kernel.first("global_store_");
+    match (kernel.find(sequence), store) {
+        (None, _) => problems.push(format!("no {what} fence: {}", sequence.join("; "))),
+        (Some(at), Some(store)) if at < store => {}
+        _ => problems.push(format!("no record after the {what} fence")),
+    }
+    if kernel.count("global_store_") != 1 || kernel.count(family.store_16) != 1 {
+        problems.push("stores more than its one record".into());
+    }
+    if kernel.count("global_load_") != 0 {
+        problems.push("loads something".into());
+    }
+    let asks = |i: &&str| i.starts_with("s_getreg_b32 ") && i.contains("HW_REG_XCC_ID");
+    if family.has_xcc && !kernel.code.iter().any(asks) {
+        problems.push("does not ask where it runs".into());
+    }
+    problems
+}
+
+/// Reads with system scope alone, and writes the sum alone.
+fn verify(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    if kernel.find(family.acquire).is_none() {
+        problems.push("no acquire fence".into());
+    }
+    if kernel.count("global_store_") != 1 || kernel.count(family.store_8) != 1 {
+        problems.push("stores more than its one sum".into());
+    }
+    let loads = kernel.code.iter().filter(|i| i.starts_with("global_load_"));
+    let mut any = false;
+    for load in loads {
+        any = true;
+        if !load.ends_with(family.system) {
+            problems.push(format!("not of system scope: {load}"));
+        }
+    }
+    if !any {
+        problems.push("loads nothing".into());
+    }
+    problems
+}
+
+/// Vectors in flight together; acquire before and release after, with nothing but the sequence behind
+/// it.
+fn gather(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let first_load = kernel.first(family.load_16);
+    match (kernel.find(family.acquire), first_load) {
+        (Some(at), Some(load)) if at < load => {}
+        _ => problems.push("no acquire fence before the first block".into()),
+    }
+    let mut windows = kernel.code.windows(family.release.len());
+    // A fence that is last in the text: the one of the record.
+    match windows.rposition(|w| w == family.release) {
+        Some(at) => {
+            let after = kernel.code.iter().skip(at);
+            let mut stores = after.filter(|i| i.starts_with("global_store_"));
+            let next = stores.next();
+            let good = next.is_some_and(|i| {
+                i.starts_with(family.store_8)
+                    && i.contains("offset:24")
+                    && (!family.has_xcc || i.ends_with(family.system))
+            });
+            if !good || stores.next().is_some() {
+                problems.push("the sequence is not what follows the release fence".into());
+            }
+        }
+        None => problems.push("no release fence".into()),
+    }
+    let together = kernel.longest_run(family.load_16, |i| {
+        i.starts_with("global_store_") || i.starts_with("s_waitcnt") && i.contains("vmcnt")
+    });
+    if together < 4 {
+        problems.push(format!("{together} loads of 16 bytes under way together"));
+    }
+    if kernel.count(family.store_16) < 4 {
+        problems.push("too few stores of 16 bytes".into());
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests;
