@@ -559,37 +559,74 @@ fn a_launch_that_would_take_years_ends_when_another_thread_says_so() {
     assert!(slots.iter().all(|slot| slot.bytes % 4096 == 0));
 }
 
+/// Address space of which only what is touched takes memory.
+struct Sparse {
+    at: *mut libc::c_void,
+    len: usize,
+}
+
+impl Sparse {
+    fn new(len: u64) -> Self {
+        let len = len as usize;
+        // SAFETY: an anonymous mapping at an address of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        Self { at, len }
+    }
+
+    fn base(&self) -> u64 {
+        self.at.expose_provenance() as u64
+    }
+
+    fn word(&self, offset: u64) -> *mut u64 {
+        assert!(offset.is_multiple_of(8) && offset as usize + 8 <= self.len);
+        std::ptr::with_exposed_provenance_mut((self.base() + offset) as usize)
+    }
+
+    fn set(&self, offset: u64, value: u64) {
+        // SAFETY: inside the mapping and aligned, which `word` has checked.
+        unsafe { self.word(offset).write(value) };
+    }
+
+    fn get(&self, offset: u64) -> u64 {
+        // SAFETY: inside the mapping and aligned, which `word` has checked.
+        unsafe { self.word(offset).read() }
+    }
+}
+
+impl Drop for Sparse {
+    fn drop(&mut self) {
+        // SAFETY: the whole mapping, of which nothing is used after.
+        unsafe { libc::munmap(self.at, self.len) };
+    }
+}
+
 #[test]
-fn offsets_beyond_four_gigabytes() {
+fn blocks_more_than_four_gigabytes_apart() {
     const STRIDE: u64 = (5 << 30) + 4096;
-    const LEN: usize = 5 * STRIDE as usize;
-    // SAFETY: an anonymous mapping at an address of the kernel's choice; only what is touched takes memory.
-    let at = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            LEN,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            -1,
-            0,
-        )
-    };
-    assert_ne!(at, libc::MAP_FAILED);
-    let base = at.expose_provenance() as u64;
-    let word = |offset: u64| std::ptr::with_exposed_provenance_mut::<u64>((base + offset) as usize);
+    let memory = Sparse::new(5 * STRIDE);
     let piece = Piece {
         src: STRIDE / 2,
         dst: 64,
         len: 4104,
     };
-    for (block, offset) in (0..2_u64).flat_map(|b| (0..513).map(move |i| (b, 8 * i))) {
-        // SAFETY: inside the mapping and aligned.
-        unsafe { word(block * STRIDE + piece.src + offset).write(block << 32 | offset) };
+    let words = || (0..2_u64).flat_map(|block| (0..513).map(move |i| (block, 8 * i)));
+    for (block, offset) in words() {
+        memory.set(block * STRIDE + piece.src + offset, block << 32 | offset);
     }
     let part = Part {
         tensors: vec![Tensor {
-            src: base,
-            dst: base,
+            src: memory.base(),
+            dst: memory.base(),
         }],
         pairs: vec![Pair { src: 0, dst: 3 }, Pair { src: 1, dst: 4 }],
         pieces: vec![piece],
@@ -601,13 +638,57 @@ fn offsets_beyond_four_gigabytes() {
         sums(std::slice::from_ref(&part), SOURCE, 3, 1),
         sums(std::slice::from_ref(&part), DESTINATION, 3, 1)
     );
-    for (block, offset) in (0..2_u64).flat_map(|b| (0..513).map(move |i| (b, 8 * i))) {
-        // SAFETY: inside the mapping and aligned.
-        let found = unsafe { word((block + 3) * STRIDE + piece.dst + offset).read() };
+    for (block, offset) in words() {
+        let found = memory.get((block + 3) * STRIDE + piece.dst + offset);
         assert_eq!(found, block << 32 | offset);
     }
-    // SAFETY: the whole mapping, of which nothing is used after.
-    unsafe { libc::munmap(at, LEN) };
+}
+
+#[test]
+fn a_piece_longer_than_four_gigabytes() {
+    const CHUNK: u64 = 1 << 20;
+    const LEN: u64 = 6144 * CHUNK - 8;
+    let (src, dst) = (Sparse::new(LEN + 8), Sparse::new(LEN + 8));
+    let part = Part {
+        tensors: vec![Tensor {
+            src: src.base(),
+            dst: dst.base(),
+        }],
+        pairs: vec![Pair::default()],
+        pieces: vec![Piece {
+            src: 0,
+            dst: 0,
+            len: LEN,
+        }],
+        strides: (0, 0),
+        chunk: CHUNK as u32,
+    };
+    // One workgroup for each chunk, of which only these run.
+    let sections = [part.section()];
+    let go = AtomicU32::new(0);
+    let mut slots = vec![GatherSlot::default(); 6144];
+    let args = GatherArgs {
+        sections: table(&sections).addr,
+        slots: slots.as_mut_ptr().expose_provenance() as u64,
+        abort: go.as_ptr().expose_provenance() as u64,
+        sequence: 1,
+        sections_len: 1,
+        poll_bytes: 0,
+    };
+    for (chunk, len) in [(1, CHUNK), (4096, CHUNK), (6000, CHUNK), (6143, CHUNK - 8)] {
+        let at = u64::from(chunk) * CHUNK;
+        let edges = [at - 8, at, at + len - 8, at + len];
+        for edge in edges {
+            src.set(edge, edge | 1);
+        }
+        // SAFETY: both sides are mapped to the piece's end; a slot for each workgroup.
+        unsafe { kernels().gather(&args, chunk..chunk + 1, 6144) };
+        assert_eq!(
+            edges.map(|edge| dst.get(edge)),
+            [0, at | 1, (at + len - 8) | 1, 0]
+        );
+        assert_eq!(slots[chunk as usize].bytes, len);
+    }
 }
 
 #[test]

@@ -114,7 +114,8 @@ impl Target {
                 "-fuse-cuid=none".into(),
                 "-S".into(),
             ],
-            // Freestanding: the output needs no C library, and building it no headers.
+            // Freestanding: the output needs no C library, and building it no headers. Kernels for
+            // aarch64 may have pages of 64 KiB.
             Kind::Host => vec![
                 "-x".into(),
                 "c++".into(),
@@ -127,7 +128,7 @@ impl Target {
                 "-fvisibility=hidden".into(),
                 "-fno-rtti".into(),
                 "-fuse-ld=lld".into(),
-                "-Wl,-s,--build-id=none,-z,defs,-z,max-page-size=4096".into(),
+                "-Wl,-s,--build-id=none,-z,defs,-z,max-page-size=65536".into(),
             ],
         };
         let common = COMMON.iter().map(|flag| (*flag).to_owned());

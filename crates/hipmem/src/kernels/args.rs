@@ -79,8 +79,9 @@ pub struct Table {
 
 impl Section {
     /// A section of every tensor × every pair × every piece. `strides` are the bytes from one block
-    /// to the next at the source and at the destination, `longest` the bytes of the longest piece, `chunk`
-    /// the most bytes that a warp copies at a time ([`GatherShape::chunk`](super::GatherShape)).
+    /// to the next at the source and at the destination, `longest` the bytes of the longest piece (what
+    /// a piece has beyond that is not copied), `chunk` the most bytes that a warp copies at a time
+    /// ([`GatherShape::chunk`](super::GatherShape)).
     ///
     /// # Errors
     ///

@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../../../kernels/prebuilt/x86_64.so"),
-        sha256: "44b51d4be5d932455ba62d96816076e4ff1771e47475ec8698cfb7ed879dddbe",
+        sha256: "b7a955f28e27258354d9f21f3865ed6d0850292322d292786bf0f5a32f689303",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../../../kernels/prebuilt/aarch64.so"),
-        sha256: "79d3d4eeeac17bb34ccd7f35bdaa2109861bc25fbfc60987bab58701b2c5bfbb",
+        sha256: "ae39823ff09f7dbf82852ecf5f510d66ee2aabcb003a07c8f6d5a4f086f574ea",
         warp: 32,
     },
 ];
