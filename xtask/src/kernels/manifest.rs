@@ -83,7 +83,8 @@ impl Manifest {
             self.sources_sha256, self.compiler
         );
         for (target, artefact) in targets.iter().zip(&self.artefacts) {
-            let path = format!("../../../../kernels/prebuilt/{}", artefact.file);
+            // The crate has a link to kernels/prebuilt, so that its package has the files.
+            let path = format!("../../prebuilt/{}", artefact.file);
             let (format, bytes) = match target.kind {
                 Kind::Amd => ("CodeObject", format!("include_bytes!(\"{path}\")")),
                 Kind::Ptx => (
