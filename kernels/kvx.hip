@@ -3,6 +3,24 @@
 #include "gather.hip"
 
 #ifdef KVX_HOST
+// By the names of the device's kernels, as the stand-in for a GPU launches them: all workgroups, one
+// after the other in the thread of its stream.
+KVX_KERNEL void kvx_gather(const kvx_gather_args *args, kvx_u32 grid, kvx_u32) {
+  kvx_gather_host(args, 0, grid, grid);
+}
+
+KVX_KERNEL void kvx_acquire(const kvx_fence_args *args, kvx_u32 grid, kvx_u32) {
+  kvx_acquire_host(args, 0, grid, grid);
+}
+
+KVX_KERNEL void kvx_release(const kvx_fence_args *args, kvx_u32 grid, kvx_u32) {
+  kvx_release_host(args, 0, grid, grid);
+}
+
+KVX_KERNEL void kvx_verify(const kvx_verify_args *args, kvx_u32 grid, kvx_u32) {
+  kvx_verify_host(args, 0, grid, grid);
+}
+
 // Every size and offset of args.h, in the order in which Rust's mirror lists its own.
 extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     sizeof(kvx_tensor),

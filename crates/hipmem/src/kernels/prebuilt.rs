@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "b77efee49361c1b2551268fdf42a69f08283ee45d6071d209bc399962b87f76b",
+    sources_sha256: "e0e72fe362800bda6e8eecf2d8cf6155864fb83b8f623a9456ac6df77f38c540",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "b7a955f28e27258354d9f21f3865ed6d0850292322d292786bf0f5a32f689303",
+        sha256: "b8ed55dc219b5cc54ebf5a6883e2da324f256dc44b6b2abb13ae29b7c715d2bf",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "ae39823ff09f7dbf82852ecf5f510d66ee2aabcb003a07c8f6d5a4f086f574ea",
+        sha256: "6bdf9f8ceb6f8b7ba522956d5080377a9e35bb09c73a87c284fa30207da1ff1e",
         warp: 32,
     },
 ];
