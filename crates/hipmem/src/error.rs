@@ -4,7 +4,9 @@ use std::fmt;
 
 use nix::errno::Errno;
 
+use crate::gather::GatherFault;
 use crate::gpu::{GpuFault, NoGpu};
+use crate::kernels::KernelError;
 
 /// The operation that an [`Error`] speaks of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -176,6 +178,12 @@ pub enum Error {
     /// A GPU, or its runtime, has refused something.
     #[error("{0}")]
     Gpu(#[source] Box<GpuFault>),
+    /// Blocks cannot be gathered as was asked, or were not.
+    #[error("{0}")]
+    Gather(#[source] Box<GatherFault>),
+    /// There is no kernel to launch.
+    #[error("{0}")]
+    Kernel(#[source] KernelError),
     /// A copy between two places of the host was to be put on a GPU's stream.
     #[error(
         "a copy of {len} bytes from {src:#x} to {dst:#x} is the host's alone: no GPU's stream takes it"
@@ -229,5 +237,17 @@ impl From<NoGpu> for Error {
 impl From<GpuFault> for Error {
     fn from(fault: GpuFault) -> Self {
         Self::Gpu(Box::new(fault))
+    }
+}
+
+impl From<GatherFault> for Error {
+    fn from(fault: GatherFault) -> Self {
+        Self::Gather(Box::new(fault))
+    }
+}
+
+impl From<KernelError> for Error {
+    fn from(why: KernelError) -> Self {
+        Self::Kernel(why)
     }
 }

@@ -1,6 +1,7 @@
 //! Memory that kvxfer can move: host arenas another process may map, anonymous buffers, and spans
 //! that an engine already owns. All three are reached through one safe handle, [`HostMemory`]. Memory of
-//! GPUs, with their streams, events and code, is in [`gpu`].
+//! GPUs, with their streams, events and code, is in [`gpu`], and what moves scattered blocks between such
+//! memories in [`gather`].
 //!
 //! # The memory model
 //!
@@ -42,5 +43,6 @@ mod words;
 pub use arena::{ArenaOptions, HostArena, HugePages};
 pub use buffer::HostBuffer;
 pub use error::{Error, FirstMismatch, Operation};
+pub use gpu::gather;
 pub use memory::{CopyPair, HostMemory};
 pub use pages::{PageBacking, PageInfo, WhyNotHuge};

@@ -50,6 +50,15 @@ pub(super) enum Direction {
     DeviceToDevice,
 }
 
+/// One of several copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CopySpan {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: u64,
+    pub(super) way: Direction,
+}
+
 /// How memory of a device behaves for others than itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
@@ -141,10 +150,17 @@ forward! {
     /// # Safety
     /// Both spans are there until the stream has got past the copy.
     [unsafe] fn copy(&self, dst: u64, src: u64, len: u64, way: Direction, stream: u64) -> Result<(), Refused>;
+    /// Whether [`copy_all`](Self::copy_all) is one call that hides what it costs to begin each copy.
+    fn has_batches(&self) -> bool;
+    /// Copies in any order.
+    /// # Safety
+    /// All spans are there until the stream has got past the copies.
+    [unsafe] fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused>;
     /// # Safety
     /// The span is the device's until the stream has got past the fill.
     [unsafe] fn fill(&self, dst: u64, byte: u8, len: u64, stream: u64) -> Result<(), Refused>;
-    fn stream_create(&self) -> Result<u64, Refused>;
+    /// An urgent one goes before others, by a hardware queue of its own where those are few (HIP).
+    fn stream_create(&self, urgent: bool) -> Result<u64, Refused>;
     /// # Safety
     /// As `free`, of a stream.
     [unsafe] fn stream_destroy(&self, stream: u64) -> Result<(), Refused>;

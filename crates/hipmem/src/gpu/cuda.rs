@@ -10,7 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use kvxfer_verbs::PciAddress;
 use libc::{c_char, c_int, c_uint, c_void};
 
-use super::api::{Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts};
+use super::api::{
+    CopySpan, Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts,
+};
 use super::code::{GpuCode, INVALID_VALUE, NOT_FOUND, NOT_SUPPORTED, PEER_ALREADY, Refused};
 use super::device::{GpuInfo, Uuid};
 use super::error::NoGpu;
@@ -20,6 +22,8 @@ use super::sys::cuda_types::*;
 use super::sys::{Cuda, Library};
 
 const NAMES: [&str; 1] = ["libcuda.so.1"];
+/// Handles up to here are default streams, which take no batches.
+const LAST_DEFAULT_STREAM: u64 = 2;
 /// Bytes of the compiler's words that are kept.
 const LOG: usize = 16 << 10;
 
@@ -201,6 +205,7 @@ impl CudaApi {
             arch: format!("sm_{major}{minor}"),
             memory: memory as u64,
             compute_units: number(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(0),
+            xccs: None,
             integrated: flag(CU_DEVICE_ATTRIBUTE_INTEGRATED).unwrap_or(false),
             dma_buf: flag(CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED).unwrap_or(false)
                 && self.cuda.cuMemGetHandleForAddressRange.is_some(),
@@ -342,6 +347,55 @@ impl CudaApi {
         }
     }
 
+    pub(super) fn has_batches(&self) -> bool {
+        self.cuda.cuMemcpyBatchAsync.is_some()
+    }
+
+    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
+        let batch = self
+            .cuda
+            .cuMemcpyBatchAsync
+            .filter(|_| copies.len() > 1 && stream > LAST_DEFAULT_STREAM);
+        let Some(batch) = batch else {
+            for copy in copies {
+                // SAFETY: the caller keeps both spans until the stream has got past this.
+                unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
+            }
+            return Ok(());
+        };
+        let mut dsts: Vec<CUdeviceptr> = copies.iter().map(|copy| copy.dst).collect();
+        let mut srcs: Vec<CUdeviceptr> = copies.iter().map(|copy| copy.src).collect();
+        let mut sizes: Vec<usize> = copies.iter().map(|copy| copy.len as usize).collect();
+        let nowhere = CUmemLocation {
+            type_: CU_MEM_LOCATION_TYPE_INVALID,
+            id: 0,
+        };
+        let mut attributes = CUmemcpyAttributes {
+            srcAccessOrder: CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcLocHint: nowhere,
+            dstLocHint: nowhere,
+            flags: 0,
+        };
+        // The attributes are those of all copies from the first on.
+        let (mut from, mut failed) = (0, 0);
+        // SAFETY: the lists are as long as `copies`, the attributes are one, one number is written, and
+        // the caller keeps the spans until the stream has got past this.
+        let code = unsafe {
+            batch(
+                dsts.as_mut_ptr(),
+                srcs.as_mut_ptr(),
+                sizes.as_mut_ptr(),
+                copies.len(),
+                &raw mut attributes,
+                &raw mut from,
+                1,
+                &raw mut failed,
+                pointer(stream),
+            )
+        };
+        self.checked("cuMemcpyBatchAsync", code)
+    }
+
     pub(super) unsafe fn fill(
         &self,
         dst: u64,
@@ -352,9 +406,10 @@ impl CudaApi {
         call!(self.cuMemsetD8Async(dst, byte, len as usize, pointer(stream)))
     }
 
-    pub(super) fn stream_create(&self) -> Result<u64, Refused> {
+    pub(super) fn stream_create(&self, urgent: bool) -> Result<u64, Refused> {
         let mut out = null_mut();
-        call!(self.cuStreamCreate(&raw mut out, CU_STREAM_NON_BLOCKING))?;
+        let priority = -c_int::from(urgent);
+        call!(self.cuStreamCreateWithPriority(&raw mut out, CU_STREAM_NON_BLOCKING, priority))?;
         Ok(address(out))
     }
 

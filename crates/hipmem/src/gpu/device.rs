@@ -50,6 +50,8 @@ pub struct GpuInfo {
     pub memory: u64,
     /// Compute units (AMD) or streaming multiprocessors (NVIDIA).
     pub compute_units: u32,
+    /// Compute dies with caches of their own (AMD's XCCs), where the driver says.
+    pub xccs: Option<u32>,
     /// Whether it shares the host's memory.
     pub integrated: bool,
     /// Whether its memory can be exported as a dma-buf, as far as the runtime knows.
@@ -125,7 +127,7 @@ impl Gpu {
             let mut place = self.0.stream.lock().unwrap_or_else(PoisonError::into_inner);
             match *place {
                 Some(stream) => stream,
-                None => *place.insert(api.stream_create()?),
+                None => *place.insert(api.stream_create(false)?),
             }
         };
         let put = put(api, stream);

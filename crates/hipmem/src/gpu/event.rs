@@ -90,6 +90,11 @@ impl Event {
         &self.0.gpu
     }
 
+    /// Whether nobody has a clone of it.
+    pub(super) fn is_last(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     pub(super) fn raw(&self) -> u64 {
         self.0.raw
     }

@@ -9,7 +9,9 @@ use std::sync::OnceLock;
 
 use libc::{c_char, c_int, c_uint, c_void};
 
-use super::api::{Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts};
+use super::api::{
+    CopySpan, Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts,
+};
 use super::code::{GpuCode, INVALID_VALUE, NOT_SUPPORTED, PEER_ALREADY, Refused};
 use super::device::{GpuInfo, Uuid};
 use super::error::NoGpu;
@@ -215,12 +217,14 @@ impl HipApi {
             self.checked("hipDeviceGetUuid", code)?;
         }
         let flag = |attribute| self.attribute(ordinal, attribute).map(|value| value != 0);
+        let node = kfd::node(pci);
         Ok(GpuInfo {
             ordinal,
             pci,
             uuid: Uuid(uuid.bytes.map(|b| b.cast_unsigned())),
             name: bounded(&name),
-            arch: kfd::architecture(pci).unwrap_or_else(|| "unknown".to_owned()),
+            xccs: node.as_ref().and_then(|node| node.xccs),
+            arch: node.map_or_else(|| "unknown".to_owned(), |node| node.arch),
             memory: memory as u64,
             compute_units: self
                 .attribute(ordinal, hipDeviceAttributeMultiprocessorCount)
@@ -346,6 +350,18 @@ impl HipApi {
         call!(self.hipMemcpyAsync(dst, src, len as usize, kind, pointer(stream)))
     }
 
+    pub(super) fn has_batches(&self) -> bool {
+        false
+    }
+
+    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
+        for copy in copies {
+            // SAFETY: the caller keeps both spans until the stream has got past this.
+            unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
+        }
+        Ok(())
+    }
+
     pub(super) unsafe fn fill(
         &self,
         dst: u64,
@@ -357,9 +373,10 @@ impl HipApi {
         call!(self.hipMemsetAsync(dst, c_int::from(byte), len as usize, stream))
     }
 
-    pub(super) fn stream_create(&self) -> Result<u64, Refused> {
+    pub(super) fn stream_create(&self, urgent: bool) -> Result<u64, Refused> {
         let mut out = null_mut();
-        call!(self.hipStreamCreateWithFlags(&raw mut out, hipStreamNonBlocking))?;
+        let priority = -c_int::from(urgent);
+        call!(self.hipStreamCreateWithPriority(&raw mut out, hipStreamNonBlocking, priority))?;
         Ok(address(out))
     }
 

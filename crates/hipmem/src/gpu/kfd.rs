@@ -1,17 +1,25 @@
-//! The architecture of an AMD GPU, from what the kernel's compute driver tells of its nodes. HIP has it in
-//! a structure that is not safe to take (see `sys::hip_types`).
+//! The architecture and the compute dies of an AMD GPU, from what the kernel's compute driver tells of its nodes. HIP has the former
+//! in a structure that is not safe to take (see `sys::hip_types`).
 
 use std::fs;
 use std::path::Path;
 
 use kvxfer_verbs::PciAddress;
 
-/// The architecture's name, such as `gfx942`.
-pub(super) fn architecture(gpu: PciAddress) -> Option<String> {
-    architecture_in(Path::new("/sys/class/kfd/kfd/topology/nodes"), gpu)
+/// What the driver tells of a GPU.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Node {
+    /// The architecture's name, such as `gfx942`.
+    pub(super) arch: String,
+    /// Compute dies; kernels before 6.5 do not say.
+    pub(super) xccs: Option<u32>,
 }
 
-fn architecture_in(nodes: &Path, gpu: PciAddress) -> Option<String> {
+pub(super) fn node(gpu: PciAddress) -> Option<Node> {
+    node_in(Path::new("/sys/class/kfd/kfd/topology/nodes"), gpu)
+}
+
+fn node_in(nodes: &Path, gpu: PciAddress) -> Option<Node> {
     let nodes = fs::read_dir(nodes).ok()?;
     nodes
         .flatten()
@@ -20,7 +28,7 @@ fn architecture_in(nodes: &Path, gpu: PciAddress) -> Option<String> {
 }
 
 /// One node's, if it is this GPU. The parts of a divided GPU differ in their function.
-fn of_node(text: &str, gpu: PciAddress) -> Option<String> {
+fn of_node(text: &str, gpu: PciAddress) -> Option<Node> {
     let value = |key: &str| {
         text.lines().find_map(|line| {
             let (name, value) = line.split_once(' ')?;
@@ -36,14 +44,17 @@ fn of_node(text: &str, gpu: PciAddress) -> Option<String> {
     let same = domain == gpu.domain && bus == gpu.bus.into() && device == gpu.device.into();
     let version = value("gfx_target_version").filter(|version| same && *version != 0)?;
     let (major, minor, step) = (version / 10_000, version / 100 % 100, version % 100);
-    Some(format!("gfx{major}{minor:x}{step:x}"))
+    Some(Node {
+        arch: format!("gfx{major}{minor:x}{step:x}"),
+        xccs: value("num_xcc").filter(|n| *n > 0),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn node(version: u32, location: u32, domain: u32) -> String {
+    fn text(version: u32, location: u32, domain: u32) -> String {
         format!(
             "cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\nvendor_id 4098\nlocation_id {location}\ndomain {domain}\nnum_xcc 8\n"
         )
@@ -65,18 +76,20 @@ mod tests {
             (110_000, "gfx1100"),
             (120_500, "gfx1250"),
         ] {
-            let text = node(version, location, 2);
-            assert_eq!(of_node(&text, at).as_deref(), Some(name));
+            let found = Some(Node {
+                arch: name.to_owned(),
+                xccs: Some(8),
+            });
+            assert_eq!(of_node(&text(version, location, 2), at), found);
             // A part of a divided GPU.
-            let text = node(version, location | 5, 2);
-            assert_eq!(of_node(&text, at).as_deref(), Some(name));
+            assert_eq!(of_node(&text(version, location | 5, 2), at), found);
         }
         // Other places, the CPU's node, and text that is none.
         for text in [
-            node(90_402, location, 1),
-            node(90_402, location + 0x100, 2),
-            node(90_402, location + 8, 2),
-            node(0, location, 2),
+            text(90_402, location, 1),
+            text(90_402, location + 0x100, 2),
+            text(90_402, location + 8, 2),
+            text(0, location, 2),
             "location_id x\ngfx_target_version".to_owned(),
             String::new(),
         ] {
@@ -87,14 +100,14 @@ mod tests {
     #[test]
     fn nodes_are_found_in_their_folders() {
         let folder = std::env::temp_dir().join(format!("kvxfer-kfd-{}", std::process::id()));
-        for (name, text) in [("0", node(0, 0, 0)), ("1", node(90_402, 0x500, 0))] {
+        for (name, properties) in [("0", text(0, 0, 0)), ("1", text(90_402, 0x500, 0))] {
             fs::create_dir_all(folder.join(name)).unwrap();
-            fs::write(folder.join(name).join("properties"), text).unwrap();
+            fs::write(folder.join(name).join("properties"), properties).unwrap();
         }
         let at = "0000:05:00.0".parse().unwrap();
-        let found = architecture_in(&folder, at);
+        let found = node_in(&folder, at);
         fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(found.as_deref(), Some("gfx942"));
-        assert_eq!(architecture_in(&folder, at), None);
+        assert_eq!(found.map(|node| node.arch).as_deref(), Some("gfx942"));
+        assert_eq!(node_in(&folder, at), None);
     }
 }

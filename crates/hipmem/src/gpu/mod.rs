@@ -18,6 +18,7 @@ mod cuda;
 mod device;
 mod error;
 mod event;
+pub mod gather;
 mod hip;
 mod host;
 mod ipc;

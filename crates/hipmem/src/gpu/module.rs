@@ -141,16 +141,32 @@ impl Kernel {
         }
         let keep = vec![Arc::clone(&self.module.0) as Arc<dyn std::any::Any + Send + Sync>];
         stream.put(keep, |raw| {
-            let launch = Launch {
-                function: self.raw,
-                grid,
-                block,
-                stream: raw,
-                args,
-            };
-            // SAFETY: the function is of the module, which is held; of the rest the caller takes care.
-            Ok(unsafe { self.module.gpu().api().launch(&launch) }?)
+            // SAFETY: `keep` has the module; of the rest the caller takes care.
+            unsafe { self.put(raw, grid, block, args) }
         })
+    }
+
+    /// A launch as part of what [`Stream::put`] puts there. The device is current.
+    ///
+    /// # Safety
+    ///
+    /// As for [`launch`](Self::launch), and the module is held until the kernel has ended.
+    pub(super) unsafe fn put(
+        &self,
+        stream: u64,
+        grid: u32,
+        block: u32,
+        args: &[u8],
+    ) -> Result<(), Error> {
+        let launch = Launch {
+            function: self.raw,
+            grid,
+            block,
+            stream,
+            args,
+        };
+        // SAFETY: the function is of the module, which is held; of the rest the caller takes care.
+        Ok(unsafe { self.module.gpu().api().launch(&launch) }?)
     }
 }
 

@@ -18,7 +18,10 @@ use crate::error::{Error, Operation};
 /// How long a stream that is given up is waited for. What has not ended by then is never given back.
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
-type Keep = Arc<dyn Any + Send + Sync>;
+/// Events that a stream keeps for later.
+const SPARE: usize = 8;
+
+pub(super) type Keep = Arc<dyn Any + Send + Sync>;
 
 /// A stream of a GPU: its own or an engine's. Clones are the same stream.
 #[derive(Clone)]
@@ -31,6 +34,8 @@ struct Inner {
     keep: Option<Keep>,
     /// What is still on the stream, and nobody waits for any more.
     left: Mutex<VecDeque<(Event, Vec<Keep>)>>,
+    /// Events that nobody else knows any more: making one and destroying it takes as long as a launch.
+    spare: Mutex<Vec<Event>>,
 }
 
 /// A place that a copy goes from or to.
@@ -62,25 +67,51 @@ pub struct Pending {
 }
 
 impl Place<'_> {
-    fn range(&self, operation: Operation, len: u64) -> Result<u64, Error> {
+    pub(super) fn range(&self, operation: Operation, len: u64) -> Result<u64, Error> {
         match self {
             Self::Gpu(memory, offset) => memory.range(operation, *offset, len),
             Self::Pinned(memory, offset) => memory.range(operation, *offset, len),
         }
     }
 
-    fn gpu(&self) -> &Gpu {
+    /// Bytes from here to the memory's end.
+    pub(super) fn room(&self) -> u64 {
+        match self {
+            Self::Gpu(memory, offset) => memory.len().saturating_sub(*offset),
+            Self::Pinned(memory, offset) => memory.len().saturating_sub(*offset),
+        }
+    }
+
+    /// The address that GPUs know it by.
+    pub(super) fn device_addr(&self) -> u64 {
+        match self {
+            Self::Gpu(memory, offset) => memory.addr().wrapping_add(*offset),
+            Self::Pinned(memory, offset) => memory.device_addr().wrapping_add(*offset),
+        }
+    }
+
+    pub(super) fn gpu(&self) -> &Gpu {
         match self {
             Self::Gpu(memory, _) => memory.gpu(),
             Self::Pinned(memory, _) => memory.gpu(),
         }
     }
 
-    fn keep(&self) -> Keep {
+    pub(super) fn keep(&self) -> Keep {
         match self {
             Self::Gpu(memory, _) => Arc::clone(&memory.span) as Keep,
             Self::Pinned(memory, _) => Arc::clone(&memory.pinned) as Keep,
         }
+    }
+}
+
+/// Which way a copy goes; `None`: it is the host's alone.
+pub(super) fn way(dst: Place<'_>, src: Place<'_>) -> Option<Direction> {
+    match (dst, src) {
+        (Place::Gpu(..), Place::Pinned(..)) => Some(Direction::HostToDevice),
+        (Place::Pinned(..), Place::Gpu(..)) => Some(Direction::DeviceToHost),
+        (Place::Gpu(..), Place::Gpu(..)) => Some(Direction::DeviceToDevice),
+        (Place::Pinned(..), Place::Pinned(..)) => None,
     }
 }
 
@@ -91,8 +122,17 @@ impl Stream {
     ///
     /// [`Error::Gpu`].
     pub fn new(gpu: &Gpu) -> Result<Self, Error> {
+        Self::make(gpu, false)
+    }
+
+    /// A new stream whose work does not stand behind other streams' in a hardware queue that they share.
+    pub(super) fn urgent(gpu: &Gpu) -> Result<Self, Error> {
+        Self::make(gpu, true)
+    }
+
+    fn make(gpu: &Gpu, urgent: bool) -> Result<Self, Error> {
         let _current = gpu.enter()?;
-        let raw = gpu.api().stream_create()?;
+        let raw = gpu.api().stream_create(urgent)?;
         Ok(Self::of(gpu, raw, None))
     }
 
@@ -113,6 +153,7 @@ impl Stream {
             raw,
             keep,
             left: Mutex::default(),
+            spare: Mutex::default(),
         }))
     }
 
@@ -175,19 +216,10 @@ impl Stream {
             same_runtime("what is copied to", copy.dst.gpu(), self.gpu())?;
             let src = copy.src.range(Operation::CopySource, copy.len)?;
             let dst = copy.dst.range(Operation::CopyDestination, copy.len)?;
-            let way = match (copy.dst, copy.src) {
-                (Place::Gpu(..), Place::Pinned(..)) => Direction::HostToDevice,
-                (Place::Pinned(..), Place::Gpu(..)) => Direction::DeviceToHost,
-                (Place::Gpu(..), Place::Gpu(..)) => Direction::DeviceToDevice,
-                (Place::Pinned(to, at), Place::Pinned(from, from_at)) => {
-                    // The host's own work is not put on a GPU's queue.
-                    let (to, from) = (to.host(), from.host());
-                    return Err(Error::HostCopy {
-                        len: copy.len,
-                        src: from.addr() + from_at,
-                        dst: to.addr() + at,
-                    });
-                }
+            let Some(way) = way(copy.dst, copy.src) else {
+                // The host's own work is not put on a GPU's queue.
+                let len = copy.len;
+                return Err(Error::HostCopy { len, src, dst });
             };
             spans.push((dst, src, copy.len, way));
         }
@@ -239,8 +271,16 @@ impl Stream {
         keep: Vec<Keep>,
         work: impl FnOnce(u64) -> Result<(), Error>,
     ) -> Result<Pending, Error> {
-        self.0.forget_done();
-        let event = Event::new(self.gpu())?;
+        let spare = self
+            .0
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let event = match spare {
+            Some(event) => event,
+            None => Event::new(self.gpu())?,
+        };
         let _current = self.gpu().enter()?;
         let worked = work(self.0.raw);
         if let Err(error) = event.record(self) {
@@ -253,6 +293,8 @@ impl Stream {
             event,
             keep,
         };
+        // The GPU is at work meanwhile.
+        self.0.forget_done();
         worked.map(|()| pending)
     }
 }
@@ -277,7 +319,17 @@ impl Inner {
         }
         // Memory may go with it, which is not for the lock's time.
         drop(left);
-        drop(done);
+        for (event, _) in &done {
+            self.spare(event);
+        }
+    }
+
+    /// Keeps an event for later, if the caller's is the last of it.
+    fn spare(&self, event: &Event) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE && event.is_last() {
+            spare.push(event.clone());
+        }
     }
 }
 
@@ -345,6 +397,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         if self.event.is_done().unwrap_or(false) {
+            self.stream.0.spare(&self.event);
             return;
         }
         let keep = std::mem::take(&mut self.keep);

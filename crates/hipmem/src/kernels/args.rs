@@ -18,6 +18,30 @@ const MAX_COUNT: u32 = (1 << 31) - 1;
 /// The most bytes of a chunk.
 const MAX_CHUNK: u32 = 1 << 30;
 
+/// What lies in memory as its fields say, without a gap, so that its bytes are those a device reads.
+///
+/// # Safety
+///
+/// `repr(C)`, of integers alone, and without padding.
+pub(crate) unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($type:ident)*) => {
+        $(
+            // SAFETY: the sizes in `layout` and its test are those of the fields together.
+            unsafe impl Plain for $type {}
+        )*
+    };
+}
+
+plain! { Tensor Piece Pair Section GatherArgs FenceArgs VerifyArgs }
+
+/// The bytes that a device reads.
+pub(crate) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: they are there, all of them are initialised, and they stand still for as long.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
 /// Block 0 of one tensor on both sides.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

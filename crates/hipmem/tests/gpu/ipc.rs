@@ -83,7 +83,10 @@ impl Drop for Exporter {
     }
 }
 
-fn answer(from: &mut impl BufRead, key: &str) -> Result<String, Box<dyn std::error::Error>> {
+pub(crate) fn answer(
+    from: &mut impl BufRead,
+    key: &str,
+) -> Result<String, Box<dyn std::error::Error>> {
     let mut seen = String::new();
     loop {
         let mut line = String::new();

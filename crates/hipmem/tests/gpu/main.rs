@@ -3,6 +3,9 @@
 //! `KVXFER_TEST_GPU=cuda gpu-… --include-ignored`.
 
 mod code;
+mod gather;
+mod gather_ends;
+mod gather_ipc;
 mod ipc;
 mod memory;
 mod on_gpu;

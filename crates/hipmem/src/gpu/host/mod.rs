@@ -20,7 +20,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use self::memory::Memories;
 use self::stream::{HostEvent, HostStream};
-use super::api::{Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts};
+use super::api::{
+    CopySpan, Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts,
+};
 use super::code::{self, GpuCode, Refused};
 use super::device::{GpuInfo, Uuid};
 use super::runtime::RuntimeKind;
@@ -145,6 +147,7 @@ impl HostApi {
             memory: memory::host_memory().1,
             compute_units: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            xccs: None,
             integrated: true,
             dma_buf: false,
             gpudirect_rdma: None,
@@ -221,6 +224,18 @@ impl HostApi {
         Ok(())
     }
 
+    pub(super) fn has_batches(&self) -> bool {
+        true
+    }
+
+    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
+        for copy in copies {
+            // SAFETY: the caller keeps both spans until the stream has got past this.
+            unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
+        }
+        Ok(())
+    }
+
     pub(super) unsafe fn fill(
         &self,
         dst: u64,
@@ -236,7 +251,7 @@ impl HostApi {
         Ok(())
     }
 
-    pub(super) fn stream_create(&self) -> Result<u64, Refused> {
+    pub(super) fn stream_create(&self, _: bool) -> Result<u64, Refused> {
         let stream = HostStream::start().ok_or_else(|| none("stream_create"))?;
         let number = self.number();
         lock(&self.streams).insert(number, Arc::new(stream));

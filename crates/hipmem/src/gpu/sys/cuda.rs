@@ -6,7 +6,8 @@ use libc::{c_char, c_int, c_uint, c_ulonglong, c_void, size_t};
 use super::cuda_types::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUflushGPUDirectRDMAWritesScope,
     CUflushGPUDirectRDMAWritesTarget, CUfunction, CUipcMemHandle, CUjit_option,
-    CUmemRangeHandleType, CUmodule, CUpointer_attribute, CUresult, CUstream, CUuuid,
+    CUmemRangeHandleType, CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUresult, CUstream,
+    CUuuid,
 };
 use super::functions;
 
@@ -43,7 +44,7 @@ functions! {
         fn cuMemcpyDtoHAsync_v2(dst: *mut c_void, src: CUdeviceptr, size: size_t, stream: CUstream) -> CUresult;
         fn cuMemcpyDtoDAsync_v2(dst: CUdeviceptr, src: CUdeviceptr, size: size_t, stream: CUstream) -> CUresult;
         fn cuMemsetD8Async(dst: CUdeviceptr, value: u8, size: size_t, stream: CUstream) -> CUresult;
-        fn cuStreamCreate(stream: *mut CUstream, flags: c_uint) -> CUresult;
+        fn cuStreamCreateWithPriority(stream: *mut CUstream, flags: c_uint, priority: c_int) -> CUresult;
         fn cuStreamDestroy_v2(stream: CUstream) -> CUresult;
         fn cuStreamSynchronize(stream: CUstream) -> CUresult;
         fn cuStreamQuery(stream: CUstream) -> CUresult;
@@ -64,6 +65,7 @@ functions! {
     optional {
         fn cuDeviceGetUuid_v2(uuid: *mut CUuuid, device: CUdevice) -> CUresult;
         fn cuMemGetHandleForAddressRange(handle: *mut c_void, pointer: CUdeviceptr, size: size_t, kind: CUmemRangeHandleType, flags: c_ulonglong) -> CUresult;
+        fn cuMemcpyBatchAsync(dsts: *mut CUdeviceptr, srcs: *mut CUdeviceptr, sizes: *mut size_t, count: size_t, attrs: *mut CUmemcpyAttributes, attrs_indices: *mut size_t, attrs_len: size_t, failed: *mut size_t, stream: CUstream) -> CUresult;
         fn cuFlushGPUDirectRDMAWrites(target: CUflushGPUDirectRDMAWritesTarget, scope: CUflushGPUDirectRDMAWritesScope) -> CUresult;
     }
 }

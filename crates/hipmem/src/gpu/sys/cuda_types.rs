@@ -82,6 +82,21 @@ pub(crate) struct CUmemRangeHandleType(pub(crate) c_uint);
 pub(crate) const CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD: CUmemRangeHandleType =
     CUmemRangeHandleType(1);
 
+/// When the copies of a batch read their sources.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct CUmemcpySrcAccessOrder(pub(crate) c_uint);
+
+pub(crate) const CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: CUmemcpySrcAccessOrder =
+    CUmemcpySrcAccessOrder(1);
+
+/// What kind of place managed memory prefers.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct CUmemLocationType(pub(crate) c_uint);
+
+pub(crate) const CU_MEM_LOCATION_TYPE_INVALID: CUmemLocationType = CUmemLocationType(0);
+
 /// Whose writes are flushed.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -126,6 +141,22 @@ pub(crate) type CUfunction = *mut c_void;
 #[repr(C)]
 pub(crate) struct CUipcMemHandle {
     pub(crate) reserved: [c_char; CU_IPC_HANDLE_SIZE],
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct CUmemLocation {
+    pub(crate) type_: CUmemLocationType,
+    pub(crate) id: c_int,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct CUmemcpyAttributes {
+    pub(crate) srcAccessOrder: CUmemcpySrcAccessOrder,
+    pub(crate) srcLocHint: CUmemLocation,
+    pub(crate) dstLocHint: CUmemLocation,
+    pub(crate) flags: c_uint,
 }
 
 #[derive(Clone, Copy)]

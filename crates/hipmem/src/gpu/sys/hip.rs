@@ -41,7 +41,7 @@ functions! {
         fn hipPointerGetAttributes(attributes: *mut hipPointerAttribute_t, pointer: *const c_void) -> hipError_t;
         fn hipMemcpyAsync(dst: *mut c_void, src: *const c_void, size: size_t, kind: hipMemcpyKind, stream: hipStream_t) -> hipError_t;
         fn hipMemsetAsync(dst: *mut c_void, value: c_int, size: size_t, stream: hipStream_t) -> hipError_t;
-        fn hipStreamCreateWithFlags(stream: *mut hipStream_t, flags: c_uint) -> hipError_t;
+        fn hipStreamCreateWithPriority(stream: *mut hipStream_t, flags: c_uint, priority: c_int) -> hipError_t;
         fn hipStreamDestroy(stream: hipStream_t) -> hipError_t;
         fn hipStreamSynchronize(stream: hipStream_t) -> hipError_t;
         fn hipStreamQuery(stream: hipStream_t) -> hipError_t;

@@ -1,0 +1,417 @@
+//! A transfer that is on its way: its launch, its end, and how it is stopped.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::api::{CopySpan, Direction};
+use super::super::device::same;
+use super::super::event::poll;
+use super::super::stream::{Keep, way};
+use super::GpuKernels;
+use super::error::GatherFault;
+use super::request::{Run, runs};
+use super::scratch::{MAX_WORKGROUPS, SLOT, Scratch, TABLES};
+use super::table::{GatherTable, Inner, Section};
+use crate::error::{Error, Operation};
+use crate::gpu::{Event, Pending, Stream};
+use crate::kernels::{
+    self, ABORTED, GatherArgs, GatherShape, Pair, Piece, Table, bytes_of, spread,
+};
+
+/// Transfers of so few bytes have their tables read over the bus: a copy before the launch would take longer than
+/// the launch.
+const READ_OVER_BUS: u64 = 256 << 10;
+
+/// And tables of so few bytes: about as many lines as one workgroup's warps ask for at once.
+const BUS_TABLES: u64 = 4 << 10;
+
+/// How long the slots are looked at before the runtime is asked whether something went wrong.
+const ASK_AFTER: Duration = Duration::from_micros(200);
+
+/// How a transfer has ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum GatherEnd {
+    /// Every byte is there, for every device and the host.
+    Whole,
+    /// It was told to stop and did, somewhere.
+    Aborted {
+        /// Bytes that were copied.
+        bytes: u64,
+    },
+    /// The GPU has refused it or lost it. What was copied is not known.
+    Failed(Error),
+}
+
+/// A transfer on a stream. It ends, and keeps its memory until then, whether or not this value is kept.
+#[derive(Debug)]
+pub struct Gather {
+    kernels: GpuKernels,
+    pending: Pending,
+    scratch: Arc<Scratch>,
+    sequence: u64,
+    /// Of the launch; 0 where the copy engine does all.
+    workgroups: u32,
+    /// How many of them have said that they ended.
+    ended: u32,
+    /// What the launch copies.
+    launched: u64,
+    /// What the copy engine copies.
+    copied: u64,
+    since: Instant,
+}
+
+/// A request, cut into what the kernel does and what the copy engine does.
+struct Cut<'a> {
+    /// What the kernel copies of each section.
+    pairs: Vec<Cow<'a, [Pair]>>,
+    launched: u64,
+    copies: Vec<CopySpan>,
+    copied: u64,
+}
+
+impl<'a> Cut<'a> {
+    fn new(table: &Inner, pairs: &[&'a [Pair]]) -> Result<Self, Error> {
+        let mut cut = Self {
+            pairs: Vec::with_capacity(pairs.len()),
+            launched: 0,
+            copies: Vec::new(),
+            copied: 0,
+        };
+        for (section, pairs) in table.sections.iter().zip(pairs) {
+            let rest = match &section.engine.merge {
+                Some((piece, at_least)) => {
+                    let (found, rest) = runs(pairs, *at_least);
+                    for run in &found {
+                        cut.copy(section, piece, run)?;
+                    }
+                    rest
+                }
+                None => Cow::Borrowed(*pairs),
+            };
+            for piece in &section.engine.large {
+                for first in *pairs {
+                    let first = *first;
+                    cut.copy(section, piece, &Run { first, blocks: 1 })?;
+                }
+            }
+            let blocks = u64::from(section.tensors.len).saturating_mul(rest.len() as u64);
+            let bytes = blocks.saturating_mul(section.small_bytes);
+            cut.launched = cut.launched.saturating_add(bytes);
+            cut.pairs.push(match section.small_bytes {
+                0 => Cow::Borrowed(&[]),
+                _ => rest,
+            });
+        }
+        Ok(cut)
+    }
+
+    /// A run of every tensor. The range check is one more than is needed.
+    fn copy(&mut self, section: &Section, piece: &Piece, run: &Run) -> Result<(), Error> {
+        let len = piece.len.saturating_mul(run.blocks);
+        let at = |block: u32, stride: u64, by: u64| {
+            u64::from(block).saturating_mul(stride).saturating_add(by)
+        };
+        let from = at(run.first.src, section.strides.0, piece.src);
+        let to = at(run.first.dst, section.strides.1, piece.dst);
+        for (src, dst) in &section.engine.tensors {
+            let (src, dst) = (src.at(from), dst.at(to));
+            let Some(way) = way(dst, src) else {
+                continue;
+            };
+            self.copies.push(CopySpan {
+                dst: dst.range(Operation::CopyDestination, len)?,
+                src: src.range(Operation::CopySource, len)?,
+                len,
+                way,
+            });
+            self.copied = self.copied.saturating_add(len);
+        }
+        Ok(())
+    }
+}
+
+/// Puts sections with these pairs into the staging memory, as a kernel reads them: sections, then pairs, from
+/// `base` on.
+pub(super) fn stage_tables(
+    scratch: &Scratch,
+    table: &Inner,
+    pairs: &[Cow<'_, [Pair]>],
+    base: u64,
+    of: impl Fn(&Section) -> (Table, u64),
+    shape: (u32, u32),
+) -> Result<(), Error> {
+    let (chunk, warps) = shape;
+    let mut at = base + size_of::<kernels::Section>() as u64 * pairs.len() as u64;
+    let mut sections = Vec::with_capacity(pairs.len());
+    for (section, pairs) in table.sections.iter().zip(pairs) {
+        let (pieces, longest) = of(section);
+        let len = u32::try_from(pairs.len()).unwrap_or(u32::MAX);
+        let pairs_at = Table { addr: at, len };
+        sections.push(kernels::Section::new(
+            section.tensors,
+            pairs_at,
+            pieces,
+            section.strides,
+            longest,
+            chunk,
+        )?);
+        at += size_of_val::<[Pair]>(pairs) as u64;
+    }
+    spread(&mut sections, warps);
+    let staging = scratch.staging().host();
+    let sections = bytes_of(&sections);
+    staging.write(TABLES, sections)?;
+    let mut at = TABLES + sections.len() as u64;
+    for pairs in pairs {
+        let pairs = bytes_of(pairs);
+        staging.write(at, pairs)?;
+        at += pairs.len() as u64;
+    }
+    Ok(())
+}
+
+/// The bytes that [`stage_tables`] puts there.
+pub(super) fn tables_len(pairs: &[Cow<'_, [Pair]>]) -> u64 {
+    let of = |pairs: &Cow<'_, [Pair]>| size_of::<kernels::Section>() + size_of_val::<[Pair]>(pairs);
+    pairs.iter().map(of).sum::<usize>() as u64
+}
+
+/// Puts the abort word right and the tables into the GPU's memory, in a stream's order.
+///
+/// # Safety
+///
+/// `scratch` is held until the stream has got past it; the device is current.
+pub(super) unsafe fn put_tables(
+    kernels: &GpuKernels,
+    scratch: &Scratch,
+    tables: Option<u64>,
+    stream: u64,
+) -> Result<(), Error> {
+    let api = kernels.gpu().api();
+    let to = scratch.device().addr();
+    if scratch.was_told() {
+        let zero = kernels.0.words.range(Operation::CopySource, 4, 4)?;
+        // SAFETY: both are held, the words by the kernels, which whoever launches them holds.
+        unsafe { api.copy(to, zero, 4, Direction::HostToDevice, stream) }?;
+        scratch.untell();
+    }
+    if let Some(len) = tables.filter(|len| *len > 0) {
+        let from = scratch
+            .staging()
+            .range(Operation::CopySource, TABLES, len)?;
+        // SAFETY: both are of the scratch, which is as long on both sides.
+        unsafe { api.copy(to + TABLES, from, len, Direction::HostToDevice, stream) }?;
+    }
+    Ok(())
+}
+
+impl GatherTable {
+    /// Puts a transfer of these block pairs, a list for each section, on a stream of the kernels' GPU.
+    ///
+    /// What it costs the host grows with the pairs alone. A copy engine's part is copied to its end even if the
+    /// transfer is told to stop.
+    ///
+    /// # Errors
+    ///
+    /// [`GatherFault::Lists`], [`GatherFault::NoSuchBlock`], [`GatherFault::TooMany`],
+    /// [`GpuFault::OtherStreamDevice`](crate::gpu::GpuFault::OtherStreamDevice); then nothing was put.
+    /// [`Error::Gpu`]; then some of it may have been.
+    pub fn gather(&self, stream: &Stream, pairs: &[&[Pair]]) -> Result<Gather, Error> {
+        let kernels = &self.0.kernels;
+        same("the table", kernels.gpu(), stream.gpu())?;
+        self.check(pairs)?;
+        let cut = Cut::new(&self.0, pairs)?;
+        let warp = kernels.0.warp;
+        let grid = self.0.grid;
+        let most = grid.workgroups.min(MAX_WORKGROUPS);
+        let shape = GatherShape::new(cut.launched, warp, most, grid.threads);
+        let len = tables_len(&cut.pairs);
+        let scratch = kernels.scratch(len)?;
+        let over_bus = cut.launched <= READ_OVER_BUS && len <= BUS_TABLES;
+        let base = match over_bus {
+            true => scratch.staging().device_addr(),
+            false => scratch.device().addr(),
+        };
+        let workgroups = match cut.launched {
+            0 => 0,
+            _ => shape.workgroups,
+        };
+        if workgroups > 0 {
+            let small = |section: &Section| (section.small, section.longest);
+            let shape = (shape.chunk, shape.warps(warp));
+            stage_tables(&scratch, &self.0, &cut.pairs, base + TABLES, small, shape)?;
+        }
+        let sequence = kernels.sequence();
+        let args = GatherArgs {
+            sections: base + TABLES,
+            slots: scratch.slots().device_addr(),
+            abort: scratch.device().addr(),
+            sequence,
+            sections_len: u32::try_from(pairs.len()).unwrap_or(0),
+            poll_bytes: shape.poll_bytes,
+        };
+        let keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];
+        let pending = stream.put(keep, |raw| {
+            if workgroups > 0 {
+                // SAFETY: `keep` has the scratch.
+                unsafe { put_tables(kernels, &scratch, (!over_bus).then_some(len), raw) }?;
+                let args = bytes_of(std::slice::from_ref(&args));
+                // SAFETY: `keep` has the module, and every memory that the tables name: the table's own, each
+                // section inside it as `table` and `check` have found, and the scratch. It ends: its counts are
+                // finite.
+                unsafe { kernels.0.gather.put(raw, workgroups, shape.threads, args) }?;
+            }
+            let api = kernels.gpu().api();
+            // SAFETY: all spans are of the table's memories, which `keep` has.
+            Ok(unsafe { api.copy_all(&cut.copies, raw) }?)
+        })?;
+        Ok(Gather {
+            kernels: kernels.clone(),
+            pending,
+            scratch,
+            sequence,
+            workgroups,
+            ended: 0,
+            launched: cut.launched,
+            copied: cut.copied,
+            since: Instant::now(),
+        })
+    }
+}
+
+impl Gather {
+    /// All its bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.launched.saturating_add(self.copied)
+    }
+
+    /// Those of them that the copy engine copies.
+    #[must_use]
+    pub fn engine_bytes(&self) -> u64 {
+        self.copied
+    }
+
+    /// Workgroups of its launch; 0 if the copy engine does all of it.
+    #[must_use]
+    pub fn workgroups(&self) -> u32 {
+        self.workgroups
+    }
+
+    /// The mark behind it, for other streams to wait for. It comes a little after the last byte.
+    #[must_use]
+    pub fn event(&self) -> &Event {
+        self.pending.event()
+    }
+
+    /// Tells it to stop: at most a few chunks a warp are copied after the GPU has the word, and none of it touches
+    /// the memories once the transfer has ended. It may still end [`GatherEnd::Whole`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn abort(&self) -> Result<(), Error> {
+        let kernels = &self.kernels.0;
+        let one = kernels.words.range(Operation::CopySource, 0, 4)?;
+        let word = self.scratch.device().addr();
+        self.scratch.tell();
+        // The scratch goes to no other launch before the word has been set for this one.
+        let keep: Vec<Keep> = vec![Arc::clone(&self.scratch) as Keep];
+        let told = kernels.aborts.put(keep, |raw| {
+            let api = kernels.gpu.api();
+            // SAFETY: the kernels hold the words, and wait for this stream before they go; `keep` has the scratch.
+            Ok(unsafe { api.copy(word, one, 4, Direction::HostToDevice, raw) }?)
+        })?;
+        drop(told);
+        Ok(())
+    }
+
+    /// Its end, if it has come. Again says the same.
+    pub fn poll(&mut self) -> Option<GatherEnd> {
+        self.look()
+            .unwrap_or_else(|error| Some(GatherEnd::Failed(error)))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// [`GpuFault::Deadline`](crate::gpu::GpuFault::Deadline): it has not ended.
+    pub fn wait(&mut self, deadline: Instant) -> Result<GatherEnd, Error> {
+        let mut end = None;
+        poll("a gather", deadline, || {
+            end = self.poll();
+            Ok(end.is_some())
+        })?;
+        // `poll` ends well with an end only.
+        Ok(end.unwrap_or(GatherEnd::Whole))
+    }
+
+    fn look(&mut self) -> Result<Option<GatherEnd>, Error> {
+        self.count_ended()?;
+        if self.ended == self.workgroups && self.copied == 0 && self.workgroups > 0 {
+            return self.tally().map(Some);
+        }
+        if self.copied == 0 && self.workgroups > 0 && self.since.elapsed() < ASK_AFTER {
+            return Ok(None);
+        }
+        self.since = Instant::now();
+        if !self.pending.is_done()? {
+            return Ok(None);
+        }
+        self.count_ended()?;
+        self.tally().map(Some)
+    }
+
+    fn count_ended(&mut self) -> Result<(), Error> {
+        let slots = self.scratch.slots().host();
+        while self.ended < self.workgroups
+            && slots.load_u64(u64::from(self.ended) * SLOT + 24)? == self.sequence
+        {
+            self.ended += 1;
+        }
+        Ok(())
+    }
+
+    /// What the slots say of a launch that has ended.
+    fn tally(&self) -> Result<GatherEnd, Error> {
+        let slots = self.scratch.slots().host();
+        let mut bytes: u64 = 0;
+        let mut aborted = false;
+        for i in 0..self.ended {
+            let at = u64::from(i) * SLOT;
+            bytes = bytes.saturating_add(slots.load_u64(at)?);
+            // State and unit are one word.
+            let state = slots.load_u64(at + 16)?.to_le_bytes();
+            aborted |= state.first_chunk() == Some(&ABORTED.to_le_bytes());
+        }
+        if self.ended == self.workgroups && aborted {
+            let bytes = bytes.saturating_add(self.copied);
+            return Ok(GatherEnd::Aborted { bytes });
+        }
+        if self.ended == self.workgroups && bytes == self.launched {
+            return Ok(GatherEnd::Whole);
+        }
+        let (ended, workgroups) = (self.ended, self.workgroups);
+        Err(GatherFault::Incomplete {
+            ended,
+            workgroups,
+            bytes,
+            wanted: self.launched,
+        }
+        .into())
+    }
+
+    /// The longest that a workgroup took, in ticks of the device's clock (nanoseconds on NVIDIA).
+    ///
+    /// # Errors
+    ///
+    /// None that can be foreseen: the slots are there.
+    pub fn ticks(&self) -> Result<u64, Error> {
+        let slots = self.scratch.slots().host();
+        let mut each = (0..self.ended).map(|i| slots.load_u64(u64::from(i) * SLOT + 8));
+        each.try_fold(0, |most, ticks| Ok(ticks?.max(most)))
+    }
+}
