@@ -1,9 +1,11 @@
 //! What a developer and the build machine run: `cargo xtask test`, and `cargo xtask vm` for one
-//! command on a machine with RDMA, `cargo xtask kernels` for the device code.
+//! command on a machine with RDMA, `cargo xtask kernels` for the device code, `cargo xtask gpu-bundle`
+//! for what tests and measures it on a GPU.
 #![forbid(unsafe_code)]
 
 mod command;
 mod documents;
+mod gpu_bundle;
 mod kernels;
 mod packages;
 mod tally;
@@ -17,6 +19,7 @@ const USAGE: &str = "\
 usage: cargo xtask test [--long]
        cargo xtask vm [--seconds N] [--cpus N] [--memory MIB] [--two-hosts] -- COMMAND ARGUMENTS...
        cargo xtask kernels [--check]
+       cargo xtask gpu-bundle [FOLDER]
 
   test    format, clippy, build, unit, property, simulation and process tests, tests of RDMA in a
           virtual machine, doc tests, docs
@@ -36,6 +39,9 @@ usage: cargo xtask test [--long]
   kernels  builds kernels/ for every GPU and for the host into kernels/prebuilt/, with clang-22
   --check  whether that is of these sources, what the compiler makes of them, and whether the
            instructions are there that must be; as in test
+
+  gpu-bundle  builds FOLDER (target/gpu-bundle) with run.sh, which tests and measures GPU memory on a
+              machine that has the driver of a GPU, and neither Rust nor network
 ";
 
 fn main() -> ExitCode {
@@ -49,6 +55,13 @@ fn main() -> ExitCode {
         ["test"] => test::run(&root, false),
         ["test", "--long"] => test::run(&root, true),
         ["kernels", args @ ..] => match kernels::by_hand(&root, args) {
+            Some(good) => good,
+            None => {
+                eprint!("{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
+        ["gpu-bundle", args @ ..] => match gpu_bundle::by_hand(&root, args) {
             Some(good) => good,
             None => {
                 eprint!("{USAGE}");

@@ -1,0 +1,78 @@
+#!/bin/sh
+# Measures and tests GPU memory. Needs the GPU's driver and glibc 2.34, neither Rust nor network.
+#
+#   run.sh [FOLDER]       results go there; `results` beside this file if none is named
+#
+# KVXFER_TEST_GPU names the runtime: cuda, hip, or auto (the default). Ends within four minutes, with 0 if
+# all tests passed and everything could be measured.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/results}
+mkdir -p "$out" || exit 2
+KVXFER_TEST_GPU=${KVXFER_TEST_GPU:-auto}
+export KVXFER_TEST_GPU
+began=$(date +%s)
+last=230
+left() { echo $((last - $(date +%s) + began)); }
+
+{
+    echo "bundle: $(cat "$here/COMMIT")"
+    echo "date: $(date -u +%Y-%m-%dT%H:%MZ)"
+    echo "system: $(uname -srm), $(getconf GNU_LIBC_VERSION 2>/dev/null)"
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi --query-gpu=index,name,pci.bus_id,driver_version,memory.total,clocks.max.sm --format=csv
+        nvidia-smi topo -m 2>/dev/null
+    fi
+    if command -v rocm-smi >/dev/null; then
+        rocm-smi --showproductname --showdriverversion --showtopo 2>/dev/null
+    fi
+} 2>&1 | tee "$out/machine.txt"
+
+echo
+echo "== speed =="
+timeout -k 5 110 "$here/gpu_table" "$out/table.jsonl" >"$out/table.txt" 2>&1
+table=$?
+cat "$out/table.txt"
+[ $table -ne 0 ] && echo "gpu_table ended with $table"
+
+echo
+echo "== tests =="
+: >"$out/tests.jsonl"
+passed=0
+failed=
+for name in $("$here/gpu-tests" --list --format terse 2>/dev/null | sed -n 's/: test$//p'); do
+    if [ "$(left)" -le 0 ]; then
+        echo "not run, the time is over: $name"
+        failed="$failed $name"
+        printf '{"test":"%s","result":"not run"}\n' "$name" >>"$out/tests.jsonl"
+        continue
+    fi
+    # Each by itself: one that loses the GPU, or the process, leaves the others.
+    limit=40
+    [ "$(left)" -lt $limit ] && limit=$(left)
+    start=$(date +%s%N)
+    timeout -k 2 "$limit" "$here/gpu-tests" --exact "$name" --include-ignored --nocapture --test-threads=1 \
+        >"$out/last.txt" 2>&1
+    code=$?
+    ms=$((($(date +%s%N) - start) / 1000000))
+    if [ $code -eq 0 ] && grep -q '^test result: ok. 1 passed' "$out/last.txt"; then
+        passed=$((passed + 1))
+        result=passed
+        echo "ok      $name  ($ms ms)"
+        grep -E '^(near|far|round|one GPU)' "$out/last.txt" | sed 's/^/          /'
+    else
+        failed="$failed $name"
+        result=failed
+        echo "FAILED  $name  ($ms ms, ended with $code)"
+        sed 's/^/        | /' "$out/last.txt" | tail -n 40
+    fi
+    printf '{"test":"%s","result":"%s","ms":%s}\n' "$name" "$result" "$ms" >>"$out/tests.jsonl"
+done
+rm -f "$out/last.txt"
+echo
+echo "$passed tests passed"
+for name in $failed; do
+    echo "FAILED OR NOT RUN: $name"
+done
+echo "$(($(date +%s) - began)) seconds; results in $out"
+[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] || exit 1
