@@ -144,6 +144,56 @@ fn a_transfer_holds_its_memory_though_nobody_waits_for_it() -> Outcome {
     Ok(())
 }
 
+/// The copy engine's copies go over streams that live as long as the kernels: what they held goes with the transfer.
+#[test]
+fn copies_hold_no_memory_once_the_transfer_has_ended() -> Outcome {
+    let gpu = gpu();
+    let (kernels, stream) = (GpuKernels::load(&gpu)?, Stream::new(&gpu)?);
+    let (theirs, near) = (
+        GpuMemory::new(&gpu, 16 * MIB)?,
+        GpuMemory::new(&gpu, 16 * MIB)?,
+    );
+    for round in 0..5 {
+        let gone = Arc::new(AtomicBool::new(false));
+        let keep = Arc::new((theirs.clone(), Gone(Arc::clone(&gone))));
+        // SAFETY: `keep` holds the allocation.
+        let src = unsafe { GpuMemory::from_raw_parts(&gpu, theirs.addr(), theirs.len(), keep) }?;
+        src.fill(0, 16 * MIB, round)?;
+        let section = GatherSection {
+            tensors: &[TensorPlaces {
+                src: Place::Gpu(&src, 0),
+                dst: Place::Gpu(&near, 0),
+            }],
+            pieces: &[Piece {
+                src: 0,
+                dst: 0,
+                len: MIB,
+            }],
+            strides: (MIB, MIB),
+            blocks: (16, 16),
+        };
+        let options = GatherOptions {
+            copy_engine_from: Some(MIB),
+            ..GatherOptions::default()
+        };
+        let table = kernels.table(&[section], options)?;
+        drop(src);
+        let backwards = (0..16).map(|i| Pair {
+            src: i,
+            dst: 15 - i,
+        });
+        let mut gather = table.gather(&stream, &[&backwards.collect::<Vec<_>>()])?;
+        assert_eq!(gather.engine_bytes(), 16 * MIB);
+        whole(gather.wait(soon())?);
+        let mut bytes = vec![0; 16 << 20];
+        near.read(0, &mut bytes)?;
+        assert!(bytes.iter().all(|b| *b == round));
+        drop((gather, table));
+        assert!(gone.load(Ordering::SeqCst), "round {round}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_wait_for_a_transfer_ends_at_its_deadline() -> Outcome {
     let gpu = gpu();

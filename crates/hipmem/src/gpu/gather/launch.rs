@@ -49,6 +49,8 @@ pub enum GatherEnd {
 pub struct Gather {
     kernels: GpuKernels,
     pending: Pending,
+    /// Parts on other streams, which `pending` ends after: so they let go when it has.
+    _beside: Vec<Pending>,
     scratch: Arc<Scratch>,
     sequence: u64,
     /// Of the launch; 0 where the copy engine does all.
@@ -253,7 +255,11 @@ impl GatherTable {
             poll_bytes: shape.poll_bytes,
         };
         let keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];
+        let mut beside = Vec::new();
         let pending = stream.put(keep, |raw| {
+            // First, for the sides' copies need not wait for the launch.
+            let (own, more) = self.share(&cut.copies);
+            beside = self.copy_beside(stream, more)?;
             if workgroups > 0 {
                 // SAFETY: `keep` has the scratch.
                 unsafe { put_tables(kernels, &scratch, (!over_bus).then_some(len), raw) }?;
@@ -265,11 +271,16 @@ impl GatherTable {
             }
             let api = kernels.gpu().api();
             // SAFETY: all spans are of the table's memories, which `keep` has.
-            Ok(unsafe { api.copy_all(&cut.copies, raw) }?)
+            unsafe { api.copy_all(own, raw) }?;
+            for pending in &beside {
+                stream.wait_event(pending.event())?;
+            }
+            Ok(())
         })?;
         Ok(Gather {
             kernels: kernels.clone(),
             pending,
+            _beside: beside,
             scratch,
             sequence,
             workgroups,
@@ -278,6 +289,40 @@ impl GatherTable {
             copied: cut.copied,
             since: Instant::now(),
         })
+    }
+
+    /// The copies that go onto the transfer's own stream, and those for the streams beside it: where copies go in
+    /// batches, and there are a few for each.
+    fn share<'a>(&self, copies: &'a [CopySpan]) -> (&'a [CopySpan], &'a [CopySpan]) {
+        let kernels = &self.0.kernels.0;
+        let lanes = kernels.sides.len() + 1;
+        let own = match kernels.gpu.api().has_batches() && copies.len() >= 2 * lanes {
+            true => copies.len() / lanes,
+            false => copies.len(),
+        };
+        copies.split_at_checked(own).unwrap_or((copies, &[]))
+    }
+
+    /// Puts copies on the streams beside, behind what is on `stream` now. They hold the memories themselves, and not
+    /// the table, which holds these streams.
+    fn copy_beside(&self, stream: &Stream, copies: &[CopySpan]) -> Result<Vec<Pending>, Error> {
+        let kernels = &self.0.kernels.0;
+        let mut beside = Vec::new();
+        if copies.is_empty() {
+            return Ok(beside);
+        }
+        let now = Event::new(&kernels.gpu)?;
+        now.record(stream)?;
+        let each = copies.len().div_ceil(kernels.sides.len().max(1));
+        for (side, part) in kernels.sides.iter().zip(copies.chunks(each)) {
+            side.wait_event(&now)?;
+            let keep = self.0.memories.clone();
+            beside.push(side.put(keep, |raw| {
+                // SAFETY: all spans are of the table's memories, which are `keep`.
+                Ok(unsafe { kernels.gpu.api().copy_all(part, raw) }?)
+            })?);
+        }
+        Ok(beside)
     }
 }
 

@@ -41,6 +41,10 @@ use crate::error::Error;
 use crate::gpu::{Gpu, Kernel, Module, PinnedMemory, Stream};
 use crate::kernels::{KVX_ACQUIRE, KVX_GATHER, KVX_RELEASE, KVX_VERIFY, for_target};
 
+/// A batch of copies begins one after the other; four batches side by side hide that. On an H200, of one large copy,
+/// at 4 MiB: 0.95 over one stream, 0.974 over two, 0.987 over four.
+const SIDES: usize = 3;
+
 /// The kernels, loaded on a GPU. Clones are the same.
 #[derive(Clone)]
 pub struct GpuKernels(Arc<Inner>);
@@ -54,6 +58,8 @@ struct Inner {
     verify: Kernel,
     /// Where aborts are put: what runs must not be waited for.
     aborts: Stream,
+    /// What the copy engine's copies are shared out to, beside the transfer's own stream.
+    sides: Vec<Stream>,
     /// A word that is 1, then one that is 0.
     words: PinnedMemory,
     sequence: AtomicU64,
@@ -81,6 +87,9 @@ impl GpuKernels {
             release: module.kernel(KVX_RELEASE)?,
             verify: module.kernel(KVX_VERIFY)?,
             aborts: Stream::urgent(gpu)?,
+            sides: (0..SIDES)
+                .map(|_| Stream::new(gpu))
+                .collect::<Result<_, _>>()?,
             words,
             sequence: AtomicU64::new(1),
             pool: Arc::default(),

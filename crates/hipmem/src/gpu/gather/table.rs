@@ -57,7 +57,7 @@ pub(super) struct Inner {
     pub(super) grid: Grid,
     /// Tensors and pieces.
     _device: GpuMemory,
-    _memories: Vec<Keep>,
+    pub(super) memories: Vec<Keep>,
 }
 
 /// A section as it is kept.
@@ -248,7 +248,7 @@ impl GpuKernels {
             sections: kept,
             grid,
             _device: device,
-            _memories: memories,
+            memories,
         })))
     }
 
