@@ -8,12 +8,18 @@ use kvxfer::blocks::{BlockPair, GroupPairs};
 use kvxfer::layout::{
     DType, KvFormat, KvPlacement, Packing, PlacementDesc, Side, Topology, models,
 };
-use kvxfer::plan::{Compiled, LayerScope, OpSource, PlanLimits, Role};
+use kvxfer::plan::{
+    Compiled, Cover, LayerScope, OpSource, Part, Plan, PlanLimits, Role, UnitPairs,
+};
 use kvxfer::wire::Blob;
 use libfuzzer_sys::fuzz_target;
 
 /// The most operations of a plan that are looked at.
 const LOOK: u64 = 2000;
+const LIMITS: PlanLimits = PlanLimits {
+    max_msg_bytes: 1 << 20,
+    max_sge: 4,
+};
 
 fn own(model: u8) -> Option<(KvFormat, PlacementDesc)> {
     let format = match model % 3 {
@@ -56,24 +62,41 @@ fuzz_target!(|data: &[u8]| {
             placement: &placement,
         },
     );
-    let Ok(compiled) = Compiled::compile(&theirs, &ours, Role::Pull) else {
-        return;
-    };
-    let groups: Vec<GroupPairs> = (0..our_format.groups().len() as u32)
-        .map(|group| GroupPairs {
-            group,
-            pairs: (0..8).map(|b| BlockPair { src: 7 - b, dst: b }).collect(),
-        })
-        .collect();
-    let limits = PlanLimits {
-        max_msg_bytes: 1 << 20,
-        max_sge: 4,
-    };
-    let Ok(plan) = compiled.plan(&groups, LayerScope::All, limits) else {
-        return;
-    };
+    for part in [Part::Common, Part::Share] {
+        let Ok(compiled) = Compiled::compile(&theirs, &ours, Role::Pull, part) else {
+            return;
+        };
+        let _ = Cover::missing(&ours, &[compiled.cover()]);
+        let (groups, limits) = (0..our_format.groups().len() as u32, LIMITS);
+        let pairs: Vec<GroupPairs> = groups
+            .clone()
+            .map(|group| GroupPairs {
+                group,
+                pairs: (0..8).map(|b| BlockPair { src: 7 - b, dst: b }).collect(),
+            })
+            .collect();
+        if let Ok(plan) = compiled.plan(&pairs, LayerScope::All, limits) {
+            look(&plan, &placement, &our_placement);
+        }
+        // Blocks in token order, as many as hold the same tokens on both sides.
+        let of_group = |group| {
+            let unit = compiled.unit(group)?;
+            let units = 8 * unit.consumer_per_block.min(unit.producer_per_block);
+            let list = |per_block: u32| (0..units / per_block).rev().collect::<Vec<u32>>();
+            let (src, dst) = (list(unit.producer_per_block), list(unit.consumer_per_block));
+            compiled.pairs(group, &src, &dst, None).ok()
+        };
+        let units: Vec<UnitPairs> = groups.filter_map(of_group).collect();
+        if let Ok(plan) = compiled.plan_units(&units, LayerScope::All, limits) {
+            look(&plan, &placement, &our_placement);
+        }
+    }
+});
+
+/// The operations of a plan lie inside both sides' memories.
+fn look(plan: &Plan, theirs: &PlacementDesc, ours: &PlacementDesc) {
     plan.emit(0..plan.ops().min(LOOK), &mut |op| {
-        let remote = placement.memory_len()[op.remote_region as usize];
+        let remote = theirs.memory_len()[op.remote_region as usize];
         assert!(
             op.remote_offset
                 .checked_add(op.len)
@@ -84,8 +107,8 @@ fuzz_target!(|data: &[u8]| {
             op.len
         );
         for piece in op.local {
-            let local = our_placement.memory_len()[piece.region as usize];
+            let local = ours.memory_len()[piece.region as usize];
             assert!(piece.offset + u64::from(piece.len) <= local);
         }
     });
-});
+}
