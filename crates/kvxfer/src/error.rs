@@ -265,7 +265,7 @@ pub enum Error {
     )]
     MissingPart {
         /// Something that is missing.
-        part: MissingPart,
+        part: Box<MissingPart>,
         /// The ranks.
         ranks: Vec<Rank>,
     },

@@ -71,7 +71,7 @@ impl Pair {
         let offer = |node: &support::Node| {
             let topology = node.side.placement().desc().topology();
             let to = (self.consumers.nodes[0].side.format(), to);
-            let takers = takers((node.side.format(), &topology), to).expect("even heads");
+            let takers = takers((node.side.format(), topology), to).expect("even heads");
             let readers = u32::try_from(takers.len()).expect("few");
             let offer = || {
                 let request = RequestId::from(request);
@@ -140,7 +140,7 @@ fn pushes(producer: Cut, consumer: Cut, senders: u32) {
     for node in &pair.consumers.nodes {
         let topology = node.side.placement().desc().topology();
         let producer = (pair.producers.nodes[0].side.format(), parallel);
-        let of = sources(producer, (node.side.format(), &topology)).expect("even heads");
+        let of = sources(producer, (node.side.format(), topology)).expect("even heads");
         assert_eq!(of.len(), senders as usize, "{of:?}");
         node.engine
             .expect(&request, &pair.dst, senders, LONG)

@@ -473,7 +473,7 @@ impl Inner {
                 }
                 let counted = self.books.with(self, |books, now| {
                     let gap = |covers: &[&Cover]| {
-                        let part = Cover::missing(&self.side(), covers)?;
+                        let part = Box::new(Cover::missing(&self.side(), covers)?);
                         Some(Cause::MissingPart { part })
                     };
                     (books.expects).push_done(now, &request, nonce, peer.key, gap)

@@ -255,7 +255,7 @@ impl Peer {
             && pairs.iter().any(|group| !group.pairs.is_empty())
         {
             return Err(Error::MissingPart {
-                part: part.clone(),
+                part: Box::new(part.clone()),
                 ranks: vec![ticket.rank],
             });
         }

@@ -82,25 +82,45 @@ pub(crate) struct Pushing {
     written: Mutex<Written>,
 }
 
-/// What has been written in token order, in units: nothing orders two writes of one unit, so each is
-/// written once.
+/// Units of one group, in token order, of a layer or of all.
+#[derive(Debug)]
+struct Stretch {
+    group: u32,
+    layer: Option<u32>,
+    units: Range<u64>,
+}
+
+impl Stretch {
+    fn meets(&self, other: &Stretch) -> bool {
+        let same = |a: Option<u32>, b: Option<u32>| a.is_none() || b.is_none() || a == b;
+        self.group == other.group
+            && same(self.layer, other.layer)
+            && self.units.start < other.units.end
+            && other.units.start < self.units.end
+    }
+}
+
+/// What has been written in token order, by group and layer: nothing orders two writes of one unit, so
+/// each is written once.
 #[derive(Debug, Default)]
-struct Written(HashMap<u32, Vec<(Option<u32>, Range<u64>)>>);
+struct Written(HashMap<(u32, Option<u32>), Vec<Stretch>>);
 
 impl Written {
-    /// Whether some of these units of a group have been written: of this layer, or of all layers.
-    fn has(&self, group: u32, layer: Option<u32>, units: &Range<u64>) -> bool {
-        let of_group = self.0.get(&group);
-        of_group.into_iter().flatten().any(|(other, range)| {
-            (layer.is_none() || other.is_none() || *other == layer)
-                && range.start < units.end
-                && units.start < range.end
-        })
+    fn has(&self, wanted: &Stretch) -> bool {
+        let any = |of: Option<&Vec<Stretch>>| of.into_iter().flatten().any(|s| s.meets(wanted));
+        match wanted.layer {
+            Some(_) => {
+                any(self.0.get(&(wanted.group, wanted.layer)))
+                    || any(self.0.get(&(wanted.group, None)))
+            }
+            None => self.0.values().any(|of| any(Some(of))),
+        }
     }
 
-    fn take(&mut self, units: Vec<(u32, Option<u32>, Range<u64>)>) {
-        for (group, layer, units) in units {
-            self.0.entry(group).or_default().push((layer, units));
+    fn take(&mut self, all: Vec<Stretch>) {
+        for stretch in all {
+            let key = (stretch.group, stretch.layer);
+            self.0.entry(key).or_default().push(stretch);
         }
     }
 }
@@ -543,7 +563,7 @@ impl Pushing {
     }
 
     /// The units of each group that blocks in token order write.
-    fn units(&self, layer: &Waiting) -> Vec<(u32, Option<u32>, Range<u64>)> {
+    fn units(&self, layer: &Waiting) -> Vec<Stretch> {
         let Waiting::InOrder(scope, src, tokens) = layer else {
             return Vec::new();
         };
@@ -558,7 +578,11 @@ impl Pushing {
                 (None, _) | (_, 0) => 0..u64::MAX,
                 (Some(tokens), unit) => tokens.start / unit..tokens.end.div_ceil(unit),
             };
-            (group.group, layer, units)
+            Stretch {
+                group: group.group,
+                layer,
+                units,
+            }
         };
         src.iter().map(of).collect()
     }
@@ -568,10 +592,7 @@ impl Pushing {
         let mut stage = self.stage();
         let units = self.units(&layer);
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let twice = |(group, layer, units): &&(u32, Option<u32>, Range<u64>)| {
-            written.has(*group, *layer, units)
-        };
-        if let Some(&(group, layer, _)) = units.iter().find(twice) {
+        if let Some(&Stretch { group, layer, .. }) = units.iter().find(|units| written.has(units)) {
             return Err(Error::WrittenTwice {
                 request: self.request.clone(),
                 group,

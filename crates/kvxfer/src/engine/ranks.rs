@@ -145,7 +145,7 @@ impl Instance {
         }
         if let Some(part) = Cover::missing(&engine.side(), &covers) {
             return Err(away.unwrap_or(Error::MissingPart {
-                part,
+                part: Box::new(part),
                 ranks: tickets.iter().map(|ticket| ticket.rank).collect(),
             }));
         }

@@ -172,7 +172,7 @@ pub enum Cause {
     #[error("the ranks that have pushed do not keep {part}")]
     MissingPart {
         /// Something that is missing.
-        part: MissingPart,
+        part: Box<MissingPart>,
     },
     /// The peer refused.
     #[error("refused by the peer: {reason}")]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::Outcome;
-use kvxfer::event::Event;
+use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::{Generation, Nonce, RequestId};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
@@ -164,7 +164,16 @@ fn pushes_of_another() {
             // The liar was first; as a sender it may say so, and the request is spoilt. That is what
             // the number of senders means, and a matter between those who know the secret.
             engine.cancel_expect(&request);
-            drop(push);
+            drop((push, liar));
+            let free = |e: &Event| match e {
+                Event::Failed {
+                    request: r, memory, ..
+                } => *r == request && *memory == MemoryState::Released,
+                Event::Released { request: r, .. } => *r == request,
+                _ => false,
+            };
+            // The next one expects the same blocks.
+            world.log.borrow_mut().wait("the memory's release", free);
             continue;
         }
         let sender = liar.name.rank;
