@@ -42,4 +42,6 @@ pub use rdma::{
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};
+#[doc(hidden)]
+pub use sys::library_file;
 pub use wr::{Completion, Remote, SendChain, SendOp, Sge, WcOpcode, WcStatus, Wr};

@@ -93,6 +93,27 @@ pub(super) enum DmaBufFault {
     Refused(Refused),
 }
 
+impl Api {
+    /// Copies in any order.
+    ///
+    /// # Safety
+    ///
+    /// All spans are there until the stream has got past the copies.
+    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
+        if let Self::Cuda(api) = self {
+            // SAFETY: as for this function.
+            if let Some(copied) = unsafe { api.copy_batch(copies, stream) } {
+                return copied;
+            }
+        }
+        for copy in copies {
+            // SAFETY: the caller keeps both spans until the stream has got past this.
+            unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
+        }
+        Ok(())
+    }
+}
+
 /// The functions that all three have, handed on to the one that is there.
 macro_rules! forward {
     ($($(#[$about:meta])* $([$unsafe:ident])? fn $name:ident(&self $(, $arg:ident: $ty:ty)*) -> $ret:ty;)*) => {
@@ -152,10 +173,6 @@ forward! {
     [unsafe] fn copy(&self, dst: u64, src: u64, len: u64, way: Direction, stream: u64) -> Result<(), Refused>;
     /// Whether [`copy_all`](Self::copy_all) is one call that hides what it costs to begin each copy.
     fn has_batches(&self) -> bool;
-    /// Copies in any order.
-    /// # Safety
-    /// All spans are there until the stream has got past the copies.
-    [unsafe] fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused>;
     /// # Safety
     /// The span is the device's until the stream has got past the fill.
     [unsafe] fn fill(&self, dst: u64, byte: u8, len: u64, stream: u64) -> Result<(), Refused>;

@@ -351,18 +351,16 @@ impl CudaApi {
         self.cuda.cuMemcpyBatchAsync.is_some()
     }
 
-    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
+    /// Copies in one call. `None`: this driver, or the stream, takes them one by one.
+    pub(super) unsafe fn copy_batch(
+        &self,
+        copies: &[CopySpan],
+        stream: u64,
+    ) -> Option<Result<(), Refused>> {
         let batch = self
             .cuda
             .cuMemcpyBatchAsync
-            .filter(|_| copies.len() > 1 && stream > LAST_DEFAULT_STREAM);
-        let Some(batch) = batch else {
-            for copy in copies {
-                // SAFETY: the caller keeps both spans until the stream has got past this.
-                unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
-            }
-            return Ok(());
-        };
+            .filter(|_| copies.len() > 1 && stream > LAST_DEFAULT_STREAM)?;
         let mut dsts: Vec<CUdeviceptr> = copies.iter().map(|copy| copy.dst).collect();
         let mut srcs: Vec<CUdeviceptr> = copies.iter().map(|copy| copy.src).collect();
         let mut sizes: Vec<usize> = copies.iter().map(|copy| copy.len as usize).collect();
@@ -393,7 +391,7 @@ impl CudaApi {
                 pointer(stream),
             )
         };
-        self.checked("cuMemcpyBatchAsync", code)
+        Some(self.checked("cuMemcpyBatchAsync", code))
     }
 
     pub(super) unsafe fn fill(

@@ -9,9 +9,7 @@ use std::sync::OnceLock;
 
 use libc::{c_char, c_int, c_uint, c_void};
 
-use super::api::{
-    CopySpan, Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts,
-};
+use super::api::{Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts};
 use super::code::{GpuCode, INVALID_VALUE, NOT_SUPPORTED, PEER_ALREADY, Refused};
 use super::device::{GpuInfo, Uuid};
 use super::error::NoGpu;
@@ -352,14 +350,6 @@ impl HipApi {
 
     pub(super) fn has_batches(&self) -> bool {
         false
-    }
-
-    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
-        for copy in copies {
-            // SAFETY: the caller keeps both spans until the stream has got past this.
-            unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
-        }
-        Ok(())
     }
 
     pub(super) unsafe fn fill(

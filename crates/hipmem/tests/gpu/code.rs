@@ -188,7 +188,7 @@ fn what_is_not_code_is_told_with_the_loaders_words() {
 }
 
 #[test]
-#[ignore = "needs an NVIDIA GPU: KVXFER_TEST_GPU=cuda on a machine that has one"]
+#[ignore = "needs an NVIDIA GPU: runs from the folder that `cargo xtask gpu-bundle` makes, on a machine that has one"]
 fn on_gpu_bad_ptx_is_told_with_the_compilers_log() {
     let gpu = gpu();
     assert_ne!(

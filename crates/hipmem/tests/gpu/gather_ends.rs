@@ -234,7 +234,7 @@ fn another(gpu: &Gpu) -> Result<Option<Gpu>, Error> {
 }
 
 #[test]
-#[ignore = "needs a GPU: KVXFER_TEST_GPU=cuda or hip on a machine that has one"]
+#[ignore = "needs a GPU: runs from the folder that `cargo xtask gpu-bundle` makes, on a machine that has one"]
 fn on_gpu_each_device_takes_its_own_streams_alone() -> Outcome {
     assert!(!on_host(), "no GPU: KVXFER_TEST_GPU names no GPU's runtime");
     let gpu = gpu();

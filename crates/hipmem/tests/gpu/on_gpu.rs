@@ -35,7 +35,7 @@ fn use_everything(gpu: &kvxfer_hipmem::gpu::Gpu) -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU: KVXFER_TEST_GPU=cuda or hip on a machine that has one"]
+#[ignore = "needs a GPU: runs from the folder that `cargo xtask gpu-bundle` makes, on a machine that has one"]
 fn on_gpu_the_callers_device_stays_current() -> Outcome {
     type Create = unsafe extern "C" fn(*mut *mut c_void, u32, c_int) -> c_int;
     type Pointer = unsafe extern "C" fn(*mut *mut c_void) -> c_int;
@@ -111,7 +111,7 @@ fn on_gpu_the_callers_device_stays_current() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU: KVXFER_TEST_GPU=cuda or hip on a machine that has one"]
+#[ignore = "needs a GPU: runs from the folder that `cargo xtask gpu-bundle` makes, on a machine that has one"]
 fn on_gpu_two_devices_reach_each_other_or_say_why_not() -> Outcome {
     let runtime = runtime();
     if runtime.kind() == RuntimeKind::Host {
@@ -161,7 +161,7 @@ fn on_gpu_two_devices_reach_each_other_or_say_why_not() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU: KVXFER_TEST_GPU=cuda or hip on a machine that has one"]
+#[ignore = "needs a GPU: runs from the folder that `cargo xtask gpu-bundle` makes, on a machine that has one"]
 fn on_gpu_other_devices_writes_are_flushed_where_the_runtime_can() -> Outcome {
     let runtime = runtime();
     for gpu in runtime.gpus() {

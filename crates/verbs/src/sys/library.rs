@@ -96,39 +96,56 @@ impl Library {
 
     /// Its file, or the name that it was asked for by.
     fn path(&self) -> PathBuf {
-        self.file().unwrap_or_else(|| self.name.clone().into())
+        // SAFETY: the handle is of a library that is never closed.
+        let file = unsafe { library_file(self.handle) };
+        file.unwrap_or_else(|| self.name.clone().into())
+    }
+}
+
+/// The file of a loaded library, as the loader found it; `None` where the loader does not tell. Used by
+/// kvxfer-hipmem as well.
+///
+/// # Safety
+///
+/// The handle is of `dlopen`, and its library is never closed.
+#[doc(hidden)]
+#[must_use]
+#[cfg(target_env = "gnu")]
+pub unsafe fn library_file(handle: *mut c_void) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+
+    /// The head of `struct link_map` in <link.h>.
+    #[repr(C)]
+    struct LinkMap {
+        address: usize,
+        name: *const libc::c_char,
     }
 
-    #[cfg(target_env = "gnu")]
-    fn file(&self) -> Option<PathBuf> {
-        use std::os::unix::ffi::OsStrExt;
-
-        /// The head of `struct link_map` in <link.h>.
-        #[repr(C)]
-        struct LinkMap {
-            address: usize,
-            name: *const libc::c_char,
-        }
-
-        let mut map: *const LinkMap = std::ptr::null();
-        let out = (&raw mut map).cast();
-        // SAFETY: the request writes one pointer to `out`.
-        let code = unsafe { libc::dlinfo(self.handle, libc::RTLD_DI_LINKMAP, out) };
-        if code != 0 {
-            return None;
-        }
-        // SAFETY: null, or the entry of a library that is never closed.
-        let name = unsafe { map.as_ref() }?.name;
-        if name.is_null() {
-            return None;
-        }
-        // SAFETY: the loader's name of the file ends with a zero byte, and stays.
-        let name = unsafe { CStr::from_ptr(name) };
-        Some(OsStr::from_bytes(name.to_bytes()).into())
+    let mut map: *const LinkMap = std::ptr::null();
+    let out = (&raw mut map).cast();
+    // SAFETY: the request writes one pointer to `out`; the caller has the handle from the loader.
+    let code = unsafe { libc::dlinfo(handle, libc::RTLD_DI_LINKMAP, out) };
+    if code != 0 {
+        return None;
     }
-
-    #[cfg(not(target_env = "gnu"))]
-    fn file(&self) -> Option<PathBuf> {
-        None
+    // SAFETY: null, or the entry of a library that is never closed.
+    let name = unsafe { map.as_ref() }?.name;
+    if name.is_null() {
+        return None;
     }
+    // SAFETY: the loader's name of the file ends with a zero byte, and stays.
+    let name = unsafe { CStr::from_ptr(name) };
+    Some(OsStr::from_bytes(name.to_bytes()).into())
+}
+
+/// The same where the loader does not tell.
+///
+/// # Safety
+///
+/// None is asked for.
+#[doc(hidden)]
+#[must_use]
+#[cfg(not(target_env = "gnu"))]
+pub unsafe fn library_file(_: *mut c_void) -> Option<PathBuf> {
+    None
 }

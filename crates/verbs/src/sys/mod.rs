@@ -28,3 +28,4 @@ pub(crate) mod types;
 
 pub(crate) use functions::Functions;
 pub(crate) use library::Verbs;
+pub use library::library_file;

@@ -20,9 +20,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use self::memory::Memories;
 use self::stream::{HostEvent, HostStream};
-use super::api::{
-    CopySpan, Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts,
-};
+use super::api::{Direction, DmaBufFault, Entered, Grain, Launch, NotLoaded, PointerFacts};
 use super::code::{self, GpuCode, Refused};
 use super::device::{GpuInfo, Uuid};
 use super::runtime::RuntimeKind;
@@ -226,14 +224,6 @@ impl HostApi {
 
     pub(super) fn has_batches(&self) -> bool {
         true
-    }
-
-    pub(super) unsafe fn copy_all(&self, copies: &[CopySpan], stream: u64) -> Result<(), Refused> {
-        for copy in copies {
-            // SAFETY: the caller keeps both spans until the stream has got past this.
-            unsafe { self.copy(copy.dst, copy.src, copy.len, copy.way, stream) }?;
-        }
-        Ok(())
     }
 
     pub(super) unsafe fn fill(

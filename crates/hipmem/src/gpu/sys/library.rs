@@ -1,7 +1,7 @@
 //! A shared library: found when it is first asked for, and never closed, for GPU runtimes have threads and
 //! tables of their own.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CString, OsStr};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
@@ -43,7 +43,9 @@ impl Library {
         match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
             Ok(opened) => {
                 let handle = opened.into_raw();
-                let path = file(handle).unwrap_or_else(|| name.into());
+                // SAFETY: the handle is of a library that is never closed.
+                let file = unsafe { kvxfer_verbs::library_file(handle) };
+                let path = file.unwrap_or_else(|| name.into());
                 tracing::debug!(path = %path.display(), "a GPU runtime is loaded");
                 Ok(Self { handle, path })
             }
@@ -67,39 +69,4 @@ impl Library {
             library: self.path.clone(),
         })
     }
-}
-
-/// The file, as the loader found it.
-#[cfg(target_env = "gnu")]
-fn file(handle: *mut c_void) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-
-    /// The head of `struct link_map` in <link.h>.
-    #[repr(C)]
-    struct LinkMap {
-        address: usize,
-        name: *const libc::c_char,
-    }
-
-    let mut map: *const LinkMap = std::ptr::null();
-    let out = (&raw mut map).cast();
-    // SAFETY: the request writes one pointer to `out`.
-    let code = unsafe { libc::dlinfo(handle, libc::RTLD_DI_LINKMAP, out) };
-    if code != 0 {
-        return None;
-    }
-    // SAFETY: null, or the entry of a library that is never closed.
-    let name = unsafe { map.as_ref() }?.name;
-    if name.is_null() {
-        return None;
-    }
-    // SAFETY: the loader's name of the file ends with a zero byte, and stays.
-    let name = unsafe { CStr::from_ptr(name) };
-    Some(OsStr::from_bytes(name.to_bytes()).into())
-}
-
-#[cfg(not(target_env = "gnu"))]
-fn file(_: *mut c_void) -> Option<PathBuf> {
-    let _: Option<&CStr> = None;
-    None
 }
