@@ -192,6 +192,43 @@ fn a_corrupt_key_is_refused() {
     }
 }
 
+/// Wrong bytes, and nobody says so.
+#[test]
+fn a_stray_request_succeeds_elsewhere() {
+    const OFF: usize = 64;
+    for how in SOFT {
+        let p = meet(how, &options("stray=1"));
+        let sge = Sge {
+            region: 0,
+            len: (N - OFF) as u32,
+            offset: OFF as u64,
+        };
+        let meant = Remote {
+            addr: p.remote.addr + OFF as u64,
+            ..p.remote
+        };
+        let mut chain = SendChain::new();
+        chain.push(0, SendOp::Read(meant), true, &[sge]);
+        p.a.qp.post_send(&chain, &p.table).unwrap();
+        assert_eq!(p.reap(1)[0].status, WcStatus::Success, "{how:?}");
+        let (near, far) = (p.near.get(0, N), pattern(N, 2));
+        assert_eq!(near[..OFF], pattern(N, 1)[..OFF], "{how:?}");
+        assert_eq!(near[OFF..], far[..N - OFF], "{how:?}");
+        // A word stays right; what would leave its region is refused.
+        chain.clear();
+        let word = Sge { len: 64, ..sge };
+        chain.push(1, SendOp::Write(meant), true, &[word]);
+        p.a.qp.post_send(&chain, &p.table).unwrap();
+        assert_eq!(p.reap(1)[0].status, WcStatus::Success, "{how:?}");
+        assert_eq!(p.far.get(OFF, 64), near[OFF..2 * OFF], "{how:?}");
+        assert_eq!(p.far.get(0, OFF), far[..OFF], "{how:?}");
+        chain.clear();
+        chain.push(2, SendOp::Read(p.remote), true, &[sge]);
+        p.a.qp.post_send(&chain, &p.table).unwrap();
+        assert_eq!(p.reap(1)[0].status, WcStatus::RemAccess, "{how:?}");
+    }
+}
+
 #[test]
 fn a_cut_link_ends_both_sides() {
     for how in SOFT {

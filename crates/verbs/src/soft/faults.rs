@@ -20,6 +20,7 @@ use crate::wr::WcStatus;
 /// | `reorder=RATE:TIME` | the same by a random time up to `TIME`: queue pairs overtake each other |
 /// | `drop=RATE` | it gets lost, and so does every retry: `RetryExc` once the queue pair's own retry time is over (a queue pair that tries for ever waits for ever) |
 /// | `key=RATE` | READs and WRITEs: it names a key that is not valid, `RemAccess` |
+/// | `stray=RATE` | READs and WRITEs of more than 64 bytes: it goes to the bytes 64 below those that it names and succeeds, so that data is wrong and nothing says so (`RemAccess` where they are outside the region) |
 /// | `cut=RATE` | the stream to the peer is shut down: `RetryExc` with [`vendor::PEER_GONE`](super::vendor::PEER_GONE) |
 /// | `wr-error=RATE:STATUS` | it fails with `STATUS` and [`vendor::PLANNED`](super::vendor::PLANNED) |
 /// | `qp-fatal=RATE` | its queue pair fails with no completion that says why; [`AsyncEvent::QpFatal`](crate::AsyncEvent::QpFatal) |
@@ -55,6 +56,8 @@ pub struct FaultPlan {
     pub drop: f64,
     /// Share that names a wrong key.
     pub key: f64,
+    /// Share that goes to the wrong bytes.
+    pub stray: f64,
     /// Share at which the stream is shut down.
     pub cut: f64,
     /// Share that fails, and how.
@@ -137,12 +140,13 @@ pub enum FaultPlanError {
     },
 }
 
-const ITEMS: [(&str, &str); 15] = [
+const ITEMS: [(&str, &str); 16] = [
     ("seed", "seed=N"),
     ("delay", "delay=RATE:TIME"),
     ("reorder", "reorder=RATE:TIME"),
     ("drop", "drop=RATE"),
     ("key", "key=RATE"),
+    ("stray", "stray=RATE"),
     ("cut", "cut=RATE"),
     ("wr-error", "wr-error=RATE:STATUS"),
     ("qp-fatal", "qp-fatal=RATE"),
@@ -255,6 +259,7 @@ impl FromStr for FaultPlan {
                 "reorder" => plan.reorder = Some(item.rate_and_time()?),
                 "drop" => plan.drop = item.rate(value)?,
                 "key" => plan.key = item.rate(value)?,
+                "stray" => plan.stray = item.rate(value)?,
                 "cut" => plan.cut = item.rate(value)?,
                 "wr-error" => {
                     let (rate, status) = item.pair()?;
@@ -307,7 +312,12 @@ impl fmt::Display for FaultPlan {
                 write!(f, ",{name}={rate}:{}", Time(time))?;
             }
         }
-        let rates = [("drop", self.drop), ("key", self.key), ("cut", self.cut)];
+        let rates = [
+            ("drop", self.drop),
+            ("key", self.key),
+            ("stray", self.stray),
+            ("cut", self.cut),
+        ];
         for (name, rate) in rates.into_iter().filter(|r| r.1 > 0.0) {
             write!(f, ",{name}={rate}")?;
         }
@@ -376,6 +386,8 @@ impl QpFault {
 pub(crate) struct Fate {
     /// It names a wrong key.
     pub(crate) key: bool,
+    /// It goes to the wrong bytes.
+    pub(crate) stray: bool,
     pub(crate) delay: Option<Fault>,
     pub(crate) end: Option<Fault>,
 }
@@ -419,6 +431,7 @@ impl FaultPlan {
         };
         Fate {
             key: hit(self.key, 7),
+            stray: hit(self.stray, 10),
             delay: (later > Duration::ZERO).then_some(Fault::Delay(later)),
             end,
         }
@@ -503,7 +516,7 @@ mod tests {
         fn a_plan_comes_back_from_its_text(
             seed in any::<u64>(),
             (delay, reorder) in (timed(), timed()),
-            rates in prop::array::uniform6(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
+            rates in prop::array::uniform7(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
             wr_error in prop::option::of((0.0..=1.0, 0..STATUSES.len())),
             port_down in prop::option::of((time(), time())),
             (cq_error, device_fatal, event_lag) in (
@@ -513,10 +526,10 @@ mod tests {
             ),
             event in prop::option::of((time(), any::<u32>())),
         ) {
-            let [drop, key, cut, qp_fatal, qp_request, qp_access] = rates;
+            let [drop, key, stray, cut, qp_fatal, qp_request, qp_access] = rates;
             let wr_error = wr_error.map(|(rate, s)| (rate, STATUSES[s].1));
             let plan = FaultPlan {
-                seed, delay, reorder, drop, key, cut, wr_error, qp_fatal, qp_request, qp_access,
+                seed, delay, reorder, drop, key, stray, cut, wr_error, qp_fatal, qp_request, qp_access,
                 port_down, cq_error, device_fatal, event, event_lag,
             };
             prop_assert_eq!(plan.to_string().parse(), Ok(plan));
@@ -532,7 +545,7 @@ mod tests {
 
     #[test]
     fn faults_come_as_often_as_planned_and_the_same_each_time() {
-        let text = "seed=7,delay=0.1:5ms,reorder=0.2:1ms,drop=0.01,key=0.3,cut=0.02,wr-error=0.05:rem-op,qp-fatal=0.01";
+        let text = "seed=7,delay=0.1:5ms,reorder=0.2:1ms,drop=0.01,key=0.3,stray=0.15,cut=0.02,wr-error=0.05:rem-op,qp-fatal=0.01";
         let plan: FaultPlan = text.parse().unwrap();
         let n = 50_000u32;
         let fates: Vec<Fate> = (0..n)
@@ -543,6 +556,7 @@ mod tests {
         };
         let near = |got: f64, want: f64| (got - want).abs() < 0.2 * want;
         assert!(near(share(&|f| f.key), 0.3));
+        assert!(near(share(&|f| f.stray), 0.15));
         assert!(near(share(&|f| f.end == Some(Fault::Drop)), 0.01));
         assert!(near(share(&|f| f.end == Some(Fault::Cut)), 0.02));
         assert!(near(

@@ -11,6 +11,9 @@ use crate::soft::vendor;
 use crate::soft::{FIRST_CQ, PORT};
 use crate::wr::{Op, WcStatus, WrEntry};
 
+/// How far off a work request goes that strays, in bytes.
+const STRAY: u64 = 64;
+
 /// What is due on the device at some time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Planned {
@@ -113,6 +116,10 @@ impl QpFaults {
         if fate.key && matches!(wr.op, Op::Read | Op::Write | Op::WriteImm) {
             // Another generation of the key: it was valid once, or will be.
             wr.rkey ^= 0x8000_0000;
+        }
+        // Words that are polled or looked at by themselves stay right.
+        if fate.stray && wr.len > STRAY && matches!(wr.op, Op::Read | Op::Write | Op::WriteImm) {
+            wr.addr = wr.addr.wrapping_sub(STRAY);
         }
         let faults = [fate.delay, fate.end].into_iter().flatten();
         self.pending.extend(faults.map(|fault| (number, fault)));
