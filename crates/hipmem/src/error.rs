@@ -91,6 +91,12 @@ pub enum Error {
         /// The length of the memory.
         size: u64,
     },
+    /// Memory that this process's CPU does not read.
+    #[error("reading {kind}: the CPU does not go there")]
+    NotHost {
+        /// Where it lives.
+        kind: kvxfer_verbs::MemoryKind,
+    },
     /// A word that does not begin at a multiple of its size.
     #[error("{operation} of a 64-bit word at {offset}: address {addr:#x} is no multiple of 8")]
     Misaligned {

@@ -44,5 +44,5 @@ pub use arena::{ArenaOptions, HostArena, HugePages};
 pub use buffer::HostBuffer;
 pub use error::{Error, FirstMismatch, Operation};
 pub use gpu::gather;
-pub use memory::{CopyPair, HostMemory};
+pub use memory::{CopyPair, HostMemory, read};
 pub use pages::{PageBacking, PageInfo, WhyNotHuge};

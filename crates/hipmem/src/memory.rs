@@ -58,7 +58,8 @@ unsafe impl Sync for Span {}
 // within one call; the answers are constant; an arena's file is mapped from its offset 0.
 unsafe impl Memory for Span {
     fn addr(&self) -> u64 {
-        self.base.addr().get() as u64
+        // Exposed: devices go there by the number, and so does `read`.
+        self.base.as_ptr().expose_provenance() as u64
     }
 
     fn len(&self) -> u64 {
@@ -346,6 +347,34 @@ impl HostMemory {
     pub(crate) fn mapped(&self) -> Option<&Mapping> {
         self.span.mapping()
     }
+}
+
+/// Copies bytes out of any memory of the host, whoever made it.
+///
+/// # Errors
+///
+/// [`Error::NotHost`]; [`Error::OutOfBounds`]. Then nothing was copied.
+pub fn read(memory: &dyn Memory, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+    let kind = memory.kind();
+    if kind != MemoryKind::Host {
+        return Err(Error::NotHost { kind });
+    }
+    let (size, len) = (memory.len(), into.len() as u64);
+    let end = offset.checked_add(len).filter(|end| *end <= size);
+    let addr = end.and_then(|_| memory.addr().checked_add(offset));
+    let Some(addr) = addr.and_then(|addr| usize::try_from(addr).ok()) else {
+        return Err(Error::OutOfBounds {
+            operation: Operation::Read,
+            offset,
+            len,
+            size,
+        });
+    };
+    let from = std::ptr::with_exposed_provenance::<u8>(addr);
+    // SAFETY: host memory is mapped and readable in all its length while the value lives, which who
+    // implements `Memory` keeps; `from` and `len` bytes lie in it; `into` is ours and as long.
+    unsafe { raw::copy(into.as_mut_ptr(), from, into.len()) };
+    Ok(())
 }
 
 /// A checked part of a memory. The pointer is good while the memory lives.

@@ -169,6 +169,7 @@ fn submitting(c: &mut Criterion) {
                     id: TransferId(n),
                     peer: PEER,
                     kind,
+                    verify: false,
                     deadline: Time::MAX,
                     workers: 4,
                 };

@@ -94,6 +94,21 @@ pub enum Error {
     /// An expectation cannot be made or ended.
     #[error(transparent)]
     Expect(#[from] crate::expects::ExpectError),
+    /// Checksums cannot be worked out.
+    #[error(transparent)]
+    Sums(#[from] crate::sums::SumError),
+    /// More checksums than one request may have.
+    #[error(
+        "request {request} would take {sums} checksums, {max} are the most; pull or push it in parts, or without verify"
+    )]
+    TooManySums {
+        /// The request.
+        request: RequestId,
+        /// How many.
+        sums: u64,
+        /// The most.
+        max: u64,
+    },
     /// A block is in something else that is under way, or whose memory has not been released.
     #[error(transparent)]
     InUse(#[from] crate::claims::BlockInUse),

@@ -220,6 +220,8 @@ pub enum PushProgress {
 enum Writer {
     /// It may write.
     Open,
+    /// It will write no more; what it has written is compared with its checksums.
+    Written,
     /// It will write no more.
     Closed,
 }
@@ -272,6 +274,10 @@ impl Expectation {
             .iter_mut()
             .find(|w| w.peer == peer)
             .map(|w| &mut w.state)
+    }
+
+    fn sender(&mut self, peer: PeerKey) -> Result<&mut Writer, PushRefusal> {
+        self.writer(peer).ok_or(PushRefusal::NotASender)
     }
 
     fn open_writers(&self) -> impl Iterator<Item = PeerKey> {
@@ -454,7 +460,7 @@ impl Expects {
         match expectation.writer(peer).copied() {
             Some(Writer::Open) => Ok(()),
             // It said that it is done; beginning again would write into finished blocks.
-            Some(Writer::Closed) => Err(PushRefusal::Late),
+            Some(Writer::Written | Writer::Closed) => Err(PushRefusal::Late),
             None if expectation.writers.iter().any(|w| w.name == *who.name) => {
                 Err(PushRefusal::Late)
             }
@@ -495,29 +501,105 @@ impl Expects {
         let key = self.find(request, nonce)?;
         let expectation = self.expectation(key);
         let draining = matches!(expectation.phase, Phase::Draining(_));
-        let senders = expectation.senders;
-        let writer = expectation.writer(peer).ok_or(PushRefusal::NotASender)?;
-        let before = std::mem::replace(writer, Writer::Closed);
+        let writer = expectation.sender(peer)?;
+        let fresh = *writer == Writer::Open;
         if draining {
+            *writer = Writer::Closed;
             self.release_if_drained(key);
             return Err(PushRefusal::Late);
         }
-        if before == Writer::Closed {
+        if !fresh {
             return Ok(PushProgress::Repeated);
         }
+        *writer = Writer::Closed;
+        Ok(self.count(now, key, gap))
+    }
+
+    /// A sender has written everything, and tells checksums of it: it counts when
+    /// [`push_checked`](Self::push_checked) says that they are right. `false`: it has said so before.
+    ///
+    /// # Errors
+    /// As [`push_done`](Self::push_done).
+    pub fn push_written(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<bool, PushRefusal> {
+        self.on_time(now);
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        let draining = matches!(expectation.phase, Phase::Draining(_));
+        let writer = expectation.sender(peer)?;
+        if draining {
+            *writer = Writer::Closed;
+            self.release_if_drained(key);
+            return Err(PushRefusal::Late);
+        }
+        let fresh = *writer == Writer::Open;
+        if fresh {
+            *writer = Writer::Written;
+        }
+        Ok(fresh)
+    }
+
+    /// What a sender has written was compared with its checksums. If they differ the expectation fails
+    /// with the cause; otherwise the sender counts, as with [`push_done`](Self::push_done).
+    ///
+    /// # Errors
+    /// The expectation has ended meanwhile, or the sender has not written.
+    pub fn push_checked(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+        verdict: Result<(), Cause>,
+        gap: impl FnOnce(&[&Cover]) -> Option<Cause>,
+    ) -> Result<PushProgress, PushRefusal> {
+        self.on_time(now);
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        if matches!(expectation.phase, Phase::Draining(_)) {
+            return Err(PushRefusal::Late);
+        }
+        let writer = expectation.sender(peer)?;
+        if *writer != Writer::Written {
+            return Err(PushRefusal::NotASender);
+        }
+        *writer = Writer::Closed;
+        match verdict {
+            Ok(()) => Ok(self.count(now, key, gap)),
+            Err(cause) => {
+                self.fail(now, key, cause);
+                Ok(PushProgress::Complete)
+            }
+        }
+    }
+
+    /// One more sender of a standing expectation is done.
+    fn count(
+        &mut self,
+        now: Time,
+        key: u64,
+        gap: impl FnOnce(&[&Cover]) -> Option<Cause>,
+    ) -> PushProgress {
+        let expectation = self.expectation(key);
         let done = expectation
             .writers
             .iter()
             .filter(|w| w.state == Writer::Closed)
             .count();
-        let left = senders.saturating_sub(u32::try_from(done).unwrap_or(u32::MAX));
+        let done = u32::try_from(done).unwrap_or(u32::MAX);
+        let left = expectation.senders.saturating_sub(done);
         if left > 0 {
-            return Ok(PushProgress::Waiting { left });
+            return PushProgress::Waiting { left };
         }
         let covers: Vec<&Cover> = expectation.writers.iter().map(|w| &w.cover).collect();
         if let Some(cause) = gap(&covers) {
             self.fail(now, key, cause);
-            return Ok(PushProgress::Complete);
+            return PushProgress::Complete;
         }
         let expectation = self.remove(key);
         self.outputs.push_back(ExpectOutput::Received {
@@ -525,7 +607,7 @@ impl Expects {
             nonce: expectation.nonce,
             tag: expectation.tag,
         });
-        Ok(PushProgress::Complete)
+        PushProgress::Complete
     }
 
     /// A peer has closed its push: nothing of it is under way and none will come. The answer to a
@@ -543,13 +625,17 @@ impl Expects {
         self.on_time(now);
         let key = self.find(request, nonce)?;
         let expectation = self.expectation(key);
-        let writer = expectation.writer(peer).ok_or(PushRefusal::NotASender)?;
-        let before = std::mem::replace(writer, Writer::Closed);
-        match (expectation.phase, before) {
+        let phase = expectation.phase;
+        let writer = expectation.sender(peer)?;
+        let before = *writer;
+        if before == Writer::Open {
+            *writer = Writer::Closed;
+        }
+        match (phase, before) {
             (Phase::Draining(_), _) => self.release_if_drained(key),
             (Phase::Standing(_), Writer::Open) => self.fail(now, key, Cause::Aborted),
             // It was done before, and what it wrote is complete.
-            (Phase::Standing(_), Writer::Closed) => {}
+            (Phase::Standing(_), Writer::Written | Writer::Closed) => {}
         }
         Ok(())
     }
@@ -618,6 +704,25 @@ impl Expects {
         for key in drained {
             self.release_if_drained(key);
         }
+    }
+
+    /// Whether a peer may tell checksums of what it writes for this try: it is bound, and has not been
+    /// counted.
+    #[must_use]
+    pub fn may_tell(&self, request: &RequestId, nonce: Nonce, peer: PeerKey) -> bool {
+        let writers = self.of_try(request, nonce).map(|e| &e.writers);
+        let mut writers = writers.into_iter().flatten();
+        writers.any(|w| w.peer == peer && w.state != Writer::Closed)
+    }
+
+    /// The blocks of a try that stands, or whose memory has not been released.
+    #[must_use]
+    pub fn groups(&self, request: &RequestId, nonce: Nonce) -> Option<&[GroupBlocks]> {
+        self.of_try(request, nonce).map(|e| e.groups.as_slice())
+    }
+
+    fn of_try(&self, request: &RequestId, nonce: Nonce) -> Option<&Expectation> {
+        self.all.get(self.by_try.get(&(request.clone(), nonce))?)
     }
 
     /// Fails what has reached its deadline and cuts off who has used up the grace.

@@ -423,6 +423,13 @@ impl Leases {
         self.offers.is_empty()
     }
 
+    /// The blocks of a try that is on offer.
+    #[must_use]
+    pub fn holds(&self, request: &RequestId, nonce: Nonce) -> Option<&[GroupBlocks]> {
+        let offer = self.offers.get(request)?;
+        (offer.nonce == nonce).then_some(offer.groups.as_slice())
+    }
+
     /// The nonce and the lease under which a request is on offer.
     #[must_use]
     pub fn get(&self, request: &RequestId) -> Option<(Nonce, LeaseRef)> {

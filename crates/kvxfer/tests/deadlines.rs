@@ -86,6 +86,7 @@ fn pulls_over_tcp() {
             tag,
             deadline: Some(deadline),
             hold: true,
+            ..PullOptions::default()
         };
         let end = Instant::now() + deadline;
         // Each into blocks of its own.

@@ -73,6 +73,7 @@ fn pull(
         tag,
         deadline: Some(deadline),
         hold: true,
+        ..PullOptions::default()
     };
     from.pull(ticket, wanted, options).expect("a transfer")
 }

@@ -325,6 +325,7 @@ fn struck_while_read(path: PathKind, fault: Fault) {
             tag: u64::from(dp * TIMES + tag),
             deadline: Some(fault.deadline(dp)),
             hold: true,
+            ..PullOptions::default()
         };
         trio.instance
             .pull(

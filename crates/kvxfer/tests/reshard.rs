@@ -95,6 +95,7 @@ fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
         let instance = pair.connect(at);
         let options = PullOptions {
             tag: 9,
+            verify: Some(at % 2 == 0),
             ..PullOptions::default()
         };
         let pull = instance
@@ -146,13 +147,17 @@ fn pushes(producer: Cut, consumer: Cut, senders: u32) {
             .expect(&request, &pair.dst, senders, LONG)
             .expect("expected");
     }
-    for node in &pair.producers.nodes {
+    for (at, node) in pair.producers.nodes.iter().enumerate() {
         let mut log = Log::new(&node.engine);
         let instance = node
             .engine
             .connect_ranks(&pair.consumers.addresses, LONG)
             .expect("sessions with all ranks");
-        let push = match instance.begin_push_ranks(&request, &[], &PushOptions::default()) {
+        let options = PushOptions {
+            verify: Some(at % 2 == 0),
+            ..PushOptions::default()
+        };
+        let push = match instance.begin_push_ranks(&request, &[], &options) {
             Ok(push) => push,
             Err(Error::NothingToPush { .. }) => continue,
             Err(error) => panic!("{error}"),

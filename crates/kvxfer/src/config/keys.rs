@@ -107,6 +107,9 @@ keys! {
     max_msg_sge: u32 = 0, Or(0, "auto", 1, 256);
     /// Whether the end of a push is told on the data plane too, as over RDMA always; releases always flow.
     enable_notification: bool = false, Any;
+    /// Whether checksums of what has moved are compared: of this side's pulls and pushes, where a call does
+    /// not say otherwise.
+    verify: bool = false, Any;
     /// Most bytes under way to one peer.
     max_inflight_bytes: Bytes = Bytes(64 << 20), Within(Bytes(1 << 16), Bytes(1 << 40));
     /// Requests that can be on offer at once.

@@ -158,7 +158,7 @@ fn take(runtime: &Arc<Runtime>, engine: &Arc<Inner>, mut stream: TcpStream) -> R
     };
     let arriving = Arriving::new(runtime, &stream).map_err(failed)?;
     let (of, engine) = (Arc::clone(runtime), Arc::clone(engine));
-    runtime.spawn_link(move || {
+    runtime.spawn_link("kvx-link", move || {
         serve(&of, engine, stream, arriving);
         drop(counted);
     })

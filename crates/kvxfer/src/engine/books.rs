@@ -10,16 +10,18 @@ use tracing::{debug, error};
 
 use super::health::Health;
 use super::peer_session::PeerSession;
+use super::verify::{ArrivedSums, Next};
 use crate::claims::{Claim, Claims};
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
 use crate::expects::{ExpectOutput, Expects, PushRefusal, Sender};
 use crate::ids::{Nonce, RequestId};
 use crate::leases::{LeaseOutput, Leases};
+use crate::plan::Cover;
 use crate::ticket::Ticket;
 use crate::time::Time;
 use crate::transfer::{Cause, PeerKey, Refusal};
-use crate::wire::{Announce, Blob, Message, Revoke};
+use crate::wire::{Announce, Blob, ErrorCode, Message, PushSums, Revoke};
 
 /// Pushes that were asked for before their expectations stood; further ones are refused.
 const MAX_WANTED: usize = 16_384;
@@ -39,6 +41,8 @@ pub(crate) struct Ledgers {
     pub(crate) offered: HashMap<(RequestId, Nonce), Claim>,
     /// The tickets of expectations that stand, for producers that ask.
     pub(crate) tickets: HashMap<RequestId, Ticket>,
+    /// Checksums of what is being pushed here.
+    sums: ArrivedSums,
     /// What producers asked for before.
     wanted: HashMap<PeerKey, HashSet<RequestId>>,
     stopping: bool,
@@ -78,6 +82,7 @@ impl Books {
                 expects: Expects::new(grace, claims),
                 offered: HashMap::new(),
                 tickets: HashMap::new(),
+                sums: ArrivedSums::default(),
                 wanted: HashMap::new(),
                 stopping: false,
                 #[cfg(test)]
@@ -337,6 +342,7 @@ impl Ledgers {
         nonce: Nonce,
     ) -> Result<(), PushRefusal> {
         if nonce != NO_TICKET {
+            self.sums.forget(peer, request, nonce);
             return self.expects.push_closed(now, request, nonce, peer);
         }
         // The push was given up before the ticket reached it. If it still waits for one, nobody
@@ -374,9 +380,94 @@ impl Ledgers {
         }
     }
 
-    /// A peer is gone: it asks for nothing any more.
-    pub(crate) fn forget_peer(&mut self, peer: PeerKey) {
+    /// A peer is gone: it asks for nothing any more, and tells no checksums.
+    pub(crate) fn forget_peer(&mut self, now: Time, engine: &Inner, peer: PeerKey, cause: &Cause) {
         self.wanted.remove(&peer);
+        for (request, nonce) in self.sums.forget_peer(peer) {
+            let verdict = Err(cause.clone());
+            let gap = |covers: &[&Cover]| engine.gap(covers);
+            // One that has ended needs no verdict.
+            let _ = (self.expects).push_checked(now, &request, nonce, peer, verdict, gap);
+        }
+    }
+
+    /// A sender tells checksums of what it has written. The error says why it cannot be trusted.
+    pub(crate) fn push_sums(
+        &mut self,
+        engine: &Arc<Inner>,
+        peer: &Arc<PeerSession>,
+        sums: PushSums,
+    ) -> Result<(), String> {
+        let of = (sums.request.clone(), sums.nonce);
+        if !self.expects.may_tell(&of.0, of.1, peer.key) {
+            // Of an expectation that has ended, mostly.
+            return Ok(());
+        }
+        let next = self.sums.add(peer.key, sums);
+        self.compare(engine, peer, of, next)
+    }
+
+    /// A sender has written everything, and has told so many checksums, or will.
+    pub(crate) fn push_written(
+        &mut self,
+        now: Time,
+        engine: &Arc<Inner>,
+        peer: &Arc<PeerSession>,
+        (request, nonce): (&RequestId, Nonce),
+        sums: u64,
+    ) -> Result<(), String> {
+        match self.expects.push_written(now, request, nonce, peer.key) {
+            Ok(true) => {
+                let next = self.sums.done(peer.key, request, nonce, sums);
+                self.compare(engine, peer, (request.clone(), nonce), next)
+            }
+            Ok(false) => {
+                debug!(%request, "push done twice");
+                Ok(())
+            }
+            // It has had no ticket for what it says it has done.
+            Err(refusal @ PushRefusal::NotASender) => Err(format!("push done: {refusal}")),
+            Err(refusal) => {
+                debug!(%request, %refusal, "push not counted");
+                self.sums.forget(peer.key, request, nonce);
+                Ok(())
+            }
+        }
+    }
+
+    fn compare(
+        &mut self,
+        engine: &Arc<Inner>,
+        peer: &Arc<PeerSession>,
+        (request, nonce): (RequestId, Nonce),
+        next: Next,
+    ) -> Result<(), String> {
+        let lists = match next {
+            Next::Wait => return Ok(()),
+            Next::Compare(lists) => lists,
+            Next::NoRoom => {
+                let reason = Refusal::Busy;
+                let verdict = Err(Cause::Refused { reason });
+                let gap = |covers: &[&Cover]| engine.gap(covers);
+                let now = engine.now();
+                let _ = (self.expects).push_checked(now, &request, nonce, peer.key, verdict, gap);
+                return Ok(());
+            }
+            Next::Lie => {
+                let reason = ErrorCode::Lie;
+                let verdict = Err(Cause::CutOff { reason });
+                let gap = |covers: &[&Cover]| engine.gap(covers);
+                let now = engine.now();
+                let _ = (self.expects).push_checked(now, &request, nonce, peer.key, verdict, gap);
+                return Err("more checksums than were to come".to_owned());
+            }
+        };
+        let Some(groups) = self.expects.groups(&request, nonce) else {
+            return Ok(());
+        };
+        let groups = groups.to_vec();
+        engine.check_push(peer, (request, nonce), groups, lists);
+        Ok(())
     }
 
     /// Ends whatever stands.

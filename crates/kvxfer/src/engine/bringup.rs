@@ -18,7 +18,7 @@ use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
-use super::peer_session::{PeerSession, Plans, Standing};
+use super::peer_session::{PeerSession, Plans, Standing, SummedParts};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
@@ -69,6 +69,7 @@ struct Joining {
 #[derive(Debug)]
 struct Known {
     describe: Describe,
+    layout: (KvFormat, PlacementDesc),
     device: DeviceAddr,
     pull: Option<Plans>,
     push: Option<Plans>,
@@ -259,6 +260,7 @@ impl Bringup {
         }
         self.known = Some(Known {
             describe,
+            layout: (format, placement),
             device,
             pull,
             push,
@@ -617,6 +619,8 @@ impl Bringup {
             lanes: self.lanes.len(),
             pull: known.pull,
             push: known.push,
+            layout: known.layout,
+            summing: SummedParts::default(),
             limits: PlanLimits {
                 max_msg_bytes: runtime.max_msg_bytes(),
                 max_sge: runtime.max_sge(),

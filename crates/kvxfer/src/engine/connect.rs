@@ -152,7 +152,7 @@ impl<'a> Attempts<'a> {
             several,
         };
         let until = self.until;
-        runtime.spawn_link(move || keeper.run(until, up, &failed))?;
+        runtime.spawn_link("kvx-link", move || keeper.run(until, up, &failed))?;
         self.all.push(Attempt {
             tether: Some(tether),
             came_up,

@@ -26,12 +26,14 @@ mod presence;
 mod runtime;
 mod scratch;
 mod tether;
+mod verify;
 mod wake;
 mod worker;
 
 mod instance;
 mod push;
 mod ranks;
+mod written;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -389,7 +391,7 @@ impl Inner {
         info!(peer = %peer.name.engine, %cause, "peer is down");
         self.pushes.peer_lost(peer.key);
         self.books.with(self, |books, now| {
-            books.forget_peer(peer.key);
+            books.forget_peer(now, self, peer.key, &cause);
             books.expects.peer_lost(now, peer.key, &cause);
         });
         peer.told();
@@ -466,16 +468,19 @@ impl Inner {
                 request,
                 nonce,
                 sender,
+                sums,
                 ..
             }) => {
                 if sender != peer.name.rank {
                     return Err(format!("push done by {sender} from {}", peer.name.rank));
                 }
+                if sums > 0 {
+                    return self.books.with(self, |books, now| {
+                        books.push_written(now, self, peer, (&request, nonce), sums)
+                    });
+                }
                 let counted = self.books.with(self, |books, now| {
-                    let gap = |covers: &[&Cover]| {
-                        let part = Box::new(Cover::missing(&self.side(), covers)?);
-                        Some(Cause::MissingPart { part })
-                    };
+                    let gap = |covers: &[&Cover]| self.gap(covers);
                     (books.expects).push_done(now, &request, nonce, peer.key, gap)
                 });
                 match counted {
@@ -488,6 +493,11 @@ impl Inner {
                     Err(refusal) => debug!(%request, %refusal, "push not counted"),
                 }
             }
+            Message::PushSums(sums) => {
+                return (self.books).with(self, |books, _| books.push_sums(self, peer, sums));
+            }
+            Message::SumsWanted(wanted) => self.runtime.verifier.answer(self, peer, wanted),
+            Message::Sums(sums) => return self.runtime.verifier.answered(peer, &sums),
             Message::PushAborted(PushAborted { request, nonce, .. })
             | Message::PushClosed(PushClosed { request, nonce, .. }) => {
                 let closed = self.books.with(self, |books, now| {
@@ -515,6 +525,29 @@ impl Inner {
         Ok(())
     }
 
+    /// What producers with these covers together do not give.
+    fn gap(&self, covers: &[&Cover]) -> Option<Cause> {
+        let part = Box::new(Cover::missing(&self.side(), covers)?);
+        Some(Cause::MissingPart { part })
+    }
+
+    /// What a sender has pushed was compared with its checksums.
+    pub(crate) fn push_checked(
+        self: &Arc<Self>,
+        peer: PeerKey,
+        request: &RequestId,
+        nonce: Nonce,
+        verdict: Result<(), Cause>,
+    ) {
+        let counted = self.books.with(self, |books, now| {
+            let gap = |covers: &[&Cover]| self.gap(covers);
+            (books.expects).push_checked(now, request, nonce, peer, verdict, gap)
+        });
+        if let Err(refusal) = counted {
+            debug!(%request, %refusal, "compared push not counted");
+        }
+    }
+
     /// What the other side of a transfer is told of its end.
     pub(crate) fn notice(&self, live: &Live, notice: Notice) -> Message {
         let (request, nonce) = (live.request.clone(), live.nonce);
@@ -526,6 +559,7 @@ impl Inner {
                 nonce,
                 sender,
                 bytes: live.report.bytes,
+                sums: live.verify.as_ref().map_or(0, |verify| verify.told),
             }
             .into(),
             Notice::PushAborted { cause } => PushClosed {

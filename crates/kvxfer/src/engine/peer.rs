@@ -12,18 +12,20 @@ use super::net;
 use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
 use super::tether::Tether;
+use super::verify::{MOST_SUMS, Verification};
 use super::worker::{Command, Live};
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::claims::{Claim, Claimant, Purpose};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{Nonce, Rank, RequestId};
-use crate::plan::{LayerScope, Plan};
+use crate::plan::{LayerScope, Part, Plan, SideName};
+use crate::sums::Summed;
 use crate::ticket::{LeaseRef, Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Kind, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{Release, RemoteSpan};
+use crate::wire::{Release, RemoteSpan, limits};
 
 /// Where a peer's sessions come from.
 #[derive(Debug)]
@@ -90,6 +92,11 @@ pub struct PullOptions {
     /// pulled under the ticket, and [`Peer::release`] ends it. Otherwise a pull that is done
     /// releases.
     pub hold: bool,
+    /// Whether checksums of what has been read are compared with the producer's before the pull is done;
+    /// `None`: as [`Config::verify`](crate::config::Config::verify) says. A block that differs fails the
+    /// pull with [`Cause::Corrupt`](crate::transfer::Cause::Corrupt). Both sides read the blocks once
+    /// more for that.
+    pub verify: Option<bool>,
 }
 
 impl Peer {
@@ -266,7 +273,13 @@ impl Peer {
         let limits = peer.limits(&plans.common, pairs);
         let plan = plans.common.plan(pairs, LayerScope::All, limits)?;
         let shared = Arc::new(Shared::default());
-        let mut pull = PlannedPull::new(&peer, ticket, plan, begun);
+        let part = verified(
+            engine,
+            &peer,
+            (SideName::Consumer, Part::Common),
+            options.verify,
+        )?;
+        let mut pull = PlannedPull::new(&peer, ticket, plan, part, begun)?;
         let who = Claimant {
             request: &ticket.request,
             purpose: Purpose::Pull,
@@ -377,7 +390,8 @@ impl Peer {
 /// A pull that is planned and has yet to begin.
 pub(crate) struct PlannedPull {
     peer: Arc<PeerSession>,
-    plan: Plan,
+    plan: Arc<Plan>,
+    verify: Option<Verification>,
     request: RequestId,
     nonce: Nonce,
     lease: Option<LeaseRef>,
@@ -387,22 +401,36 @@ pub(crate) struct PlannedPull {
 }
 
 impl PlannedPull {
-    /// Checking and planning began at `begun`.
+    /// Checking and planning began at `begun`. With what is summed, its checksums are to be compared.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManySums`].
     pub(crate) fn new(
         peer: &Arc<PeerSession>,
         ticket: &Ticket,
         plan: Plan,
+        summed: Option<(Part, Arc<Summed>)>,
         begun: Instant,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, Error> {
+        let plan = Arc::new(plan);
+        let verify = match summed {
+            None => None,
+            Some((part, summed)) => {
+                at_most(&ticket.request, &plan, &summed)?;
+                Some(Verification::new(part, vec![Arc::clone(&plan)]))
+            }
+        };
+        Ok(Self {
             peer: Arc::clone(peer),
             plan,
+            verify,
             request: ticket.request.clone(),
             nonce: ticket.nonce,
             lease: ticket.lease,
             claim: None,
             begun,
-        }
+        })
     }
 
     pub(crate) fn peer(&self) -> &Arc<PeerSession> {
@@ -419,7 +447,8 @@ impl PlannedPull {
         let report = self.plan.report();
         let id = TransferId(engine.runtime.next_id());
         let owner = self.peer.owner(id);
-        let source = Arc::new(self.plan);
+        let (source, verify) = (self.plan, self.verify);
+        let verifies = verify.is_some();
         let live = Box::new(Live {
             engine: Arc::clone(engine),
             peer: Arc::clone(&self.peer),
@@ -438,6 +467,7 @@ impl PlannedPull {
                 prepare: self.begun.elapsed(),
                 ..TransferReport::default()
             },
+            verify,
             claim: self.claim,
         });
         let spec = Spec {
@@ -448,6 +478,7 @@ impl PlannedPull {
                 check_lease: report.operations > 0,
                 release,
             },
+            verify: verifies,
             deadline,
             workers: self.peer.worker_count(),
         };
@@ -475,6 +506,44 @@ pub(crate) fn transfer(
         canceller,
         health,
     }
+}
+
+/// What is summed of a transfer with a peer, if checksums are wanted; this side is `own`.
+///
+/// # Errors
+///
+/// [`Error::Sums`], [`Error::Spawn`].
+pub(crate) fn verified(
+    engine: &Arc<Inner>,
+    peer: &PeerSession,
+    (own, part): (SideName, Part),
+    wanted: Option<bool>,
+) -> Result<Option<(Part, Arc<Summed>)>, Error> {
+    if !wanted.unwrap_or(engine.config.verify) {
+        return Ok(None);
+    }
+    let summed = peer.summed(engine, own, part)?;
+    engine.runtime.verifier.start(&engine.runtime)?;
+    Ok(Some((part, summed)))
+}
+
+/// Checks that a plan's checksums are not too many.
+fn at_most(request: &RequestId, plan: &Plan, summed: &Summed) -> Result<(), Error> {
+    let (mut units, mut sums) = (0, 0);
+    for (group, pairs) in plan.units() {
+        let tensors = summed.tensors(group, plan.scope()).len() as u64;
+        units += pairs.len() as u64;
+        sums += tensors.saturating_mul(pairs.len() as u64);
+    }
+    // What one question may name, in sums of one tensor.
+    if sums <= MOST_SUMS && units <= limits::UNITS as u64 {
+        return Ok(());
+    }
+    Err(Error::TooManySums {
+        request: request.clone(),
+        sums,
+        max: MOST_SUMS,
+    })
 }
 
 /// The destinations of the pairs.

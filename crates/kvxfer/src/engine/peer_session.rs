@@ -1,8 +1,8 @@
 //! One session with one remote rank: what is known of it, and how its queue pairs are taken down.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::RegionTable;
 
@@ -13,8 +13,11 @@ use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::Generation;
-use crate::layout::{GroupKind, KvFormat, Side};
-use crate::plan::{CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, UnitPairs};
+use crate::layout::{GroupKind, KvFormat, PlacementDesc, Side};
+use crate::plan::{
+    CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, SideName, UnitPairs,
+};
+use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
 use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
@@ -25,6 +28,9 @@ const CHUNKS_PER_LANE: u64 = 4;
 /// the soft device carries one out in one go.
 const MIN_CHUNK: u64 = 256 << 10;
 const MAX_CHUNK: u64 = 8 << 20;
+
+/// Units whose sums a peer may ask for at a time.
+const MOST_ASKED: u64 = 1 << 22;
 
 #[derive(Debug, Default)]
 struct Fate {
@@ -75,8 +81,14 @@ impl Plans {
         role: Role,
     ) -> Result<Self, CompileError> {
         let common = Compiled::compile(producer, consumer, role, Part::Common)?;
+        let share = Compiled::compile(producer, consumer, role, Part::Share)?;
+        // Mostly the same: one of the two is enough to keep.
+        let share = match share.cover() == common.cover() {
+            true => common.clone(),
+            false => share,
+        };
         Ok(Self {
-            share: Compiled::compile(producer, consumer, role, Part::Share)?,
+            share,
             gap: Cover::missing(consumer, &[common.cover()]),
             common,
         })
@@ -85,9 +97,17 @@ impl Plans {
     /// What of the consumer's blocks a push moves that is not one of several together: all, if that is
     /// whole; otherwise this pair's share.
     pub(crate) fn alone(&self) -> &Compiled {
+        match self.alone_part() {
+            Part::Common => &self.common,
+            Part::Share => &self.share,
+        }
+    }
+
+    /// Which of the two that is.
+    pub(crate) const fn alone_part(&self) -> Part {
         match self.gap {
-            None => &self.common,
-            Some(_) => &self.share,
+            None => Part::Common,
+            Some(_) => Part::Share,
         }
     }
 }
@@ -155,6 +175,9 @@ pub(crate) struct PeerSession {
     /// Plans for reading from it, and for writing to it, where the roles allow.
     pub(crate) pull: Option<Plans>,
     pub(crate) push: Option<Plans>,
+    /// How its blocks lie.
+    pub(crate) layout: (KvFormat, PlacementDesc),
+    pub(crate) summing: SummedParts,
     /// Whether both sides tell the end of a push on the data plane.
     pub(crate) notices: bool,
     /// The device's limits.
@@ -187,7 +210,58 @@ impl Standing {
     }
 }
 
+/// What is summed of what two ranks exchange, worked out when it is first wanted.
+#[derive(Debug, Default)]
+pub(crate) struct SummedParts {
+    /// By which side this one is, and by part.
+    parts: [OnceLock<Result<Arc<Summed>, SumError>>; 4],
+    /// Units of questions that wait for an answer.
+    asked: AtomicU64,
+}
+
 impl PeerSession {
+    /// What is summed on this side, which is `own`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Summed::compile`].
+    pub(crate) fn summed(
+        &self,
+        engine: &Inner,
+        own: SideName,
+        part: Part,
+    ) -> Result<Arc<Summed>, SumError> {
+        let (format, placement) = &self.layout;
+        let (here, there) = (engine.side(), Side { format, placement });
+        let (at, producer, consumer) = match own {
+            SideName::Producer => (0, here, there),
+            SideName::Consumer => (2, there, here),
+        };
+        let at = match part {
+            Part::Common => at,
+            Part::Share => at + 1,
+        };
+        let compile = || Summed::compile(&producer, &consumer, own, part).map(Arc::new);
+        match self.summing.parts.get(at) {
+            Some(place) => place.get_or_init(compile).clone(),
+            None => compile(),
+        }
+    }
+
+    /// The peer asks for sums of so many units; whether that is not too much at a time.
+    pub(crate) fn asks(&self, units: u64) -> bool {
+        let more = |asked: u64| Some(asked + units + 1).filter(|asked| *asked <= MOST_ASKED);
+        let asked = &self.summing.asked;
+        asked
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .is_ok()
+    }
+
+    /// A question of so many units is done with.
+    pub(crate) fn asked(&self, units: u64) {
+        self.summing.asked.fetch_sub(units + 1, Ordering::Relaxed);
+    }
+
     /// Whether the way to it goes over RDMA devices.
     pub(crate) fn is_rdma(&self) -> bool {
         self.path.path == PathKind::Rdma
@@ -279,13 +353,16 @@ impl PeerSession {
     pub(crate) fn may_say(&self, kind: MessageKind) -> bool {
         match kind {
             MessageKind::PushStart
+            | MessageKind::PushSums
+            | MessageKind::Sums
             | MessageKind::PushDone
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::Retracted => self.pull.is_some(),
-            MessageKind::Release | MessageKind::Announce | MessageKind::Revoke => {
-                self.push.is_some()
-            }
+            MessageKind::Release
+            | MessageKind::SumsWanted
+            | MessageKind::Announce
+            | MessageKind::Revoke => self.push.is_some(),
             _ => true,
         }
     }

@@ -13,15 +13,17 @@ use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
-use super::peer::{in_ticket, transfer};
+use super::peer::{in_ticket, transfer, verified};
 use super::peer_session::{PeerSession, in_order};
+use super::verify::Verification;
 use super::worker::{Command, Live};
+use super::written::{Place, Written};
 use crate::block_set::BlockSet;
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::claims::{Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{Compiled, LayerScope, Plan};
+use crate::plan::{Compiled, LayerScope, Plan, SideName};
 use crate::recent::Recent;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, Kind, PeerKey, Refusal, Spec, TransferId};
@@ -37,6 +39,11 @@ pub struct PushOptions {
     pub deadline: Option<Duration>,
     /// The consumer's ticket, if it has come by another way.
     pub ticket: Option<Ticket>,
+    /// Whether the consumer is told checksums of what is written, and compares them before it counts the
+    /// push; `None`: as [`Config::verify`](crate::config::Config::verify) says. A block that differs
+    /// fails the consumer's expectation with [`Cause::Corrupt`]; the push itself is done all the same.
+    /// Both sides read the blocks once more for that.
+    pub verify: Option<bool>,
 }
 
 /// Blocks to write, that may have to wait for the ticket.
@@ -80,49 +87,6 @@ pub(crate) struct Pushing {
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
     written: Mutex<Written>,
-}
-
-/// Units of one group, in token order, of a layer or of all.
-#[derive(Debug)]
-struct Stretch {
-    group: u32,
-    layer: Option<u32>,
-    units: Range<u64>,
-}
-
-impl Stretch {
-    fn meets(&self, other: &Stretch) -> bool {
-        let same = |a: Option<u32>, b: Option<u32>| a.is_none() || b.is_none() || a == b;
-        self.group == other.group
-            && same(self.layer, other.layer)
-            && self.units.start < other.units.end
-            && other.units.start < self.units.end
-    }
-}
-
-/// What has been written in token order, by group and layer: nothing orders two writes of one unit, so
-/// each is written once.
-#[derive(Debug, Default)]
-struct Written(HashMap<(u32, Option<u32>), Vec<Stretch>>);
-
-impl Written {
-    fn has(&self, wanted: &Stretch) -> bool {
-        let any = |of: Option<&Vec<Stretch>>| of.into_iter().flatten().any(|s| s.meets(wanted));
-        match wanted.layer {
-            Some(_) => {
-                any(self.0.get(&(wanted.group, wanted.layer)))
-                    || any(self.0.get(&(wanted.group, None)))
-            }
-            None => self.0.values().any(|of| any(Some(of))),
-        }
-    }
-
-    fn take(&mut self, all: Vec<Stretch>) {
-        for stretch in all {
-            let key = (stretch.group, stretch.layer);
-            self.0.entry(key).or_default().push(stretch);
-        }
-    }
 }
 
 /// The blocks that a push reads, where this rank is written to as well.
@@ -317,10 +281,14 @@ impl Pushing {
     ) -> Result<Arc<Self>, Error> {
         let id = TransferId(engine.runtime.next_id());
         let owner = peer.owner(id);
+        let part = peer.push_plans(engine)?.alone_part();
+        let summed = verified(engine, &peer, (SideName::Producer, part), options.verify)?;
+        let verify = summed.map(|(part, _)| Verification::new(part, Vec::new()));
         let spec = Spec {
             id,
             peer: peer.key,
             kind: Kind::Push,
+            verify: verify.is_some(),
             deadline: engine.deadline(options.deadline),
             workers: peer.worker_count(),
         };
@@ -352,6 +320,7 @@ impl Pushing {
             submitted: engine.now(),
             jobs: Vec::new(),
             report: TransferReport::default(),
+            verify,
             claim: None,
         });
         if let Err(error) = peer.submit(owner, spec, live) {
@@ -563,13 +532,9 @@ impl Pushing {
     }
 
     /// The units of each group that blocks in token order write.
-    fn units(&self, layer: &Waiting) -> Vec<Stretch> {
+    fn units(&self, layer: &Waiting) -> Vec<(Place, Range<u64>)> {
         let Waiting::InOrder(scope, src, tokens) = layer else {
             return Vec::new();
-        };
-        let layer = match scope {
-            LayerScope::All => None,
-            LayerScope::Layer(layer) => Some(*layer),
         };
         let of = |group: &GroupBlocks| {
             let unit = self.plans.unit(group.group).map_or(0, |unit| unit.tokens);
@@ -578,11 +543,12 @@ impl Pushing {
                 (None, _) | (_, 0) => 0..u64::MAX,
                 (Some(tokens), unit) => tokens.start / unit..tokens.end.div_ceil(unit),
             };
-            Stretch {
-                group: group.group,
-                layer,
-                units,
-            }
+            let group = group.group;
+            let layer = match scope {
+                LayerScope::All => None,
+                LayerScope::Layer(layer) => Some(*layer),
+            };
+            (Place { group, layer }, units)
         };
         src.iter().map(of).collect()
     }
@@ -592,11 +558,14 @@ impl Pushing {
         let mut stage = self.stage();
         let units = self.units(&layer);
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&Stretch { group, layer, .. }) = units.iter().find(|units| written.has(units)) {
+        if let Some((place, _)) = units
+            .iter()
+            .find(|(place, units)| written.has(*place, units))
+        {
             return Err(Error::WrittenTwice {
                 request: self.request.clone(),
-                group,
-                layer,
+                group: place.group,
+                layer: place.layer,
             });
         }
         match &mut *stage {

@@ -1,7 +1,6 @@
 //! Requests that are spread over the ranks of a remote engine: one transfer with a part for each of
 //! those that keep something of it.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,14 +10,15 @@ use super::books::NO_TICKET;
 use super::handle::Transfer;
 use super::instance::Instance;
 use super::joint::{Joint, Told, Whole};
-use super::peer::{Peer, PlannedPull, PullOptions};
+use super::peer::{Peer, PlannedPull, PullOptions, verified};
 use super::peer_session::{PeerSession, in_order};
 use super::push::{PushOptions, Pushing, Waiting};
+use crate::block_set::BlockSet;
 use crate::blocks::GroupBlocks;
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::layout::Side;
-use crate::plan::{Cover, LayerScope};
+use crate::plan::{Cover, LayerScope, Part, SideName, UnitPairs};
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, TransferId};
 use crate::wire::Release;
@@ -91,6 +91,35 @@ fn of_one_request(request: &RequestId, tickets: &[Ticket]) -> Result<(), Error> 
     Ok(())
 }
 
+/// The destination blocks of several parts, each once.
+#[derive(Default)]
+struct Destinations {
+    groups: Vec<GroupBlocks>,
+}
+
+impl Destinations {
+    fn add(&mut self, part: &[UnitPairs]) {
+        for pairs in part {
+            let (group, blocks) = (pairs.group(), pairs.blocks());
+            match self.groups.iter_mut().find(|of| of.group == group) {
+                None => self.groups.push(GroupBlocks {
+                    group,
+                    blocks: blocks.to_vec(),
+                }),
+                // Every part writes the same blocks, as a rule.
+                Some(of) if of.blocks == blocks => {}
+                Some(of) => {
+                    let mut known = BlockSet::default();
+                    // Listed once so far.
+                    let _ = known.insert_all(group, &of.blocks);
+                    let fresh = blocks.iter().filter(|id| !known.contains(group, **id));
+                    of.blocks.extend(fresh);
+                }
+            }
+        }
+    }
+}
+
 impl Instance {
     /// Reads a request's blocks from all ranks that keep a part of them, into this rank's `blocks`: the
     /// way to pull where the two engines are cut into ranks differently, or into blocks of other sizes.
@@ -151,7 +180,7 @@ impl Instance {
         }
         let mut parts = Vec::with_capacity(sessions.len());
         let mut releases = Vec::with_capacity(sessions.len());
-        let mut written: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        let mut written = Destinations::default();
         for (session, ticket) in &sessions {
             let begun = Instant::now();
             let share = &session.pull_plans()?.share;
@@ -161,13 +190,12 @@ impl Instance {
             let groups = blocks.iter().map(|dst| dst.group);
             let lists = (ticket.groups.as_slice(), blocks);
             let pairs = in_order((share, &engine.format), groups, lists, tokens.as_ref())?;
-            for pairs in &pairs {
-                let of_group = written.entry(pairs.group()).or_default();
-                of_group.extend(pairs.blocks());
-            }
+            written.add(&pairs);
             let limits = session.unit_limits(share, &pairs);
             let plan = share.plan_units(&pairs, LayerScope::All, limits)?;
-            parts.push(PlannedPull::new(session, ticket, plan, begun));
+            let side = (SideName::Consumer, Part::Share);
+            let summed = verified(&engine, session, side, options.verify)?;
+            parts.push(PlannedPull::new(session, ticket, plan, summed, begun)?);
             if !options.hold {
                 let (request, nonce) = (ticket.request.clone(), ticket.nonce);
                 releases.push((Arc::clone(session), Release { request, nonce }));
@@ -180,12 +208,8 @@ impl Instance {
             push: false,
             releases,
         };
-        let written = written.into_iter().map(|(group, blocks)| GroupBlocks {
-            group,
-            blocks: blocks.into_iter().collect(),
-        });
         let until = engine.deadline(options.deadline);
-        let joint = Joint::new(&engine, whole, parts.len(), written.collect())?;
+        let joint = Joint::new(&engine, whole, parts.len(), written.groups)?;
         if parts.is_empty() {
             joint.is_nothing();
         }
@@ -348,8 +372,9 @@ impl RanksPush {
     ///
     /// # Errors
     ///
-    /// [`Error::WrittenTwice`], [`Error::Window`], [`Error::Plan`], [`Error::PushEnded`]. What does not fit a ticket that has yet to come ends the
-    /// push later, with [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
+    /// [`Error::WrittenTwice`], [`Error::Window`], [`Error::Plan`], [`Error::PushEnded`]. Some of the ranks may
+    /// have taken the layer by then: abort the push. What does not fit a ticket that has yet to come ends
+    /// the push later, with [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
     pub fn layer(
         &self,
         layer: u32,

@@ -21,6 +21,7 @@ use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
 use super::peer_session::PeerSession;
+use super::verify::Verifier;
 use super::worker::{Command, Joined, Live, Seat, Worker, WorkerHandle};
 use crate::config::Config;
 use crate::engine::{Clock, Inner};
@@ -73,13 +74,14 @@ pub(crate) struct Runtime {
     /// Closed at the same time, for what waits on channels.
     pub(crate) stopped: Receiver<()>,
     stop: Mutex<Option<Sender<()>>>,
-    /// The threads of control connections.
+    /// The threads of control connections, and that of checksums.
     links: Mutex<Vec<JoinHandle<()>>>,
     /// Bytes that bandwidth tests of peers have made this process allocate.
     pub(crate) bench_bytes: AtomicU64,
     /// Pingers that are served.
     pub(crate) pingers: AtomicUsize,
     pub(crate) arrivals: Arrivals,
+    pub(crate) verifier: Verifier,
     /// Accepted connections that are open.
     pub(crate) connections: AtomicUsize,
 }
@@ -165,6 +167,7 @@ impl Runtime {
             bench_bytes: AtomicU64::new(0),
             pingers: AtomicUsize::new(0),
             arrivals: Arrivals::default(),
+            verifier: Verifier::default(),
             connections: AtomicUsize::new(0),
         }))
     }
@@ -306,11 +309,15 @@ impl Runtime {
         Some((opening, answer, Arc::clone(&door.link)))
     }
 
-    /// Starts the thread of a control connection.
-    pub(crate) fn spawn_link(&self, body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    /// Starts the thread of a control connection, or another that ends with the engine.
+    pub(crate) fn spawn_link(
+        &self,
+        name: &'static str,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Error> {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|thread| !thread.is_finished());
-        links.push(spawn("kvx-link", body)?);
+        links.push(spawn(name, body)?);
         Ok(())
     }
 

@@ -46,6 +46,20 @@ pub enum Part {
     Share,
 }
 
+/// What of a pair of tensors moves between two ranks; `None`: nothing.
+pub(crate) fn moved<'a>(
+    pair: &Pair<'a>,
+    producer: &Side<'_>,
+    consumer: &Side<'_>,
+    part: Part,
+) -> Option<((Half<'a>, Half<'a>), Overlap)> {
+    let both = pair.both()?;
+    let overlap = Overlap::of(&both.0, &both.1)?;
+    let (p, c) = (producer.placement.topology(), consumer.placement.topology());
+    let gives = part == Part::Common || gives_to(&both.0, p, c);
+    gives.then_some((both, overlap))
+}
+
 /// A pair of ranks that can exchange blocks, ready to plan requests. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Compiled {
@@ -147,14 +161,9 @@ impl Compiled {
         let mut shapes = Shapes::new(producer, role);
         let mut cover = Cover::default();
         for pair in pairs(producer, consumer) {
-            let both = pair.both().and_then(|both| {
-                let overlap = Overlap::of(&both.0, &both.1)?;
-                let (p, c) = (producer.placement.topology(), consumer.placement.topology());
-                let gives = part == Part::Common || gives_to(&both.0, p, c);
-                gives.then_some((both, overlap))
-            });
-            cover.add(&pair, both.as_ref().map(|(_, overlap)| overlap));
-            if let Some((both, overlap)) = both {
+            let moved = moved(&pair, producer, consumer, part);
+            cover.add(&pair, moved.as_ref().map(|(_, overlap)| overlap));
+            if let Some((both, overlap)) = moved {
                 shapes.add(&pair, both, &overlap)?;
             }
         }

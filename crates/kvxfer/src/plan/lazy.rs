@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::compile::{Class, Inner, Role, TensorPair};
-use super::request::MAX_PIECES;
+use super::request::{LayerScope, MAX_PIECES};
 use super::source::{Op, OpList, OpSource, Piece};
 
 /// The operations of a request, worked out as they are asked for. It holds one entry for each
@@ -20,6 +20,7 @@ pub struct Plan {
     /// Remote unit in the high half, local unit in the low one; sorted by remote unit within a
     /// group.
     pub(super) pairs: Vec<u64>,
+    pub(super) scope: LayerScope,
     pub(super) report: PlanReport,
 }
 
@@ -81,6 +82,29 @@ impl Plan {
     #[must_use]
     pub const fn report(&self) -> PlanReport {
         self.report
+    }
+
+    /// Which layers it moves.
+    #[must_use]
+    pub const fn scope(&self) -> LayerScope {
+        self.scope
+    }
+
+    /// The groups of which something moves, each once, with the producer's and the consumer's unit of
+    /// each pair. A unit is number `block * units of a block + place in the block`.
+    pub fn units(&self) -> impl Iterator<Item = (u32, impl ExactSizeIterator<Item = (u32, u32)>)> {
+        let role = self.inner.role;
+        // A group's sections are neighbours, and have the same pairs.
+        let groups = self.sections.chunk_by(|a, b| a.group == b.group);
+        groups.filter_map(move |sections| {
+            let section = sections.first()?;
+            let pairs = self.pairs.get(section.pairs.clone())?.iter();
+            let sides = move |pair: &u64| match (role, unpack(*pair)) {
+                (Role::Pull, (remote, local)) => (remote, local),
+                (Role::Push, (remote, local)) => (local, remote),
+            };
+            Some((section.group, pairs.map(sides)))
+        })
     }
 
     /// How many entries the plan holds: what it costs, beside what it comes to.

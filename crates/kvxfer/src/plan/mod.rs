@@ -19,6 +19,7 @@ mod units;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use compile::moved;
 pub use compile::{Compiled, Part, Role, SMALL_PIECE, small_pieces};
 pub use cover::{Cover, MissingPart};
 pub use error::{CompileError, PlanError, SideName, TokenRange};

@@ -209,6 +209,7 @@ impl Compiled {
             pieces: build.pieces,
             touched: build.touched,
             pairs,
+            scope,
             report,
         })
     }

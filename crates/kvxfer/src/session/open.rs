@@ -126,6 +126,9 @@ impl Session {
             | MessageKind::PushDone
             | MessageKind::PushAborted
             | MessageKind::PushClosed
+            | MessageKind::PushSums
+            | MessageKind::SumsWanted
+            | MessageKind::Sums
             | MessageKind::Revoke
             | MessageKind::Retracted => self.moves_blocks(),
         }
@@ -153,6 +156,9 @@ impl Session {
             | MessageKind::PushDone
             | MessageKind::PushAborted
             | MessageKind::PushClosed
+            | MessageKind::PushSums
+            | MessageKind::SumsWanted
+            | MessageKind::Sums
             | MessageKind::Revoke
             | MessageKind::Retracted => self.moves_blocks(),
         }

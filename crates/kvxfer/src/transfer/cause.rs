@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::RequestId;
 use crate::plan::MissingPart;
 use crate::wire::ErrorCode;
 
@@ -74,6 +75,42 @@ pub enum Refusal {
     NotAuthorised,
     /// It has reached a limit; later it may accept.
     Busy,
+    /// Its blocks lie in too many pieces to work checksums out.
+    Sums,
+}
+
+/// A block whose checksums are not the same on both sides: what has arrived is not what was sent, or it
+/// was changed before it could be compared.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[error(
+    "request {request} has arrived changed: group {group} layer {layer} {tensor}, block {block}: checksum {here:016x} here, {there:016x} at the producer{}", more(*.blocks)
+)]
+#[non_exhaustive]
+pub struct Corrupt {
+    /// The request.
+    pub request: RequestId,
+    /// Index of the cache group.
+    pub group: u32,
+    /// The layer, over the whole model.
+    pub layer: u32,
+    /// The tensor's name, at the consumer.
+    pub tensor: String,
+    /// The consumer's block.
+    pub block: u32,
+    /// The sum of what the consumer has; where blocks are of unequal size, of the part of the block that
+    /// the first difference is in.
+    pub here: u64,
+    /// The sum of what the producer has.
+    pub there: u64,
+    /// How many of the consumer's blocks differ, this one included.
+    pub blocks: u64,
+}
+
+fn more(blocks: u64) -> String {
+    match blocks {
+        0 | 1 => String::new(),
+        blocks => format!("; {blocks} blocks differ"),
+    }
 }
 
 /// The first cause of a failure. Echoes (flushes) are counted elsewhere and never stand here.
@@ -174,6 +211,9 @@ pub enum Cause {
         /// Something that is missing.
         part: Box<MissingPart>,
     },
+    /// Blocks have other checksums than at the producer.
+    #[error(transparent)]
+    Corrupt(Box<Corrupt>),
     /// The peer refused.
     #[error("refused by the peer: {reason}")]
     Refused {
@@ -256,15 +296,17 @@ impl Cause {
             | Self::LeaseExpired
             | Self::Retracted
             | Self::Aborted
-            | Self::Revoked => Class::Recompute,
+            | Self::Revoked
+            | Self::Corrupt(_) => Class::Recompute,
             Self::Refused { reason } => match reason {
                 Refusal::Busy => Class::Retry,
                 Refusal::UnknownRequest | Refusal::Late | Refusal::OldGeneration => {
                     Class::Recompute
                 }
-                Refusal::OutOfRange | Refusal::FormatMismatch | Refusal::NotAuthorised => {
-                    Class::Fatal
-                }
+                Refusal::OutOfRange
+                | Refusal::FormatMismatch
+                | Refusal::NotAuthorised
+                | Refusal::Sums => Class::Fatal,
             },
             Self::MissingPart { .. }
             | Self::Post { .. }
@@ -361,6 +403,7 @@ impl fmt::Display for Refusal {
             Self::FormatMismatch => "formats do not fit",
             Self::NotAuthorised => "not authorised",
             Self::Busy => "busy",
+            Self::Sums => "its blocks lie in too many pieces to work checksums out",
         })
     }
 }

@@ -127,6 +127,7 @@ impl Transfers {
             id,
             peer,
             kind,
+            verify,
             deadline,
             workers,
         } = spec;
@@ -146,6 +147,7 @@ impl Transfers {
             peer,
             sealed: source.is_some(),
             kind,
+            verify,
             state: State::Active,
             deadline,
             timer: None,
@@ -294,6 +296,22 @@ impl Transfers {
         self.advance(id);
     }
 
+    /// Takes what the comparison of checksums has shown, or that those of a push have been told. Ignored
+    /// unless it was asked for.
+    pub fn verified(&mut self, now: Time, id: TransferId, verdict: Result<(), Cause>) {
+        if !self
+            .records
+            .get(&id)
+            .is_some_and(|r| matches!(r.state, State::Verifying))
+        {
+            return;
+        }
+        match verdict {
+            Ok(()) => self.conclude(id),
+            Err(cause) => self.stop(now, id, cause, None, false),
+        }
+    }
+
     /// Takes what the read of a lease slot showed. Ignored unless one was asked for.
     pub fn lease_answer(&mut self, now: Time, id: TransferId, answer: LeaseAnswer) {
         if !self
@@ -366,6 +384,7 @@ impl Transfers {
     fn lateness(&self, id: TransferId) -> Cause {
         let under_way = |r: &Record| match r.state {
             State::CheckingLease => true,
+            State::Verifying => false,
             _ => r
                 .jobs
                 .iter()
@@ -385,7 +404,7 @@ impl Transfers {
             }
             self.set_timer(id, None);
             match self.records.get(&id).map(|r| &r.state) {
-                Some(State::Active | State::CheckingLease) => {
+                Some(State::Active | State::Verifying | State::CheckingLease) => {
                     let cause = self.lateness(id);
                     self.stop(now, id, cause, None, false);
                 }
@@ -404,7 +423,7 @@ impl Transfers {
             .get_mut(&id)
             .ok_or(TransferError::Unknown { id })?;
         match &record.state {
-            State::Active | State::CheckingLease => Ok(record),
+            State::Active | State::Verifying | State::CheckingLease => Ok(record),
             State::Stopping(end) | State::Quarantined(end) => Err(TransferError::Ended {
                 id,
                 cause: end.cause.clone(),
@@ -518,23 +537,12 @@ impl Transfers {
         };
         match &record.state {
             State::Active if record.complete() => {
-                let reads = record.jobs.iter().any(|j| j.job.ops() > 0);
-                if reads
-                    && matches!(
-                        record.kind,
-                        Kind::Pull {
-                            check_lease: true,
-                            ..
-                        }
-                    )
-                {
-                    record.state = State::CheckingLease;
-                    self.out.push_back(Output::CheckLease {
-                        id,
-                        peer: record.peer,
-                    });
+                if record.verify && record.moves() {
+                    record.state = State::Verifying;
+                    let peer = record.peer;
+                    self.out.push_back(Output::Verify { id, peer });
                 } else {
-                    self.done(id);
+                    self.conclude(id);
                 }
             }
             State::Stopping(_) if record.drained() => self.stopped(id),
@@ -546,6 +554,29 @@ impl Transfers {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// All data is there, and nothing speaks against it: a pull's lease has the last word.
+    fn conclude(&mut self, id: TransferId) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        let has_lease = matches!(
+            record.kind,
+            Kind::Pull {
+                check_lease: true,
+                ..
+            }
+        );
+        if has_lease && record.moves() {
+            record.state = State::CheckingLease;
+            self.out.push_back(Output::CheckLease {
+                id,
+                peer: record.peer,
+            });
+        } else {
+            self.done(id);
         }
     }
 
@@ -585,7 +616,7 @@ impl Transfers {
         let Some(record) = self.records.get_mut(&id) else {
             return;
         };
-        if !matches!(record.state, State::Active | State::CheckingLease) {
+        if record.has_ended() {
             return;
         }
         for job in &mut record.jobs {

@@ -26,6 +26,7 @@ fn pull(id: TransferId, ops: u64) -> Spec {
         id,
         peer: PEER,
         kind,
+        verify: false,
         deadline: ms(1000),
         workers: 2,
     }
@@ -36,6 +37,7 @@ fn push(id: TransferId) -> Spec {
         id,
         peer: PEER,
         kind: Kind::Push,
+        verify: false,
         deadline: ms(1000),
         workers: 1,
     }
@@ -48,6 +50,7 @@ fn said(t: &mut Transfers) -> Vec<String> {
         said.push(match output {
             Output::StartJob(job) => format!("start {}", job.id.0),
             Output::StopJob { job, .. } => format!("stop {}", job.0),
+            Output::Verify { id, .. } => format!("verify {}", id.0),
             Output::CheckLease { id, .. } => format!("lease {}", id.0),
             Output::SendNotice { id, notice, .. } => format!("notice {} {notice:?}", id.0),
             Output::ForceDrain { token, .. } => format!("drain {}", token.0),
@@ -100,6 +103,77 @@ fn a_pull_is_done_after_its_lease_was_confirmed() {
         },
     );
     assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn checksums_come_after_the_data_and_before_the_lease() {
+    let mut t = ledger();
+    let spec = Spec {
+        verify: true,
+        ..pull(T1, 4)
+    };
+    t.submit(ms(0), spec).expect("taken");
+    // Not yet.
+    t.verified(ms(0), T1, Ok(()));
+    assert_eq!(said(&mut t), ["start 0"]);
+    for _ in 0..2 {
+        t.job_report(ms(1), &report(0, T1, 2, true));
+    }
+    assert_eq!(said(&mut t), ["verify 1"]);
+    t.lease_answer(ms(2), T1, LeaseAnswer::Live);
+    assert!(said(&mut t).is_empty());
+    t.verified(ms(2), T1, Ok(()));
+    t.verified(ms(2), T1, Err(Cause::PeerDead));
+    assert_eq!(said(&mut t), ["lease 1"]);
+    t.lease_answer(ms(3), T1, LeaseAnswer::Live);
+    assert_eq!(said(&mut t), ["notice 1 Release", "done 1 40"]);
+}
+
+#[test]
+fn a_push_tells_its_checksums_before_its_end() {
+    let mut t = ledger();
+    let spec = Spec {
+        verify: true,
+        ..push(T1)
+    };
+    t.submit(ms(0), spec.clone()).expect("taken");
+    t.add_job(ms(0), T1, even(4, 1)).expect("open");
+    t.job_report(ms(1), &report(0, T1, 4, true));
+    assert_eq!(said(&mut t), ["start 0"]);
+    t.commit(ms(2), T1).expect("open");
+    assert_eq!(said(&mut t), ["verify 1"]);
+    t.verified(ms(3), T1, Ok(()));
+    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 4"]);
+    // Without data there is nothing to compare.
+    t.submit(ms(4), spec).expect("taken");
+    t.commit(ms(4), T1).expect("open");
+    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 0"]);
+}
+
+#[test]
+fn what_waits_for_checksums_ends_by_its_deadline() {
+    for late in [false, true] {
+        let mut t = ledger();
+        let spec = Spec {
+            verify: true,
+            ..pull(T1, 4)
+        };
+        t.submit(ms(0), spec).expect("taken");
+        for _ in 0..2 {
+            t.job_report(ms(1), &report(0, T1, 2, true));
+        }
+        assert_eq!(said(&mut t), ["start 0", "verify 1"]);
+        if late {
+            t.on_time(ms(1000));
+            assert_eq!(said(&mut t), ["failed 1 deadline passed Released"]);
+            t.verified(ms(1001), T1, Ok(()));
+        } else {
+            t.verified(ms(2), T1, Err(Cause::PeerDead));
+            assert_eq!(said(&mut t), ["failed 1 peer is dead Released"]);
+        }
+        assert!(said(&mut t).is_empty());
+        assert_eq!((t.live(), t.next_timeout()), (0, None));
+    }
 }
 
 #[test]

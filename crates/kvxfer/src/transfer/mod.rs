@@ -28,7 +28,7 @@ mod scheduler;
 mod testing;
 
 pub use batch::{Batch, WorkRequest};
-pub use cause::{Cause, Class, CompletionStatus, LocalOperation, QpEvent, Refusal};
+pub use cause::{Cause, Class, CompletionStatus, Corrupt, LocalOperation, QpEvent, Refusal};
 pub use error::TransferError;
 pub use job::{Direction, Job, JobError, JobReport};
 pub use lane::{LaneId, LaneLimits};

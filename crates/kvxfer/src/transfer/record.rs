@@ -53,6 +53,8 @@ pub struct Spec {
     pub peer: PeerKey,
     /// What it does.
     pub kind: Kind,
+    /// Whether checksums are to be compared or told, after all data, before it is done.
+    pub verify: bool,
     /// When its outcome is due.
     pub deadline: Time,
     /// How many schedulers its jobs are started on; at least 1.
@@ -193,6 +195,14 @@ pub enum Output {
         /// Its peer.
         peer: PeerKey,
     },
+    /// All data is there: compare its checksums, or tell those of a push, and answer with
+    /// [`Transfers::verified`](super::Transfers::verified).
+    Verify {
+        /// The transfer.
+        id: TransferId,
+        /// The other side.
+        peer: PeerKey,
+    },
     /// Read the producer's lease slot and answer with [`Transfers::lease_answer`](super::Transfers::lease_answer).
     CheckLease {
         /// The transfer.
@@ -238,6 +248,8 @@ pub enum Output {
 pub(super) enum State {
     /// Jobs run; a push that is not committed may get more.
     Active,
+    /// All data is there; its checksums are worked out.
+    Verifying,
     /// All data is there; the lease is being read.
     CheckingLease,
     /// It has failed or was cancelled; its posted work drains, and its outcome waits for that.
@@ -292,6 +304,7 @@ impl JobRecord {
 pub(super) struct Record {
     pub(super) peer: PeerKey,
     pub(super) kind: Kind,
+    pub(super) verify: bool,
     pub(super) state: State,
     pub(super) deadline: Time,
     /// When the clock next matters to it, as it stands in the ledger's list.
@@ -306,6 +319,16 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// Whether it has its outcome, or waits for that alone.
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.state, State::Stopping(_) | State::Quarantined(_))
+    }
+
+    /// Whether it has any operations.
+    pub(super) fn moves(&self) -> bool {
+        self.jobs.iter().any(|j| j.job.ops() > 0)
+    }
+
     pub(super) fn drained(&self) -> bool {
         self.jobs.iter().all(|j| j.progress == Progress::Drained)
     }

@@ -106,6 +106,12 @@ pub enum WireError {
         /// Its length.
         len: u64,
     },
+    /// Bytes that should be checksums.
+    #[error("{len} bytes of checksums, which are 8 bytes each")]
+    BadSums {
+        /// How many there are.
+        len: usize,
+    },
     /// A text with control characters.
     #[error("{what} holds control characters")]
     BadText {

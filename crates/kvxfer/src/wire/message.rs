@@ -11,7 +11,8 @@ use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
 use super::parts::{
     Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan,
-    bounded, check_candidates, check_endpoints, clean, limits, text,
+    SumsOf, bounded, check_candidates, check_endpoints, check_sums, check_units, clean, limits,
+    text,
 };
 use super::{pack, unpack};
 
@@ -134,6 +135,12 @@ messages! {
     0x25 Revoke SMALL;
     /// The producer takes an offer back.
     0x26 Retracted SMALL;
+    /// The reader asks for checksums.
+    0x28 SumsWanted LARGE;
+    /// Checksums that were asked for.
+    0x29 Sums LARGE;
+    /// Checksums of a push.
+    0x2a PushSums LARGE;
     /// A benchmark's own message.
     0x30 Bench LARGE;
     /// The session ends in good order.
@@ -361,6 +368,8 @@ pub struct PushDone {
     pub sender: Rank,
     /// Bytes that it wrote.
     pub bytes: u64,
+    /// How many checksums of them are told in [`PushSums`]; 0: they are not to be compared.
+    pub sums: u64,
 }
 
 impl PushDone {
@@ -433,6 +442,73 @@ pub struct Retracted {
 impl Retracted {
     fn check(&self) -> Result<(), WireError> {
         text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+/// The reader has read what it wanted of an offer, and asks for checksums of it. Answered with
+/// [`Sums`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SumsWanted {
+    /// The reader's number for this question.
+    pub id: u64,
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// Whether the reader has read what falls to this pair of ranks alone, and not all that both keep.
+    pub share: bool,
+    /// The producer's units, which must be on offer.
+    pub of: Vec<SumsOf>,
+}
+
+impl SumsWanted {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        check_units(&self.of)
+    }
+}
+
+/// Some of the checksums that were asked for: by list, then by unit, then by tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sums {
+    /// The question's number.
+    pub id: u64,
+    /// The encoded cause why there are none, or no more.
+    pub refused: Option<Blob>,
+    /// The place of the first of them among all.
+    pub first: u64,
+    /// The sums, 8 bytes each, the lowest first.
+    pub sums: Blob,
+}
+
+impl Sums {
+    fn check(&self) -> Result<(), WireError> {
+        if let Some(cause) = &self.refused {
+            bounded("cause size", cause.len(), limits::CAUSE)?;
+        }
+        check_sums(&self.sums)
+    }
+}
+
+/// Checksums of what this sender has written. All come before its [`PushDone`] on the control
+/// connection; on the data plane that may overtake them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushSums {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// The consumer's units.
+    pub of: SumsOf,
+    /// The sums by unit, then by tensor, 8 bytes each, the lowest first.
+    pub sums: Blob,
+}
+
+impl PushSums {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        check_units([&self.of])?;
+        check_sums(&self.sums)
     }
 }
 

@@ -25,12 +25,14 @@ pub use handshake::{
 pub use keys::{FrameKey, SessionId, SessionKeys, Side, StreamKey, Transcript};
 pub use message::{
     Announce, Bench, Describe, ErrorReport, Goodbye, Message, MessageKind, Ping, Pong, PushAborted,
-    PushClosed, PushDone, PushStart, QpAnswer, QpOffer, QpReset, Ready, Refuse, Release, Retracted,
-    Revoke,
+    PushClosed, PushDone, PushStart, PushSums, QpAnswer, QpOffer, QpReset, Ready, Refuse, Release,
+    Retracted, Revoke, Sums, SumsWanted,
 };
 pub use parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan, limits,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan,
+    SumsOf, limits,
 };
+pub(crate) use parts::{pack_sums, unpack_sums};
 pub use preamble::{ConnectionKind, PREAMBLE_LEN, Preamble, PreambleReader, Sniff, sniff};
 pub use secret::{LoadedSecret, Secret, SecretError, SecretWarning};
 pub use stream::{

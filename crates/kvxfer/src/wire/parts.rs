@@ -33,6 +33,12 @@ pub mod limits {
     pub const TICKET: usize = 8 << 20;
     /// Bytes of an encoded cause.
     pub const CAUSE: usize = 4096;
+    /// Units that checksums are asked for at once.
+    pub const UNITS: usize = 1 << 21;
+    /// Lists of them.
+    pub const UNIT_LISTS: usize = 1024;
+    /// Bytes of checksums in one message.
+    pub const SUMS: usize = 1 << 20;
     /// Bytes of a benchmark's own message.
     pub const BENCH: usize = 8 << 20;
 }
@@ -109,6 +115,53 @@ impl KvRole {
 impl fmt::Display for KvRole {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// Units of one group that checksums are of, on one side; those of a unit follow each other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SumsOf {
+    /// Index of the cache group.
+    pub group: u32,
+    /// The layer; `None`: all layers that the two ranks exchange.
+    pub layer: Option<u32>,
+    /// Unit numbers: block × units of a block + place in the block.
+    pub units: Vec<u32>,
+}
+
+/// Checks lists of units.
+pub(crate) fn check_units<'a>(
+    lists: impl IntoIterator<Item = &'a SumsOf>,
+) -> Result<(), WireError> {
+    let (mut count, mut units) = (0, 0_usize);
+    for list in lists {
+        count += 1;
+        units = units.saturating_add(list.units.len());
+    }
+    bounded("number of unit lists", count, limits::UNIT_LISTS)?;
+    bounded("number of units", units, limits::UNITS)
+}
+
+/// Checksums as they travel: 8 bytes each, the lowest first.
+pub(crate) fn pack_sums(sums: &[u64]) -> Blob {
+    Blob(sums.iter().flat_map(|sum| sum.to_le_bytes()).collect())
+}
+
+/// Reads what [`pack_sums`] has made.
+pub(crate) fn unpack_sums(blob: &Blob) -> impl ExactSizeIterator<Item = u64> + '_ {
+    blob.0.chunks_exact(8).map(|bytes| {
+        let mut word = [0; 8];
+        word.copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    })
+}
+
+/// Checks that bytes are checksums, and not too many.
+pub(crate) fn check_sums(blob: &Blob) -> Result<(), WireError> {
+    bounded("size of checksums", blob.len(), limits::SUMS)?;
+    match blob.len() % 8 {
+        0 => Ok(()),
+        _ => Err(WireError::BadSums { len: blob.len() }),
     }
 }
 

@@ -49,6 +49,18 @@ enum ExpectOp {
         nonce: u64,
         peer: u64,
     },
+    /// Done, but for checksums.
+    Written {
+        request: u8,
+        nonce: u64,
+        peer: u64,
+    },
+    Checked {
+        request: u8,
+        nonce: u64,
+        peer: u64,
+        right: bool,
+    },
     Closed {
         request: u8,
         nonce: u64,
@@ -70,6 +82,10 @@ fn expect_op() -> impl Strategy<Value = ExpectOp> {
         6 => message().prop_map(|(request, nonce, peer)| ExpectOp::Announce { request, nonce, peer }),
         4 => message().prop_map(|(request, nonce, peer)| ExpectOp::Started { request, nonce, peer }),
         6 => message().prop_map(|(request, nonce, peer)| ExpectOp::Done { request, nonce, peer }),
+        4 => message().prop_map(|(request, nonce, peer)| ExpectOp::Written { request, nonce, peer }),
+        6 => (message(), 0..4u8).prop_map(|((request, nonce, peer), wrong)| {
+            ExpectOp::Checked { request, nonce, peer, right: wrong > 0 }
+        }),
         4 => message().prop_map(|(request, nonce, peer)| ExpectOp::Closed { request, nonce, peer }),
         1 => (0..3u8).prop_map(ExpectOp::Cancel),
         1 => (0..4u64).prop_map(ExpectOp::Lost),
@@ -92,6 +108,8 @@ struct Try {
     deadline: Time,
     /// Peers that were told they may write and have neither closed nor been cut off.
     may_write: HashSet<u64>,
+    /// Those whose checksums are being compared.
+    written: HashSet<u64>,
     done: HashSet<u64>,
 }
 
@@ -261,6 +279,7 @@ proptest! {
                                 senders,
                                 deadline,
                                 may_write: HashSet::new(),
+                                written: HashSet::new(),
                                 done: HashSet::new(),
                             };
                             let before = world.tries.insert((request, nonce), entry);
@@ -277,7 +296,7 @@ proptest! {
                         let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
                         prop_assert_eq!(entry.life, Life::Standing);
                         entry.may_write.insert(peer);
-                        let bound = entry.may_write.len() + entry.done.len();
+                        let bound = entry.may_write.len() + entry.written.len() + entry.done.len();
                         prop_assert!(bound <= entry.senders as usize);
                     }
                 }
@@ -299,6 +318,41 @@ proptest! {
                         Err(NotASender | UnknownRequest | WrongNonce) => prop_assert!(!could),
                         Err(_) => {}
                     }
+                }
+                ExpectOp::Written { request: r, nonce, peer } => {
+                    use PushRefusal::{NotASender, UnknownRequest, WrongNonce};
+                    let could = world.stopped(r, nonce, peer, now, false);
+                    let tells = expects.may_tell(&request(r), Nonce(nonce), PeerKey(peer));
+                    match expects.push_written(now, &request(r), Nonce(nonce), PeerKey(peer)) {
+                        Ok(true) => {
+                            prop_assert!(could && tells);
+                            let entry = world.tries.get_mut(&(request(r), Nonce(nonce))).expect("known");
+                            prop_assert_eq!(entry.life, Life::Standing);
+                            entry.written.insert(peer);
+                        }
+                        Ok(false) | Err(NotASender | UnknownRequest | WrongNonce) => prop_assert!(!could),
+                        Err(_) => {}
+                    }
+                }
+                ExpectOp::Checked { request: r, nonce, peer, right } => {
+                    let key = (request(r), Nonce(nonce));
+                    let entry = world.tries.get_mut(&key);
+                    let standing = entry.filter(|e| e.life == Life::Standing && now < e.deadline);
+                    let waits = standing.is_some_and(|entry| {
+                        let waits = entry.written.remove(&peer);
+                        if waits && right {
+                            entry.done.insert(peer);
+                        }
+                        waits
+                    });
+                    let verdict = match right {
+                        true => Ok(()),
+                        false => Err(Cause::PeerDead),
+                    };
+                    let checked = expects.push_checked(now, &key.0, key.1, PeerKey(peer), verdict, |_| None);
+                    prop_assert_eq!(checked.is_ok(), waits);
+                    // It has failed, whoever else is to come.
+                    prop_assert!(!waits || right || checked == Ok(PushProgress::Complete));
                 }
                 ExpectOp::Closed { request: r, nonce, peer } => {
                     let could = world.stopped(r, nonce, peer, now, false);
@@ -390,6 +444,74 @@ fn released(r: &RequestId, n: Nonce) -> ExpectOutput {
         nonce: n,
         groups: vec![group(0, &[3, 1])],
     }
+}
+
+/// A sender whose checksums are compared writes no more, and does not count yet.
+#[test]
+fn a_sender_counts_when_its_checksums_are_right() {
+    let (mut expects, r, n) = expecting(2);
+    let (one, two) = (name(1), name(2));
+    expects
+        .announce(&r, n, PeerKey(1), sender(&one))
+        .expect("room");
+    expects
+        .announce(&r, n, PeerKey(2), sender(&two))
+        .expect("room");
+    assert_eq!(expects.push_written(Time(1), &r, n, PeerKey(1)), Ok(true));
+    assert_eq!(expects.push_written(Time(1), &r, n, PeerKey(1)), Ok(false));
+    let mut checked = |expects: &mut Expects, peer, verdict| {
+        expects.push_checked(Time(2), &r, n, PeerKey(peer), verdict, |_| None)
+    };
+    // One that may write has nothing to be compared.
+    assert_eq!(
+        checked(&mut expects, 2, Ok(())),
+        Err(PushRefusal::NotASender)
+    );
+    assert_eq!(
+        expects.push_done(Time(2), &r, n, PeerKey(2), |_| None),
+        Ok(PushProgress::Waiting { left: 1 })
+    );
+    assert!(outputs(&mut expects).is_empty());
+    // Its session may go: all that is compared is here.
+    expects.peer_lost(Time(2), PeerKey(1), &Cause::PeerDead);
+    assert!(outputs(&mut expects).is_empty());
+    assert_eq!(checked(&mut expects, 1, Ok(())), Ok(PushProgress::Complete));
+    let received = ExpectOutput::Received {
+        request: r.clone(),
+        nonce: n,
+        tag: 5,
+    };
+    assert_eq!(outputs(&mut expects), [received]);
+    assert_eq!(checked(&mut expects, 1, Ok(())), Err(PushRefusal::Late));
+}
+
+/// What was written wrong fails the request, and who could still write is stopped.
+#[test]
+fn wrong_checksums_fail_the_request() {
+    let (mut expects, r, n) = expecting(2);
+    let (one, two) = (name(1), name(2));
+    expects
+        .announce(&r, n, PeerKey(1), sender(&one))
+        .expect("room");
+    expects
+        .announce(&r, n, PeerKey(2), sender(&two))
+        .expect("room");
+    assert_eq!(expects.push_written(Time(1), &r, n, PeerKey(1)), Ok(true));
+    let verdict = Err(Cause::LeaseExpired);
+    let checked = expects.push_checked(Time(2), &r, n, PeerKey(1), verdict, |_| None);
+    assert_eq!(checked, Ok(PushProgress::Complete));
+    let quarantined = MemoryState::Quarantined;
+    assert_eq!(
+        outputs(&mut expects),
+        [
+            failed(&r, n, Cause::LeaseExpired, quarantined),
+            revoke(&r, n, 2)
+        ]
+    );
+    expects
+        .push_closed(Time(3), &r, n, PeerKey(2))
+        .expect("bound");
+    assert_eq!(outputs(&mut expects), [released(&r, n)]);
 }
 
 /// A sender that reconnects, or has started anew under its name, does not count for one that has

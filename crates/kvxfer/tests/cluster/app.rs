@@ -377,6 +377,7 @@ impl World {
             id,
             peer: self.peers[peer].key,
             kind,
+            verify: self.rng.permille(200),
             deadline,
             workers: workers.len() as u16,
         };

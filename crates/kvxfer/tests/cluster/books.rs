@@ -322,6 +322,7 @@ impl World {
                 nonce,
                 sender,
                 bytes: 0,
+                sums: 0,
             }
             .into(),
             Notice::PushAborted { cause } => PushClosed {

@@ -196,6 +196,7 @@ impl World {
             id,
             peer: self.peers[peer].key,
             kind: Kind::Push,
+            verify: self.rng.permille(200),
             deadline,
             workers: workers.len() as u16,
         };

@@ -123,6 +123,7 @@ pub(crate) fn pull_all(
             tag,
             deadline: Some(deadline),
             hold: true,
+            ..PullOptions::default()
         };
         instance.pull(ticket, &wanted, options).expect("a transfer")
     };

@@ -133,6 +133,7 @@ fn notices_that_are_lies() {
             nonce: ticket.nonce,
             sender: liar.name.rank,
             bytes: 1,
+            sums: 0,
         };
         change(&mut done);
         Message::from(done).encode().expect("a notice")

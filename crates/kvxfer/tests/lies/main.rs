@@ -16,5 +16,6 @@ mod owner;
 mod queue_pairs;
 mod reasons;
 mod strangers;
+mod sums;
 mod wire;
 mod world;

@@ -58,7 +58,7 @@ fn run(
     }
 }
 
-fn pairs(compiled: &Compiled, cluster: &Cluster) -> Vec<UnitPairs> {
+pub(crate) fn pairs(compiled: &Compiled, cluster: &Cluster) -> Vec<UnitPairs> {
     let lists = (0_u32..).zip(&cluster.lists);
     lists
         .map(|(group, l)| {

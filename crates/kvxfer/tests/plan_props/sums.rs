@@ -1,19 +1,23 @@
 //! Sums do not depend on where blocks lie, and see every changed bit.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
+use std::collections::{BTreeMap, BTreeSet};
 
-use kvxfer::layout::{AxisKind, KvFormat, PlacementDesc};
-use kvxfer::sums::{Part, SumError, parts};
+use kvxfer::layout::{KvFormat, PlacementDesc, Side};
+use kvxfer::plan::{Compiled, LayerScope, Part, PlanLimits, Role, SideName};
+use kvxfer::sums::Summed;
 use proptest::prelude::*;
 
-use crate::case::{At, Case, elements};
-use crate::tape::{Tape, tape};
+use crate::case::Case;
+use crate::cluster::{Cluster, Meaning, meanings};
+use crate::reshard::pairs;
+use crate::tape::{Tape, tape, tape_of};
 
 type Memory = Vec<Vec<u8>>;
 
-/// By (group, layer, name) and block.
-type Sums = BTreeMap<(u32, u32, String, u32), u64>;
+const LIMITS: PlanLimits = PlanLimits {
+    max_msg_bytes: u64::MAX,
+    max_sge: 4,
+};
 
 fn random(tape: &mut Tape, side: &PlacementDesc) -> Memory {
     let mut state = 1 + tape.below(u64::MAX - 1);
@@ -28,72 +32,47 @@ fn random(tape: &mut Tape, side: &PlacementDesc) -> Memory {
         .collect()
 }
 
-fn sum(part: &Part, block: u32, memory: &Memory) -> u64 {
-    let memory = &memory[part.memory as usize];
-    let read = |offset: u64, into: &mut [u8]| {
-        let at = offset as usize;
-        let from = memory.get(at..at + into.len()).ok_or(offset)?;
-        into.copy_from_slice(from);
-        Ok::<_, u64>(())
-    };
-    part.sum(block, read).expect("inside the memory")
+/// By (layer, tensor on this side) the sum of each unit.
+fn sums(
+    summed: &Summed,
+    (group, scope): (u32, LayerScope),
+    units: &[u32],
+    memory: &Memory,
+) -> Vec<((u32, u32), Vec<u64>)> {
+    let tensors = summed.tensors(group, scope).iter();
+    tensors
+        .map(|tensor| {
+            let memory = &memory[tensor.memory as usize];
+            let read = |offset: u64, into: &mut [u8]| {
+                let at = offset as usize;
+                let from = memory.get(at..at + into.len()).ok_or(offset)?;
+                into.copy_from_slice(from);
+                Ok::<_, u64>(())
+            };
+            let sum = |unit: &u32| {
+                let sum = tensor.sum(*unit, &mut Vec::new(), read);
+                sum.expect("inside the memory")
+            };
+            (
+                (tensor.layer, tensor.tensor),
+                units.iter().map(sum).collect(),
+            )
+        })
+        .collect()
 }
 
-type Ranges<'a> = &'a [(AxisKind, Range<u64>)];
-
-fn all(format: &KvFormat, side: &PlacementDesc, memory: &Memory, ranges: Ranges<'_>) -> Sums {
-    let mut out = Sums::new();
-    for part in parts(format, side, ranges).expect("here") {
-        let tensor = format.tensor(part.group, part.layer, part.tensor);
-        let name = tensor.expect("in the format").name.to_string();
-        for block in 0..part.num_blocks {
-            let key = (part.group, part.layer, name.clone(), block);
-            assert_eq!(out.insert(key, sum(&part, block, memory)), None);
-        }
-    }
-    out
+/// Both sides' view of what two ranks exchange.
+fn both(producer: &Side<'_>, consumer: &Side<'_>, part: Part) -> [Summed; 2] {
+    [SideName::Producer, SideName::Consumer]
+        .map(|side| Summed::compile(producer, consumer, side, part).expect("few pieces"))
 }
 
-fn changed(before: &Sums, after: &Sums) -> Vec<(u32, u32, String, u32)> {
-    let keys = before.keys().filter(|key| before[*key] != after[*key]);
-    keys.cloned().collect()
-}
-
-/// For each byte of an element: whose it is, and what its indices mean, in whole-model ones.
-type Owners = BTreeMap<At, ((u32, u32, String, u32), Vec<(AxisKind, u64)>)>;
-
-fn owners(format: &KvFormat, side: &PlacementDesc) -> Owners {
-    let mut out = Owners::new();
-    for placed in side.tensors() {
-        let tensor = format.tensor(placed.group, placed.layer, placed.tensor);
-        let tensor = tensor.expect("in the format");
-        let shard = tensor
-            .sharded_axis()
-            .zip(placed.shard_of(tensor))
-            .map(|(axis, shard)| (axis.kind, shard.first));
-        for (mut meaning, at) in elements(tensor, placed) {
-            for (kind, index) in &mut meaning {
-                if let Some((of, first)) = shard
-                    && of == *kind
-                {
-                    *index += first;
-                }
-            }
-            for block in 0..placed.num_blocks {
-                let key = (placed.group, placed.layer, tensor.name.to_string(), block);
-                let base = placed.offset + u64::from(block) * placed.block_stride + at;
-                for byte in base..base + tensor.dtype.bytes() {
-                    let owner = (key.clone(), meaning.clone());
-                    out.insert((placed.memory as usize, byte), owner);
-                }
-            }
-        }
-    }
-    out
+fn side<'a>(format: &'a KvFormat, placement: &'a PlacementDesc) -> Side<'a> {
+    Side { format, placement }
 }
 
 /// A bit of any byte.
-fn flip(tape: &mut Tape, memory: &mut Memory) -> Option<At> {
+fn flip(tape: &mut Tape, memory: &mut Memory) -> Option<(usize, u64)> {
     let which = tape.below(memory.len() as u64) as usize;
     let len = memory[which].len() as u64;
     if len == 0 {
@@ -104,83 +83,145 @@ fn flip(tape: &mut Tape, memory: &mut Memory) -> Option<At> {
     Some((which, at))
 }
 
+/// What a sum is of: the producer rank, group, layer, the consumer's tensor and its unit.
+type Of = (usize, u32, u32, u32, u32);
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
+    /// Any order of axes, splits, strides and memories; layer by layer or all at once.
     #[test]
     fn what_was_copied_has_the_sums_of_its_source(mut tape in tape()) {
         let case = Case::new(&mut tape);
         let from = random(&mut tape, &case.producer);
         let mut to = random(&mut tape, &case.consumer);
-        for (dst, (src, _)) in case.expected() {
+        let expected = case.expected();
+        for (dst, (src, _)) in &expected {
             to[dst.0][dst.1 as usize] = from[src.0][src.1 as usize];
         }
-        let sums = |format, side, memory| all(format, side, memory, &[]);
-        let there = sums(&case.formats.producer, &case.producer, &from);
-        let here = sums(&case.formats.consumer, &case.consumer, &to);
-        for (group, layer, name, _) in there.keys().filter(|key| key.3 == 0) {
-            let request = case.pairs.iter().find(|r| r.group == *group).expect("asked for");
-            for pair in &request.pairs {
-                let key = |block| (*group, *layer, name.clone(), block);
-                prop_assert_eq!(there[&key(pair.src)], here[&key(pair.dst)], "{:?}", key(pair.dst));
+        let p = side(&case.formats.producer, &case.producer);
+        let c = side(&case.formats.consumer, &case.consumer);
+        let [there, here] = both(&p, &c, Part::Common);
+        let plan = case.compile().plan(&case.pairs, LayerScope::All, LIMITS).expect("planned");
+        let mut summed = 0;
+        for (group, units) in plan.units() {
+            let (src, dst): (Vec<u32>, Vec<u32>) = units.unzip();
+            let window = case.formats.window;
+            let of = |scope| (sums(&there, (group, scope), &src, &from), sums(&here, (group, scope), &dst, &to));
+            let (left, right) = of(LayerScope::All);
+            prop_assert!(!left.is_empty() && left.len() == right.len());
+            let by_layer = (window.first..window.end).map(LayerScope::Layer).map(of);
+            let by_layer: Vec<_> = by_layer.flat_map(|(left, _)| left).collect();
+            prop_assert_eq!(&by_layer, &left);
+            for (left, right) in left.iter().zip(&right) {
+                prop_assert_eq!(left.0.0, right.0.0);
+                prop_assert_eq!(&left.1, &right.1);
             }
+            let bytes: u64 = here.tensors(group, LayerScope::All).iter().map(|t| t.bytes()).sum();
+            summed += bytes * dst.len() as u64;
         }
+        // Every byte is in a sum, once.
+        prop_assert_eq!(summed, expected.len() as u64);
     }
 
+    /// Engines that are cut otherwise, of unequal blocks, K and V in one tensor or in two: what two
+    /// ranks exchange has the same sums on both, and a changed bit is in one of them alone.
     #[test]
-    fn a_changed_bit_changes_the_sum_of_its_block_alone(mut tape in tape()) {
-        let case = Case::new(&mut tape);
-        let (format, side) = (&case.formats.consumer, &case.consumer);
-        let mut memory = random(&mut tape, side);
-        let before = all(format, side, &memory, &[]);
-        let owners = owners(format, side);
-        for _ in 0..8 {
-            let kept = memory.clone();
-            let Some(at) = flip(&mut tape, &mut memory) else { continue };
-            let after = all(format, side, &memory, &[]);
-            let wanted: Vec<_> = owners.get(&at).map(|owner| owner.0.clone()).into_iter().collect();
-            prop_assert_eq!(changed(&before, &after), wanted, "{:?}", at);
-            memory = kept;
-        }
-    }
-
-    #[test]
-    fn a_part_is_what_its_indices_say(mut tape in tape()) {
-        let case = Case::new(&mut tape);
-        let (format, side) = (&case.formats.consumer, &case.consumer);
-        // Heads that all tensors with heads have here.
-        let owners = owners(format, side);
-        let mut heads: BTreeMap<(u32, u32, String), Range<u64>> = BTreeMap::new();
-        for ((group, layer, name, _), meaning) in owners.values() {
-            for (_, head) in meaning.iter().filter(|m| m.0 == AxisKind::Head) {
-                let of = heads.entry((*group, *layer, name.clone())).or_insert(*head..*head + 1);
-                *of = of.start.min(*head)..of.end.max(*head + 1);
+    fn a_changed_bit_is_in_one_sum_alone(mut tape in tape_of(3000)) {
+        let cluster = Cluster::new(&mut tape);
+        let (producer, consumer) = (&cluster.producer, &cluster.consumer);
+        let to = tape.below(consumer.ranks.len() as u64) as usize;
+        let c = consumer.side(to);
+        let needed = meanings(consumer, to, &cluster.lists, false);
+        let mut arrived = random(&mut tape, &consumer.ranks[to]);
+        let mut sources = Vec::new();
+        // Which byte of which rank holds what, of all ranks: the last of those that keep the same.
+        let mut keeps: BTreeMap<Meaning, Vec<(usize, u64)>> = BTreeMap::new();
+        for from in 0..producer.ranks.len() {
+            sources.push(random(&mut tape, &producer.ranks[from]));
+            for (at, (meaning, _)) in meanings(producer, from, &cluster.lists, true) {
+                keeps.entry(meaning).or_default().push((from, at));
             }
         }
-        let first = heads.values().map(|of| of.start).max().unwrap_or(0);
-        let end = heads.values().map(|of| of.end).min().unwrap_or(1);
-        prop_assume!(first < end);
-        let start = first + tape.below(end - first);
-        let wanted = start..start + 1 + tape.below(end - start);
-        let ranges = [(AxisKind::Head, wanted.clone())];
-        let mut memory = random(&mut tape, side);
-        let before = all(format, side, &memory, &ranges);
+        // Replicas keep the same bytes.
+        for (meaning, places) in &keeps {
+            let (rank, at) = places[0];
+            let byte = sources[rank][0][at as usize];
+            for (rank, at) in places {
+                sources[*rank][0][*at as usize] = byte;
+            }
+            if let Some((dst, _)) = needed.iter().find(|(_, (of, _))| of == meaning) {
+                arrived[0][*dst as usize] = byte;
+            }
+        }
+        let mut exchanged = Vec::new();
+        for (from, source) in sources.iter().enumerate() {
+            let p = producer.side(from);
+            let one = Compiled::compile(&p, &c, Role::Pull, Part::Share).expect("reshardable");
+            let [there, here] = both(&p, &c, Part::Share);
+            let plan = one.plan_units(&pairs(&one, &cluster), LayerScope::All, LIMITS).expect("planned");
+            for (group, units) in plan.units() {
+                let (src, dst): (Vec<u32>, Vec<u32>) = units.unzip();
+                let wanted = sums(&there, (group, LayerScope::All), &src, source);
+                exchanged.push((from, group, dst, here.clone(), wanted));
+            }
+        }
+        let differing = |arrived: &Memory| {
+            let mut out: BTreeSet<Of> = BTreeSet::new();
+            for (from, group, dst, here, wanted) in &exchanged {
+                let found = sums(here, (*group, LayerScope::All), dst, arrived);
+                assert_eq!(found.len(), wanted.len());
+                for ((key, found), (_, wanted)) in found.iter().zip(wanted) {
+                    let units = dst.iter().zip(found.iter().zip(wanted));
+                    let differ = units.filter(|(_, (found, wanted))| found != wanted);
+                    out.extend(differ.map(|(unit, _)| (*from, *group, key.0, key.1, *unit)));
+                }
+            }
+            out
+        };
+        prop_assert_eq!(differing(&arrived), BTreeSet::new());
         for _ in 0..8 {
-            let kept = memory.clone();
-            let Some(at) = flip(&mut tape, &mut memory) else { continue };
-            let after = all(format, side, &memory, &ranges);
-            let owner = owners.get(&at).filter(|(_, meaning)| {
-                meaning.iter().all(|(kind, i)| *kind != AxisKind::Head || wanted.contains(i))
-            });
-            let owner: Vec<_> = owner.map(|owner| owner.0.clone()).into_iter().collect();
-            prop_assert_eq!(changed(&before, &after), owner, "{:?} {:?}", at, wanted);
-            memory = kept;
+            let kept = arrived.clone();
+            // Most bytes of a memory are of no request.
+            let at = match tape.chance(2) {
+                true => flip(&mut tape, &mut arrived).map(|(_, at)| at),
+                false => needed.keys().nth(tape.below(needed.len().max(1) as u64) as usize).map(|at| {
+                    arrived[0][*at as usize] ^= 1;
+                    *at
+                }),
+            };
+            let Some(at) = at else { continue };
+            let found = differing(&arrived);
+            match needed.get(&at) {
+                None => prop_assert_eq!(found, BTreeSet::new()),
+                Some(((group, layer, ..), (_, block))) => {
+                    prop_assert_eq!(found.len(), 1);
+                    let (_, of_group, of_layer, tensor, unit) = found.into_iter().next().expect("one");
+                    prop_assert_eq!((of_group, of_layer), (*group, *layer));
+                    let sizes = [&producer.format, &consumer.format]
+                        .map(|format| format.group(of_group).expect("a group").block_tokens);
+                    prop_assert_eq!(unit / per_block(sizes), *block);
+                    let placed = consumer.ranks[to].tensors().iter().find(|t| {
+                        (t.group, t.layer, t.tensor) == (of_group, of_layer, tensor)
+                    });
+                    let placed = placed.expect("this rank's own");
+                    prop_assert!(placed.offset <= at);
+                }
+            }
+            arrived = kept;
         }
-        // Beyond what is here.
-        if let Some(most) = heads.values().map(|of| of.end).max() {
-            let beyond = parts(format, side, &[(AxisKind::Head, most..most + 1)]);
-            prop_assert!(matches!(beyond, Err(SumError::NotHere { .. })), "{beyond:?}");
-        }
+    }
+}
+
+/// Units of a consumer's block.
+fn per_block([producer, consumer]: [u32; 2]) -> u32 {
+    let (mut a, mut b) = (producer, consumer);
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    match a {
+        0 => 1,
+        unit => consumer / unit,
     }
 }
 
@@ -189,27 +230,35 @@ proptest! {
 fn order_and_length_count() {
     let format = KvFormat::opaque(8, 1).expect("a format");
     let topology = kvxfer::layout::Topology::single(&format);
-    let side = kvxfer::layout::KvPlacement::uniform(
+    let uniform = kvxfer::layout::KvPlacement::uniform(
         &format,
         topology,
         &[3],
         kvxfer::layout::Packing::OneMemory,
         8,
     );
-    let side = side
+    let placement = uniform
         .and_then(|uniform| uniform.describe(&format))
         .expect("valid");
-    let part = &parts(&format, &side, &[]).expect("here")[0];
-    assert_eq!(part.bytes(), 8);
-    let mut memory = vec![vec![0; side.memory_len()[0] as usize]];
+    let [here, _] = both(
+        &side(&format, &placement),
+        &side(&format, &placement),
+        Part::Common,
+    );
+    let tensors = here.tensors(0, LayerScope::All);
+    assert_eq!(tensors.len(), 1);
+    assert_eq!(tensors[0].bytes(), 8);
+    assert!(here.tensors(1, LayerScope::All).is_empty());
+    assert!(here.tensors(0, LayerScope::Layer(1)).is_empty());
+    let mut memory = vec![vec![0; placement.memory_len()[0] as usize]];
     memory[0][..8].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
     memory[0][8..16].copy_from_slice(&[2, 1, 3, 4, 5, 6, 7, 8]);
-    let sums = [0, 1, 2].map(|block| sum(part, block, &memory));
+    let sums = sums(&here, (0, LayerScope::All), &[0, 1, 2], &memory);
+    let (_, sums) = &sums[0];
     assert!(sums[0] != sums[1] && sums[1] != sums[2] && sums[0] != sums[2]);
     // What it is must never change: both sides work it out.
     assert_eq!(sums[0], xxh3_of([1, 2, 3, 4, 5, 6, 7, 8]));
 }
-
 /// XXH3 of 64 bits without a seed, of 8 bytes, by its specification.
 fn xxh3_of(bytes: [u8; 8]) -> u64 {
     // The secret's bytes 8 to 24.

@@ -68,10 +68,11 @@ fn the_encoding_is_the_documented_one() {
             tp: 3,
         },
         bytes: 300,
+        sums: 2,
     };
     assert_eq!(
         hex(&Message::from(done).encode().unwrap()),
-        "94a1720593010203cd012c"
+        "95a1720593010203cd012c02"
     );
     assert_eq!(hex(&Message::from(Ready {}).encode().unwrap()), "90");
     let span = RemoteSpan {

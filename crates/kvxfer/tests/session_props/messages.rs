@@ -111,6 +111,19 @@ fn refusal() -> impl Strategy<Value = Refusal> {
     ]
 }
 
+fn sums_of() -> impl Strategy<Value = SumsOf> {
+    let units = vec(any::<u32>(), 0..9);
+    (any::<u32>(), prop::option::of(any::<u32>()), units).prop_map(|(group, layer, units)| SumsOf {
+        group,
+        layer,
+        units,
+    })
+}
+
+fn sums() -> impl Strategy<Value = Blob> {
+    vec(any::<[u8; 8]>(), 0..9).prop_map(|sums| Blob(sums.concat()))
+}
+
 fn request() -> impl Strategy<Value = (RequestId, Nonce)> {
     (text(), any::<u64>()).prop_map(|(r, n)| (r.into(), Nonce(n)))
 }
@@ -187,13 +200,48 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             })
             .boxed(),
         MessageKind::Announce => blob().prop_map(|ticket| Announce { ticket }.into()).boxed(),
-        MessageKind::PushDone => (request(), rank(), any::<u64>())
-            .prop_map(|((request, nonce), sender, bytes)| {
+        MessageKind::SumsWanted => (any::<u64>(), request(), any::<bool>(), vec(sums_of(), 0..4))
+            .prop_map(|(id, (request, nonce), share, of)| {
+                SumsWanted {
+                    id,
+                    request,
+                    nonce,
+                    share,
+                    of,
+                }
+                .into()
+            })
+            .boxed(),
+        MessageKind::Sums => (any::<[u64; 2]>(), prop::option::of(blob()), sums())
+            .prop_map(|([id, first], refused, sums)| {
+                Sums {
+                    id,
+                    refused,
+                    first,
+                    sums,
+                }
+                .into()
+            })
+            .boxed(),
+        MessageKind::PushSums => (request(), sums_of(), sums())
+            .prop_map(|((request, nonce), of, sums)| {
+                PushSums {
+                    request,
+                    nonce,
+                    of,
+                    sums,
+                }
+                .into()
+            })
+            .boxed(),
+        MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>())
+            .prop_map(|((request, nonce), sender, [bytes, sums])| {
                 PushDone {
                     request,
                     nonce,
                     sender,
                     bytes,
+                    sums,
                 }
                 .into()
             })

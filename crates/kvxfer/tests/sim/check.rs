@@ -42,6 +42,9 @@ pub(crate) struct Seen {
     /// The first reason to stop that the ledger was given.
     pub(crate) reason: Option<Cause>,
     pub(crate) lease_live: bool,
+    /// Whether checksums are wanted, and have been found right.
+    pub(crate) verify: bool,
+    pub(crate) verified: bool,
     pub(crate) ended: Option<Ended>,
     pub(crate) notices: Vec<Notice>,
     /// The memory was said to be free.
@@ -60,7 +63,7 @@ impl Seen {
         format!("transfer {}", self.id.0)
     }
 
-    fn all_bytes_there(&self) -> bool {
+    pub(crate) fn all_bytes_there(&self) -> bool {
         let planned = self.planned as usize;
         self.src[..planned] == self.expected_from_dst(planned)[..]
     }
@@ -176,6 +179,10 @@ impl Seen {
                 ensure!(
                     !self.check_lease || self.planned == 0 || self.lease_live,
                     "{name}: done without a live lease"
+                );
+                ensure!(
+                    !self.verify || self.planned == 0 || self.verified,
+                    "{name}: done without its checksums"
                 );
                 for (job, source) in &self.jobs {
                     for op in 0..source.ops.len() as u64 {

@@ -61,6 +61,8 @@ impl World {
             executed: HashMap::new(),
             reason: None,
             lease_live: false,
+            verify: self.rng.permille(300),
+            verified: false,
             ended: None,
             notices: Vec::new(),
             free: false,
@@ -81,6 +83,7 @@ impl World {
             id,
             peer: seen.key,
             kind,
+            verify: seen.verify,
             deadline,
             workers: self.workers.len() as u16,
         };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvxfer::time::Time;
-use kvxfer::transfer::{Cause, JobId, LeaseAnswer, Output, TransferId, Transfers};
+use kvxfer::transfer::{Cause, JobId, LeaseAnswer, Output, Refusal, TransferId, Transfers};
 
 use super::check::{Ended, ensure};
 use super::net::Wr;
@@ -56,6 +56,22 @@ impl World {
                         }
                     }
                     self.ledgers[o].lease_answer(self.now, id, answer);
+                }
+                ToOwner::Verified { id } => {
+                    let wrong = !self.faults.quiet() && self.rng.permille(100);
+                    let verdict = match self.index.get(&id) {
+                        Some(&i) if wrong => {
+                            let reason = Refusal::Sums;
+                            self.give_reason(i, Cause::Refused { reason });
+                            Err(Cause::Refused { reason })
+                        }
+                        Some(&i) => {
+                            self.seen[i].verified = true;
+                            Ok(())
+                        }
+                        None => Ok(()),
+                    };
+                    self.ledgers[o].verified(self.now, id, verdict);
                 }
             }
             self.outputs(o)?;
@@ -128,6 +144,16 @@ impl World {
                     for worker in &mut self.workers {
                         worker.inbox.push_back(ToWorker::Stop(job));
                     }
+                }
+                Output::Verify { id, .. } => {
+                    let seen = &self.seen[self.index[&id]];
+                    ensure!(seen.verify, "{}: checksums unasked", seen.name());
+                    ensure!(
+                        seen.all_bytes_there(),
+                        "{}: checksums before all data",
+                        seen.name()
+                    );
+                    self.owner_inbox[o].push_back(ToOwner::Verified { id });
                 }
                 Output::CheckLease { id, .. } => {
                     let w = self.rng.index(self.workers.len().min(1));

@@ -90,6 +90,7 @@ pub(crate) enum ToOwner {
     Report(JobReport),
     Drained { key: PeerKey, token: DrainToken },
     Lease { id: TransferId, answer: LeaseAnswer },
+    Verified { id: TransferId },
 }
 
 pub(crate) struct Draining {

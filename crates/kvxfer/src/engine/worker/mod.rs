@@ -25,6 +25,7 @@ use super::joint::Told;
 use super::notices::{Inbox, Outbox};
 use super::peer_session::PeerSession;
 use super::push::close;
+use super::verify::{Verdict, Verification};
 use super::wake::Wake;
 use super::{Clock, Inner};
 use crate::claims::Claim;
@@ -60,6 +61,8 @@ pub(crate) struct Live {
     /// What it has been split into.
     pub(crate) jobs: Vec<Arc<Job>>,
     pub(crate) report: TransferReport,
+    /// Its checksums, if they are to be compared or told.
+    pub(crate) verify: Option<Verification>,
     /// A pull's destination blocks, until they are the owner's again.
     pub(crate) claim: Option<Claim>,
 }
@@ -98,6 +101,8 @@ pub(crate) enum Command {
         request: RequestId,
         peer: Arc<PeerSession>,
     },
+    /// What has become of a transfer's checksums.
+    Verified { id: TransferId, verdict: Verdict },
     /// A push has all its operations.
     Commit { id: TransferId },
     /// The producer gives its push up.
@@ -370,6 +375,9 @@ impl Worker {
                     live.report.operations += source.ops();
                     live.report.merged_runs += runs;
                     live.report.prepare += prepare;
+                    if let Some(verify) = &mut live.verify {
+                        verify.plans.push(Arc::clone(&source));
+                    }
                 }
                 // The transfer may have ended meanwhile: its outcome has said so.
                 if let Err(error) = self.transfers.add_job(now, id, source) {
@@ -386,6 +394,7 @@ impl Worker {
                 // It ended before its try had a name: the consumer could not tell which was meant.
                 None => close(&peer, &request, nonce),
             },
+            Command::Verified { id, verdict } => self.verified(now, id, verdict),
             Command::Commit { id } => {
                 if let Err(error) = self.transfers.commit(now, id) {
                     debug!(?id, %error, "commit of a push that has ended");

@@ -7,7 +7,9 @@ use super::{Command, Worker};
 use crate::blocks::GroupBlocks;
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::peer_session::PeerSession;
+use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
+use crate::time::Time;
 use crate::transfer::{
     self, Cause, DrainToken, Incomplete, Job, JobId, Notice, Output, PeerKey, TransferId,
 };
@@ -40,6 +42,7 @@ impl Worker {
         match output {
             Output::StartJob(job) => self.start(job),
             Output::StopJob { job, peer } => self.stop_job(peer, job),
+            Output::Verify { id, .. } => self.verify(id),
             Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
@@ -106,6 +109,32 @@ impl Worker {
         }
     }
 
+    fn verify(&mut self, id: TransferId) {
+        let own = self.others.get(usize::from(self.index));
+        if let (Some(live), Some(own)) = (self.live.get(&id), own) {
+            live.engine.runtime.verifier.begin(id, live, own);
+        }
+    }
+
+    pub(super) fn verified(&mut self, now: Time, id: TransferId, verdict: Verdict) {
+        let verify = self.live.get_mut(&id).and_then(|live| live.verify.as_mut());
+        let verdict = match verdict {
+            Ok(sums) => {
+                if let Some(verify) = verify {
+                    verify.told = sums;
+                }
+                Ok(())
+            }
+            Err(unverified) => {
+                if let Some(verify) = verify {
+                    verify.differing = unverified.blocks;
+                }
+                Err(unverified.cause)
+            }
+        };
+        self.transfers.verified(now, id, verdict);
+    }
+
     fn notice(&mut self, id: TransferId, notice: Notice) {
         let Some(live) = self.live.get(&id) else {
             return;
@@ -130,9 +159,12 @@ impl Worker {
             return;
         };
         // A push leaves its own blocks as they were; the consumer hears of its own.
-        let invalid = |incomplete: &Incomplete| match live.push {
-            true => Vec::new(),
-            false => by_group(&incomplete.blocks()),
+        let differing = live.verify.as_ref().map(|verify| &verify.differing);
+        let invalid = |incomplete: &Incomplete| match differing {
+            _ if live.push => Vec::new(),
+            // All others are known to be right.
+            Some(blocks) if !blocks.is_empty() => by_group(blocks),
+            _ => by_group(&incomplete.blocks()),
         };
         let outcome = match outcome {
             transfer::Outcome::Done { .. } => Outcome::Done,
@@ -177,6 +209,9 @@ impl Worker {
         }
         if live.push && !quarantined {
             live.engine.push_ended(id);
+        }
+        if live.verify.is_some() {
+            live.engine.runtime.verifier.forget(id);
         }
         live.finish(outcome);
         if let Entry::Occupied(mut running) = self.running.entry(live.peer.key) {
