@@ -459,7 +459,7 @@ fn a_sender_counts_when_its_checksums_are_right() {
         .expect("room");
     assert_eq!(expects.push_written(Time(1), &r, n, PeerKey(1)), Ok(true));
     assert_eq!(expects.push_written(Time(1), &r, n, PeerKey(1)), Ok(false));
-    let mut checked = |expects: &mut Expects, peer, verdict| {
+    let checked = |expects: &mut Expects, peer, verdict| {
         expects.push_checked(Time(2), &r, n, PeerKey(peer), verdict, |_| None)
     };
     // One that may write has nothing to be compared.
