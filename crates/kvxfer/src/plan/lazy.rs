@@ -129,30 +129,67 @@ impl Section {
     }
 }
 
+/// What takes operations. Those of one local piece are most of them, and have a way of their own.
+trait Sink {
+    fn op(&mut self, op: &Op<'_>);
+    fn one(&mut self, remote_region: u32, remote_offset: u64, local: Piece);
+}
+
+impl Sink for OpList {
+    #[inline]
+    fn op(&mut self, op: &Op<'_>) {
+        self.push(op);
+    }
+
+    #[inline]
+    fn one(&mut self, remote_region: u32, remote_offset: u64, local: Piece) {
+        self.push_one(remote_region, remote_offset, local);
+    }
+}
+
+/// A function that takes them.
+struct Each<'a>(&'a mut dyn FnMut(&Op<'_>));
+
+impl Sink for Each<'_> {
+    fn op(&mut self, op: &Op<'_>) {
+        (self.0)(op);
+    }
+
+    fn one(&mut self, remote_region: u32, remote_offset: u64, local: Piece) {
+        (self.0)(&Op {
+            remote_region,
+            remote_offset,
+            len: u64::from(local.len),
+            local: &[local],
+        });
+    }
+}
+
 /// Operations at one place, into the sink.
 struct Emitter<'a, S> {
     pieces: &'a [SpanPiece],
     scratch: [Piece; MAX_PIECES],
-    sink: S,
+    sink: &'a mut S,
 }
 
-impl<S: FnMut(&Op<'_>)> Emitter<'_, S> {
+impl<S: Sink> Emitter<'_, S> {
     #[inline]
     fn spans(&mut self, spans: &[OpSpan], tensor: &TensorPair, remote_base: u64, local_base: u64) {
         for span in spans {
-            let used = if span.count == 1 {
-                self.scratch[0] = Piece {
+            let (remote_region, remote_offset) = (tensor.remote_region, remote_base + span.remote);
+            if span.count == 1 {
+                let local = Piece {
                     region: tensor.local_region,
                     len: span.len,
                     offset: local_base + span.local,
                 };
-                1
-            } else {
-                self.fill(span, tensor.local_region, local_base)
-            };
-            (self.sink)(&Op {
-                remote_region: tensor.remote_region,
-                remote_offset: remote_base + span.remote,
+                self.sink.one(remote_region, remote_offset, local);
+                continue;
+            }
+            let used = self.fill(span, tensor.local_region, local_base);
+            self.sink.op(&Op {
+                remote_region,
+                remote_offset,
                 len: u64::from(span.len),
                 local: &self.scratch[..used],
             });
@@ -187,12 +224,12 @@ impl OpSource for Plan {
     }
 
     fn emit(&self, range: Range<u64>, sink: &mut dyn FnMut(&Op<'_>)) {
-        self.each(range, sink);
+        self.each(range, &mut Each(sink));
     }
 
     // Its own, so that the list's push is inlined: this is most of what an operation costs.
     fn list(&self, range: Range<u64>, list: &mut OpList) {
-        self.each(range, |op: &Op<'_>| list.push(op));
+        self.each(range, list);
     }
 
     fn blocks_of(&self, op: u64, out: &mut Vec<(u32, u32)>) {
@@ -231,7 +268,7 @@ impl OpSource for Plan {
 
 impl Plan {
     /// Hands the operations of a range to the sink.
-    fn each(&self, range: Range<u64>, sink: impl FnMut(&Op<'_>)) {
+    fn each(&self, range: Range<u64>, sink: &mut impl Sink) {
         let end = range.end.min(self.report.operations);
         let mut at = range.start;
         if at >= end {
@@ -254,7 +291,7 @@ impl Plan {
     }
 
     /// Operations `from..to` of a section, which are not none.
-    fn emit_section<S: FnMut(&Op<'_>)>(
+    fn emit_section<S: Sink>(
         &self,
         section: &Section,
         from: u64,

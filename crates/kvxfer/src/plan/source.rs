@@ -35,17 +35,24 @@ pub struct OpList {
     bytes: u64,
     max_ops: usize,
     max_bytes: u64,
-    full: bool,
 }
 
+/// An operation by its local pieces. One is by far the most common, and stands with it.
 #[derive(Debug, Clone, Copy)]
-struct ListedOp {
-    remote_region: u32,
-    /// Where its local pieces begin in the list's.
-    first_piece: u32,
-    pieces: u32,
-    remote_offset: u64,
-    len: u64,
+enum ListedOp {
+    One {
+        remote_region: u32,
+        remote_offset: u64,
+        local: Piece,
+    },
+    Some {
+        remote_region: u32,
+        /// So many of the list's, from here on.
+        first: u32,
+        count: u32,
+        remote_offset: u64,
+        len: u64,
+    },
 }
 
 impl OpList {
@@ -56,36 +63,55 @@ impl OpList {
         self.bytes = 0;
         self.max_ops = max_ops;
         self.max_bytes = max_bytes;
-        self.full = false;
     }
 
     /// Adds an operation; from the first on for which there is no room, none is added.
     #[inline]
     pub fn push(&mut self, op: &Op<'_>) {
-        let after = self.bytes.saturating_add(op.len);
-        // A source that emits more than it was asked for must not overrun the credits.
-        self.full |=
-            self.ops.len() >= self.max_ops || (after > self.max_bytes && !self.ops.is_empty());
-        if self.full {
-            return;
-        }
-        let first_piece = self.pieces.len();
-        // One piece is by far the most common; pushing it beats a general copy.
         if let [piece] = op.local {
-            self.pieces.push(*piece);
-        } else {
+            self.push_one(op.remote_region, op.remote_offset, *piece);
+        } else if self.admit(op.len) {
+            let first = self.pieces.len();
             self.pieces.extend_from_slice(op.local);
+            // Lossless: a list has at most 2^20 operations of at most 2^10 pieces.
+            #[allow(clippy::cast_possible_truncation)]
+            let (first, count) = (first as u32, op.local.len() as u32);
+            self.ops.push(ListedOp::Some {
+                remote_region: op.remote_region,
+                first,
+                count,
+                remote_offset: op.remote_offset,
+                len: op.len,
+            });
         }
-        // Lossless: a list has at most 2^20 operations of at most 2^10 pieces.
-        #[allow(clippy::cast_possible_truncation)]
-        self.ops.push(ListedOp {
-            remote_region: op.remote_region,
-            first_piece: first_piece as u32,
-            pieces: op.local.len() as u32,
-            remote_offset: op.remote_offset,
-            len: op.len,
-        });
+    }
+
+    /// The same for an operation of one local piece.
+    #[inline]
+    pub fn push_one(&mut self, remote_region: u32, remote_offset: u64, local: Piece) {
+        if self.admit(u64::from(local.len)) {
+            self.ops.push(ListedOp::One {
+                remote_region,
+                remote_offset,
+                local,
+            });
+        }
+    }
+
+    /// Counts an operation of so many bytes if there is room for it. A source that emits more than it was
+    /// asked for must not overrun the credits.
+    #[inline]
+    fn admit(&mut self, len: u64) -> bool {
+        if self.ops.len() >= self.max_ops {
+            return false;
+        }
+        let after = self.bytes.saturating_add(len);
+        if after > self.max_bytes && !self.ops.is_empty() {
+            self.max_ops = 0;
+            return false;
+        }
         self.bytes = after;
+        true
     }
 
     /// How many operations there are.
@@ -108,13 +134,31 @@ impl OpList {
 
     /// The operations, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Op<'_>> + '_ {
-        self.ops.iter().map(|op| {
-            let from = op.first_piece as usize;
-            Op {
-                remote_region: op.remote_region,
-                remote_offset: op.remote_offset,
-                len: op.len,
-                local: &self.pieces[from..from + op.pieces as usize],
+        self.ops.iter().map(|op| match op {
+            ListedOp::One {
+                remote_region,
+                remote_offset,
+                local,
+            } => Op {
+                remote_region: *remote_region,
+                remote_offset: *remote_offset,
+                len: u64::from(local.len),
+                local: std::slice::from_ref(local),
+            },
+            ListedOp::Some {
+                remote_region,
+                first,
+                count,
+                remote_offset,
+                len,
+            } => {
+                let from = *first as usize;
+                Op {
+                    remote_region: *remote_region,
+                    remote_offset: *remote_offset,
+                    len: *len,
+                    local: &self.pieces[from..from + *count as usize],
+                }
             }
         })
     }

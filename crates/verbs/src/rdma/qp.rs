@@ -30,7 +30,7 @@ use crate::sys::types::{
     ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_send_wr_bind_mw, ibv_send_wr_rdma,
     ibv_send_wr_wr, ibv_send_wr_xrc, ibv_sge, ibv_wc,
 };
-use crate::wr::{Completion, Op, SendChain, Sge, WcOpcode, WcStatus};
+use crate::wr::{Completion, Op, SendChain, Sge, WcOpcode, WcStatus, WrEntry};
 
 /// A work request of which a device reads only what posting sets.
 const EMPTY: ibv_send_wr = ibv_send_wr {
@@ -58,6 +58,13 @@ const EMPTY: ibv_send_wr = ibv_send_wr {
             mw_access_flags: 0,
         },
     },
+};
+
+/// No span of memory.
+const NO_SPAN: ibv_sge = ibv_sge {
+    addr: 0,
+    length: 0,
+    lkey: 0,
 };
 
 /// The send queue, and where a chain is put into the words of C. The memory is used again.
@@ -324,45 +331,42 @@ impl Sends {
         table: &Arc<RegionTable>,
     ) -> Result<(), Refused> {
         let entries = table.entries();
-        self.sges.clear();
-        self.sges.reserve(chain.sges.len());
-        let places = self.sges.as_mut_ptr();
         if self.wrs.len() < n {
             self.wrs.resize(n, EMPTY);
         }
-        let mut spans = chain.sges.as_slice();
-        // One pointer leads to all of them: no other reference is made.
-        let first = self.wrs.as_mut_ptr();
-        for (at, entry) in chain.wrs.iter().enumerate().take(n) {
-            let begin = self.sges.len();
-            let (own, others) = spans
-                .split_at_checked(entry.nsge as usize)
-                .unwrap_or((spans, &[]));
-            spans = others;
-            for span in own {
-                // A length of 0 means 2 GiB to some devices. The regions were looked at before.
-                let (false, Some(region)) = (span.len == 0, entries.get(span.region as usize))
-                else {
-                    continue;
-                };
-                self.sges.push(ibv_sge {
-                    addr: region.addr.wrapping_add(span.offset),
-                    length: span.len,
-                    lkey: region.lkey,
-                });
-            }
+        if self.sges.len() < chain.sges.len() {
+            self.sges.resize(chain.sges.len(), NO_SPAN);
+        }
+        // Those within the limits are the chain's first.
+        let wrs = chain.wrs.get(..n).unwrap_or(&chain.wrs);
+        let numbers = self
+            .ring
+            .push(wrs.iter().map(|wr| (wr.wr_id, wr.op.opcode())));
+        // One pointer leads to all of each: no other reference is made.
+        let (first, places) = (self.wrs.as_mut_ptr(), self.sges.as_mut_ptr());
+        let put = |at: usize, span: &Sge| {
+            // A length of 0 means 2 GiB to some devices. The regions were looked at before.
+            let (false, Some(region)) = (span.len == 0, entries.get(span.region as usize)) else {
+                return 0;
+            };
+            let sge = ibv_sge {
+                addr: region.addr.wrapping_add(span.offset),
+                length: span.len,
+                lkey: region.lkey,
+            };
+            // SAFETY: there is a place for each of the chain's.
+            unsafe { places.wrapping_add(at).write(sge) };
+            1
+        };
+        let fill = |at: usize, entry: &WrEntry, begin: usize, count: usize| {
             // SAFETY: there are `n` of them at least.
             let wr = unsafe { &mut *first.wrapping_add(at) };
-            wr.wr_id = self.ring.push(entry.wr_id, entry.op.opcode());
-            wr.next = if at + 1 == n {
-                ptr::null_mut()
-            } else {
-                first.wrapping_add(at + 1)
-            };
+            wr.wr_id = numbers.at(at);
+            wr.next = first.wrapping_add(at + 1);
             // The vector has room for all of the chain's, and does not move.
             wr.sg_list = places.wrapping_add(begin);
             // No more than the queue pair takes, which was looked at before.
-            wr.num_sge = (self.sges.len() - begin) as c_int;
+            wr.num_sge = count as c_int;
             wr.opcode = opcode(entry.op);
             wr.send_flags = if entry.signaled { IBV_SEND_SIGNALED } else { 0 };
             wr.imm_data = entry.imm.to_be();
@@ -372,7 +376,27 @@ impl Sends {
                     rkey: entry.rkey,
                 },
             };
+        };
+        if chain.max_nsge == 1 && chain.sges.len() == chain.wrs.len() {
+            // One span each, as it is most of the time.
+            for (at, (entry, span)) in wrs.iter().zip(&chain.sges).enumerate() {
+                fill(at, entry, at, put(at, span));
+            }
+        } else {
+            let (mut spans, mut used) = (chain.sges.as_slice(), 0);
+            for (at, entry) in wrs.iter().enumerate() {
+                let begin = used;
+                let own = spans.split_at_checked(entry.nsge as usize);
+                let (own, others) = own.unwrap_or((spans, &[]));
+                spans = others;
+                for span in own {
+                    used += put(used, span);
+                }
+                fill(at, entry, begin, used - begin);
+            }
         }
+        // SAFETY: there are `n` of them at least, and not none.
+        unsafe { (*first.wrapping_add(n - 1)).next = ptr::null_mut() };
         let mut bad: *mut ibv_send_wr = ptr::null_mut();
         // SAFETY: the queue pair is there until `destroy`, the list and its spans are in two
         // vectors that are not touched meanwhile, and the regions stay while `table` is held.
@@ -629,7 +653,7 @@ impl QpBackend for RdmaQp {
             return Err(PostError { posted: 0, cause });
         }
         let mut wr = ibv_recv_wr {
-            wr_id: ring.push(wr_id, WcOpcode::Recv),
+            wr_id: ring.push([(wr_id, WcOpcode::Recv)].into_iter()).at(0),
             next: ptr::null_mut(),
             sg_list: spans.as_mut_ptr(),
             // No more than the queue pair takes.

@@ -29,6 +29,21 @@ pub(super) struct Ended {
     pub(super) slots: u32,
 }
 
+/// The numbers of work requests that were taken in together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Numbers {
+    first: u64,
+    mark: u64,
+}
+
+impl Numbers {
+    /// Of the one at this place.
+    #[inline]
+    pub(super) fn at(self, at: usize) -> u64 {
+        (self.first.wrapping_add(at as u64) & !RECEIVE) | self.mark
+    }
+}
+
 /// The work requests of one queue.
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -85,14 +100,20 @@ impl Ring {
         self.slots.get_mut(number as usize & mask)
     }
 
-    /// Takes one in; the number is what the device is given. No more than the depth may be there.
-    pub(super) fn push(&mut self, wr_id: u64, opcode: WcOpcode) -> u64 {
-        let number = self.tail;
-        if let Some(slot) = self.place(number) {
-            *slot = Slot { wr_id, opcode };
+    /// Takes some in; their numbers are what the device is given. No more than the depth may be there.
+    #[inline]
+    pub(super) fn push(&mut self, wrs: impl Iterator<Item = (u64, WcOpcode)>) -> Numbers {
+        let (first, mark, mut number) = (self.tail, self.mark, self.tail);
+        let slots = &mut *self.slots;
+        let mask = slots.len() - 1;
+        for (wr_id, opcode) in wrs {
+            if let Some(slot) = slots.get_mut(number as usize & mask) {
+                *slot = Slot { wr_id, opcode };
+            }
+            number = number.wrapping_add(1);
         }
-        self.tail = next(number);
-        number | self.mark
+        self.tail = number & !RECEIVE;
+        Numbers { first, mark }
     }
 
     /// The last `n` were not posted after all.
@@ -169,10 +190,33 @@ mod tests {
         Arc::new(RegionTable::default())
     }
 
+    fn post(ring: &mut Ring, wr_id: u64, opcode: WcOpcode) -> u64 {
+        ring.push([(wr_id, opcode)].into_iter()).at(0)
+    }
+
+    #[test]
+    fn numbers_of_many_are_those_of_one_after_the_other() {
+        for start in [0, 5, u64::MAX, (1 << 63) - 3] {
+            for mut ring in [Ring::sends(8, start), Ring::receives(8, start)] {
+                let mut other = Ring::new(8, start, ring.mark);
+                let ids = 20..26;
+                let numbers = ring.push(ids.clone().map(|id| (id, WcOpcode::Read)));
+                for (at, id) in ids.enumerate() {
+                    assert_eq!(numbers.at(at), post(&mut other, id, WcOpcode::Read));
+                }
+                assert_eq!((ring.len(), ring.tail), (6, other.tail));
+                let ended = ring.end(numbers.at(4), &mut Vec::new());
+                assert_eq!(ended.map(|ended| (ended.wr_id, ended.slots)), Some((24, 5)));
+            }
+        }
+    }
+
     #[test]
     fn an_end_is_the_end_of_all_before_it() {
         let mut ring = Ring::sends(4, u64::MAX);
-        let numbers: Vec<u64> = (0..4).map(|i| ring.push(10 + i, WcOpcode::Read)).collect();
+        let numbers: Vec<u64> = (0..4)
+            .map(|i| post(&mut ring, 10 + i, WcOpcode::Read))
+            .collect();
         assert_eq!(ring.len(), 4);
         let mut retired = Vec::new();
         let ended = ring.end(numbers[2], &mut retired).unwrap();
@@ -188,8 +232,8 @@ mod tests {
         let mut sends = Ring::sends(2, 7);
         let mut receives = Ring::receives(2, 7);
         let (a, b) = (
-            sends.push(1, WcOpcode::Write),
-            receives.push(2, WcOpcode::Recv),
+            post(&mut sends, 1, WcOpcode::Write),
+            post(&mut receives, 2, WcOpcode::Recv),
         );
         assert_eq!((Ring::is_receive(a), Ring::is_receive(b)), (false, true));
         let ended = receives.end(b, &mut Vec::new()).unwrap();
@@ -199,9 +243,9 @@ mod tests {
     #[test]
     fn a_number_of_another_life_is_not_here() {
         let mut old = Ring::sends(8, 1 << 40);
-        let stale = old.push(1, WcOpcode::Read);
+        let stale = post(&mut old, 1, WcOpcode::Read);
         let mut new = Ring::sends(8, 5 << 50);
-        new.push(2, WcOpcode::Read);
+        post(&mut new, 2, WcOpcode::Read);
         assert_eq!(new.end(stale, &mut Vec::new()), None);
         assert_eq!(new.len(), 1);
     }
@@ -210,11 +254,11 @@ mod tests {
     fn tables_are_held_until_the_last_that_uses_them_has_ended() {
         let (one, two) = (table(), table());
         let mut ring = Ring::sends(8, 3);
-        let first = ring.push(1, WcOpcode::Read);
+        let first = post(&mut ring, 1, WcOpcode::Read);
         ring.hold(&one);
-        let second = ring.push(2, WcOpcode::Read);
+        let second = post(&mut ring, 2, WcOpcode::Read);
         ring.hold(&one);
-        let third = ring.push(3, WcOpcode::Read);
+        let third = post(&mut ring, 3, WcOpcode::Read);
         ring.hold(&two);
         let mut retired = Vec::new();
         ring.end(first, &mut retired);
@@ -242,7 +286,7 @@ mod tests {
                 match step {
                     0 | 1 if model.len() < depth as usize => {
                         id += 1;
-                        model.push_back((ring.push(id, WcOpcode::Write), id));
+                        model.push_back((post(&mut ring, id, WcOpcode::Write), id));
                     }
                     2 if !model.is_empty() => {
                         let n = n % (model.len() + 1);

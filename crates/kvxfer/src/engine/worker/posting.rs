@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use tracing::error;
 
-use kvxfer_verbs::{PostCause, Remote, SendOp, Sge};
+use kvxfer_verbs::{PostCause, Remote, SendChain, SendOp, Sge};
 
 use super::{Single, Worker};
 use crate::engine::peer_session::PeerSession;
@@ -14,7 +14,7 @@ use crate::plan::Piece;
 use crate::transfer::{
     Batch, Cause, Direction, LaneId, LeaseAnswer, PeerKey, PostFailure, Refusal, TransferId,
 };
-use crate::wire::Message;
+use crate::wire::{Message, RemoteSpan};
 
 /// Batches posted between two polls, so that completions and deadlines are seen in time.
 const POST_BATCHES: usize = 64;
@@ -61,39 +61,16 @@ impl Worker {
         let (Some(at), Some(job)) = (self.lanes.get(&lane), batch.job()) else {
             return;
         };
-        self.chain.clear();
-        for wr in batch.iter() {
-            let Some(span) = at.peer.remote.get(wr.remote_region as usize) else {
-                // Compiled plans name only memories that the peer described.
-                let _ = self.scheduler.post_failed(
-                    lane,
-                    0,
-                    Cause::Post {
-                        errno: Errno::EINVAL as i32,
-                    },
-                );
-                return;
-            };
-            let remote = Remote {
-                addr: span.addr.wrapping_add(wr.remote_offset),
-                rkey: span.rkey,
-            };
-            let op = match job.dir {
-                Direction::Read => SendOp::Read(remote),
-                Direction::Write => SendOp::Write(remote),
-            };
-            let sge = |p: &Piece| Sge {
-                region: p.region,
-                len: p.len,
-                offset: p.offset,
-            };
-            if let [piece] = wr.pieces {
-                self.chain.push(wr.wr_id, op, wr.signaled, &[sge(piece)]);
-            } else {
-                self.sges.clear();
-                self.sges.extend(wr.pieces.iter().map(sge));
-                self.chain.push(wr.wr_id, op, wr.signaled, &self.sges);
-            }
+        let (remote, chain, sges) = (&at.peer.remote, &mut self.chain, &mut self.sges);
+        let known = match job.dir {
+            Direction::Read => fill(chain, sges, batch, remote, SendOp::Read),
+            Direction::Write => fill(chain, sges, batch, remote, SendOp::Write),
+        };
+        if !known {
+            // Compiled plans name only memories that the peer described.
+            let errno = Errno::EINVAL as i32;
+            let _ = (self.scheduler).post_failed(lane, 0, Cause::Post { errno });
+            return;
         }
         let posted = at.qp.post_send(&self.chain, &at.peer.regions);
         match posted {
@@ -238,6 +215,41 @@ impl Worker {
         }
         true
     }
+}
+
+/// Makes a chain of a batch; false where it names memory that the peer has not described. By itself, for all
+/// work requests go through this loop.
+#[inline(never)]
+fn fill(
+    chain: &mut SendChain,
+    sges: &mut Vec<Sge>,
+    batch: &Batch,
+    remote: &[RemoteSpan],
+    op: impl Fn(Remote) -> SendOp,
+) -> bool {
+    chain.clear();
+    let sge = |p: &Piece| Sge {
+        region: p.region,
+        len: p.len,
+        offset: p.offset,
+    };
+    for wr in batch.iter() {
+        let Some(span) = remote.get(wr.remote_region as usize) else {
+            return false;
+        };
+        let op = op(Remote {
+            addr: span.addr.wrapping_add(wr.remote_offset),
+            rkey: span.rkey,
+        });
+        if let [piece] = wr.pieces {
+            chain.push(wr.wr_id, op, wr.signaled, &[sge(piece)]);
+        } else {
+            sges.clear();
+            sges.extend(wr.pieces.iter().map(sge));
+            chain.push(wr.wr_id, op, wr.signaled, sges);
+        }
+    }
+    true
 }
 
 /// The number that says best why a work request was not taken.
