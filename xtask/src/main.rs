@@ -24,7 +24,7 @@ usage: cargo xtask test [--long]
   test    format, clippy, build, unit, property, simulation and process tests, tests of RDMA in a
           virtual machine, doc tests, docs
   --long  hours of it: ignored tests too, many more cases for each property, long soaks, millions of
-          simulated histories, and a minute of each fuzz target
+          simulated histories, a minute of each fuzz target, and a table of speeds beside perftest
 
   vm           runs COMMAND as root in this folder, in a virtual machine that sees this machine's
                files (what it changes is thrown away) and has the RDMA device rxe0 (10.7.0.1); ends

@@ -38,6 +38,9 @@ const LONG_HISTORIES: &str = "2000000";
 /// The step that runs the tests which need RDMA.
 const RDMA: &str = "RDMA in a virtual machine";
 
+/// The step that prints how fast it is there.
+const SPEED: &str = "speed beside perftest";
+
 /// Where bindgen looks for libclang.
 const LIBCLANG: &str = "LIBCLANG_PATH";
 
@@ -153,6 +156,21 @@ impl Session<'_> {
                 }
             })
         })?;
+        if self.long {
+            self.step(SPEED, |s| {
+                if let Err(why) = packages::rdma_guest() {
+                    return Ok(s.missing(why));
+                }
+                let build = s.command(&["build", "--release", "--bin", "kvxfer"]);
+                Ok(match vm::suite::speed(s.root, build) {
+                    Ok(ended) => passed_if(ended.success),
+                    Err(e) => {
+                        eprintln!("{e:#}");
+                        Outcome::Failed(NONE)
+                    }
+                })
+            })?;
+        }
         self.step("races", Self::races)?;
         if self.long {
             self.step("simulation", Self::simulation)?;

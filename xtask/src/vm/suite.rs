@@ -18,6 +18,8 @@ const LONG_SECONDS: u32 = 3600;
 /// For one test binary, so that one that hangs is named and the others still run.
 const BINARY_SECONDS: u32 = 120;
 const LONG_BINARY_SECONDS: u32 = 1200;
+/// For the table of speeds: 72 runs, of some seconds each.
+const SPEED_SECONDS: u32 = 1800;
 
 /// One device that talks to itself, and two hosts.
 const ALONE: &str = "rxe0";
@@ -69,11 +71,39 @@ pub(crate) fn run(root: &Path, build: Command, long: bool) -> anyhow::Result<com
         two_hosts: true,
         ..Options::default()
     };
+    guest(root, options, &command, &environment)
+}
+
+/// Prints how fast the command is beside perftest: tests/vm/speed.sh, with the command that `build`
+/// (cargo with its arguments but the format) makes.
+///
+/// # Errors
+///
+/// No command or no guest; a run that gives no figure is none.
+pub(crate) fn speed(root: &Path, build: Command) -> anyhow::Result<command::Ended> {
+    let messages = messages(root, build)?;
+    let commands = executables(&messages).filter(Executable::is_command);
+    let command = commands.map(|built| built.program).next();
+    let environment = [("KVXFER_BIN", command.context("cargo built no kvxfer")?)];
+    let options = Options {
+        seconds: SPEED_SECONDS,
+        ..Options::default()
+    };
+    let script = ["sh".into(), root.join("tests/vm/speed.sh").into()];
+    guest(root, options, &script, &environment)
+}
+
+fn guest(
+    root: &Path,
+    options: Options,
+    command: &[OsString],
+    environment: &[(&str, OsString)],
+) -> anyhow::Result<command::Ended> {
     let task = Task {
         options,
         folder: root,
-        command: &command,
-        environment: &environment,
+        command,
+        environment,
     };
     let ended = super::run(root, &task)?;
     if let Some(up) = ended.up {
@@ -171,44 +201,21 @@ impl Run<'_> {
 }
 
 impl Binaries {
-    fn build(root: &Path, mut cargo: Command) -> anyhow::Result<Self> {
-        let output = cargo
-            .args(["--quiet", "--message-format=json-render-diagnostics"])
-            .current_dir(root)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()
-            .context("starting cargo")?;
-        ensure!(output.status.success(), "cargo could not build the tests");
-        Self::of(&String::from_utf8_lossy(&output.stdout))
+    fn build(root: &Path, cargo: Command) -> anyhow::Result<Self> {
+        Self::of(&messages(root, cargo)?)
     }
 
-    /// Reads cargo's messages, one a line.
     fn of(messages: &str) -> anyhow::Result<Self> {
         let (mut devices, mut kvxfer, mut tests) = (None, None, Vec::new());
-        for line in messages.lines() {
-            // Other kinds of messages have no such fields.
-            let message: Value = serde_json::from_str(line).unwrap_or_default();
-            let Some(program) = message["executable"].as_str().map(OsString::from) else {
-                continue;
-            };
-            let target = &message["target"];
-            let kind = target["kind"][0].as_str().unwrap_or_default();
-            let name = target["name"].as_str().unwrap_or_default();
-            match (kind, name, message["profile"]["test"] == true) {
-                ("example", "rdma_devices", false) => devices = Some(program),
-                ("bin", "kvxfer", false) => kvxfer = Some(program),
-                ("test", name, true) => {
-                    let manifest = message["manifest_path"].as_str().unwrap_or_default();
-                    let folder = Path::new(manifest).parent();
-                    let folder = folder.unwrap_or(Path::new("/")).into();
-                    let name = name.to_owned();
-                    tests.push(Test {
-                        name,
-                        folder,
-                        program,
-                    });
-                }
+        for built in executables(messages) {
+            match (built.kind.as_str(), built.name.as_str(), built.test) {
+                ("example", "rdma_devices", false) => devices = Some(built.program),
+                _ if built.is_command() => kvxfer = Some(built.program),
+                ("test", _, true) => tests.push(Test {
+                    name: built.name,
+                    folder: built.folder,
+                    program: built.program,
+                }),
                 _ => {}
             }
         }
@@ -220,6 +227,56 @@ impl Binaries {
             tests,
         })
     }
+}
+
+/// A program that cargo has built.
+struct Executable {
+    kind: String,
+    name: String,
+    /// Whether it is of tests.
+    test: bool,
+    program: OsString,
+    /// Its package's.
+    folder: OsString,
+}
+
+impl Executable {
+    fn is_command(&self) -> bool {
+        (self.kind.as_str(), self.name.as_str(), self.test) == ("bin", "kvxfer", false)
+    }
+}
+
+/// What cargo says of what it builds.
+fn messages(root: &Path, mut cargo: Command) -> anyhow::Result<String> {
+    let output = cargo
+        .args(["--quiet", "--message-format=json-render-diagnostics"])
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting cargo")?;
+    ensure!(output.status.success(), "cargo could not build it");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Reads cargo's messages, one a line.
+fn executables(messages: &str) -> impl Iterator<Item = Executable> + '_ {
+    messages.lines().filter_map(|line| {
+        // Other kinds of messages have no such fields.
+        let message: Value = serde_json::from_str(line).unwrap_or_default();
+        let program = message["executable"].as_str()?.into();
+        let target = &message["target"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let manifest = text(&message["manifest_path"]);
+        let folder = Path::new(&manifest).parent();
+        Some(Executable {
+            kind: text(&target["kind"][0]),
+            name: text(&target["name"]),
+            test: message["profile"]["test"] == true,
+            program,
+            folder: folder.unwrap_or(Path::new("/")).into(),
+        })
+    })
 }
 
 #[cfg(test)]
