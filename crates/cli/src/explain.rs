@@ -103,7 +103,11 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::Verbs(kvxfer_verbs::Error::Path { .. }) => {
             Problem::from_chain(Exit::Peer, error).with_fix(START_AGAIN)
         }
-        Error::Verbs(_) | Error::Os { .. } | Error::Spawn { .. } | Error::PathNotHere { .. } => {
+        Error::Verbs(_)
+        | Error::NotHostMemory { .. }
+        | Error::Os { .. }
+        | Error::Spawn { .. }
+        | Error::PathNotHere { .. } => {
             Problem::from_chain(Exit::Device, error)
         }
         Error::RdmaDevice { .. } => Problem::from_chain(Exit::Device, error).with_fix(

@@ -44,6 +44,16 @@ pub enum Error {
     /// The device did not take a receive.
     #[error(transparent)]
     Post(#[from] kvxfer_verbs::PostError),
+    /// An engine was given memory that is not the host's.
+    #[error(
+        "an engine moves host memory, and memory {index} of the placement is {kind}: nothing here orders what a NIC writes with what the GPU reads"
+    )]
+    NotHostMemory {
+        /// Which of the placement's memories.
+        index: usize,
+        /// Where it lives.
+        kind: kvxfer_verbs::MemoryKind,
+    },
     /// Memory could not be had or was used out of bounds.
     #[error(transparent)]
     Memory(#[from] kvxfer_hipmem::Error),

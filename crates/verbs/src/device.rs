@@ -343,22 +343,22 @@ impl Drop for PdHandle {
 }
 
 impl ProtectionDomain {
-    /// Registers memory. The region holds the memory for as long as it lives.
+    /// Registers memory. The region holds the memory for as long as it lives. Memory of a GPU is for RDMA devices,
+    /// which take it as a dma-buf or by its address; peers name its bytes by the GPU's addresses.
     ///
     /// # Errors
     ///
-    /// [`Error::RegisterSpan`], [`Error::RegisterKind`] for memory that is not the host's,
-    /// [`Error::RegisterAccess`], [`Error::Unsealed`], [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Register`], [`Error::Os`].
+    /// [`Error::RegisterSpan`], [`Error::RegisterKind`] for memory that the device does not reach,
+    /// [`Error::RegisterDevice`], [`Error::RegisterAccess`], [`Error::Unsealed`], [`Error::FileTooSmall`], [`Error::TooManyRegions`], [`Error::Register`], [`Error::Os`].
     pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<MemoryRegion, Error> {
         let (addr, len) = (memory.addr(), memory.len());
         if len == 0 || addr == 0 || addr.checked_add(len).is_none() {
             return Err(Error::RegisterSpan { addr, len });
         }
-        // Whatever is registered, some device goes by its addresses: the software device takes them
-        // for pointers, and a region of one device may stand in another's table.
-        let kind = memory.kind();
-        if kind != MemoryKind::Host {
-            let device = self.0.backend.info().name.clone();
+        // The others go by addresses as pointers.
+        let (kind, info) = (memory.kind(), self.0.backend.info());
+        if kind != MemoryKind::Host && info.kind != DeviceKind::Rdma {
+            let device = info.name.clone();
             return Err(Error::RegisterKind { device, kind, len });
         }
         if access.contains(Access::REMOTE_WRITE) && !access.contains(Access::LOCAL_WRITE) {

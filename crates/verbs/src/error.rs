@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::memory::MemoryKind;
+use crate::memory::{MemoryKind, NoDmaBuf};
 use crate::qp::{QpState, SoftPath};
 use crate::rdma::{GidFault, PortState, Transport};
 
@@ -185,6 +185,27 @@ pub enum Error {
         /// The driver's answer.
         source: io::Error,
     },
+    /// An RDMA device registers memory of a GPU in none of the ways that there are.
+    #[error(
+        "{device} does not register {len} bytes of {kind} at {addr:#x}. As a dma-buf: {dma_buf}. By its address: {address}. \
+         Either the NIC's driver registers dma-bufs (Linux 5.12, rdma-core 34) and the GPU's exports them, or the GPU's driver \
+         gives NICs its memory by address (CUDA: modprobe nvidia_peermem); else copy through host memory"
+    )]
+    RegisterDevice {
+        /// The device.
+        device: String,
+        /// Where the memory lives.
+        kind: MemoryKind,
+        /// First byte.
+        addr: u64,
+        /// Bytes.
+        len: u64,
+        /// Why not as a dma-buf.
+        dma_buf: Box<DmaBufFault>,
+        /// The driver's answer to its address, which it takes where the GPU's driver lends a hand.
+        #[source]
+        address: io::Error,
+    },
     /// A port of an RDMA device has no GID that could be used.
     #[error("{device} port {port}: {fault}")]
     Gid {
@@ -203,6 +224,34 @@ pub enum Error {
         /// The peer's socket name.
         peer: String,
     },
+}
+
+/// Why memory was not registered as a dma-buf.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DmaBufFault {
+    /// There is no dma-buf of it.
+    #[error("{0}")]
+    NoDmaBuf(#[source] NoDmaBuf),
+    /// The library is older than dma-bufs.
+    #[error("{} has no ibv_reg_dmabuf_mr, which rdma-core has from 34 on", library.display())]
+    NoFunction {
+        /// The file of the library.
+        library: PathBuf,
+    },
+    /// The memory is not where in a page its dma-buf says that it is: the NIC would reach other bytes.
+    #[error(
+        "it begins at {offset:#x} of the file, which is another place in a page of {page} bytes than its address"
+    )]
+    Offset {
+        /// Where in the file the memory begins.
+        offset: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
+    /// The driver refuses it.
+    #[error("ibv_reg_dmabuf_mr: {0}")]
+    Refused(#[source] io::Error),
 }
 
 fn port_fix(state: PortState) -> &'static str {

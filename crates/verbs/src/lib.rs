@@ -28,8 +28,10 @@ pub use cq::Poll;
 pub use device::{
     AsyncEvent, CompletionQueue, Context, DeviceAddr, DeviceInfo, DeviceKind, ProtectionDomain,
 };
-pub use error::{Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault};
-pub use memory::{FdSpan, Memory, MemoryKind, NotPciAddress, PciAddress};
+pub use error::{
+    DmaBufFault, Error, KernelFault, NoRdma, PathFault, PostCause, PostError, StateFault,
+};
+pub use memory::{DmaBuf, FdSpan, Memory, MemoryKind, NoDmaBuf, NotPciAddress, PciAddress};
 pub use null::open_null;
 pub use qp::{
     Init, InitAttr, Link, PortAddr, QpCaps, QpEndpoint, QpState, QueuePair, Reset, Rtr, RtrAttr,

@@ -1,7 +1,7 @@
 //! The memory token: what a device needs to know of memory, without a borrow of its bytes.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 
 /// Where a device sits, the same in every process and container of a machine.
@@ -89,6 +89,29 @@ pub struct FdSpan<'a> {
     pub offset: u64,
 }
 
+/// Memory of a GPU as a file that a NIC's driver can register.
+#[derive(Debug)]
+pub struct DmaBuf {
+    /// The dma-buf.
+    pub fd: OwnedFd,
+    /// Where in it the span begins.
+    pub offset: u64,
+    /// Bytes of the span.
+    pub len: u64,
+}
+
+/// Why memory is not to be had as a dma-buf.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoDmaBuf {
+    /// Whoever has the memory knows no dma-buf of it.
+    #[error("its owner exports none")]
+    NotExported,
+    /// Whoever has the memory could not export it.
+    #[error("{0}")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
 /// A span of memory that stays where it is for as long as the token lives.
 ///
 /// The bytes may change at any moment, by a device, by a peer or by the engine that owns them, so
@@ -102,7 +125,7 @@ pub struct FdSpan<'a> {
 ///   nobody may take an address of it for a pointer;
 /// - no Rust reference to those bytes exists while the memory is registered with a device;
 /// - `addr()`, `len()`, `kind()` and `fd()` always answer the same;
-/// - where `fd()` answers, the file's bytes from `offset` are the same pages as the span.
+/// - where `fd()` or `dma_buf()` answers, the file's bytes from `offset` are the same memory as the span.
 pub unsafe trait Memory: Send + Sync + fmt::Debug + 'static {
     /// The address of the first byte: in this process, or of the device that [`kind`](Self::kind) names.
     fn addr(&self) -> u64;
@@ -120,6 +143,16 @@ pub unsafe trait Memory: Send + Sync + fmt::Debug + 'static {
 
     /// The file behind it, if another process may map it.
     fn fd(&self) -> Option<FdSpan<'_>>;
+
+    /// Memory of a GPU as a dma-buf, which is made for the call: what an RDMA device registers it by. The file
+    /// may be closed before the memory goes.
+    ///
+    /// # Errors
+    ///
+    /// [`NoDmaBuf`]; the memory may then be registered by its address.
+    fn dma_buf(&self) -> Result<DmaBuf, NoDmaBuf> {
+        Err(NoDmaBuf::NotExported)
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::ops::BitOr;
 use std::sync::Arc;
 
 use crate::device::PdHandle;
-use crate::memory::Memory;
+use crate::memory::{Memory, MemoryKind};
 
 /// What may be done with a region or through a queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -154,6 +154,8 @@ pub(crate) struct RegionEntry {
     pub(crate) pd: u32,
     pub(crate) access: Access,
     pub(crate) segment: SegmentSpan,
+    /// Whether the address may be taken for a pointer: a region of one device may stand in another's table.
+    pub(crate) host: bool,
 }
 
 /// The regions that a chain's scatter/gather elements name by index. A posted chain holds the table
@@ -177,6 +179,7 @@ impl RegionTable {
                 pd: r.0.pd.id(),
                 access: r.0.access,
                 segment: r.0.key.segment,
+                host: r.0.memory.kind() == MemoryKind::Host,
             })
             .collect();
         Self { entries, regions }

@@ -2,10 +2,9 @@
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvxfer_verbs::{FdSpan, Memory, MemoryKind, PciAddress};
+use kvxfer_verbs::{DmaBuf, FdSpan, Memory, MemoryKind, NoDmaBuf, PciAddress};
 
 use super::api::{Direction, DmaBufFault, Grain};
 use super::class::MemoryClass;
@@ -32,17 +31,6 @@ pub struct Allocation {
     pub base: u64,
     /// Its bytes.
     pub size: u64,
-}
-
-/// A span of a GPU's memory as a file that a NIC's driver can register.
-#[derive(Debug)]
-pub struct DmaBuf {
-    /// The dma-buf.
-    pub fd: OwnedFd,
-    /// Where in it the span begins.
-    pub offset: u64,
-    /// Bytes of the span.
-    pub len: u64,
 }
 
 pub(super) struct Span {
@@ -82,7 +70,8 @@ impl Drop for Allocated {
 }
 
 // SAFETY: `hold` keeps the memory allocated and in place for the device that `kind` names, and nobody takes
-// its addresses for pointers; the answers are constant; there is no file.
+// its addresses for pointers; the answers are constant; a dma-buf is of the span as the runtime exports it, and
+// there is no other file.
 unsafe impl Memory for Span {
     fn addr(&self) -> u64 {
         self.addr
@@ -100,9 +89,34 @@ unsafe impl Memory for Span {
     fn fd(&self) -> Option<FdSpan<'_>> {
         None
     }
+
+    fn dma_buf(&self) -> Result<DmaBuf, NoDmaBuf> {
+        self.export()
+            .map_err(|refused| NoDmaBuf::Refused(refused.into()))
+    }
 }
 
 impl Span {
+    fn export(&self) -> Result<DmaBuf, Error> {
+        let gpu = &self.gpu;
+        let _current = gpu.enter()?;
+        let (addr, len) = (self.addr, self.len);
+        // SAFETY: the span is held.
+        match unsafe { gpu.api().dma_buf(addr, len) } {
+            Ok((fd, offset)) => Ok(DmaBuf { fd, offset, len }),
+            Err(fault) => Err(GpuFault::NoDmaBuf {
+                device: gpu.info().pci,
+                addr,
+                runtime: gpu.runtime(),
+                refused: match fault {
+                    DmaBufFault::NoFunction => None,
+                    DmaBufFault::Refused(refused) => Some(refused),
+                },
+            }
+            .into()),
+        }
+    }
+
     /// The device whose memory it is, which is another than `gpu` for what another process has exported.
     fn owner(&self) -> (PciAddress, Uuid) {
         match &self.hold {
@@ -423,23 +437,7 @@ impl GpuMemory {
     ///
     /// [`GpuFault::NoDmaBuf`].
     pub fn dma_buf(&self) -> Result<DmaBuf, Error> {
-        let gpu = &self.span.gpu;
-        let _current = gpu.enter()?;
-        let (addr, len) = (self.span.addr, self.span.len);
-        // SAFETY: the span is held.
-        match unsafe { gpu.api().dma_buf(addr, len) } {
-            Ok((fd, offset)) => Ok(DmaBuf { fd, offset, len }),
-            Err(fault) => Err(GpuFault::NoDmaBuf {
-                device: gpu.info().pci,
-                addr,
-                runtime: gpu.runtime(),
-                refused: match fault {
-                    DmaBufFault::NoFunction => None,
-                    DmaBufFault::Refused(refused) => Some(refused),
-                },
-            }
-            .into()),
-        }
+        self.span.export()
     }
 
     /// The one bounds check: the address of a range that is wholly inside.

@@ -263,7 +263,8 @@ fn a_dma_buf_is_had_or_refused_with_a_way_out() -> Outcome {
     let gpu = gpu();
     let memory = GpuMemory::new(&gpu, 4 << 20)?.slice(4096 + 64, 1 << 20)?;
     if gpu.info().dma_buf {
-        let exported = memory.dma_buf()?;
+        // As devices ask for it, through the token.
+        let exported = memory.as_memory().dma_buf()?;
         assert_eq!(exported.len, 1 << 20);
         // The place is in the page that the file's page is mapped to.
         assert_eq!(exported.offset % 4096, memory.addr() % 4096);
@@ -280,6 +281,11 @@ fn a_dma_buf_is_had_or_refused_with_a_way_out() -> Outcome {
     } else {
         let refused = fault(memory.dma_buf());
         assert!(matches!(refused, GpuFault::NoDmaBuf { .. }), "{refused}");
+        let Err(told) = memory.as_memory().dma_buf() else {
+            panic!("the token exports what its memory refuses");
+        };
+        // A device's refusal has the GPU's words in it.
+        assert_eq!(told.to_string(), refused.to_string());
         assert!(
             !on_host() || refused.to_string().contains("the stand-in's memory"),
             "{refused}"

@@ -87,7 +87,7 @@ impl Engine {
     /// # Errors
     ///
     /// A setting out of its range, a secret that cannot be read, a placement that does not fit the
-    /// format, memory that the device does not register, threads that cannot be started.
+    /// format, memory that is not the host's, memory that the device does not register, threads that cannot be started.
     pub fn new(config: Config, format: KvFormat, placement: KvPlacement) -> Result<Self, Error> {
         config.check()?;
         let runtime = Runtime::new(&config)?;

@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use tracing::{debug, info};
 
-use kvxfer_verbs::{Access, RegionTable};
+use kvxfer_verbs::{Access, MemoryKind, RegionTable};
 
 pub use crate::transport::check_device;
 pub use api::Engine;
@@ -166,6 +166,7 @@ impl Inner {
         bench_inbox: Option<Sender<Vec<u8>>>,
     ) -> Result<Arc<Self>, Error> {
         placement.desc().validate(&format)?;
+        host_memory(&placement)?;
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(Error::random)?;
         let generation = Generation(random);
@@ -619,6 +620,19 @@ impl Inner {
             return Err(Error::RequestName { len });
         }
         Ok(())
+    }
+}
+
+/// A device might register a GPU's. Nobody here would wait for what a producer's kernels still write, nor let a
+/// consumer's see what has arrived.
+fn host_memory(placement: &KvPlacement) -> Result<(), Error> {
+    let mut kinds = placement.memory().iter().map(|memory| memory.kind());
+    match kinds.position(|kind| kind != MemoryKind::Host) {
+        Some(index) => Err(Error::NotHostMemory {
+            index,
+            kind: placement.memory()[index].kind(),
+        }),
+        None => Ok(()),
     }
 }
 

@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use crate::support::{LONG, bounded, groups, pairs};
 use crate::{BLOCKS, SOON, back, chain, offer, pair, side};
-use kvxfer::Error;
 use kvxfer::blocks::GroupBlocks;
-use kvxfer::config::KvRole;
+use kvxfer::config::{Config, KvRole};
 use kvxfer::engine::{Outcome, PullOptions};
 use kvxfer::event::Event;
 use kvxfer::ids::RequestId;
+use kvxfer::layout::{KvFormat, KvPlacement, Packing, Topology};
+use kvxfer::mem::HostBuffer;
+use kvxfer::mem::gpu::{GpuMemory, GpuRuntime, RuntimeChoice, RuntimeKind};
 use kvxfer::ticket::Ticket;
+use kvxfer::{Engine, Error};
 
 #[test]
 fn roles() {
@@ -40,6 +43,32 @@ fn roles() {
     wrong(
         back.pull(&ticket, &pairs([(0, 0)]), PullOptions::default())
             .expect_err("a producer pulls"),
+    );
+}
+
+/// No device gets as far as taking its addresses for pointers, and none moves it without fences.
+#[test]
+fn memory_of_a_gpu_is_none_that_an_engine_moves() {
+    let runtime = RuntimeChoice::Only(RuntimeKind::Host);
+    let runtime = GpuRuntime::open(runtime).expect("the stand-in");
+    let gpu = runtime.gpu(0).expect("its device");
+    let format = KvFormat::opaque(64, 2).expect("a format");
+    let topology = Topology::single(&format);
+    let packing = Packing::PerTensor;
+    let shape = KvPlacement::uniform(&format, topology, &[4], packing, 64).expect("a shape");
+    let bytes = shape.memory_bytes().to_vec();
+    let host = HostBuffer::new(bytes[0]).expect("memory");
+    let vram = GpuMemory::new(gpu, bytes[1]).expect("memory");
+    let memory = vec![host.as_memory(), vram.as_memory()];
+    let placement = shape.place(&format, memory).expect("a placement");
+    let engine = Engine::new(Config::default(), format, placement);
+    let refused = engine.expect_err("memory that is not the host's");
+    let Error::NotHostMemory { index: 1, kind } = &refused else {
+        panic!("{refused}");
+    };
+    assert_eq!(
+        kind.to_string(),
+        format!("memory of GPU {}", gpu.info().pci)
     );
 }
 

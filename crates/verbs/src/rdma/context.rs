@@ -10,8 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use libc::{EAGAIN, EINTR, EINVAL, ENOMEM, EOPNOTSUPP, c_int, c_uint};
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use libc::{EAGAIN, EINTR, EINVAL, c_int};
 
 use super::cq::RdmaCq;
 use super::handle::{DeviceList, OpenDevice};
@@ -25,12 +24,10 @@ use crate::device::{
 use crate::error::{Error, PathFault};
 use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, SoftPath};
-use crate::region::{Access, RegionKey, SegmentSpan};
+use crate::region::{Access, RegionKey};
 use crate::sync::{Mutex, lock};
 use crate::sys::Verbs;
-use crate::sys::enums::{
-    IBV_ACCESS_RELAXED_ORDERING, ibv_event_type, ibv_fork_status, ibv_transport_type,
-};
+use crate::sys::enums::{ibv_event_type, ibv_fork_status, ibv_transport_type};
 use crate::sys::types::{ibv_async_event, ibv_mr, ibv_pd};
 
 /// How an RDMA device is opened and used.
@@ -89,7 +86,11 @@ pub fn open_rdma(config: &RdmaConfig) -> Result<Context, Error> {
     open(verbs, config, Path::new("/sys"))
 }
 
-fn open(verbs: &'static Verbs, config: &RdmaConfig, sys: &Path) -> Result<Context, Error> {
+pub(super) fn open(
+    verbs: &'static Verbs,
+    config: &RdmaConfig,
+    sys: &Path,
+) -> Result<Context, Error> {
     let list = DeviceList::get(verbs, sys)?;
     let named = list.devices().find(|device| device.name() == config.device);
     let Some(listed) = named else {
@@ -136,7 +137,7 @@ fn prepare_for_forks(verbs: &Verbs) -> Result<(), Error> {
 
 /// A pointer to a protection domain or a region of libibverbs.
 #[derive(Debug)]
-struct Pointer<T>(NonNull<T>);
+pub(super) struct Pointer<T>(pub(super) NonNull<T>);
 
 // SAFETY: libibverbs lets any thread use its objects; who owns the pointer frees it once.
 unsafe impl<T> Send for Pointer<T> {}
@@ -151,14 +152,14 @@ pub(super) struct RdmaContext {
     reads_out: u8,
     quirk: Option<&'static Quirk>,
     /// Whether the device has refused relaxed ordering.
-    strict: AtomicBool,
+    pub(super) strict: AtomicBool,
     /// Whether it has been told that the device has failed.
     over: AtomicBool,
     next: AtomicU32,
     next_vector: AtomicU32,
     pds: Mutex<HashMap<u32, Pointer<ibv_pd>>>,
     /// By local key.
-    mrs: Mutex<HashMap<u32, Pointer<ibv_mr>>>,
+    pub(super) mrs: Mutex<HashMap<u32, Pointer<ibv_mr>>>,
     // Declared last: it is closed when all else has gone.
     device: OpenDevice,
 }
@@ -363,78 +364,6 @@ impl RdmaContext {
         self.device.freed("ibv_dealloc_pd", code);
     }
 
-    fn register(&self, pd: u32, memory: &dyn Memory, access: Access) -> Result<RegionKey, Error> {
-        let pd = self.pd(pd)?;
-        let relaxed = self.config.relaxed_ordering && !self.strict.load(Ordering::Relaxed);
-        let mut made = self.reg_mr(pd, memory, access, relaxed);
-        let refused = |error: &io::Error| {
-            let errno = error.raw_os_error();
-            errno.is_some_and(|errno| [EINVAL, EOPNOTSUPP].contains(&errno))
-        };
-        if relaxed && made.as_ref().is_err_and(refused) {
-            made = self.reg_mr(pd, memory, access, false);
-            if made.is_ok() {
-                tracing::info!(device = self.info.name, "it refuses relaxed ordering");
-                self.strict.store(true, Ordering::Relaxed);
-            }
-        }
-        let mr = made.map_err(|source| Error::Register {
-            device: self.info.name.clone(),
-            addr: memory.addr(),
-            len: memory.len(),
-            memlock: memlock(&source),
-            source,
-        })?;
-        // SAFETY: it was made just now, and nobody writes to it.
-        let keys = unsafe { mr.as_ref() };
-        let (lkey, rkey) = (keys.lkey, keys.rkey);
-        lock(&self.mrs).insert(lkey, Pointer(mr));
-        Ok(RegionKey {
-            lkey,
-            rkey,
-            segment: SegmentSpan::NONE,
-        })
-    }
-
-    fn reg_mr(
-        &self,
-        pd: NonNull<ibv_pd>,
-        memory: &dyn Memory,
-        access: Access,
-        relaxed: bool,
-    ) -> Result<NonNull<ibv_mr>, io::Error> {
-        let functions = self.device.functions();
-        let addr = memory.addr();
-        let pointer = std::ptr::with_exposed_provenance_mut(addr as usize);
-        // This crate is for 64-bit machines.
-        let len = memory.len() as usize;
-        let mr = match functions.ibv_reg_mr_iova2 {
-            Some(register) if relaxed => {
-                let access: c_uint = access.bits() | IBV_ACCESS_RELAXED_ORDERING;
-                // SAFETY: the domain is there; `Memory` says that the span stays mapped while the
-                // token lives, and the region holds it.
-                unsafe { register(pd.as_ptr(), pointer, len, addr, access) }
-            }
-            _ => {
-                let access = access.bits().cast_signed();
-                // SAFETY: as above.
-                unsafe { (functions.ibv_reg_mr)(pd.as_ptr(), pointer, len, access) }
-            }
-        };
-        NonNull::new(mr).ok_or_else(io::Error::last_os_error)
-    }
-
-    fn deregister(&self, key: &RegionKey) -> bool {
-        let mr = lock(&self.mrs).remove(&key.lkey);
-        let Some(mr) = mr.filter(|_| !self.device.is_inherited()) else {
-            return true;
-        };
-        // SAFETY: it is freed once, by whoever takes it out of the table.
-        let code = unsafe { (self.device.functions().ibv_dereg_mr)(mr.0.as_ptr()) };
-        self.device.freed("ibv_dereg_mr", code);
-        code == 0
-    }
-
     fn async_event(&self) -> Option<AsyncEvent> {
         if self.over.load(Ordering::Acquire) {
             return None;
@@ -511,15 +440,6 @@ fn gids(port: &PortDetails) -> Vec<[u8; 16]> {
 
 /// GIDs that a peer is told of: a port with more has them for containers that are not ours.
 const MAX_TOLD: usize = 64;
-
-/// The limit on locked memory, if that is what has refused a registration.
-fn memlock(source: &io::Error) -> Option<u64> {
-    if source.raw_os_error() != Some(ENOMEM) {
-        return None;
-    }
-    let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
-    (soft != RLIM_INFINITY).then_some(soft)
-}
 
 /// The device, to the handles of this crate.
 #[derive(Debug)]

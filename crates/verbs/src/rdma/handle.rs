@@ -197,6 +197,11 @@ pub(super) struct RawGid {
 }
 
 impl OpenDevice {
+    /// The file of libibverbs.
+    pub(super) fn library(&self) -> &Path {
+        &self.verbs.path
+    }
+
     pub(super) fn name(&self) -> &str {
         &self.name
     }

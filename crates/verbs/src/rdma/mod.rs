@@ -3,10 +3,13 @@
 mod context;
 mod cq;
 mod gid;
+#[cfg(test)]
+mod gpu_memory_tests;
 mod handle;
 mod port;
 mod qp;
 mod quirks;
+mod registration;
 mod ring;
 mod sysfs;
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub(crate) struct LocalSge {
 pub(crate) fn resolve(table: &RegionTable, sge: Sge, pd: u32, want: Access) -> Option<LocalSge> {
     let r = table.entries().get(sge.region as usize)?;
     let end = sge.offset.checked_add(u64::from(sge.len))?;
-    let good = end <= r.len && r.pd == pd && r.access.contains(want);
+    let good = r.host && end <= r.len && r.pd == pd && r.access.contains(want);
     good.then(|| LocalSge {
         addr: r.addr + sge.offset,
         offset: r.segment.offset + sge.offset,
