@@ -50,10 +50,12 @@ pub(crate) enum Command {
         command: LayoutCommand,
     },
     /// Show the NICs of this machine with their ports and GIDs, which an engine would take and why, and
-    /// why not the others; and the software device, which is always there.
+    /// why not the others; the software device, which is always there; the GPUs, or what is missing of
+    /// their runtime; and what can be moved between which memory.
     ///
-    /// It opens each NIC for a moment, and sends nothing. The exit code is 4 if a NIC that was asked for,
-    /// by KVXFER_RDMA_DEVICES or an option, is not there or cannot be used.
+    /// It opens each NIC for a moment, and sends nothing. It loads HIP or else CUDA, or what KVXFER_GPU
+    /// names (hip, cuda, host), and allocates nothing. The exit code is 4 if a NIC that was asked for, by
+    /// KVXFER_RDMA_DEVICES or an option, is not there or cannot be used.
     Devices(DevicesArgs),
 }
 

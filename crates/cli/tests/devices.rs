@@ -38,6 +38,85 @@ fn has_software(json: &Value) {
         assert_eq!(path["usable"], path["why_not"].is_null(), "{path}");
     }
     assert_eq!(paths[2]["usable"], true);
+    // Where there is no GPU, it is said what is missing.
+    let gpu = &json["gpu"];
+    let found = !json["gpus"].as_array().expect("gpus").is_empty();
+    assert_eq!(gpu["missing"].is_null(), found, "{gpu}");
+    assert_eq!(gpu["why"].is_null(), found, "{gpu}");
+    assert_eq!(gpu["runtime"].is_null(), !found, "{gpu}");
+    let moves = json["moves"].as_array().expect("moves");
+    for entry in moves {
+        assert_eq!(entry["usable"], entry["why_not"].is_null(), "{entry}");
+        let gpus = entry["between"][0] == "gpu";
+        // No engine takes memory of a GPU yet.
+        assert!(!gpus || entry["usable"] == false, "{entry}");
+    }
+    let tcp = moves.iter().find(|entry| entry["path"] == "tcp");
+    assert_eq!(tcp.expect("tcp")["usable"], true);
+}
+
+/// The command, where the loader finds libraries in `folder` that are none.
+fn without_gpus(args: &[&str], runtime: &str) -> Ended {
+    let folder = broken_library();
+    let names = [
+        "libamdhip64.so.7",
+        "libamdhip64.so.6",
+        "libamdhip64.so.5",
+        "libamdhip64.so",
+        "libcuda.so.1",
+    ];
+    for name in names {
+        std::fs::write(folder.path().join(name), [b'x'; 4096]).expect("a file");
+    }
+    devices(folder.path(), args, &[("KVXFER_GPU", runtime)])
+}
+
+#[test]
+fn without_a_gpu_runtime_it_is_told_what_was_tried() {
+    for (runtime, tried) in [
+        ("", &["libamdhip64.so.7", "libcuda.so.1"][..]),
+        ("auto", &["libamdhip64.so.5", "libcuda.so.1"]),
+        ("cuda", &["libcuda.so.1"]),
+    ] {
+        let ended = without_gpus(&["--json"], runtime);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        let json = ended.json();
+        has_software(&json);
+        assert_eq!(json["gpu"]["missing"], "library", "{json}");
+        let why = json["gpu"]["why"].as_str().unwrap_or_default();
+        for name in tried {
+            assert!(
+                why.contains(name) && why.contains("invalid ELF header"),
+                "{why}"
+            );
+        }
+        let text = without_gpus(&[], runtime).stdout;
+        assert!(
+            text.contains("\nGPUs: none; ") && text.contains("host to host over tcp"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn the_stand_in_is_listed_where_it_is_asked_for() {
+    let json = without_gpus(&["--json"], "host").json();
+    has_software(&json);
+    assert_eq!(json["gpu"]["runtime"], "host stand-in");
+    let gpu = &json["gpus"][0];
+    assert_eq!(
+        (&gpu["arch"], &gpu["dma_buf"]),
+        (&"host".into(), &false.into())
+    );
+    assert!(gpu["memory"].as_u64().is_some_and(|bytes| bytes > 0));
+    assert_eq!(gpu["classes"][0]["class"], "local");
+    let text = without_gpus(&[], "host").stdout;
+    assert!(text.contains("\nGPU 0  host stand-in, host, "), "{text}");
+}
+
+#[test]
+fn a_runtime_that_nobody_knows_is_refused() {
+    without_gpus(&[], "vulkan").failed(2, &["KVXFER_GPU", "vulkan", "auto, hip, cuda and host"]);
 }
 
 #[test]

@@ -1,5 +1,7 @@
-//! `kvxfer devices`: which NICs there are, which would be taken, and why not the others.
+//! `kvxfer devices`: which NICs and GPUs there are, which NIC would be taken, what can be moved, and why not the rest.
 
+mod gpus;
+mod moves;
 mod report;
 mod soft;
 mod text;
@@ -25,6 +27,9 @@ use report::{Asked, Rdma, Report};
 /// report.
 pub(crate) fn run(args: &DevicesArgs) -> anyhow::Result<ExitCode> {
     let wish = Wish::of(args)?;
+    let runtime = gpus::choice().map_err(|wrong| {
+        Problem::usage("KVXFER_GPU cannot be used").with_evidence(wrong.to_string())
+    })?;
     let (found, missing) = match kvxfer_verbs::rdma_devices() {
         Ok(devices) => (devices, None),
         Err(error) => (Vec::new(), Some(error)),
@@ -38,6 +43,7 @@ pub(crate) fn run(args: &DevicesArgs) -> anyhow::Result<ExitCode> {
         &found,
         &ranking,
         soft::look(),
+        gpus::look(runtime, &found),
     );
     let text = match args.json {
         true => output::line(&report)?,

@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+use super::gpus::{GpuRow, Gpus, Reach, Runtime};
+use super::moves::{Move, moves};
 use kvxfer_verbs::{
     Gid, GidChoice, GidKind, PortRanking, RdmaDevice, RdmaPort, UnusablePort, UsablePort,
 };
@@ -19,6 +21,10 @@ pub(super) struct Report {
     /// The ports that can be used, the best first.
     pub(super) order: Vec<Chosen>,
     pub(super) soft: Soft,
+    pub(super) gpu: Runtime,
+    pub(super) gpus: Vec<GpuRow>,
+    pub(super) gpu_pairs: Vec<Reach>,
+    pub(super) moves: Vec<Move>,
 }
 
 /// What the choice was made by.
@@ -151,33 +157,33 @@ impl Report {
         found: &[RdmaDevice],
         ranking: &PortRanking<'_>,
         soft: Soft,
+        gpus: Gpus,
     ) -> Self {
-        Self {
-            schema: SCHEMA,
-            config,
-            rdma,
-            devices: found.iter().map(|d| Device::new(d, ranking)).collect(),
-            order: ranking.usable.iter().map(Chosen::new).collect(),
-            soft,
-        }
+        let devices = found.iter().map(|d| Device::new(d, ranking)).collect();
+        let order = ranking.usable.iter().map(Chosen::new).collect();
+        Self::of(config, rdma, devices, order, soft, gpus)
     }
 
-    /// Of devices that no machine has.
-    #[cfg(test)]
-    pub(super) fn made_up(
+    /// Of devices that need be no machine's.
+    pub(super) fn of(
         config: Asked,
         rdma: Rdma,
         devices: Vec<Device>,
         order: Vec<Chosen>,
         soft: Soft,
+        gpus: Gpus,
     ) -> Self {
         Self {
             schema: SCHEMA,
+            moves: moves(&soft, &rdma, &order, &gpus),
             config,
             rdma,
             devices,
             order,
             soft,
+            gpu: gpus.runtime,
+            gpus: gpus.gpus,
+            gpu_pairs: gpus.pairs,
         }
     }
 }

@@ -19,6 +19,10 @@ pub(super) fn text(report: &Report) -> String {
         out.push('\n');
     }
     soft(&mut out, &report.soft);
+    out.push('\n');
+    gpus::draw(&mut out, report);
+    out.push('\n');
+    moves(&mut out, report);
     if !report.devices.is_empty() {
         out.push('\n');
         choice(&mut out, report);
@@ -183,6 +187,35 @@ fn soft(out: &mut String, soft: &Soft) {
     }
 }
 
+/// What can be moved where. What is not there yet is told once.
+fn moves(out: &mut String, report: &Report) {
+    for a_move in report
+        .moves
+        .iter()
+        .filter(|a_move| a_move.between == ["host", "host"])
+    {
+        let state = match a_move.usable {
+            true => a_move.reach,
+            false => "no, see above",
+        };
+        let _ = writeln!(out, "host to host over {:<10}  {state}", a_move.path);
+    }
+    let gpus = report
+        .moves
+        .iter()
+        .filter(|a_move| a_move.between[0] == "gpu");
+    let mut paths: Vec<&str> = Vec::new();
+    let mut why_not = None;
+    for a_move in gpus {
+        if !paths.contains(&a_move.path) {
+            paths.push(a_move.path);
+        }
+        why_not = why_not.or(a_move.why_not.as_deref());
+    }
+    let why_not = why_not.unwrap_or("there");
+    let _ = writeln!(out, "memory of GPUs over {}: {why_not}", paths.join(", "));
+}
+
 fn choice(out: &mut String, report: &Report) {
     let asked = &report.config;
     let mut whom = String::new();
@@ -232,5 +265,6 @@ fn choice(out: &mut String, report: &Report) {
     }
 }
 
+mod gpus;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::devices::gpus::{Class, GpuRow, Gpus, Nearness, Reach, Runtime};
 use crate::devices::report::{Asked, ChosenGid, Rdma, SoftLimits, SoftPath};
 
 fn gid(index: u32, kind: Option<&str>, address: &str) -> GidRow {
@@ -119,8 +120,36 @@ fn software() -> Soft {
 }
 
 fn report(devices: Vec<Device>, order: Vec<Chosen>, config: Asked, rdma: Rdma) -> Report {
-    Report::made_up(config, rdma, devices, order, software())
+    Report::of(config, rdma, devices, order, software(), without_gpus())
 }
+
+fn without_gpus() -> Gpus {
+    Gpus {
+        runtime: Runtime {
+            missing: Some("library"),
+            why: Some("no GPU runtime library can be loaded".to_owned()),
+            ..Runtime::default()
+        },
+        ..Gpus::default()
+    }
+}
+
+const NO_GPU: &str = "\
+GPUs: none; no GPU runtime library can be loaded
+";
+
+/// With a NIC that can be used, and without.
+fn host_moves(rdma: &str) -> String {
+    format!(
+        "\
+host to host over arena       same host
+host to host over process-vm  no, see above
+host to host over rdma        {rdma}
+"
+    )
+}
+
+const GPU_MOVES: &str = "memory of GPUs over ipc, rdma, staged: no GPU, and not built into transfers yet: engines move host memory\n";
 
 const SOFTWARE: &str = "\
 soft  the software device, in every process
@@ -158,6 +187,7 @@ fn cards_are_told_with_their_ports_and_the_choice() {
         asked,
         Rdma::default(),
     );
+    let moves = host_moves("any host");
     // A terminal would take the firmware's ESC for a command.
     let wanted = format!(
         "\
@@ -174,6 +204,8 @@ siw0  transport iWARP, GUID 0000:0000:0000:0001
   port 1  unknown
 
 {SOFTWARE}
+{NO_GPU}
+{moves}{GPU_MOVES}
 chosen towards node7 (10.7.0.9) near PCI device 0000:42:00.0: mlx5_0 port 1, the fastest: 400 Gb/s; GID 10 10.7.0.1: of unknown type, IPv4
 then: ib0 port 2, slower than mlx5_0 port 1
 an engine stands on it where rdma_devices names it or path is rdma, otherwise on soft
@@ -189,7 +221,10 @@ fn where_there_is_no_rdma_the_reason_comes_first() {
         why: Some("libibverbs cannot be loaded: install rdma-core".to_owned()),
     };
     let without = report(Vec::new(), Vec::new(), Asked::default(), rdma);
-    let wanted = format!("no RDMA: libibverbs cannot be loaded: install rdma-core\n\n{SOFTWARE}");
+    let moves = host_moves("no, see above");
+    let wanted = format!(
+        "no RDMA: libibverbs cannot be loaded: install rdma-core\n\n{SOFTWARE}\n{NO_GPU}\n{moves}{GPU_MOVES}"
+    );
     assert_eq!(text(&without), wanted);
 }
 
@@ -223,4 +258,92 @@ fn the_schema_comes_first_in_json() {
         (&gid["index"], &gid["type"]),
         (&10.into(), &serde_json::Value::Null)
     );
+}
+
+fn gpu(ordinal: u32, pci: &str) -> GpuRow {
+    let class = |class, step, acquire| Class {
+        class,
+        step,
+        acquire,
+    };
+    let nic = |device: &str, shared, same_numa| Nearness {
+        device: device.to_owned(),
+        shared,
+        same_numa,
+    };
+    GpuRow {
+        ordinal,
+        pci: pci.to_owned(),
+        pci_path: Vec::new(),
+        numa_node: Some(0),
+        uuid: "00112233-4455-6677-8899-aabbccddeeff".to_owned(),
+        name: "AMD Instinct MI300X".to_owned(),
+        arch: "gfx942".to_owned(),
+        memory: 192 << 30,
+        compute_units: 304,
+        xccs: Some(8),
+        integrated: false,
+        dma_buf: true,
+        gpudirect_rdma: None,
+        large_bar: Some(true),
+        classes: vec![
+            class("local", "loopback-read", true),
+            class("uncached", "loopback-read", false),
+            class("peer", "host-flush", false),
+            class("host-pinned", "native", false),
+        ],
+        nics: vec![
+            nic("mlx5_0", 3, Some(true)),
+            nic("mlx5_1", 1, Some(true)),
+            nic("mlx5_2", 0, Some(true)),
+            nic("mlx5_3", 0, Some(false)),
+            nic("rxe0", 0, None),
+        ],
+    }
+}
+
+#[test]
+fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
+    let reach = |from, to, why_not: Option<&str>| Reach {
+        from,
+        to,
+        p2p: why_not.is_none(),
+        ipc: why_not.is_none(),
+        why_not: why_not.map(str::to_owned),
+    };
+    let gpus = Gpus {
+        runtime: Runtime {
+            runtime: Some("HIP".to_owned()),
+            library: Some("libamdhip64.so.7".to_owned()),
+            ..Runtime::default()
+        },
+        gpus: vec![gpu(0, "0000:1b:00.0"), gpu(1, "0000:1c:00.0")],
+        pairs: vec![reach(0, 1, None), reach(1, 0, Some("no link"))],
+    };
+    let (asked, rdma) = (Asked::default(), Rdma::default());
+    let told = text(&Report::of(asked, rdma, vec![], vec![], software(), gpus));
+    let nics = "  to NICs  dma-buf export: yes; GPUDirect RDMA: not told
+  after a NIC's write  local: READ back through the NIC and acquire fence; uncached: READ back through the NIC; peer: flush by the host; host-pinned: nothing
+  mlx5_0  behind the same PCI bridge
+  mlx5_1  on the same PCI root
+  mlx5_2  on the same NUMA node
+  mlx5_3  on another NUMA node
+  rxe0  at an unknown distance
+";
+    let head = |n, pci| {
+        format!(
+            "GPU {n}  AMD Instinct MI300X, gfx942, 192.0 GiB, 304 compute units, 8 XCCs, PCI {pci}, NUMA node 0, UUID 00112233-4455-6677-8899-aabbccddeeff, by HIP (libamdhip64.so.7)\n"
+        )
+    };
+    let (first, second) = (head(0, "0000:1b:00.0"), head(1, "0000:1c:00.0"));
+    let moves = host_moves("no, see above");
+    let wanted = format!(
+        "{SOFTWARE}
+{first}{nics}  to GPU 1  P2P, IPC
+{second}{nics}  to GPU 0  no P2P, no IPC: no link
+
+{moves}memory of GPUs over ipc, rdma, staged: not built into transfers yet: engines move host memory
+"
+    );
+    assert_eq!(told, wanted);
 }

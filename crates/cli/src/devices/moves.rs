@@ -1,0 +1,69 @@
+//! Which memory can be moved to which, by which path, and why not.
+
+use serde::Serialize;
+
+use super::gpus::Gpus;
+use super::report::{Chosen, Rdma, Soft};
+
+/// A path between two kinds of memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Move {
+    /// `host` or `gpu`, either way.
+    pub(super) between: [&'static str; 2],
+    pub(super) path: &'static str,
+    pub(super) reach: &'static str,
+    pub(super) usable: bool,
+    pub(super) why_not: Option<String>,
+}
+
+const HOST: &str = "host";
+const GPU: &str = "gpu";
+
+/// By what was found. Nothing is said here of a peer, who has to be able to do it too.
+pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> Vec<Move> {
+    let paths = soft.paths.iter().map(|path| {
+        let reach = match path.path {
+            "tcp" => "any host",
+            _ => "same host",
+        };
+        known([HOST, HOST], path.path, reach, path.why_not.clone())
+    });
+    let no_nic = match (&rdma.why, order.is_empty()) {
+        (Some(why), _) => Some(format!("no RDMA: {why}")),
+        (None, true) => Some("no NIC can be used".to_owned()),
+        (None, false) => None,
+    };
+    let network = known([HOST, HOST], "rdma", "any host", no_nic);
+    let without = match &gpus.runtime.missing {
+        Some(_) => "no GPU, and ",
+        None => "",
+    };
+    let unbuilt = [
+        ([GPU, GPU], "ipc", "same host"),
+        ([GPU, HOST], "ipc", "same host"),
+        ([GPU, GPU], "rdma", "any host"),
+        ([GPU, HOST], "rdma", "any host"),
+        ([GPU, GPU], "staged", "any host"),
+        ([GPU, HOST], "staged", "any host"),
+    ];
+    let unbuilt = unbuilt.map(|(between, path, reach)| {
+        let why_not = format!("{without}not built into transfers yet: engines move host memory");
+        known(between, path, reach, Some(why_not))
+    });
+    paths.chain([network]).chain(unbuilt).collect()
+}
+
+fn known(
+    between: [&'static str; 2],
+    path: &'static str,
+    reach: &'static str,
+    why_not: Option<String>,
+) -> Move {
+    Move {
+        between,
+        path,
+        reach,
+        usable: why_not.is_none(),
+        why_not,
+    }
+}
