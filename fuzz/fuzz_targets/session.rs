@@ -11,7 +11,7 @@ use kvxfer::session::{Event, Session, SessionConfig};
 use kvxfer::time::Time;
 use kvxfer::wire::{
     Auth, AuthMode, Blob, ConfigFacts, ConnectionKind, Describe, Fingerprint, FrameWriter,
-    HandshakeNonce, Hello, KvRole, Message, PathKind, Preamble, QpOffer, Ready, Role, Side,
+    HandshakeNonce, Hello, KvRole, Message, PathKind, Preamble, QpOffer, RailEndpoint, Ready, Role, Side,
     Transcript, VERSIONS, frame_kind,
 };
 use libfuzzer_sys::fuzz_target;
@@ -26,10 +26,7 @@ fn describe() -> Describe {
         fingerprint: Fingerprint([0; 32]),
         format: Blob::default(),
         placement: Blob::default(),
-        memories: vec![],
-        leases: None,
-        scratch: None,
-        device: Blob::default(),
+        rails: vec![],
         facts: ConfigFacts::default(),
         fd_backed: false,
     }
@@ -153,7 +150,7 @@ fuzz_target!(|data: &[u8]| {
                     replaces: None,
                     path: PathKind::Tcp,
                     candidates: vec![],
-                    endpoints: vec![Blob::default(); usize::from(step >> 4) & 3],
+                    endpoints: vec![RailEndpoint::first(Blob::default()); usize::from(step >> 4) & 3],
                 };
                 let _ = peer.session.send(&offer.into());
             }

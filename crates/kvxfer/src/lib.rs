@@ -124,4 +124,4 @@ pub use engine::{Engine, Instance, Outcome, Peer, Transfer};
 pub use error::Error;
 pub use kvxfer_hipmem as mem;
 pub use kvxfer_verbs::Memory;
-pub use transport::{PathInfo, QueuePairs, RdmaLink};
+pub use transport::{PathInfo, QueuePairs, RdmaLink, SkippedRail};

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use kvxfer::RdmaLink;
+use kvxfer::{RdmaLink, SkippedRail};
 use serde::{Serialize, Serializer};
 
 use crate::stats::{Percentiles, median};
@@ -42,6 +42,10 @@ pub(crate) struct BwConfig {
     pub(crate) device: String,
     /// Ports and queue pairs of a way over NICs, of the last connection; null on another path.
     pub(crate) rdma: Option<RdmaLink>,
+    /// The way over each pair of NICs; the first is that of `rdma`.
+    pub(crate) rails: Vec<RdmaLink>,
+    /// NICs that the settings name and that are not used, and why.
+    pub(crate) skipped: Vec<SkippedRail>,
     /// What was asked for: `auto`, or a path.
     pub(crate) path: String,
     /// `read`, `write` or `both`.

@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use kvxfer::SkippedRail;
+
 use super::schema::{BwReport, Row};
 
 const HEADER: [&str; 18] = [
@@ -141,7 +143,7 @@ fn notes(report: &BwReport, out: &mut String) {
         "{}, {} queue pairs, {} worker threads, seed {}",
         config.device, config.qp_per_transfer, config.num_worker_threads, config.seed
     ));
-    if let Some(rdma) = &config.rdma {
+    for rdma in &config.rails {
         lines.push(rdma.to_string());
         lines.extend(rdma.queue_pairs.iter().map(|pair| {
             format!(
@@ -149,6 +151,9 @@ fn notes(report: &BwReport, out: &mut String) {
                 pair.qpn, pair.psn, pair.peer_qpn, pair.peer_psn
             )
         }));
+    }
+    for SkippedRail { device, reason, .. } in &config.skipped {
+        lines.push(format!("{device} is not used: {reason}"));
     }
     for difference in &config.differences {
         let used = match difference.used {

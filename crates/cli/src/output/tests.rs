@@ -59,6 +59,8 @@ fn report() -> BwReport {
         peer: None,
         device: "soft0".into(),
         rdma: None,
+        rails: Vec::new(),
+        skipped: Vec::new(),
         path: "auto".into(),
         op: "both".into(),
         sizes: Some(vec![4096, 1 << 20]),

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use kvxfer::RdmaLink;
 use kvxfer::bench::{BenchClient, BenchMemory};
 use kvxfer::config::{Config, PathKind};
+use kvxfer::{RdmaLink, SkippedRail};
 
 use super::case::{self, Case, Room};
 use super::limit::{Limit, Ways};
@@ -73,11 +73,12 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         target: target.as_ref(),
         rows: Vec::new(),
         pages: None,
-        rdma: None,
+        way: Way::default(),
         differences: Vec::new(),
     };
     let measured = run.cases(&cases);
-    let (rows, pages, rdma, differences) = (run.rows, run.pages, run.rdma, run.differences);
+    let (rows, pages, way, differences) = (run.rows, run.pages, run.way, run.differences);
+    let rdma = way.rails.first();
     let failed = match measured {
         Ok(()) => None,
         Err(error) => {
@@ -97,8 +98,10 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         BwConfig {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer: args.host.as_ref().map(ToString::to_string),
-            device: rdma.as_ref().map_or(SOFT, |rdma| &rdma.device).to_owned(),
-            rdma,
+            device: rdma.map_or(SOFT, |rdma| &rdma.device).to_owned(),
+            rdma: rdma.cloned(),
+            rails: way.rails,
+            skipped: way.skipped,
             path: settings.shown("path"),
             op: args.op.to_string(),
             sizes: match case::pattern(args) {
@@ -269,6 +272,13 @@ fn too_slow(args: &BwArgs, rows: &[Row]) -> Result<(), Problem> {
     Err(problem)
 }
 
+/// The NICs that a connection goes over, and those that it does without.
+#[derive(Default)]
+struct Way {
+    rails: Vec<RdmaLink>,
+    skipped: Vec<SkippedRail>,
+}
+
 /// A run under way.
 struct Run<'a> {
     args: &'a BwArgs,
@@ -279,7 +289,8 @@ struct Run<'a> {
     target: Option<&'a OwnTarget>,
     rows: Vec<Row>,
     pages: Option<Pages>,
-    rdma: Option<RdmaLink>,
+    /// Of the last connection.
+    way: Way,
     differences: Vec<Difference>,
 }
 
@@ -340,7 +351,11 @@ impl Run<'_> {
             // The largest memory has the best chances of large pages: the last case's are told.
             self.pages = Some(Pages::from(&pages));
         }
-        self.rdma = client.peer().path()?.rdma.clone();
+        let path = client.peer().path()?;
+        self.way = Way {
+            rails: path.rails,
+            skipped: path.skipped,
+        };
         let facts = client.peer().facts()?;
         let here = self.config;
         let number = u64::from;

@@ -97,7 +97,7 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
         &path.path.to_string(),
         &path.reason,
     ))?;
-    if let Some(rdma) = &path.rdma {
+    if let Some(rdma) = path.rails.first() {
         run.say(&format!("{rdma}\n"))?;
     }
     let pinging = Instant::now();
@@ -111,11 +111,11 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer: args.host.as_ref().map(ToString::to_string),
             device: path
-                .rdma
-                .as_ref()
+                .rails
+                .first()
                 .map_or(SOFT_NAME, |rdma| &rdma.device)
                 .to_owned(),
-            rdma: path.rdma,
+            rdma: path.rails.into_iter().next(),
             path: settings.shown("path"),
             count: run.count(),
             interval_s: Some(args.interval.unwrap_or(INTERVAL)),

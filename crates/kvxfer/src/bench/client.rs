@@ -13,6 +13,7 @@ use crate::engine::{Engine, Inner, Peer, Runtime, Target, connect};
 use crate::error::Error;
 use crate::ids::RequestId;
 use crate::ticket::Ticket;
+use crate::transport::open_rails;
 use crate::wire::{Blob, Role};
 
 /// How often a wait for an answer looks whether the target is still there.
@@ -45,7 +46,7 @@ impl BenchClient {
         config.kv_role = KvRole::Both;
         config.check()?;
         let side = BenchSide::new(shape)?;
-        let runtime = Runtime::new(&config)?;
+        let runtime = Runtime::new(&config, open_rails(&config)?)?;
         let (sender, answers) = unbounded();
         let inner = Inner::new(
             Arc::clone(&runtime),

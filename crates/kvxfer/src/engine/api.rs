@@ -24,6 +24,7 @@ use crate::metadata::Metadata;
 use crate::plan::PlanError;
 use crate::ticket::{LeaseRef, MAX_TTL, Ticket, TicketError, TicketKind};
 use crate::transfer::Cause;
+use crate::transport::{SkippedRail, open_rails};
 use crate::wire::Role;
 
 /// Shuts the engine down when the last handle goes.
@@ -90,7 +91,7 @@ impl Engine {
     /// format, memory that is not the host's, memory that the device does not register, threads that cannot be started.
     pub fn new(config: Config, format: KvFormat, placement: KvPlacement) -> Result<Self, Error> {
         config.check()?;
-        let runtime = Runtime::new(&config)?;
+        let runtime = Runtime::new(&config, open_rails(&config)?)?;
         let inner = Inner::new(Arc::clone(&runtime), config, format, placement, None);
         if inner.is_err() {
             runtime.shut_down();
@@ -110,6 +111,12 @@ impl Engine {
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.owner.inner
+    }
+
+    /// RDMA devices that the configuration names and that the engine does without, with the reasons.
+    #[must_use]
+    pub fn skipped_devices(&self) -> &[SkippedRail] {
+        &self.inner().runtime.skipped
     }
 
     /// The engine's name.

@@ -1,4 +1,4 @@
-//! The asynchronous events of an engine's device: what no completion tells, or none tells in full.
+//! The asynchronous events of a device of an engine: what no completion tells, or none tells in full.
 //!
 //! Every worker has the device's descriptor among what it sleeps on, and looks now and then while it is
 //! busy. Whoever comes first reads for all, and every worker is then told to look what has become of its
@@ -118,17 +118,19 @@ impl About {
         !matches!(self, Self::Nobody | Self::Other)
     }
 
-    fn log(self, event: AsyncEvent) {
+    fn log(self, device: &str, event: AsyncEvent) {
         match self {
-            Self::QueuePair => warn!(%event, "the device"),
-            Self::CompletionQueue => error!(%event, "the device: its queue pairs are lost"),
+            Self::QueuePair => warn!(device, %event, "the device"),
+            Self::CompletionQueue => error!(device, %event, "the device: its queue pairs are lost"),
             Self::PortDown => {
-                warn!(%event, "the device's port: what is posted waits, and fails if that lasts");
+                warn!(device, %event, "the device's port: what is posted waits, and fails if that lasts");
             }
-            Self::PortUp => info!(%event, "the device's port"),
-            Self::Device => error!("the device has failed; the engine takes no new work"),
-            Self::Nobody => info!(%event, "of a queue pair that no transfer uses"),
-            Self::Other => info!(%event, "the device tells of something that ends no work"),
+            Self::PortUp => info!(device, %event, "the device's port"),
+            Self::Device => error!(device, "the device has failed: its queue pairs are lost"),
+            Self::Nobody => info!(device, %event, "of a queue pair that no transfer uses"),
+            Self::Other => {
+                info!(device, %event, "the device tells of something that ends no work");
+            }
         }
     }
 }
@@ -298,9 +300,19 @@ impl AsyncEvents {
         self.desk().watch(qp_num, &cq.fate)
     }
 
+    /// Whether the device has failed as a whole.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Whether nobody has said that the port is down.
+    pub(crate) fn port_is_up(&self) -> bool {
+        self.desk().port.cause().is_none()
+    }
+
     /// Readable while the device has something to tell; nothing once it has failed.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        if self.over.load(Ordering::Acquire) {
+        if self.is_over() {
             return None;
         }
         self.context.async_fd()
@@ -330,10 +342,9 @@ impl AsyncEvents {
         news: &[(AsyncEvent, About)],
         workers: &[WorkerHandle],
     ) {
-        if desk.failed {
+        if desk.failed && !self.over.swap(true, Ordering::AcqRel) {
             // Before anybody is told: who hears of the end and asks again is refused.
             self.health.device_failed();
-            self.over.store(true, Ordering::Release);
         }
         // A log that takes nothing more must not hold the other workers up.
         drop(desk);
@@ -343,7 +354,7 @@ impl AsyncEvents {
             }
         }
         for (event, about) in news {
-            about.log(*event);
+            about.log(&self.context.device().name, *event);
         }
     }
 
@@ -544,7 +555,9 @@ mod tests {
         push.all_layers(&pairs).expect("fits");
         // It is posted by then, and completes later.
         std::thread::sleep(Duration::from_millis(100));
-        producer.engine.inner().runtime.events().give_up(&[]);
+        producer.engine.inner().runtime.rails()[0]
+            .events
+            .give_up(&[]);
         let outcome = push.commit().expect("a push").wait(LONG);
         let outcome = outcome.expect("an outcome");
         let failure = outcome.failure().expect("its queue pair fails");

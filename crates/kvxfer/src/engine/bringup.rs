@@ -1,28 +1,26 @@
 //! From an authenticated session to queue pairs that carry transfers: descriptions are exchanged,
 //! layouts compared, a path is chosen, queue pairs are joined.
 
-use std::collections::HashSet;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
-use tracing::info;
+use tracing::{info, warn};
 
-use kvxfer_verbs::{
-    DeviceAddr, GidChoice, Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr,
-};
+use kvxfer_verbs::{Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
 
 use super::async_events::Watched;
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
-use super::peer_session::{PeerSession, Plans, Standing, SummedParts};
+use super::pairing::{self, Ends, KnownRail, Pair, left_out, pair_up, rdma_link};
+use super::peer_session::{PeerRail, PeerSession, Plans, Standing, SummedParts};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
 use crate::layout::{KvFormat, PlacementDesc, Side};
@@ -30,14 +28,14 @@ use crate::ping::ProbeSeat;
 use crate::plan::{CompileError, PlanLimits, Role as PlanRole};
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
-use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, goes_over, soft_path};
+use crate::transport::{Choice, PathInfo, SkippedRail, gid_towards, soft_path};
 use crate::wire::{
-    Blob, Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, RemoteSpan, Role,
+    Describe, Message, PathKind, QpAnswer, QpOffer, RailDesc, Ready, Refusal, RemoteSpan, Role,
     SessionId, Side as End, StreamHalf, StreamKey, StreamOpening, limits,
 };
 
 const MIN_RNR_TIMER: u8 = 12;
-/// Queue pairs of one session: the most that `qp_per_transfer` can ask for.
+/// Queue pairs of one pair of rails: the most that `qp_per_transfer` can ask for.
 const MAX_QUEUE_PAIRS: usize = 64;
 
 /// What the driver is to do, in this order.
@@ -51,15 +49,20 @@ pub(crate) enum Step {
 /// A queue pair in INIT.
 #[derive(Debug)]
 pub(crate) struct Made {
+    /// The rail that it is on.
+    pub(crate) rail: usize,
+    /// The worker that has its completions.
+    pub(crate) worker: u16,
     pub(crate) qp: QueuePair<Init>,
     pub(crate) inbox: Option<Inbox>,
     pub(crate) watched: Arc<Watched>,
 }
 
-/// A queue pair on its way up.
+/// A queue pair on its way up, of one of the session's pairs of rails.
 #[derive(Debug)]
 struct Joining {
     made: Made,
+    pair: usize,
     remote: QpEndpoint,
     requester: Option<TcpStream>,
     responder: Option<TcpStream>,
@@ -70,7 +73,7 @@ struct Joining {
 struct Known {
     describe: Describe,
     layout: (KvFormat, PlacementDesc),
-    device: DeviceAddr,
+    rails: Vec<KnownRail>,
     pull: Option<Plans>,
     push: Option<Plans>,
 }
@@ -88,12 +91,14 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
-    /// A client's GID on an RDMA device.
-    gid: Option<GidChoice>,
+    /// The rails that the peer is told of, as the runtime numbers them.
+    rails: Vec<usize>,
+    /// The pairs of rails that are joined.
+    pairs: Vec<Pair>,
     /// Whether a server has taken the one set of queue pairs that a session has.
     taken: bool,
-    /// A client's queue pairs that wait for the answer.
-    offered: Vec<Made>,
+    /// A client's queue pairs that wait for the answer, for each pair of rails.
+    offered: Vec<(Pair, Vec<Made>)>,
     /// A server's queue pairs that wait for their streams.
     joining: Vec<Joining>,
     lanes: Vec<Joined>,
@@ -140,7 +145,8 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
-            gid: None,
+            rails: Vec::new(),
+            pairs: Vec::new(),
             taken: false,
             offered: Vec::new(),
             joining: Vec::new(),
@@ -168,6 +174,7 @@ impl Bringup {
         session: &Session,
     ) -> Result<Vec<Step>, Error> {
         self.role = session.role();
+        self.rails = engine.runtime.rails_that_work();
         if let (Some(id), Some(key)) = (session.session_id(), session.stream_key()) {
             if self.end == End::Server
                 && let Some(gate) = session.stream_gate()
@@ -182,6 +189,7 @@ impl Bringup {
             (End::Server, Role::Probe) => match ProbeSeat::new(engine) {
                 Ok(seat) => {
                     let describe = seat.describe(engine)?;
+                    self.rails = vec![seat.rail];
                     self.probe = Some(seat);
                     Ok(vec![Step::Send(describe.into())])
                 }
@@ -190,7 +198,7 @@ impl Bringup {
             // It says goodbye then, or the session's time runs out.
             (End::Server, Role::Observer) => {
                 self.observed = true;
-                Ok(vec![Step::Send(shown(engine.describe()?).into())])
+                Ok(vec![Step::Send(shown(engine.describe(&[])?).into())])
             }
             _ => Ok(vec![Step::Send(self.describe(engine)?.into())]),
         }
@@ -199,7 +207,7 @@ impl Bringup {
     fn describe(&self, engine: &Inner) -> Result<Describe, Error> {
         Ok(Describe {
             wanted: self.wanted.clone(),
-            ..engine.describe()?
+            ..engine.describe(&self.rails)?
         })
     }
 
@@ -229,9 +237,9 @@ impl Bringup {
             Ok(placement) => placement,
             Err(error) => return bad(error.to_string()),
         };
-        let device: DeviceAddr = match describe.device.unpack("device address") {
-            Ok(device) => device,
-            Err(error) => return bad(error.to_string()),
+        let rails = match KnownRail::unpack(&describe.rails) {
+            Ok(rails) => rails,
+            Err(detail) => return bad(detail),
         };
         if let Err(detail) = consistent(&describe, &format, &placement) {
             return bad(detail);
@@ -261,7 +269,7 @@ impl Bringup {
         self.known = Some(Known {
             describe,
             layout: (format, placement),
-            device,
+            rails,
             pull,
             push,
         });
@@ -293,15 +301,16 @@ impl Bringup {
             );
         }
         self.key = PeerKey(engine.runtime.next_id());
-        let theirs = self
-            .known
-            .as_ref()
-            .map(|known| known.device.gids.as_slice());
-        let gid = gid_towards(engine.runtime.context(), theirs.unwrap_or_default())?;
+        let theirs = self.known.as_ref().map_or(&[][..], |known| &known.rails);
+        let (pairs, skipped) = pair_up(&engine.runtime, &self.rails, theirs)?;
         let notices = self.notices(engine);
-        self.offered =
-            (engine.runtime).queue_pairs(engine, self.key, count, notices, gid.as_ref())?;
-        let endpoints = pack_endpoints(&self.offered)?;
+        let mut endpoints = Vec::new();
+        for pair in pairs {
+            let rail = (pair.rail, pair.gid.as_ref());
+            let qps = (engine.runtime).queue_pairs(engine, rail, self.key, count, notices)?;
+            endpoints.extend(pairing::pack(&pair, &qps)?);
+            self.offered.push((pair, qps));
+        }
         let offer = QpOffer {
             offer: 1,
             replaces: None,
@@ -309,8 +318,11 @@ impl Bringup {
             candidates: path.candidates.clone(),
             endpoints,
         };
-        self.path = Some(path);
-        self.gid = gid;
+        let skipped = engine.runtime.skipped.iter().cloned().chain(skipped);
+        self.path = Some(PathInfo {
+            skipped: skipped.collect(),
+            ..path
+        });
         Ok(Step::Send(offer.into()))
     }
 
@@ -321,17 +333,28 @@ impl Bringup {
             .known
             .as_ref()
             .is_some_and(|k| k.describe.facts.enable_notification);
-        let by_rdma = goes_over(PathKind::Rdma, engine.runtime.context());
-        by_rdma || engine.config.enable_notification && theirs
+        engine.runtime.is_rdma() || engine.config.enable_notification && theirs
     }
 
     fn choose(&self, engine: &Inner) -> Result<PathInfo, Error> {
         let Some(known) = &self.known else {
             return Err(Error::ShuttingDown);
         };
+        let context = |at: &usize| engine.runtime.rail(*at).map(|rail| &rail.context);
+        let own = self
+            .rails
+            .iter()
+            .map(context)
+            .collect::<Result<Vec<_>, _>>()?;
+        let peers = known.rails.iter().map(|rail| &rail.device);
+        let pairs: Vec<_> = own.into_iter().zip(peers).collect();
+        let Some(((context, peer), others)) = pairs.split_first() else {
+            return Err(Error::DeviceFailed);
+        };
         Choice {
-            context: engine.runtime.context(),
-            peer: &known.device,
+            context,
+            peer,
+            others,
             local_shareable: engine.shareable(),
             peer_shareable: known.describe.fd_backed,
             allowed: &engine.config.path,
@@ -362,7 +385,7 @@ impl Bringup {
         let soft = soft_path(offer.path);
         let why_not = if !engine.config.path.allows(offer.path) {
             Some("the peer's configuration does not allow it")
-        } else if !goes_over(offer.path, engine.runtime.context()) {
+        } else if engine.runtime.is_rdma() != (offer.path == PathKind::Rdma) {
             Some("the peer uses another kind of device")
         } else {
             None
@@ -373,50 +396,64 @@ impl Bringup {
             }
             return Ok(none(candidates));
         }
-        if offer.endpoints.len() > MAX_QUEUE_PAIRS {
+        let remote = match pairing::unpack(&offer.endpoints) {
+            Ok(remote) => remote,
+            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
+        };
+        if remote.iter().any(|pair| pair.ends.len() > MAX_QUEUE_PAIRS) {
             return Ok(vec![refuse(Refusal::Full {
                 what: "queue pairs of a session".to_owned(),
                 limit: MAX_QUEUE_PAIRS as u64,
             })]);
         }
-        let remote = match unpack_endpoints(&offer.endpoints) {
-            Ok(remote) => remote,
-            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
-        };
         if remote.is_empty() {
             // A peer without queue pairs could never be drained.
             return Ok(none(candidates));
         }
-        let count = u32::try_from(remote.len()).unwrap_or(u32::MAX);
-        // All come from one port: that of the first.
-        let theirs = remote
-            .first()
-            .and_then(|remote| remote.port)
-            .map(|port| port.gid);
-        let gid = match gid_towards(engine.runtime.context(), theirs.as_slice()) {
-            Ok(gid) => gid,
-            Err(error) => {
-                let why_not = Some(cut(chain(&error)));
-                for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
-                    candidate.why_not.clone_from(&why_not);
+        let (joined, skipped) = match self.join_rails(engine, remote)? {
+            Ok(joined) => joined,
+            Err(step) => return Ok(vec![step]),
+        };
+        if joined.is_empty() {
+            let why_not = skipped.first().map(|rail| cut(rail.reason.clone()));
+            for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
+                candidate.why_not.clone_from(&why_not);
+            }
+            return Ok(none(candidates));
+        }
+        if self.probe.is_none() {
+            self.key = PeerKey(engine.runtime.next_id());
+        }
+        let notices = self.notices(engine);
+        let (mut endpoints, mut rails, mut joining) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, (pair, ends)) in joined.into_iter().enumerate() {
+            let count = u32::try_from(ends.len()).unwrap_or(u32::MAX);
+            let qps = match &self.probe {
+                Some(_) if count != 1 => return Ok(none(candidates)),
+                Some(seat) => vec![Made {
+                    rail: pair.rail,
+                    worker: 0,
+                    qp: seat.queue_pair(pair.gid.as_ref())?,
+                    inbox: None,
+                    watched: Arc::default(),
+                }],
+                None => {
+                    let rail = (pair.rail, pair.gid.as_ref());
+                    (engine.runtime).queue_pairs(engine, rail, self.key, count, notices)?
                 }
-                return Ok(none(candidates));
-            }
-        };
-        let qps = match &self.probe {
-            Some(_) if count != 1 => return Ok(none(candidates)),
-            Some(seat) => vec![Made {
-                qp: seat.queue_pair(gid.as_ref())?,
-                inbox: None,
-                watched: Arc::default(),
-            }],
-            None => {
-                self.key = PeerKey(engine.runtime.next_id());
-                let (key, notices) = (self.key, self.notices(engine));
-                (engine.runtime).queue_pairs(engine, key, count, notices, gid.as_ref())?
-            }
-        };
-        let endpoints = pack_endpoints(&qps)?;
+            };
+            endpoints.extend(pairing::pack(&pair, &qps)?);
+            rails.extend(rdma_link(&engine.runtime, &pair, &qps, &ends));
+            self.pairs.push(pair);
+            let of_pair = qps.into_iter().zip(ends);
+            joining.extend(of_pair.map(|(made, remote)| Joining {
+                made,
+                pair: at,
+                remote,
+                requester: None,
+                responder: None,
+            }));
+        }
         let answer = QpAnswer {
             offer: offer.offer,
             path: Some(offer.path),
@@ -428,39 +465,99 @@ impl Bringup {
             path: offer.path,
             reason: "chosen by the peer that connected".to_owned(),
             candidates: offer.candidates,
-            rdma: RdmaLink::new(
-                engine.runtime.context(),
-                gid.as_ref(),
-                &pairs(&qps, &remote),
-            ),
+            rails,
+            skipped: engine
+                .runtime
+                .skipped
+                .iter()
+                .cloned()
+                .chain(skipped)
+                .collect(),
         });
         let mut steps = vec![Step::Send(answer.into())];
+        if soft.is_none() && offer.path != PathKind::Rdma {
+            self.joining = joining;
+            return Ok(steps);
+        }
         let retries = engine.runtime.retries();
-        match (soft, offer.path) {
-            (Some(path), _) => {
-                for (made, remote) in qps.into_iter().zip(remote) {
-                    let link = QpLink::SoftAwait { path };
-                    self.lanes.push(join(made, remote, link, retries)?);
-                }
-                steps.push(Step::Send(Ready {}.into()));
-            }
-            (None, PathKind::Rdma) => {
-                for (made, remote) in qps.into_iter().zip(remote) {
-                    (self.lanes).push(join(made, remote, QpLink::Rdma, retries)?);
-                }
-                steps.push(Step::Send(Ready {}.into()));
-            }
-            (None, _) => {
-                let joining = qps.into_iter().zip(remote).map(|(made, remote)| Joining {
-                    made,
-                    remote,
-                    requester: None,
-                    responder: None,
-                });
-                self.joining = joining.collect();
+        for Joining {
+            made, pair, remote, ..
+        } in joining
+        {
+            let link = soft.map_or(QpLink::Rdma, |path| QpLink::SoftAwait { path });
+            self.join((made, pair), remote, link, retries)?;
+        }
+        steps.push(Step::Send(Ready {}.into()));
+        Ok(steps)
+    }
+
+    /// The pairs of rails that a client's queue pairs are taken for, with the peer's ends of each, and
+    /// those of this side that are left out. The step ends the session of a client that tells of rails that
+    /// nobody has.
+    #[expect(clippy::type_complexity, reason = "one call")]
+    fn join_rails(
+        &self,
+        engine: &Inner,
+        remote: Vec<Ends>,
+    ) -> Result<Result<(Vec<(Pair, Vec<QpEndpoint>)>, Vec<SkippedRail>), Step>, Error> {
+        let theirs = self.known.as_ref().map_or(1, |known| known.rails.len());
+        let (mut joined, mut skipped) = (Vec::new(), Vec::new());
+        for Ends {
+            own,
+            theirs: rail,
+            ends,
+        } in remote
+        {
+            let (Some(&at), true) = (self.rails.get(usize::from(own)), usize::from(rail) < theirs)
+            else {
+                let detail = format!("no rails {rail} and {own} to join");
+                return Ok(Err(refuse(Refusal::BadDescription { detail })));
+            };
+            // All come from one port: that of the first.
+            let port = ends.first().and_then(|end| end.port).map(|port| port.gid);
+            let context = &engine.runtime.rail(at)?.context;
+            match gid_towards(context, port.as_slice()) {
+                Ok(gid) => joined.push((
+                    Pair {
+                        rail: at,
+                        own,
+                        theirs: rail,
+                        gid,
+                    },
+                    ends,
+                )),
+                Err(error) => skipped.push(left_out(context, &error)),
             }
         }
-        Ok(steps)
+        Ok(Ok((joined, skipped)))
+    }
+
+    /// Brings a queue pair up: the next lane.
+    fn join(
+        &mut self,
+        (made, pair): (Made, usize),
+        remote: QpEndpoint,
+        link: QpLink,
+        retries: RtsAttr,
+    ) -> Result<(), Error> {
+        // Cards take up to four times what they are told (InfiniBand, volume 1, 9.7.6.1.3).
+        let times = if matches!(link, QpLink::Rdma) { 4 } else { 1 };
+        let attr = RtrAttr {
+            remote,
+            link,
+            min_rnr_timer: MIN_RNR_TIMER,
+        };
+        self.lanes.push(Joined {
+            rail: made.rail,
+            worker: made.worker,
+            pair,
+            number: u16::try_from(self.lanes.len()).unwrap_or(u16::MAX),
+            qp: made.qp.rtr(attr)?.rts(retries)?,
+            inbox: made.inbox,
+            watched: made.watched,
+            tried: retries.retry_time().map(|time| time * times),
+        });
+        Ok(())
     }
 
     /// A server's data stream has come and was admitted.
@@ -495,7 +592,7 @@ impl Bringup {
                     responder,
                 };
                 let retries = engine.runtime.retries();
-                (self.lanes).push(join(joining.made, joining.remote, link, retries)?);
+                self.join((joining.made, joining.pair), joining.remote, link, retries)?;
             }
         }
         Ok(vec![Step::Send(Ready {}.into())])
@@ -517,43 +614,73 @@ impl Bringup {
             let detail = format!("path {path} is not the one that was offered");
             return Ok(vec![refuse(Refusal::BadDescription { detail })]);
         }
-        let remote = match unpack_endpoints(&answer.endpoints) {
-            Ok(remote) => remote,
+        let joined = match self.taken_by(&answer) {
+            Ok(joined) => joined,
             Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
         };
-        if let Some(path) = &mut self.path {
-            let pairs = pairs(&self.offered, &remote);
-            path.rdma = RdmaLink::new(engine.runtime.context(), self.gid.as_ref(), &pairs);
-        }
-        for (i, (made, remote)) in std::mem::take(&mut self.offered)
-            .into_iter()
-            .zip(remote)
-            .enumerate()
-        {
-            let link = match (soft_path(path), &self.known) {
-                (Some(path), Some(known)) => QpLink::SoftDial {
-                    peer: known.device.clone(),
-                    path,
-                    deadline: self.deadline,
-                },
-                (None, _) if path == PathKind::Tcp => {
-                    let sequence = 2 * i as u64;
-                    let dialler = self.dialler(engine)?;
-                    let qp = u32::try_from(i).unwrap_or(u32::MAX);
-                    let requester = dialler.dial(qp, StreamHalf::Requester, sequence)?;
-                    let responder = dialler.dial(qp, StreamHalf::Responder, sequence + 1)?;
-                    QpLink::SoftTcp {
-                        requester,
-                        responder,
+        let retries = engine.runtime.retries();
+        for (at, (pair, qps, ends)) in joined.into_iter().enumerate() {
+            let link = rdma_link(&engine.runtime, &pair, &qps, &ends);
+            if let Some(path) = &mut self.path {
+                path.rails.extend(link);
+            }
+            let theirs = usize::from(pair.theirs);
+            self.pairs.push(pair);
+            for (made, remote) in qps.into_iter().zip(ends) {
+                let peer = self
+                    .known
+                    .as_ref()
+                    .and_then(|known| known.rails.get(theirs));
+                let link = match (soft_path(path), peer) {
+                    (Some(path), Some(peer)) => QpLink::SoftDial {
+                        peer: peer.device.clone(),
+                        path,
+                        deadline: self.deadline,
+                    },
+                    (None, _) if path == PathKind::Tcp => {
+                        let qp = u32::try_from(self.lanes.len()).unwrap_or(u32::MAX);
+                        let sequence = 2 * u64::from(qp);
+                        let dialler = self.dialler(engine)?;
+                        let requester = dialler.dial(qp, StreamHalf::Requester, sequence)?;
+                        let responder = dialler.dial(qp, StreamHalf::Responder, sequence + 1)?;
+                        QpLink::SoftTcp {
+                            requester,
+                            responder,
+                        }
                     }
-                }
-                (None, _) if path == PathKind::Rdma => QpLink::Rdma,
-                _ => return Err(Error::PathNotHere { path }),
-            };
-            let retries = engine.runtime.retries();
-            self.lanes.push(join(made, remote, link, retries)?);
+                    (None, _) if path == PathKind::Rdma => QpLink::Rdma,
+                    _ => return Err(Error::PathNotHere { path }),
+                };
+                self.join((made, at), remote, link, retries)?;
+            }
         }
         Ok(vec![Step::Send(Ready {}.into())])
+    }
+
+    /// The offered queue pairs that an answer takes, with the peer's ends; the error says what is wrong
+    /// with it. Those of rails that it leaves out are gone.
+    fn taken_by(
+        &mut self,
+        answer: &QpAnswer,
+    ) -> Result<Vec<(Pair, Vec<Made>, Vec<QpEndpoint>)>, String> {
+        let mut offered = std::mem::take(&mut self.offered);
+        let mut joined = Vec::new();
+        for Ends { own, theirs, ends } in pairing::unpack(&answer.endpoints)? {
+            let of_pair = |(pair, _): &(Pair, _)| (pair.own, pair.theirs) == (own, theirs);
+            let Some(at) = offered.iter().position(of_pair) else {
+                return Err(format!("rails {theirs} and {own} were not offered"));
+            };
+            let (pair, qps) = offered.remove(at);
+            if qps.len() != ends.len() {
+                let (got, made) = (ends.len(), qps.len());
+                return Err(format!("{got} endpoints for {made} of rail {own}"));
+            }
+            joined.push((pair, qps, ends));
+        }
+        for (pair, _) in &offered {
+            warn!(rail = pair.own, "the peer leaves a rail out");
+        }
+        Ok(joined)
     }
 
     fn dialler<'a>(&'a self, engine: &'a Inner) -> Result<Dialler<'a>, Error> {
@@ -588,14 +715,27 @@ impl Bringup {
         };
         let runtime = &engine.runtime;
         let key = self.key;
-        let spread = runtime.spread(key, self.lanes.len());
-        let mut workers = spread.clone();
+        let lanes: Vec<u16> = self.lanes.iter().map(|lane| lane.worker).collect();
+        let mut workers = lanes.clone();
         workers.sort_unstable();
         workers.dedup();
+        let rails = std::mem::take(&mut self.pairs);
+        let rails = rails.iter().filter_map(|pair| {
+            let theirs = known.rails.get(usize::from(pair.theirs))?;
+            Some(PeerRail {
+                regions: Arc::clone(&engine.rails.get(pair.rail)?.regions),
+                remote: theirs.memories.clone(),
+                leases: theirs.leases,
+            })
+        });
+        let rails: Vec<PeerRail> = rails.collect();
+        let first = known.rails.first().zip(runtime.rails().first());
+        let same_host = first.is_some_and(|(peer, own)| own.context.shares_host(&peer.device));
         info!(
             peer = %known.describe.engine,
             path = %path.path,
             reason = %path.reason,
+            rails = rails.len(),
             queue_pairs = self.lanes.len(),
             "peer is up"
         );
@@ -607,16 +747,14 @@ impl Bringup {
                 rank: describe.rank,
             },
             generation: describe.generation,
-            remote: describe.memories,
-            lease_table: describe.leases,
-            regions: Arc::clone(&engine.regions),
+            rails,
             path,
             notices,
             facts: describe.facts,
-            same_host: runtime.context().shares_host(&known.device),
+            same_host,
             standing: Standing::new(workers.len()),
             workers,
-            lanes: self.lanes.len(),
+            lanes,
             pull: known.pull,
             push: known.push,
             layout: known.layout,
@@ -629,7 +767,7 @@ impl Bringup {
             engine: Arc::downgrade(engine),
             all_workers: runtime.workers().to_vec(),
         });
-        runtime.add_lanes(&peer, std::mem::take(&mut self.lanes), &spread);
+        runtime.add_lanes(&peer, std::mem::take(&mut self.lanes));
         engine.peer_up(&peer);
         // From here on it goes down with the session, whatever fails.
         let peer = self.peer.insert(peer);
@@ -708,52 +846,6 @@ fn plans(
     Ok((pull, push))
 }
 
-fn join(made: Made, remote: QpEndpoint, link: QpLink, retries: RtsAttr) -> Result<Joined, Error> {
-    // Cards take up to four times what they are told (InfiniBand, volume 1, 9.7.6.1.3).
-    let times = if matches!(link, QpLink::Rdma) { 4 } else { 1 };
-    let attr = RtrAttr {
-        remote,
-        link,
-        min_rnr_timer: MIN_RNR_TIMER,
-    };
-    Ok(Joined {
-        qp: made.qp.rtr(attr)?.rts(retries)?,
-        inbox: made.inbox,
-        watched: made.watched,
-        tried: retries.retry_time().map(|time| time * times),
-    })
-}
-
-/// Queue pairs with the peer's that they are joined to.
-fn pairs(made: &[Made], remote: &[QpEndpoint]) -> Vec<(QpEndpoint, QpEndpoint)> {
-    let own = made.iter().map(|made| made.qp.endpoint());
-    own.zip(remote.iter().copied()).collect()
-}
-
-fn pack_endpoints(qps: &[Made]) -> Result<Vec<Blob>, Error> {
-    qps.iter()
-        .map(|made| Ok(Blob::pack("endpoint", &made.qp.endpoint())?))
-        .collect()
-}
-
-/// The peer's queue pairs; the error says what is wrong with them.
-fn unpack_endpoints(endpoints: &[Blob]) -> Result<Vec<QpEndpoint>, String> {
-    let unpack = |blob: &Blob| blob.unpack::<QpEndpoint>("endpoint");
-    let all = endpoints.iter().map(unpack).collect::<Result<Vec<_>, _>>();
-    let all = all.map_err(|error| error.to_string())?;
-    let mut numbers = HashSet::new();
-    let mut tokens = HashSet::new();
-    for endpoint in &all {
-        if !numbers.insert(endpoint.qpn) || !tokens.insert(endpoint.token) {
-            return Err(format!("queue pair {} is there twice", endpoint.qpn));
-        }
-        if all.first().is_some_and(|first| first.port != endpoint.port) {
-            return Err(format!("queue pair {} is on another port", endpoint.qpn));
-        }
-    }
-    Ok(all)
-}
-
 /// Whether what a description says of the layout agrees with itself; the error says what does not.
 pub(super) fn agree(
     describe: &Describe,
@@ -781,17 +873,25 @@ fn consistent(
     format: &KvFormat,
     placement: &PlacementDesc,
 ) -> Result<(), String> {
-    let lengths = describe.memories.iter().map(|m| m.len);
+    for rail in &describe.rails {
+        of_rail(rail, placement)?;
+    }
+    agree(describe, format, placement)
+}
+
+/// Whether the memories of a rail are those of the placement.
+fn of_rail(rail: &RailDesc, placement: &PlacementDesc) -> Result<(), String> {
+    let lengths = rail.memories.iter().map(|m| m.len);
     if !lengths.eq(placement.memory_len().iter().copied()) {
         return Err("memories are not of the lengths that the placement says".to_owned());
     }
     // None of them reaches past the last address: that was checked when they were decoded.
-    let mut spans: Vec<&RemoteSpan> = describe.memories.iter().chain(&describe.leases).collect();
+    let mut spans: Vec<&RemoteSpan> = rail.memories.iter().chain(&rail.leases).collect();
     spans.sort_unstable_by_key(|span| span.addr);
     if let Some((_, second)) = (spans.iter().zip(spans.iter().skip(1)))
         .find(|(first, second)| second.addr - first.addr < first.len)
     {
         return Err(format!("two memories share address {:#x}", second.addr));
     }
-    agree(describe, format, placement)
+    Ok(())
 }

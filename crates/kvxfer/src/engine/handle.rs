@@ -269,7 +269,7 @@ mod tests {
             id: TransferId(7),
             shared: Arc::clone(&shared),
             canceller: Arc::new(|_| {}),
-            health: Arc::new(Health::new()),
+            health: Arc::new(Health::new(1)),
         };
         (transfer, shared)
     }

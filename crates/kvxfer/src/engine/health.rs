@@ -1,7 +1,7 @@
 //! Whether an engine can be used: in the process that made it, and while its workers and its device
 //! work.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use crate::error::Error;
 
@@ -13,6 +13,8 @@ pub(crate) struct Health {
     pid: u32,
     /// What has ended its use: the first such thing.
     broken: AtomicU8,
+    /// How many of its devices have not failed.
+    devices: AtomicUsize,
 }
 
 const WELL: u8 = 0;
@@ -20,10 +22,12 @@ const WORKER_PANICKED: u8 = 1;
 const DEVICE_FAILED: u8 = 2;
 
 impl Health {
-    pub(crate) fn new() -> Self {
+    /// Of an engine that stands on so many devices.
+    pub(crate) fn new(devices: usize) -> Self {
         Self {
             pid: std::process::id(),
             broken: AtomicU8::new(WELL),
+            devices: AtomicUsize::new(devices),
         }
     }
 
@@ -32,9 +36,11 @@ impl Health {
         self.breaks(WORKER_PANICKED);
     }
 
-    /// The device has failed.
+    /// One of the devices has failed, which says so once. With the last one the engine ends.
     pub(crate) fn device_failed(&self) {
-        self.breaks(DEVICE_FAILED);
+        if self.devices.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.breaks(DEVICE_FAILED);
+        }
     }
 
     fn breaks(&self, why: u8) {

@@ -18,11 +18,13 @@ mod link_tests;
 pub(crate) mod net;
 mod notices;
 mod observe;
+mod pairing;
 #[cfg(test)]
 mod panic_tests;
 mod peer;
 mod peer_session;
 mod presence;
+mod rail;
 mod runtime;
 mod scratch;
 mod tether;
@@ -44,7 +46,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use tracing::{debug, info};
 
-use kvxfer_verbs::{Access, MemoryKind, RegionTable};
+use kvxfer_verbs::{Access, MemoryKind};
 
 pub use crate::transport::check_device;
 pub use api::Engine;
@@ -66,6 +68,7 @@ use events::EventQueue;
 use link::Link;
 use presence::{Met, Presence};
 use push::Pushes;
+use rail::RailMemory;
 use scratch::{Landings, LeaseTable};
 use worker::Live;
 
@@ -85,7 +88,7 @@ use crate::time::Time;
 use crate::transfer::{Cause, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, PushAborted,
-    PushClosed, PushDone, Refusal, Release, RemoteSpan, limits,
+    PushClosed, PushDone, RailDesc, Refusal, Release, RemoteSpan, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -128,12 +131,11 @@ pub(crate) struct Inner {
     pub(crate) format: KvFormat,
     fingerprint: [u8; 32],
     pub(crate) placement: KvPlacement,
-    /// The placement's memories, then the landing slots.
-    pub(crate) regions: Arc<RegionTable>,
+    /// The memory on each of the runtime's rails.
+    pub(crate) rails: Vec<RailMemory>,
     pub(crate) scratch: Landings,
     pub(crate) scratch_region: u32,
     pub(crate) lease_table: LeaseTable,
-    lease_regions: RegionTable,
     pub(crate) books: Arc<Books>,
     /// Which blocks are in what.
     pub(crate) claims: Claims,
@@ -175,19 +177,15 @@ impl Inner {
             None => EngineId(format!("engine-{generation}").into()),
         };
         let access = remote_access(config.kv_role);
-        let pd = runtime.pd();
-        let mut regions = placement
-            .memory()
-            .iter()
-            .map(|memory| pd.register(Arc::clone(memory), access))
-            .collect::<Result<Vec<_>, _>>()?;
         let scratch = Landings::new(LANDINGS)?;
-        let scratch_region = u32::try_from(regions.len()).unwrap_or(u32::MAX);
-        regions.push(pd.register(scratch.memory(), Access::LOCAL_WRITE)?);
+        let scratch_region = u32::try_from(placement.memory().len()).unwrap_or(u32::MAX);
         let lease_table = LeaseTable::new(config.lease_slots)?;
-        let lease_regions = RegionTable::new(vec![
-            pd.register(lease_table.memory(), Access::REMOTE_READ)?,
-        ]);
+        let register = |rail: &rail::Rail| {
+            let own = (placement.memory(), access);
+            RailMemory::register(&rail.pd, own, scratch.memory(), lease_table.memory())
+        };
+        let rails = runtime.rails().iter().map(register);
+        let rails = rails.collect::<Result<Vec<_>, _>>()?;
         let fingerprint = format.fingerprint().0;
         let claims = Claims::new(claimed_pools(&format, placement.desc()));
         let (slots, grace) = (config.lease_slots, config.drain_grace);
@@ -199,11 +197,10 @@ impl Inner {
             format,
             fingerprint,
             placement,
-            regions: Arc::new(RegionTable::new(regions)),
+            rails,
             scratch,
             scratch_region,
             lease_table,
-            lease_regions,
             books,
             claims,
             pushes: Pushes::default(),
@@ -268,14 +265,25 @@ impl Inner {
             .all(|memory| memory.fd().is_some())
     }
 
-    /// What peers are told.
-    pub(crate) fn describe(&self) -> Result<Describe, Error> {
+    /// What peers are told, with these rails.
+    pub(crate) fn describe(&self, rails: &[usize]) -> Result<Describe, Error> {
         let span = |region: &kvxfer_verbs::MemoryRegion| RemoteSpan {
             addr: region.addr(),
             len: region.len(),
             rkey: region.rkey(),
         };
         let memories = self.placement.memory().len();
+        let describe = |at: &usize| {
+            let rail = self.runtime.rail(*at)?;
+            let memory = self.rails.get(*at).ok_or(Error::ShuttingDown)?;
+            let regions = memory.regions.regions().iter();
+            Ok::<_, Error>(RailDesc {
+                device: Blob::pack("device address", &rail.context.address())?,
+                memories: regions.take(memories).map(span).collect(),
+                leases: memory.leases.regions().first().map(span),
+                scratch: None,
+            })
+        };
         let config = &self.config;
         Ok(Describe {
             engine: self.id.clone(),
@@ -286,16 +294,7 @@ impl Inner {
             fingerprint: Fingerprint(self.fingerprint),
             format: Blob::pack("format", &self.format)?,
             placement: Blob::pack("placement", self.placement.desc())?,
-            memories: self
-                .regions
-                .regions()
-                .iter()
-                .take(memories)
-                .map(span)
-                .collect(),
-            leases: self.lease_regions.regions().first().map(span),
-            scratch: None,
-            device: Blob::pack("device address", &self.runtime.context().address())?,
+            rails: rails.iter().map(describe).collect::<Result<_, _>>()?,
             facts: ConfigFacts {
                 qp_per_transfer: config.qp_per_transfer,
                 max_send_wr: self.runtime.send_wr(),

@@ -17,24 +17,23 @@ pub(crate) const RECEIVES: u32 = 16;
 /// Receives' ids are the topmost, which no batch of a lane has.
 const FIRST_ID: u64 = u64::MAX - 0xffff;
 
-fn slots(pd: &ProtectionDomain, count: u32, access: Access) -> Result<Slots, Error> {
-    let bytes = u64::from(count) * u64::from(NOTICE_BYTES);
+fn memory(slots: u32) -> Result<HostMemory, Error> {
+    let bytes = u64::from(slots) * u64::from(NOTICE_BYTES);
     let options = ArenaOptions {
         huge: HugePages::Never,
         prefault: true,
     };
-    let memory = HostArena::with_options(bytes, options)?.memory().clone();
-    let region = pd.register(memory.as_memory(), access)?;
-    Ok(Slots {
-        memory,
-        table: Arc::new(RegionTable::new(vec![region])),
-    })
+    Ok(HostArena::with_options(bytes, options)?.memory().clone())
 }
 
-#[derive(Debug)]
-struct Slots {
-    memory: HostMemory,
-    table: Arc<RegionTable>,
+/// The memory alone, registered.
+fn table(
+    pd: &ProtectionDomain,
+    memory: &HostMemory,
+    access: Access,
+) -> Result<Arc<RegionTable>, Error> {
+    let region = pd.register(memory.as_memory(), access)?;
+    Ok(Arc::new(RegionTable::new(vec![region])))
 }
 
 fn offset(slot: u32) -> u64 {
@@ -43,17 +42,24 @@ fn offset(slot: u32) -> u64 {
 
 /// The receives of one queue pair.
 #[derive(Debug)]
-pub(crate) struct Inbox(Slots);
+pub(crate) struct Inbox {
+    memory: HostMemory,
+    table: Arc<RegionTable>,
+}
 
 impl Inbox {
     /// Posts all receives of a queue pair that has yet to be joined.
     pub(crate) fn new(pd: &ProtectionDomain, qp: &QueuePair<Init>) -> Result<Self, Error> {
-        let inbox = Self(slots(pd, RECEIVES, Access::LOCAL_WRITE)?);
+        let memory = memory(RECEIVES)?;
+        let inbox = Self {
+            table: table(pd, &memory, Access::LOCAL_WRITE)?,
+            memory,
+        };
         for slot in 0..RECEIVES {
             qp.post_recv(
                 FIRST_ID + u64::from(slot),
                 &[sge(slot, NOTICE_BYTES)],
-                &inbox.0.table,
+                &inbox.table,
             )?;
         }
         Ok(inbox)
@@ -69,11 +75,11 @@ impl Inbox {
     /// Reads what has landed in a receive and posts it again.
     pub(crate) fn take(&self, qp: &QueuePair<Rts>, slot: u32, len: u32) -> Result<Message, Error> {
         let mut bytes = vec![0; len.min(NOTICE_BYTES) as usize];
-        self.0.memory.read(offset(slot), &mut bytes)?;
+        self.memory.read(offset(slot), &mut bytes)?;
         qp.post_recv(
             FIRST_ID + u64::from(slot),
             &[sge(slot, NOTICE_BYTES)],
-            &self.0.table,
+            &self.table,
         )?;
         Ok(Message::decode(MessageKind::PushDone as u8, &bytes)?)
     }
@@ -90,22 +96,30 @@ fn sge(slot: u32, len: u32) -> Sge {
 /// A worker's notices that are on their way out.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    slots: Slots,
+    memory: HostMemory,
+    /// One for each rail.
+    tables: Vec<Arc<RegionTable>>,
     free: Vec<u32>,
 }
 
 impl Outbox {
     const SLOTS: u32 = 64;
 
-    pub(crate) fn new(pd: &ProtectionDomain) -> Result<Self, Error> {
+    /// For these rails' protection domains.
+    pub(crate) fn new<'a>(pds: impl Iterator<Item = &'a ProtectionDomain>) -> Result<Self, Error> {
+        let memory = memory(Self::SLOTS)?;
         Ok(Self {
-            slots: slots(pd, Self::SLOTS, Access::NONE)?,
+            tables: pds
+                .map(|pd| table(pd, &memory, Access::NONE))
+                .collect::<Result<_, _>>()?,
+            memory,
             free: (0..Self::SLOTS).collect(),
         })
     }
 
-    pub(crate) fn table(&self) -> &Arc<RegionTable> {
-        &self.slots.table
+    /// What a rail's queue pairs post from.
+    pub(crate) fn table(&self, rail: usize) -> Option<&Arc<RegionTable>> {
+        self.tables.get(rail)
     }
 
     /// Puts a notice where the device can read it. `None`: it is too long, or no slot is free.
@@ -114,7 +128,7 @@ impl Outbox {
             .ok()
             .filter(|len| *len <= NOTICE_BYTES)?;
         let slot = self.free.pop()?;
-        if self.slots.memory.write(offset(slot), notice).is_err() {
+        if self.memory.write(offset(slot), notice).is_err() {
             // Slots lie inside their memory.
             self.free.push(slot);
             return None;

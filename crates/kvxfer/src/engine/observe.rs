@@ -16,7 +16,7 @@ use crate::event::PeerName;
 use crate::ids::Generation;
 use crate::layout::{KvFormat, PlacementDesc};
 use crate::session::{Event, Session};
-use crate::wire::{Blob, ConfigFacts, Describe, Role, Secret};
+use crate::wire::{ConfigFacts, Describe, Role, Secret};
 
 /// What a live rank says of its layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,11 +117,8 @@ fn layout(describe: Describe, by_secret: bool) -> Result<PeerLayout, String> {
 /// What an observer is told of all that an engine tells its peers.
 pub(crate) fn shown(describe: Describe) -> Describe {
     Describe {
-        memories: Vec::new(),
-        leases: None,
-        scratch: None,
-        // It tells how a stranger could open a queue pair.
-        device: Blob(Vec::new()),
+        // They tell how a stranger could open a queue pair.
+        rails: Vec::new(),
         facts: ConfigFacts::default(),
         fd_backed: false,
         ..describe

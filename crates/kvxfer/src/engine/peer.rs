@@ -198,7 +198,7 @@ impl Peer {
     /// [`Error::NotConnected`].
     pub fn lanes(&self) -> Result<(usize, usize), Error> {
         let peer = self.session()?;
-        Ok((peer.lanes, peer.workers.len()))
+        Ok((peer.lanes.len(), peer.workers.len()))
     }
 
     /// What the remote rank has told of itself.
@@ -212,7 +212,7 @@ impl Peer {
             same_host: peer.same_host,
             qp_per_transfer: peer.facts.qp_per_transfer,
             num_worker_threads: peer.facts.num_worker_threads,
-            memory: peer.remote.clone(),
+            memory: peer.memory().to_vec(),
         })
     }
 

@@ -151,18 +151,25 @@ pub(crate) fn in_order(
     Ok(pairs)
 }
 
+/// A rail of this side and one of a peer that queue pairs join.
+#[derive(Debug)]
+pub(crate) struct PeerRail {
+    /// The memories of this side, as the plans number them.
+    pub(crate) regions: Arc<RegionTable>,
+    /// The peer's memories, as the plans number them.
+    pub(crate) remote: Vec<RemoteSpan>,
+    /// Its lease slots, if it offers.
+    pub(crate) leases: Option<RemoteSpan>,
+}
+
 /// A peer with whom a session stands or stood. One that reconnects is another.
 #[derive(Debug)]
 pub(crate) struct PeerSession {
     pub(crate) key: PeerKey,
     pub(crate) name: PeerName,
     pub(crate) generation: Generation,
-    /// Its memories, as the plans number them.
-    pub(crate) remote: Vec<RemoteSpan>,
-    /// Its lease slots, if it offers.
-    pub(crate) lease_table: Option<RemoteSpan>,
-    /// The memories of this side, as the plans number them.
-    pub(crate) regions: Arc<RegionTable>,
+    /// The pairs of rails that join the two; never empty.
+    pub(crate) rails: Vec<PeerRail>,
     pub(crate) path: PathInfo,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
@@ -170,8 +177,8 @@ pub(crate) struct PeerSession {
     pub(crate) same_host: bool,
     /// The workers that have lanes to it, each once; never empty.
     pub(crate) workers: Vec<u16>,
-    /// How many lanes there are.
-    pub(crate) lanes: usize,
+    /// The worker of each lane, by the lane's number.
+    pub(crate) lanes: Vec<u16>,
     /// Plans for reading from it, and for writing to it, where the roles allow.
     pub(crate) pull: Option<Plans>,
     pub(crate) push: Option<Plans>,
@@ -267,6 +274,11 @@ impl PeerSession {
         self.path.path == PathKind::Rdma
     }
 
+    /// Its memories, at the addresses of its own process.
+    pub(crate) fn memory(&self) -> &[RemoteSpan] {
+        self.rails.first().map_or(&[], |rail| &rail.remote)
+    }
+
     fn fate(&self) -> MutexGuard<'_, Fate> {
         // Valid at every step, so a panic elsewhere does not spoil it.
         self.standing
@@ -333,7 +345,7 @@ impl PeerSession {
             let each = compiled.unit_bytes(group).unwrap_or(0);
             sum.saturating_add(each.saturating_mul(pairs as u64))
         });
-        let share = bytes / (self.lanes.max(1) as u64 * CHUNKS_PER_LANE);
+        let share = bytes / (self.lanes.len().max(1) as u64 * CHUNKS_PER_LANE);
         let chunk = share
             .clamp(MIN_CHUNK, MAX_CHUNK)
             .next_multiple_of(MIN_CHUNK);

@@ -11,16 +11,16 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use tracing::{info, warn};
 
-use kvxfer_verbs::{Context, GidChoice, InitAttr, ProtectionDomain, QpCaps, RtsAttr};
+use kvxfer_verbs::{DeviceInfo, GidChoice, InitAttr, QpCaps, RtsAttr};
 
 use super::accept::{Arrivals, accept};
-use super::async_events::AsyncEvents;
 use super::bringup::Made;
 use super::health::Health;
 use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
 use super::peer_session::PeerSession;
+use super::rail::Rail;
 use super::verify::Verifier;
 use super::worker::{Command, Joined, Live, Seat, Worker, WorkerHandle};
 use crate::config::Config;
@@ -28,10 +28,10 @@ use crate::engine::{Clock, Inner};
 use crate::error::Error;
 use crate::session::SessionConfig;
 use crate::transfer::{BatchSize, PeerKey, SchedulerConfig, TransfersConfig};
-use crate::transport::{open_device, retries};
+use crate::transport::{Opened, SkippedRail, goes_over, retries};
 use crate::wire::{
-    HandshakeNonce, Role, STREAM_ANSWER_LEN, STREAM_OPENING_LEN, Secret, SessionId, StreamGate,
-    StreamOpening,
+    HandshakeNonce, PathKind, Role, STREAM_ANSWER_LEN, STREAM_OPENING_LEN, Secret, SessionId,
+    StreamGate, StreamOpening,
 };
 
 /// Send queue entries where the configuration says auto.
@@ -56,9 +56,9 @@ struct Listener {
 
 #[derive(Debug)]
 pub(crate) struct Runtime {
-    context: Context,
-    pd: ProtectionDomain,
-    events: Arc<AsyncEvents>,
+    /// In the order of the configuration; never empty.
+    rails: Vec<Rail>,
+    pub(crate) skipped: Vec<SkippedRail>,
     workers: Vec<WorkerHandle>,
     threads: Mutex<Vec<JoinHandle<Vec<Live>>>>,
     pub(crate) clock: Clock,
@@ -87,7 +87,7 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    pub(crate) fn new(config: &Config) -> Result<Arc<Self>, Error> {
+    pub(crate) fn new(config: &Config, opened: Opened) -> Result<Arc<Self>, Error> {
         let secret = match &config.secret_file {
             Some(path) => {
                 let loaded = Secret::from_file(path)?;
@@ -98,33 +98,35 @@ impl Runtime {
             }
             None => None,
         };
-        let context = open_device(config)?;
-        let pd = context.alloc_pd()?;
-        let info = context.device().clone();
+        let Opened { contexts, skipped } = opened;
+        let least = |of: fn(&DeviceInfo) -> u32| {
+            let of = contexts.iter().map(|context| of(context.device()));
+            of.min().unwrap_or(0)
+        };
         let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
-        let send_wr = auto(config.max_send_wr, AUTO_SEND_WR, info.max_qp_wr);
-        let depth = auto(config.max_cqe_num, 1 << 16, info.max_cqe);
+        let send_wr = auto(config.max_send_wr, AUTO_SEND_WR, least(|d| d.max_qp_wr));
+        let depth = auto(config.max_cqe_num, 1 << 16, least(|d| d.max_cqe));
         let clock = Clock::new();
-        let health = Arc::new(Health::new());
+        let health = Arc::new(Health::new(contexts.len()));
         let count = u16::try_from(config.num_worker_threads).unwrap_or(u16::MAX);
         let seats = (0..count)
             .map(|index| Seat::new(index, clock))
             .collect::<Result<Vec<_>, _>>()?;
         let workers: Vec<WorkerHandle> = seats.iter().map(|seat| seat.handle.clone()).collect();
-        let cqs = (0..count)
-            .map(|_| context.create_cq(depth))
+        let rails = contexts
+            .into_iter()
+            .map(|context| Rail::new(context, clock, &health, (count, depth)))
             .collect::<Result<Vec<_>, _>>()?;
-        let events = AsyncEvents::new(context.clone(), clock, Arc::clone(&health), cqs.clone());
-        let events = Arc::new(events);
         let mut threads = Vec::new();
-        for ((index, seat), cq) in (0..count).zip(seats).zip(&cqs) {
+        for (index, seat) in (0..count).zip(seats) {
             let scheduler = SchedulerConfig {
                 batch: config
                     .fixed_batch_size()
                     .map_or(BatchSize::Auto, BatchSize::Fixed),
                 // The share of this worker: each keeps its own count.
                 peer_bytes: (config.max_inflight_bytes.0 / u64::from(count)).max(1),
-                // Receives take room there too.
+                // Receives take room there too. It is counted as if all rails had one queue: each has
+                // its own, so there is always room.
                 cq_entries: depth - depth / 8,
                 ..SchedulerConfig::default()
             };
@@ -135,11 +137,10 @@ impl Runtime {
             };
             let worker = Worker::new(
                 seat,
-                Arc::clone(&events),
+                &rails,
                 Arc::clone(&health),
                 workers.clone(),
-                cq.clone(),
-                Outbox::new(&pd)?,
+                Outbox::new(rails.iter().map(|rail| &rail.pd))?,
                 scheduler,
                 transfers,
             );
@@ -147,9 +148,8 @@ impl Runtime {
         }
         let (stop, stopped) = bounded(0);
         Ok(Arc::new(Self {
-            context,
-            pd,
-            events,
+            rails,
+            skipped,
             workers,
             threads: Mutex::new(threads),
             clock,
@@ -172,17 +172,30 @@ impl Runtime {
         }))
     }
 
-    pub(crate) fn context(&self) -> &Context {
-        &self.context
+    pub(crate) fn rails(&self) -> &[Rail] {
+        &self.rails
     }
 
-    pub(crate) fn pd(&self) -> &ProtectionDomain {
-        &self.pd
+    /// # Errors
+    ///
+    /// [`Error::ShuttingDown`] where there is no such rail.
+    pub(crate) fn rail(&self, at: usize) -> Result<&Rail, Error> {
+        self.rails.get(at).ok_or(Error::ShuttingDown)
     }
 
-    #[cfg(test)]
-    pub(super) fn events(&self) -> &AsyncEvents {
-        &self.events
+    /// Whether the rails are RDMA devices: all are, or none is.
+    pub(crate) fn is_rdma(&self) -> bool {
+        (self.rails.first()).is_some_and(|rail| goes_over(PathKind::Rdma, &rail.context))
+    }
+
+    /// The rails that a session can be set up over now: devices that have not failed, and of those the
+    /// ones whose port is not down, unless all are.
+    pub(crate) fn rails_that_work(&self) -> Vec<usize> {
+        let rails = self.rails.iter().enumerate();
+        let live = rails.filter(|(_, rail)| !rail.events.is_over());
+        let (up, down): (Vec<_>, Vec<_>) = live.partition(|(_, rail)| rail.events.port_is_up());
+        let rails = if up.is_empty() { down } else { up };
+        rails.into_iter().map(|(at, _)| at).collect()
     }
 
     pub(crate) fn workers(&self) -> &[WorkerHandle] {
@@ -199,18 +212,20 @@ impl Runtime {
     }
 
     pub(crate) fn max_msg_bytes(&self) -> u64 {
-        let device = self.context.device();
-        device.best_msg_sz.min(device.max_msg_sz)
+        let devices = self.rails.iter().map(|rail| rail.context.device());
+        let each = devices.map(|device| device.best_msg_sz.min(device.max_msg_sz));
+        each.min().unwrap_or(0)
     }
 
     /// How its queue pairs try again.
     pub(crate) fn retries(&self) -> RtsAttr {
-        retries(&self.context, &self.config)
+        retries(self.is_rdma(), &self.config)
     }
 
     pub(crate) fn max_sge(&self) -> u32 {
-        let device = self.context.device();
-        let max = device.max_sge.min(device.max_sge_rd);
+        let devices = self.rails.iter().map(|rail| rail.context.device());
+        let each = devices.map(|device| device.max_sge.min(device.max_sge_rd));
+        let max = each.min().unwrap_or(0);
         match self.config.max_msg_sge {
             0 => AUTO_SGE.min(max),
             asked => asked.min(max),
@@ -221,7 +236,8 @@ impl Runtime {
         self.workers.get(usize::from(index))
     }
 
-    /// Which worker gets which of a peer's queue pairs.
+    /// Which worker gets which of a peer's queue pairs of one rail. It is the same for all rails, so that
+    /// whoever has lanes to a peer has some on each.
     pub(crate) fn spread(&self, key: PeerKey, lanes: usize) -> Vec<u16> {
         let count = self.workers.len().max(1) as u64;
         (0..lanes as u64)
@@ -229,17 +245,18 @@ impl Runtime {
             .collect()
     }
 
-    /// Queue pairs in INIT, the i-th completing at the i-th worker of the spread that the peer's
-    /// key will give; with receives where the peer sends notices, and the GID of an RDMA device.
+    /// Queue pairs of a rail in INIT, the i-th completing at the i-th worker of the spread that the
+    /// peer's key will give; with receives where the peer sends notices, and the GID of an RDMA device.
     pub(crate) fn queue_pairs(
         &self,
         engine: &Inner,
+        (at, gid): (usize, Option<&GidChoice>),
         key: PeerKey,
         count: u32,
         notices: bool,
-        gid: Option<&GidChoice>,
     ) -> Result<Vec<Made>, Error> {
         self.health.check()?;
+        let rail = self.rails.get(at).ok_or(Error::ShuttingDown)?;
         let caps = QpCaps {
             max_send_wr: self.send_wr,
             max_recv_wr: RECEIVES,
@@ -251,23 +268,29 @@ impl Runtime {
         self.spread(key, count as usize)
             .into_iter()
             .map(|worker| {
-                let cq = self.events.cq(worker).ok_or(Error::ShuttingDown)?;
-                let qp = self.pd.create_qp(caps, &cq.cq, &cq.cq)?;
-                let watched = self.events.watch(qp.qp_num(), &cq);
+                let cq = rail.events.cq(worker).ok_or(Error::ShuttingDown)?;
+                let qp = rail.pd.create_qp(caps, &cq.cq, &cq.cq)?;
+                let watched = rail.events.watch(qp.qp_num(), &cq);
                 let qp = qp.init(attr)?;
                 let inbox = if notices {
-                    Some(Inbox::new(&self.pd, &qp)?)
+                    Some(Inbox::new(&rail.pd, &qp)?)
                 } else {
                     None
                 };
-                Ok(Made { qp, inbox, watched })
+                Ok(Made {
+                    rail: at,
+                    worker,
+                    qp,
+                    inbox,
+                    watched,
+                })
             })
             .collect()
     }
 
-    pub(crate) fn add_lanes(&self, peer: &Arc<PeerSession>, lanes: Vec<Joined>, spread: &[u16]) {
-        for (lane, worker) in lanes.into_iter().zip(spread) {
-            if let Some(worker) = self.worker(*worker) {
+    pub(crate) fn add_lanes(&self, peer: &Arc<PeerSession>, lanes: Vec<Joined>) {
+        for lane in lanes {
+            if let Some(worker) = self.worker(lane.worker) {
                 let (peer, lane) = (Arc::clone(peer), Box::new(lane));
                 worker.send(Command::AddLane {
                     peer,

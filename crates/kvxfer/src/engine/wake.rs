@@ -49,16 +49,16 @@ impl Wake {
 
     /// Sleeps until a wake, until one of `others` has what is asked of it, or for `timeout`
     /// (`None`: no limit). `idle` is asked once more after wakers can see the sleeper; if it says
-    /// there is work, no sleep happens. Returns whether the last of `others` has what is asked of it,
-    /// where that was looked at.
+    /// there is work, no sleep happens. Returns which of `others` have what is asked of them, where that was
+    /// looked at.
     pub(crate) fn sleep(
         &self,
         others: &[(BorrowedFd<'_>, PollFlags)],
         timeout: Option<Duration>,
         idle: impl FnOnce() -> bool,
-    ) -> Option<bool> {
+    ) -> Option<Vec<bool>> {
         let _ = self.sleeping.swap(true, Ordering::SeqCst);
-        let last = if idle() {
+        let ready = if idle() {
             self.block(others, timeout)
         } else {
             None
@@ -66,7 +66,7 @@ impl Wake {
         let _ = self.sleeping.swap(false, Ordering::SeqCst);
         // Nonblocking; an empty counter is fine.
         let _: Result<u64, Errno> = self.fd.read();
-        last
+        ready
     }
 
     #[cfg(not(all(loom, test)))]
@@ -74,13 +74,14 @@ impl Wake {
         &self,
         others: &[(BorrowedFd<'_>, PollFlags)],
         timeout: Option<Duration>,
-    ) -> Option<bool> {
+    ) -> Option<Vec<bool>> {
         let mut fds = Vec::with_capacity(1 + others.len());
         fds.push(PollFd::new(self.fd.as_fd(), PollFlags::POLLIN));
         fds.extend(others.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
         // An interrupted or failed poll is a spurious wake: the caller looks for work again.
         poll(&mut fds, poll_timeout(timeout)).ok()?;
-        fds.get(1..)?.last()?.any()
+        let others = fds.iter().skip(1);
+        Some(others.map(|fd| fd.any().unwrap_or(true)).collect())
     }
 
     #[cfg(all(loom, test))]
@@ -88,7 +89,7 @@ impl Wake {
         &self,
         _others: &[(BorrowedFd<'_>, PollFlags)],
         _timeout: Option<Duration>,
-    ) -> Option<bool> {
+    ) -> Option<Vec<bool>> {
         self.fd.wait_readable();
         None
     }

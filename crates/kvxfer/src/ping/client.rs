@@ -17,8 +17,8 @@ use crate::ids::{EngineId, Generation, Rank};
 use crate::session::{Event, Session};
 use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path};
 use crate::wire::{
-    Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer, Ready,
-    Role, Secret, SessionId, StreamHalf, StreamKey,
+    Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer,
+    RailDesc, RailEndpoint, Ready, Role, Secret, SessionId, StreamHalf, StreamKey,
 };
 
 /// An operation is polled for so long before its wait sleeps: most are over by then.
@@ -349,11 +349,14 @@ impl Bringup<'_> {
     }
 
     fn described(&mut self, describe: Describe) -> Result<(), Error> {
-        let device: DeviceAddr = match describe.device.unpack("device address") {
+        let Some(rail) = describe.rails.first() else {
+            return Err(self.control.cut_off("no device for a ping"));
+        };
+        let device: DeviceAddr = match rail.device.unpack("device address") {
             Ok(device) => device,
             Err(error) => return Err(self.control.cut_off(&error.to_string())),
         };
-        let scratch = describe.scratch.filter(|s| s.contains(0, WORD.into()));
+        let scratch = rail.scratch.filter(|s| s.contains(0, WORD.into()));
         if scratch.is_none() {
             return Err(self.control.cut_off("no scratch region for a ping"));
         }
@@ -361,6 +364,7 @@ impl Bringup<'_> {
         let path = Choice {
             context: &self.context,
             peer: &device,
+            others: &[],
             local_shareable: true,
             peer_shareable: describe.fd_backed,
             allowed: &self.config.path,
@@ -373,7 +377,10 @@ impl Bringup<'_> {
             replaces: None,
             path: path.path,
             candidates: path.candidates.clone(),
-            endpoints: vec![Blob::pack("endpoint", &parts.qp.endpoint())?],
+            endpoints: vec![RailEndpoint::first(Blob::pack(
+                "endpoint",
+                &parts.qp.endpoint(),
+            )?)],
         };
         self.path = Some(path);
         self.gid = gid;
@@ -399,7 +406,7 @@ impl Bringup<'_> {
                 candidates: answer.candidates.clone(),
             });
         };
-        let remote: QpEndpoint = match endpoint.unpack("endpoint") {
+        let remote: QpEndpoint = match endpoint.endpoint.unpack("endpoint") {
             Ok(remote) => remote,
             Err(error) => return Err(self.control.cut_off(&error.to_string())),
         };
@@ -423,7 +430,8 @@ impl Bringup<'_> {
         };
         if let Some(path) = &mut self.path {
             let pairs = [(parts.qp.endpoint(), remote)];
-            path.rdma = RdmaLink::new(&self.context, self.gid.as_ref(), &pairs);
+            let link = RdmaLink::new(&self.context, self.gid.as_ref(), &pairs);
+            path.rails = link.into_iter().collect();
         }
         let attr = RtrAttr {
             remote,
@@ -432,7 +440,7 @@ impl Bringup<'_> {
         };
         let retries = match path {
             // Nothing that is lost comes again there without a limit.
-            PathKind::Rdma => retries(&self.context, self.config),
+            PathKind::Rdma => retries(true, self.config),
             _ => SOFT_RTS,
         };
         self.lane = Some(parts.joined(scratch, |qp| Ok(qp.rtr(attr)?.rts(retries)?))?);
@@ -493,10 +501,12 @@ fn describe(context: &Context) -> Result<Describe, Error> {
         fingerprint: Fingerprint([0; 32]),
         format: Blob(Vec::new()),
         placement: Blob(Vec::new()),
-        memories: Vec::new(),
-        leases: None,
-        scratch: None,
-        device: Blob::pack("device address", &context.address())?,
+        rails: vec![RailDesc {
+            device: Blob::pack("device address", &context.address())?,
+            memories: Vec::new(),
+            leases: None,
+            scratch: None,
+        }],
         facts: ConfigFacts {
             qp_per_transfer: 1,
             max_send_wr: 1,
@@ -543,13 +553,12 @@ mod tests {
     }
 
     /// Aims a pinger at an engine's KV memory or lease slots, with the right keys.
-    fn aimed(path: PathKind, pick: impl Fn(Describe) -> RemoteSpan, write: bool) {
+    fn aimed(path: PathKind, pick: impl Fn(&RailDesc) -> RemoteSpan, write: bool) {
         let (engine, side, mut pinger) = pinged(path);
         side.poison().expect("poisoned");
         assert!(pinger.ping(LONG).expect("answered").is_some());
-        pinger
-            .lane
-            .aim(pick(engine.inner().describe().expect("described")));
+        let rails = engine.inner().describe(&[0]).expect("described").rails;
+        pinger.lane.aim(pick(rails.first().expect("a rail")));
         let error = if write {
             pinger.write(net::after(LONG))
         } else {

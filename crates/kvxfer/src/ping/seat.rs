@@ -44,6 +44,8 @@ impl Drop for Place {
 /// be reached through it. Everything ends with the seat.
 #[derive(Debug)]
 pub(crate) struct ProbeSeat {
+    /// The rail that it is on.
+    pub(crate) rail: usize,
     service: Option<Service>,
     pd: ProtectionDomain,
     cq: CompletionQueue,
@@ -67,12 +69,15 @@ impl ProbeSeat {
     }
 
     fn allocate(engine: &Inner, place: Place) -> Result<Self, Error> {
-        let context = engine.runtime.context();
+        let rail = engine.runtime.rails_that_work().first().copied();
+        let rail = rail.unwrap_or_default();
+        let context = &engine.runtime.rail(rail)?.context;
         let pd = context.alloc_pd()?;
         let memory = scratch()?;
         let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::REMOTE_WRITE;
         let region = pd.register(memory.as_memory(), access)?;
         Ok(Self {
+            rail,
             service: None,
             cq: context.create_cq(4 * RECEIVES)?,
             pd,
@@ -84,18 +89,21 @@ impl ProbeSeat {
 
     /// What a pinger is told: who this is and where its scratch is; no format and no KV memory.
     pub(crate) fn describe(&self, engine: &Inner) -> Result<Describe, Error> {
-        Ok(Describe {
-            format: Blob(Vec::new()),
-            placement: Blob(Vec::new()),
-            memories: Vec::new(),
-            leases: None,
-            scratch: Some(RemoteSpan {
+        let mut describe = engine.describe(&[self.rail])?;
+        for rail in &mut describe.rails {
+            rail.memories = Vec::new();
+            rail.leases = None;
+            rail.scratch = Some(RemoteSpan {
                 addr: self.region.addr(),
                 len: self.region.len(),
                 rkey: self.region.rkey(),
-            }),
+            });
+        }
+        Ok(Describe {
+            format: Blob(Vec::new()),
+            placement: Blob(Vec::new()),
             // The path is chosen as it would be for the engine's own memory.
-            ..engine.describe()?
+            ..describe
         })
     }
 

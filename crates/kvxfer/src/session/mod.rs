@@ -103,7 +103,7 @@ pub enum Event {
     PeerDescribed(Box<Describe>),
     /// The peer offers queue pairs. The caller answers with [`QpAnswer`].
     QpOffer(QpOffer),
-    /// The peer answers an offer; the number of endpoints is right.
+    /// The peer answers an offer; there are no more endpoints than offered, and some if it takes the path.
     QpAnswer(QpAnswer),
     /// Both sides are ready: transfers may begin.
     Established,

@@ -1,16 +1,18 @@
-//! Which device an engine stands on: the software device, or an RDMA device that the configuration
+//! Which devices an engine stands on: the software device, or the RDMA devices that the configuration
 //! asks for.
 
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use kvxfer_verbs::{
-    Context, DeviceKind, PortRanking, RdmaConfig, RtsAttr, SoftConfig, UsablePort, open_rdma,
-    open_soft, rdma_devices,
+    Context, PortRanking, RdmaConfig, RtsAttr, SoftConfig, UsablePort, open_rdma, open_soft,
+    rdma_devices,
 };
 
 use crate::config::{Config, DeviceFilter, PathKind};
 use crate::devices;
 use crate::error::{Error, chain};
+use crate::wire::limits;
 
 /// Retry settings of soft queue pairs: 4.096 us × 2^18 is 1.07 s a try. Transfers have deadlines of
 /// their own; these only end what nobody waits for.
@@ -19,6 +21,9 @@ const SOFT_RTS: RtsAttr = RtsAttr {
     retry_cnt: 7,
     rnr_retry: 7,
 };
+
+/// RDMA devices that one engine takes; more that are named are left alone.
+const MAX_RAILS: usize = limits::RAILS;
 
 /// Whether the configuration asks for an RDMA device: it allows no other path, or names devices. An
 /// engine that is left the choice takes the software device.
@@ -30,38 +35,77 @@ fn wants_rdma(config: &Config) -> bool {
     config.path.forced() == Some(PathKind::Rdma) || named && config.path.allows(PathKind::Rdma)
 }
 
-/// Opens the device, with what is to go wrong on it.
+/// The devices that an engine stands on, in the order of the configuration; never none.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) contexts: Vec<Context>,
+    /// Devices that the configuration names and that cannot be used, each with the reason.
+    pub(crate) skipped: Vec<SkippedRail>,
+}
+
+/// A device that the configuration names and that an engine does without.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SkippedRail {
+    /// Its name.
+    pub device: String,
+    /// Why it cannot be used.
+    pub reason: String,
+}
+
+/// Opens the devices, with what is to go wrong on the software device.
 ///
 /// # Errors
 ///
 /// [`Error::Verbs`], [`Error::RdmaDevice`], [`Error::NoRdmaPort`].
-pub(crate) fn open_device(config: &Config) -> Result<Context, Error> {
+pub(crate) fn open_rails(config: &Config) -> Result<Opened, Error> {
     if wants_rdma(config) {
-        return open_rdma_device(config);
+        return open_rdma_rails(config, MAX_RAILS);
     }
     if let Some(faults) = &config.faults {
         warn!(%faults, "faults on purpose: transfers will fail");
     }
     let mut device = SoftConfig::default();
     device.faults = config.faults.clone();
-    Ok(open_soft(device)?)
+    Ok(Opened {
+        contexts: vec![open_soft(device)?],
+        skipped: Vec::new(),
+    })
 }
 
-/// Opens the RDMA device that an engine of this configuration would stand on, if it asks for one, and
-/// closes it again.
+/// The first of the devices that [`open_rails`] opens.
+///
+/// # Errors
+///
+/// As [`open_rails`].
+pub(crate) fn open_device(config: &Config) -> Result<Context, Error> {
+    let opened = if wants_rdma(config) {
+        open_rdma_rails(config, 1)?
+    } else {
+        open_rails(config)?
+    };
+    let none = Error::NoRdmaPort {
+        candidates: Vec::new(),
+    };
+    opened.contexts.into_iter().next().ok_or(none)
+}
+
+/// Opens the RDMA devices that an engine of this configuration would stand on, if it asks for some, and
+/// closes them again.
 ///
 /// # Errors
 ///
 /// [`Error::RdmaDevice`], [`Error::NoRdmaPort`].
 pub fn check_device(config: &Config) -> Result<(), Error> {
     if wants_rdma(config) {
-        open_rdma_device(config)?;
+        open_rdma_rails(config, MAX_RAILS)?;
     }
     Ok(())
 }
 
-/// The best port that may be used, open.
-fn open_rdma_device(config: &Config) -> Result<Context, Error> {
+/// The best port of each device that the configuration names, open, or the best port of all where it
+/// names none; no more than `most`.
+fn open_rdma_rails(config: &Config, most: usize) -> Result<Opened, Error> {
     if config.faults.is_some() {
         warn!("faults are for the software device: none are made on this one");
     }
@@ -82,25 +126,83 @@ fn open_rdma_device(config: &Config) -> Result<Context, Error> {
     }
     let ranking = devices::rank(&there, config, None, &[]);
     let port = u8::try_from(config.rdma_port).ok();
-    let fits = |usable: &&UsablePort<'_>| port.is_none_or(|port| usable.number == port);
-    let Some(best) = ranking.usable.iter().find(fits) else {
+    let most = if names.is_empty() { 1 } else { most };
+    let taken = taken(&ranking, port, most);
+    if taken.is_empty() {
         return Err(Error::NoRdmaPort {
             candidates: unusable(&ranking, port),
         });
+    }
+    let mut opened = Opened {
+        contexts: Vec::new(),
+        skipped: Vec::new(),
     };
-    let mut rdma = RdmaConfig::new(&best.device.name);
-    rdma.port = Some(best.number);
+    for name in names {
+        if taken.iter().any(|usable| usable.device.name == *name) || taken.len() == most {
+            continue;
+        }
+        let reasons = unusable(&ranking, port).into_iter();
+        let own = reasons.filter(|(port, _)| port.split(' ').next() == Some(name));
+        let reasons: Vec<String> = own.map(|(_, reason)| reason).collect();
+        opened.skip(name, reasons.join("; "));
+    }
+    let mut first = None;
+    for usable in taken {
+        match open_port(config, usable) {
+            Ok(context) => opened.contexts.push(context),
+            Err(error) => {
+                opened.skip(&usable.device.name, chain(&error));
+                first.get_or_insert(error);
+            }
+        }
+    }
+    match first {
+        Some(source) if opened.contexts.is_empty() => Err(refused(source)),
+        _ => Ok(opened),
+    }
+}
+
+/// The first port that may be used of each device, no more than `most`.
+fn taken<'r, 'a>(
+    ranking: &'r PortRanking<'a>,
+    port: Option<u8>,
+    most: usize,
+) -> Vec<&'r UsablePort<'a>> {
+    let fits = |usable: &&UsablePort<'_>| port.is_none_or(|port| usable.number == port);
+    let mut taken: Vec<&UsablePort<'_>> = Vec::new();
+    for usable in ranking.usable.iter().filter(fits) {
+        let new = |other: &&UsablePort<'_>| other.device.name != usable.device.name;
+        if taken.len() < most && taken.iter().all(new) {
+            taken.push(usable);
+        }
+    }
+    taken
+}
+
+impl Opened {
+    fn skip(&mut self, device: &str, reason: String) {
+        warn!(device, reason, "RDMA device not used");
+        self.skipped.push(SkippedRail {
+            device: device.to_owned(),
+            reason,
+        });
+    }
+}
+
+fn open_port(config: &Config, usable: &UsablePort<'_>) -> Result<Context, kvxfer_verbs::Error> {
+    let mut rdma = RdmaConfig::new(&usable.device.name);
+    rdma.port = Some(usable.number);
     rdma.gid_index = u32::try_from(config.rdma_gid_index).ok();
     rdma.mtu = u32::try_from(config.rdma_mtu).ok();
     rdma.service_level = config.rdma_sl.unwrap_or(0);
     rdma.traffic_class = config.rdma_tc.unwrap_or(0);
     rdma.hop_limit = byte(config.rdma_hop_limit);
     rdma.pkey_index = u16::try_from(config.rdma_pkey_index).unwrap_or(u16::MAX);
-    let context = open_rdma(&rdma).map_err(refused)?;
+    let context = open_rdma(&rdma)?;
     info!(
-        device = best.device.name,
-        port = best.number,
-        reason = best.reason,
+        device = usable.device.name,
+        port = usable.number,
+        reason = usable.reason,
         "RDMA"
     );
     Ok(context)
@@ -129,9 +231,9 @@ fn byte(value: u32) -> u8 {
     u8::try_from(value).unwrap_or(u8::MAX)
 }
 
-/// How the queue pairs of a device try again.
-pub(crate) fn retries(context: &Context, config: &Config) -> RtsAttr {
-    if context.device().kind != DeviceKind::Rdma {
+/// How queue pairs try again.
+pub(crate) fn retries(rdma: bool, config: &Config) -> RtsAttr {
+    if !rdma {
         return SOFT_RTS;
     }
     RtsAttr {

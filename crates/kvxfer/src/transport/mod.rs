@@ -4,8 +4,8 @@ mod device;
 mod path;
 mod rdma;
 
-pub use device::check_device;
-pub(crate) use device::{open_device, retries};
+pub(crate) use device::{Opened, open_device, open_rails, retries};
+pub use device::{SkippedRail, check_device};
 pub use path::PathInfo;
 pub(crate) use path::{Choice, gid_towards, goes_over, soft_path};
 pub use rdma::{QueuePairs, RdmaLink};

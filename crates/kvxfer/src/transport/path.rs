@@ -5,7 +5,7 @@ use tracing::debug;
 
 use kvxfer_verbs::{Context, DeviceAddr, DeviceKind, GidChoice, SoftPath};
 
-use super::RdmaLink;
+use super::{RdmaLink, SkippedRail};
 use crate::config::PathSet;
 use crate::error::{Error, chain};
 use crate::wire::{Candidate, PathKind};
@@ -27,9 +27,12 @@ pub struct PathInfo {
     pub reason: String,
     /// Every path that was looked at, the preferred first.
     pub candidates: Vec<Candidate>,
-    /// Ports and queue pairs of a way over RDMA devices.
+    /// Ports and queue pairs of a way over RDMA devices, one for each pair of rails that is joined.
     #[serde(default)]
-    pub rdma: Option<RdmaLink>,
+    pub rails: Vec<RdmaLink>,
+    /// Devices of this side that the configuration names and that the way does without, and why.
+    #[serde(default)]
+    pub skipped: Vec<SkippedRail>,
 }
 
 /// The soft device's name for a path inside a host.
@@ -70,8 +73,11 @@ pub(crate) fn gid_towards(
 /// What one side knows of both when it chooses.
 #[derive(Debug)]
 pub(crate) struct Choice<'a> {
+    /// The first pair of rails, one of this side and one of the peer.
     pub(crate) context: &'a Context,
     pub(crate) peer: &'a DeviceAddr,
+    /// And the others.
+    pub(crate) others: &'a [(&'a Context, &'a DeviceAddr)],
     /// Whether all memory of this side, and of the peer, has a file that the other may map.
     pub(crate) local_shareable: bool,
     pub(crate) peer_shareable: bool,
@@ -110,7 +116,8 @@ impl Choice<'_> {
             path,
             reason,
             candidates,
-            rdma: None,
+            rails: Vec::new(),
+            skipped: Vec::new(),
         })
     }
 
@@ -126,11 +133,13 @@ impl Choice<'_> {
             PathKind::Rdma if !is_rdma(self.peer.kind) => {
                 Some("the peer uses its software device".to_owned())
             }
-            PathKind::Rdma => self
-                .context
-                .gid_towards(&self.peer.gids)
-                .err()
-                .map(|error| chain(&error)),
+            PathKind::Rdma => {
+                let leads = |(own, peer): &(&Context, &DeviceAddr)| own.gid_towards(&peer.gids);
+                let first = leads(&(self.context, self.peer)).err()?;
+                // One pair of rails is enough.
+                let other = self.others.iter().any(|pair| leads(pair).is_ok());
+                (!other).then(|| chain(&first))
+            }
             _ if is_rdma(self.context.device().kind) => {
                 let name = &self.context.device().name;
                 Some(format!("this engine uses the RDMA device {name}"))

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use kvxfer_verbs::{Context, GidChoice, PortAddr, QpEndpoint};
 
-/// The two ports that a peer's queue pairs go between, as this side sees them.
+/// Two ports that a peer's queue pairs go between, as this side sees them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RdmaLink {

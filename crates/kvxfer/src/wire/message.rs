@@ -10,9 +10,9 @@ use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
 use super::parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan,
-    SumsOf, bounded, check_candidates, check_endpoints, check_sums, check_units, clean, limits,
-    text,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, RailDesc, RailEndpoint,
+    Refusal, SumsOf, bounded, check_candidates, check_endpoints, check_sums, check_units, clean,
+    limits, text,
 };
 use super::{pack, unpack};
 
@@ -174,14 +174,8 @@ pub struct Describe {
     pub format: Blob,
     /// The encoded placement.
     pub placement: Blob,
-    /// The registered memories, in the order of the placement's indices.
-    pub memories: Vec<RemoteSpan>,
-    /// The table of lease slots, if it offers.
-    pub leases: Option<RemoteSpan>,
-    /// The scratch region, for pings.
-    pub scratch: Option<RemoteSpan>,
-    /// The encoded device address.
-    pub device: Blob,
+    /// Its devices, and the memory as each of them has it: rail i is the i-th.
+    pub rails: Vec<RailDesc>,
     /// Its settings.
     pub facts: ConfigFacts,
     /// Whether all of its memories are files that can be shared.
@@ -196,15 +190,8 @@ impl Describe {
         }
         bounded("format size", self.format.len(), limits::FORMAT)?;
         bounded("placement size", self.placement.len(), limits::PLACEMENT)?;
-        bounded("number of memories", self.memories.len(), limits::MEMORIES)?;
-        bounded("device address size", self.device.len(), limits::DEVICE)?;
-        self.memories.iter().try_for_each(|m| m.check("memory"))?;
-        self.leases
-            .iter()
-            .try_for_each(|m| m.check("lease table"))?;
-        self.scratch
-            .iter()
-            .try_for_each(|m| m.check("scratch region"))
+        bounded("number of rails", self.rails.len(), limits::RAILS)?;
+        self.rails.iter().try_for_each(RailDesc::check)
     }
 }
 
@@ -232,8 +219,8 @@ pub struct QpOffer {
     pub path: PathKind,
     /// The paths looked at.
     pub candidates: Vec<Candidate>,
-    /// One encoded endpoint a queue pair.
-    pub endpoints: Vec<Blob>,
+    /// The queue pairs.
+    pub endpoints: Vec<RailEndpoint>,
 }
 
 impl QpOffer {
@@ -252,8 +239,9 @@ pub struct QpAnswer {
     pub path: Option<PathKind>,
     /// The paths looked at by the answering side.
     pub candidates: Vec<Candidate>,
-    /// One encoded endpoint a queue pair offered, in the offer's order.
-    pub endpoints: Vec<Blob>,
+    /// The queue pairs that join those offered, in the offer's order. A pair of rails is taken with all its
+    /// queue pairs, or left out.
+    pub endpoints: Vec<RailEndpoint>,
 }
 
 impl QpAnswer {
@@ -263,19 +251,19 @@ impl QpAnswer {
     }
 }
 
-/// A side has taken its half of a set of queue pairs down: nothing on them moves any more.
+/// A side has destroyed its half of some queue pairs of the session: nothing that came or comes on them
+/// can land here any more. The other side takes its half down too, and says the same, once for each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QpReset {
-    /// The offer's number.
-    pub offer: u32,
-    /// Whether the number is the receiver's (the set was offered by it).
-    pub offered_by_receiver: bool,
+    /// The queue pairs, by their places in the answer to the offer, from 0.
+    pub lanes: Vec<u16>,
     /// The encoded cause.
     pub cause: Blob,
 }
 
 impl QpReset {
     fn check(&self) -> Result<(), WireError> {
+        bounded("number of queue pairs", self.lanes.len(), limits::ENDPOINTS)?;
         bounded("cause size", self.cause.len(), limits::CAUSE)
     }
 }

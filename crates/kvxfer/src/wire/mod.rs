@@ -29,8 +29,8 @@ pub use message::{
     Retracted, Revoke, Sums, SumsWanted,
 };
 pub use parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, Refusal, RemoteSpan,
-    SumsOf, limits,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, RailDesc, RailEndpoint,
+    Refusal, RemoteSpan, SumsOf, limits,
 };
 pub(crate) use parts::{pack_sums, unpack_sums};
 pub use preamble::{ConnectionKind, PREAMBLE_LEN, Preamble, PreambleReader, Sniff, sniff};

@@ -19,6 +19,8 @@ pub mod limits {
     pub const FORMAT: usize = 4 << 20;
     /// Bytes of an encoded placement.
     pub const PLACEMENT: usize = 8 << 20;
+    /// Rails (devices) of one rank.
+    pub const RAILS: usize = 16;
     /// Memories of one rank.
     pub const MEMORIES: usize = 4096;
     /// Bytes of a device address.
@@ -294,11 +296,65 @@ pub(crate) fn check_candidates(candidates: &[Candidate]) -> Result<(), WireError
     Ok(())
 }
 
-pub(crate) fn check_endpoints(endpoints: &[Blob]) -> Result<(), WireError> {
+/// A device of a rank, and the rank's memory as it is registered there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RailDesc {
+    /// The encoded device address.
+    pub device: Blob,
+    /// The registered memories, in the order of the placement's indices.
+    pub memories: Vec<RemoteSpan>,
+    /// The table of lease slots, if the rank offers.
+    pub leases: Option<RemoteSpan>,
+    /// The scratch region, for pings.
+    pub scratch: Option<RemoteSpan>,
+}
+
+impl RailDesc {
+    pub(crate) fn check(&self) -> Result<(), WireError> {
+        bounded("device address size", self.device.len(), limits::DEVICE)?;
+        bounded("number of memories", self.memories.len(), limits::MEMORIES)?;
+        self.memories.iter().try_for_each(|m| m.check("memory"))?;
+        (self.leases.iter()).try_for_each(|m| m.check("lease table"))?;
+        (self.scratch.iter()).try_for_each(|m| m.check("scratch region"))
+    }
+}
+
+/// A queue pair, and the rails that it is to join. Rails are counted as the two descriptions list them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RailEndpoint {
+    /// The sender's rail.
+    pub rail: u16,
+    /// The receiver's.
+    pub peer_rail: u16,
+    /// The encoded endpoint.
+    pub endpoint: Blob,
+}
+
+impl RailEndpoint {
+    /// Of a queue pair that joins the first rail of both sides.
+    #[must_use]
+    pub fn first(endpoint: Blob) -> Self {
+        Self {
+            rail: 0,
+            peer_rail: 0,
+            endpoint,
+        }
+    }
+}
+
+pub(crate) fn check_endpoints(endpoints: &[RailEndpoint]) -> Result<(), WireError> {
     bounded("number of endpoints", endpoints.len(), limits::ENDPOINTS)?;
-    endpoints
-        .iter()
-        .try_for_each(|e| bounded("endpoint size", e.len(), limits::ENDPOINT))
+    for RailEndpoint {
+        rail,
+        peer_rail,
+        endpoint,
+    } in endpoints
+    {
+        bounded("rail", usize::from(*rail), limits::RAILS - 1)?;
+        bounded("rail", usize::from(*peer_rail), limits::RAILS - 1)?;
+        bounded("endpoint size", endpoint.len(), limits::ENDPOINT)?;
+    }
+    Ok(())
 }
 
 /// Why a side, having authenticated its peer, will not work with it.

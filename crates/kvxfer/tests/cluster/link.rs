@@ -11,7 +11,7 @@ use kvxfer::time::Time;
 use kvxfer::transfer::{Cause, PeerKey};
 use kvxfer::wire::{
     Blob, ConfigFacts, Describe, ErrorCode, Fingerprint, GoodbyeReason, HandshakeNonce, KvRole,
-    Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, Secret,
+    Message, PathKind, QpAnswer, QpOffer, RailEndpoint, Ready, Refusal, Secret,
 };
 
 use super::bug::{Bug, Step, Violation, ensure};
@@ -409,10 +409,7 @@ impl World {
             fingerprint: Fingerprint([7; 32]),
             format: Blob::default(),
             placement: Blob::pack("slot", &(life.slot as u64)).unwrap_or_default(),
-            memories: Vec::new(),
-            leases: None,
-            scratch: None,
-            device: Blob::default(),
+            rails: Vec::new(),
             facts: ConfigFacts {
                 qp_per_transfer: 2,
                 max_send_wr: 8,
@@ -504,7 +501,7 @@ impl World {
         Ok(())
     }
 
-    fn make_qps(&mut self, link: usize, count: usize, path: PathKind) -> Vec<Blob> {
+    fn make_qps(&mut self, link: usize, count: usize, path: PathKind) -> Vec<RailEndpoint> {
         let life = self.links[link].life;
         let key = PeerKey(self.keys);
         self.keys += 1;
@@ -515,16 +512,18 @@ impl World {
                 self.new_qp(life, worker, key, path, lane % 2)
             })
             .collect();
-        let blob = |q: &usize| Blob::pack("endpoint", &(*q as u64)).unwrap_or_default();
-        let blobs = qps.iter().map(blob).collect();
+        let end = |q: &usize| {
+            RailEndpoint::first(Blob::pack("endpoint", &(*q as u64)).unwrap_or_default())
+        };
+        let ends = qps.iter().map(end).collect();
         self.links[link].key = key;
         self.links[link].qps = qps;
-        blobs
+        ends
     }
 
-    fn join(&mut self, link: usize, theirs: &[Blob]) {
-        for (q, blob) in self.links[link].qps.iter().zip(theirs) {
-            let remote: u64 = blob.unpack("endpoint").unwrap_or(u64::MAX);
+    fn join(&mut self, link: usize, theirs: &[RailEndpoint]) {
+        for (q, end) in self.links[link].qps.iter().zip(theirs) {
+            let remote: u64 = end.endpoint.unpack("endpoint").unwrap_or(u64::MAX);
             self.qps[*q].remote = Some(remote as usize);
         }
     }

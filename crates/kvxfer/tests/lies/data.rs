@@ -72,13 +72,13 @@ fn ranges_and_keys_that_are_not_given() {
         for (what, lie) in lies {
             let mut liar = Liar::established(&world, KvRole::Both, path);
             let theirs = liar.theirs.as_ref().expect("described");
-            let leases = theirs.leases.expect("it offers");
-            let op = lie(theirs.memories[0], leases);
+            let leases = theirs.rails[0].leases.expect("it offers");
+            let op = lie(theirs.rails[0].memories[0], leases);
             refused(&liar.post(op, 64), what);
         }
         // The engine's own landing slots are no peer's: their key is near, and is not given either.
         let mut liar = Liar::established(&world, KvRole::Both, path);
-        let memory = liar.theirs.as_ref().expect("described").memories[0];
+        let memory = liar.theirs.as_ref().expect("described").rails[0].memories[0];
         let next = Remote {
             addr: memory.addr,
             rkey: memory.rkey + 1,
@@ -102,7 +102,7 @@ fn what_the_role_does_not_allow() {
         let target = world.address.replace(address);
         let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
         world.address.set(target);
-        let memory = liar.theirs.as_ref().expect("described").memories[0];
+        let memory = liar.theirs.as_ref().expect("described").rails[0].memories[0];
         let op = match role {
             KvRole::Consumer => SendOp::Read(at(memory, 0)),
             _ => SendOp::Write(at(memory, 0)),
@@ -221,13 +221,13 @@ fn a_producer_with_keys_of_another() {
     for (at, (lie, slot)) in lies.into_iter().enumerate() {
         let mut liar = Liar::new(&world);
         let mut describe = liar.describe();
-        lie(&mut describe.memories[0]);
+        lie(&mut describe.rails[0].memories[0]);
         if at == 0 {
             // Another's, as it told the liar in confidence.
-            describe.memories[0] = honest.memories[0];
+            describe.rails[0].memories[0] = honest.rails[0].memories[0];
         }
-        let span = describe.memories[0];
-        describe.leases = Some(RemoteSpan {
+        let span = describe.rails[0].memories[0];
+        describe.rails[0].leases = Some(RemoteSpan {
             addr: span.addr + span.len,
             len: 64,
             rkey: span.rkey,

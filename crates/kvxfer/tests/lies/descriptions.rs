@@ -43,14 +43,14 @@ fn spans_and_names_out_of_bounds() {
     let lies: Vec<Lie> = vec![
         (
             "beyond the last address",
-            |d| d.memories[0].addr = u64::MAX - 1,
+            |d| d.rails[0].memories[0].addr = u64::MAX - 1,
             "memory",
         ),
-        ("empty", |d| d.memories[0].len = 0, "memory"),
+        ("empty", |d| d.rails[0].memories[0].len = 0, "memory"),
         (
             "a lease table beyond it",
             |d| {
-                d.leases = Some(RemoteSpan {
+                d.rails[0].leases = Some(RemoteSpan {
                     addr: u64::MAX,
                     len: 64,
                     rkey: 1,
@@ -61,7 +61,7 @@ fn spans_and_names_out_of_bounds() {
         (
             "a scratch of nothing",
             |d| {
-                d.scratch = Some(RemoteSpan {
+                d.rails[0].scratch = Some(RemoteSpan {
                     addr: 4096,
                     len: 0,
                     rkey: 1,
@@ -95,7 +95,7 @@ fn spans_and_names_out_of_bounds() {
         ),
         (
             "a device too long",
-            |d| d.device = Blob(vec![0; limits::DEVICE + 1]),
+            |d| d.rails[0].device = Blob(vec![0; limits::DEVICE + 1]),
             "device address",
         ),
     ];
@@ -113,10 +113,15 @@ fn spans_and_names_out_of_bounds() {
     }
     let mut liar = Liar::new(&world);
     let mut describe = liar.describe();
-    describe.memories = vec![span(1, 1); limits::MEMORIES + 1];
+    describe.rails[0].memories = vec![span(1, 1); limits::MEMORIES + 1];
     liar.wire.say_raw(MessageKind::Describe, &raw(&describe));
     liar.wire
         .reported(ErrorCode::Protocol, "number of memories");
+    let mut liar = Liar::new(&world);
+    let mut describe = liar.describe();
+    describe.rails = vec![describe.rails[0].clone(); limits::RAILS + 1];
+    liar.wire.say_raw(MessageKind::Describe, &raw(&describe));
+    liar.wire.reported(ErrorCode::Protocol, "number of rails");
     drop(liar);
     world.works();
     before.settle("after the lies");
@@ -139,23 +144,32 @@ fn parts_that_do_not_agree() {
             },
             "rank",
         ),
-        (|_, d| d.memories[0].len += 1, "lengths"),
-        (|_, d| d.memories.push(d.memories[0]), "lengths"),
-        (|_, d| d.memories.clear(), "lengths"),
+        (|_, d| d.rails[0].memories[0].len += 1, "lengths"),
+        (|_, d| d.rails[0].memories.extend_from_within(..), "lengths"),
+        (|_, d| d.rails[0].memories.clear(), "lengths"),
+        (|_, d| d.rails.clear(), "no device"),
+        (
+            |_, d| {
+                let mut second = d.rails[0].clone();
+                second.memories[0].len += 1;
+                d.rails.push(second);
+            },
+            "lengths",
+        ),
         (
             |_, d| {
                 let inside = RemoteSpan {
                     len: 64,
-                    ..d.memories[0]
+                    ..d.rails[0].memories[0]
                 };
-                d.leases = Some(inside);
+                d.rails[0].leases = Some(inside);
             },
             "share",
         ),
         (
             |_, d| {
-                let last = d.memories[0].addr + d.memories[0].len - 1;
-                d.leases = Some(RemoteSpan {
+                let last = d.rails[0].memories[0].addr + d.rails[0].memories[0].len - 1;
+                d.rails[0].leases = Some(RemoteSpan {
                     addr: last,
                     len: 64,
                     rkey: 1,
@@ -165,7 +179,7 @@ fn parts_that_do_not_agree() {
         ),
         (|_, d| d.format = Blob(vec![0xc1]), "format"),
         (|_, d| d.placement = Blob(vec![0xff; 64]), "placement"),
-        (|_, d| d.device = Blob(vec![0x93, 1, 2]), "device"),
+        (|_, d| d.rails[0].device = Blob(vec![0x93, 1, 2]), "device"),
         // Absurd counts and places of a tensor.
         (
             |l, d| d.placement = placement(l, |t| t[0].num_blocks = u32::MAX),
@@ -275,9 +289,9 @@ fn counts_without_content() {
     let before = Counts::now();
     let peak = Peak::begin();
     let head = |liar: &Liar| {
-        // The fields before the memories, as they are.
+        // The fields before the rails, as they are.
         let mut short = liar.describe();
-        short.memories.clear();
+        short.rails.clear();
         let d = &short;
         let parts = (
             &d.engine,
@@ -290,9 +304,9 @@ fn counts_without_content() {
             &d.placement,
         );
         let mut bytes = Blob::pack("head", &parts).expect("an encoding").0;
-        // A list of eight becomes the first eight of fourteen.
+        // A list of eight becomes the first eight of eleven.
         assert_eq!(bytes[0], 0x98);
-        bytes[0] = 0x9e;
+        bytes[0] = 0x9b;
         bytes
     };
     let tails: [&[u8]; 4] = [
@@ -316,7 +330,7 @@ fn counts_without_content() {
             match field {
                 0 => describe.format = lie,
                 1 => describe.placement = lie,
-                _ => describe.device = lie,
+                _ => describe.rails[0].device = lie,
             }
             liar.wire.say(describe);
             liar.wire.refused_as_bad("");

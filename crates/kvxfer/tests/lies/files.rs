@@ -12,7 +12,7 @@ use kvxfer::event::MemoryState;
 use kvxfer::leases::LeaseWord;
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, CompletionStatus};
-use kvxfer::wire::{Blob, Message, MessageKind, QpAnswer, Ready, RemoteSpan};
+use kvxfer::wire::{Blob, Message, MessageKind, QpAnswer, RailEndpoint, Ready, RemoteSpan};
 use kvxfer_verbs::vendor;
 use nix::fcntl::{FallocateFlags, SealFlag, fallocate};
 
@@ -60,15 +60,15 @@ fn pull_from(
         let mut liar = Liar::accept(socket, &secret);
         liar.role = KvRole::Producer;
         let mut describe = liar.describe();
-        let len = describe.memories[0].len;
+        let len = describe.rails[0].memories[0].len;
         let span = |addr, len| RemoteSpan {
             addr,
             len,
             rkey: RKEY,
         };
-        describe.memories = vec![span(ADDR, len)];
-        describe.leases = Some(span(ADDR + len, 64));
-        describe.device = device;
+        describe.rails[0].memories = vec![span(ADDR, len)];
+        describe.rails[0].leases = Some(span(ADDR + len, 64));
+        describe.rails[0].device = device;
         let told = (liar.name.clone(), liar.generation);
         liar.wire.say(describe);
         let Message::QpOffer(offer) = liar.wire.hear_kind(MessageKind::QpOffer) else {
@@ -78,7 +78,9 @@ fn pull_from(
             offer: offer.offer,
             path: Some(offer.path),
             candidates: Vec::new(),
-            endpoints: vec![Blob::pack("endpoint", &endpoint).expect("an endpoint")],
+            endpoints: vec![RailEndpoint::first(
+                Blob::pack("endpoint", &endpoint).expect("an endpoint"),
+            )],
         });
         liar.wire.say(Ready {});
         (liar, told)

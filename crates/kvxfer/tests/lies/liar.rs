@@ -11,8 +11,8 @@ use kvxfer::event::PeerName;
 use kvxfer::ids::Generation;
 use kvxfer::layout::{KvFormat, PlacementDesc, Topology};
 use kvxfer::wire::{
-    Blob, ConfigFacts, Describe, Fingerprint, Message, MessageKind, QpAnswer, QpOffer, Ready,
-    RemoteSpan, Role, Secret, Side, StreamHalf, StreamKey, StreamOpening,
+    Blob, ConfigFacts, Describe, Fingerprint, Message, MessageKind, QpAnswer, QpOffer, RailDesc,
+    RailEndpoint, Ready, RemoteSpan, Role, Secret, Side, StreamHalf, StreamKey, StreamOpening,
 };
 use kvxfer_verbs::{
     Access, Completion, CompletionQueue, Context, Init, InitAttr, Link, ProtectionDomain, QpCaps,
@@ -105,7 +105,7 @@ pub(crate) fn offer_of(path: PathKind, endpoints: Vec<Blob>) -> QpOffer {
         replaces: None,
         path,
         candidates: Vec::new(),
-        endpoints,
+        endpoints: endpoints.into_iter().map(RailEndpoint::first).collect(),
     }
 }
 
@@ -177,14 +177,16 @@ impl Liar {
             fingerprint: Fingerprint(side.format().fingerprint().0),
             format: Blob::pack("format", side.format()).expect("a format"),
             placement: Blob::pack("placement", side.placement().desc()).expect("a placement"),
-            memories: vec![span],
-            leases: Some(RemoteSpan {
-                addr: span.addr + span.len,
-                len: SLOT,
-                rkey: span.rkey,
-            }),
-            scratch: None,
-            device: Blob::pack("device", &self.device.context.address()).expect("an address"),
+            rails: vec![RailDesc {
+                device: Blob::pack("device", &self.device.context.address()).expect("an address"),
+                memories: vec![span],
+                leases: Some(RemoteSpan {
+                    addr: span.addr + span.len,
+                    len: SLOT,
+                    rkey: span.rkey,
+                }),
+                scratch: None,
+            }],
             facts: ConfigFacts {
                 qp_per_transfer: 1,
                 enable_notification: true,
@@ -258,7 +260,7 @@ impl Liar {
 
     pub(crate) fn their_device(&self) -> kvxfer_verbs::DeviceAddr {
         let theirs = self.theirs.as_ref().expect("described");
-        theirs.device.unpack("device").expect("an address")
+        theirs.rails[0].device.unpack("device").expect("an address")
     }
 
     /// A data stream that the engine has admitted.
@@ -316,7 +318,7 @@ impl Liar {
 }
 
 pub(crate) fn remotes(answer: &QpAnswer) -> Vec<QpEndpoint> {
-    let unpack = |blob: &Blob| blob.unpack("endpoint").expect("an endpoint");
+    let unpack = |end: &RailEndpoint| end.endpoint.unpack("endpoint").expect("an endpoint");
     answer.endpoints.iter().map(unpack).collect()
 }
 

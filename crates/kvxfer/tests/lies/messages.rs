@@ -530,8 +530,7 @@ fn messages_about_nothing() {
             let message = done(&request, nonce, &liar);
             liar.wire.say(message);
             liar.wire.say(QpReset {
-                offer: 7,
-                offered_by_receiver: true,
+                lanes: vec![7],
                 cause: Blob(vec![0xc1]),
             });
         }

@@ -36,16 +36,13 @@ fn an_observer_is_told_nothing_to_reach_memory_by() {
     reasons::forget();
     let (mut wire, shown) = observe(&world);
     let wanted = Describe {
-        memories: Vec::new(),
-        leases: None,
-        scratch: None,
-        device: Blob::default(),
+        rails: Vec::new(),
         facts: ConfigFacts::default(),
         fd_backed: false,
         ..all.clone()
     };
     assert_eq!(shown, wanted);
-    assert!(!all.memories.is_empty() && !all.device.is_empty());
+    assert!(!all.rails[0].memories.is_empty() && !all.rails[0].device.is_empty());
     wire.say(Goodbye {
         reason: GoodbyeReason::Finished,
     });

@@ -6,8 +6,8 @@ use kvxfer::Error;
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::session::SessionError;
 use kvxfer::wire::{
-    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, Ready, Refusal, Role,
-    Side, StreamHalf, StreamOpening, limits,
+    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, RailEndpoint, Ready,
+    Refusal, Role, Side, StreamHalf, StreamOpening, limits,
 };
 use kvxfer_verbs::QpEndpoint;
 
@@ -254,7 +254,7 @@ fn connect_to(
                 path: Some(offer.path),
                 candidates: Vec::new(),
                 endpoints: (0..offer.endpoints.len() as u32)
-                    .map(|n| invented(n + 1, n as u8 + 1))
+                    .map(|n| RailEndpoint::first(invented(n + 1, n as u8 + 1)))
                     .collect(),
             };
             lie(&mut liar, honest);
@@ -305,8 +305,15 @@ fn answers_that_are_none() {
         "not the one that was offered",
     );
     bad(say(|a| a.endpoints[1] = a.endpoints[0].clone()), "twice");
-    bad(say(|a| a.endpoints[0] = Blob(vec![0xc1])), "endpoint");
-    let error = say(|a| drop(a.endpoints.pop()));
+    bad(
+        say(|a| a.endpoints[0].endpoint = Blob(vec![0xc1])),
+        "endpoint",
+    );
+    // One of a rail's queue pairs is missing; a rail is taken whole.
+    bad(say(|a| drop(a.endpoints.pop())), "endpoints for");
+    bad(say(|a| a.endpoints[0].rail = 1), "were not offered");
+    bad(say(|a| a.endpoints[0].peer_rail = 1), "were not offered");
+    let error = say(|a| a.endpoints.push(a.endpoints[0].clone()));
     assert!(
         matches!(
             &error,
@@ -339,12 +346,12 @@ fn answers_that_are_none() {
 fn the_device_of_an_honest_engine() {
     let world = World::new(PathKind::Arena);
     let mut spy = Liar::described(&world);
-    let honest = spy.theirs.take().expect("described").device;
+    let honest = spy.theirs.take().expect("described").rails.remove(0).device;
     drop(spy);
     let error = connect_to(
         &world,
         |liar, answer| liar.wire.say(answer),
-        move |describe| describe.device = honest,
+        move |describe| describe.rails[0].device = honest,
     );
     assert!(matches!(&error, Error::Verbs(_)), "{error:?}");
     world.works();

@@ -78,8 +78,8 @@ fn strangers_learn_nothing() {
     let secrets: Vec<Vec<u8>> = {
         let mut spy = Liar::described(&world);
         let theirs = spy.theirs.take().expect("described");
-        let key = theirs.memories[0];
-        let device = spy_device(&theirs.device);
+        let key = theirs.rails[0].memories[0];
+        let device = spy_device(&theirs.rails[0].device);
         vec![
             theirs.engine.0.as_bytes().to_vec(),
             theirs.generation.0.to_vec(),

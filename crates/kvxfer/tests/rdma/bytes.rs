@@ -20,7 +20,7 @@ fn on_rdma_blocks_go_over_as_many_queue_pairs_as_are_asked_for() {
             config.enable_notification = notices;
         });
         let path = pair.instance.path().expect("up");
-        let link = path.rdma.expect("RDMA devices");
+        let link = path.rails.first().expect("RDMA devices");
         assert_eq!(link.device, "rb");
         assert_eq!(link.queue_pairs.len(), count as usize);
         let (lanes, _) = pair.instance.lanes().expect("up");
@@ -45,7 +45,8 @@ fn on_rdma_sides_of_different_mtus_meet_at_the_smaller() {
                 config.rdma_mtu = mtu;
             }
         });
-        let link = pair.instance.path().expect("up").rdma.expect("RDMA");
+        let path = pair.instance.path().expect("up");
+        let link = path.rails.first().expect("RDMA");
         assert_eq!(i64::from(link.mtu), i64::from(mtu));
         pair.moves(&pair.all());
     }

@@ -51,10 +51,14 @@ fn the_encoding_is_the_documented_one() {
             path: PathKind::Tcp,
             why_not: None,
         }],
-        endpoints: vec![Blob(vec![0xee])],
+        endpoints: vec![RailEndpoint {
+            rail: 3,
+            peer_rail: 2,
+            endpoint: Blob(vec![0xee]),
+        }],
     };
     let want = format!(
-        "9501c0aa{}9192a3{}c091c401ee",
+        "9501c0aa{}9192a3{}c091930302c401ee",
         hex(b"process-vm"),
         hex(b"tcp")
     );
@@ -89,22 +93,21 @@ fn the_encoding_is_the_documented_one() {
         fingerprint: Fingerprint([0xab; 32]),
         format: Blob(vec![]),
         placement: Blob(vec![]),
-        memories: vec![span],
-        leases: Some(span),
-        scratch: None,
-        device: Blob(vec![]),
+        rails: vec![RailDesc {
+            device: Blob(vec![]),
+            memories: vec![span],
+            leases: Some(span),
+            scratch: None,
+        }],
         facts: ConfigFacts::default(),
         fd_backed: true,
     };
     let want = format!(
-        "9ea165dc0010{}93000000a4{}c0{n32}c400c4009193010203930102 03c0c4009700000000c20000c3",
+        "9ba165dc0010{}93000000a4{}c0{n32}c400c4009194c400919301020393010203c09700000000c20000c3",
         "01".repeat(16),
         hex(b"Both"),
     );
-    assert_eq!(
-        hex(&Message::from(d).encode().unwrap()),
-        want.replace(' ', "")
-    );
+    assert_eq!(hex(&Message::from(d).encode().unwrap()), want);
 
     assert_eq!(
         hex(&Preamble {

@@ -67,17 +67,11 @@ fn describe() -> impl Strategy<Value = Describe> {
             prop::option::of(text()),
             any::<[u8; 32]>(),
         ),
-        (
-            blob(),
-            blob(),
-            vec(span(), 0..5),
-            prop::option::of(span()),
-            prop::option::of(span()),
-        ),
-        (blob(), facts, any::<bool>()),
+        (blob(), blob(), vec(rail_desc(), 0..4)),
+        (facts, any::<bool>()),
     )
         .prop_map(
-            |((engine, g, rank, kv_role, wanted, f), (format, placement, m, l, s), d)| Describe {
+            |((engine, g, rank, kv_role, wanted, f), (format, placement, rails), d)| Describe {
                 engine: engine.as_str().into(),
                 generation: Generation(g),
                 rank,
@@ -86,14 +80,35 @@ fn describe() -> impl Strategy<Value = Describe> {
                 fingerprint: Fingerprint(f),
                 format,
                 placement,
-                memories: m,
-                leases: l,
-                scratch: s,
-                device: d.0,
-                facts: d.1,
-                fd_backed: d.2,
+                rails,
+                facts: d.0,
+                fd_backed: d.1,
             },
         )
+}
+
+fn rail_desc() -> impl Strategy<Value = RailDesc> {
+    (
+        blob(),
+        vec(span(), 0..5),
+        prop::option::of(span()),
+        prop::option::of(span()),
+    )
+        .prop_map(|(device, memories, leases, scratch)| RailDesc {
+            device,
+            memories,
+            leases,
+            scratch,
+        })
+}
+
+fn rail_endpoint() -> impl Strategy<Value = RailEndpoint> {
+    let rail = || 0..limits::RAILS as u16;
+    (rail(), rail(), blob()).prop_map(|(rail, peer_rail, endpoint)| RailEndpoint {
+        rail,
+        peer_rail,
+        endpoint,
+    })
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
@@ -141,7 +156,7 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             any::<Option<u32>>(),
             path(),
             candidates(),
-            vec(blob(), 0..5),
+            vec(rail_endpoint(), 0..5),
         )
             .prop_map(|(offer, replaces, path, candidates, endpoints)| {
                 QpOffer {
@@ -158,7 +173,7 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             any::<u32>(),
             prop::option::of(path()),
             candidates(),
-            vec(blob(), 0..5),
+            vec(rail_endpoint(), 0..5),
         )
             .prop_map(|(offer, path, candidates, endpoints)| {
                 QpAnswer {
@@ -170,15 +185,8 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 .into()
             })
             .boxed(),
-        MessageKind::QpReset => (any::<u32>(), any::<bool>(), blob())
-            .prop_map(|(offer, offered_by_receiver, cause)| {
-                QpReset {
-                    offer,
-                    offered_by_receiver,
-                    cause,
-                }
-                .into()
-            })
+        MessageKind::QpReset => (vec(any::<u16>(), 0..5), blob())
+            .prop_map(|(lanes, cause)| QpReset { lanes, cause }.into())
             .boxed(),
         MessageKind::Ready => Just(Ready {}.into()).boxed(),
         MessageKind::Ping => any::<(u64, u64)>()
@@ -384,34 +392,41 @@ proptest! {
 
 #[test]
 fn fields_out_of_bounds_are_refused_on_both_ways() {
-    let span = |addr, len| RemoteSpan { addr, len, rkey: 1 };
+    fn span(addr: u64, len: u64) -> RemoteSpan {
+        RemoteSpan { addr, len, rkey: 1 }
+    }
     let good = plain_describe("engine");
+    let rail = |change: fn(&mut RailDesc)| {
+        let mut rail = plain_describe("engine").rails.remove(0);
+        change(&mut rail);
+        rail
+    };
     let cases: Vec<(&str, Describe)> = vec![
         (
             "memory",
             Describe {
-                memories: vec![span(u64::MAX, 1)],
+                rails: vec![rail(|r| r.memories = vec![span(u64::MAX, 1)])],
                 ..good.clone()
             },
         ),
         (
             "memory",
             Describe {
-                memories: vec![span(4096, 0)],
+                rails: vec![rail(|r| r.memories = vec![span(4096, 0)])],
                 ..good.clone()
             },
         ),
         (
             "lease table",
             Describe {
-                leases: Some(span(u64::MAX - 9, 10)),
+                rails: vec![rail(|r| r.leases = Some(span(u64::MAX - 9, 10)))],
                 ..good.clone()
             },
         ),
         (
             "scratch",
             Describe {
-                scratch: Some(span(1, u64::MAX)),
+                rails: vec![rail(|r| r.scratch = Some(span(1, u64::MAX)))],
                 ..good.clone()
             },
         ),
@@ -432,7 +447,16 @@ fn fields_out_of_bounds_are_refused_on_both_ways() {
         (
             "number of memories",
             Describe {
-                memories: vec![span(0, 1); limits::MEMORIES + 1],
+                rails: vec![rail(|r| {
+                    r.memories = vec![span(0, 1); limits::MEMORIES + 1]
+                })],
+                ..good.clone()
+            },
+        ),
+        (
+            "number of rails",
+            Describe {
+                rails: vec![rail(|_| {}); limits::RAILS + 1],
                 ..good.clone()
             },
         ),
@@ -449,6 +473,23 @@ fn fields_out_of_bounds_are_refused_on_both_ways() {
         let decoded = Message::decode(MessageKind::Describe as u8, &raw).unwrap_err();
         assert!(decoded.to_string().contains(what), "{decoded}");
         assert_eq!(Message::from(bad).encode(), Err(decoded));
+    }
+    for (rail, peer_rail) in [(limits::RAILS as u16, 0), (0, u16::MAX)] {
+        let offer = QpOffer {
+            offer: 1,
+            replaces: None,
+            path: PathKind::Rdma,
+            candidates: vec![],
+            endpoints: vec![RailEndpoint {
+                rail,
+                peer_rail,
+                endpoint: Blob(vec![1]),
+            }],
+        };
+        let raw = Blob::pack("raw", &offer).unwrap().0;
+        let decoded = Message::decode(MessageKind::QpOffer as u8, &raw).unwrap_err();
+        assert!(decoded.to_string().contains("rail"), "{decoded}");
+        assert_eq!(Message::from(offer).encode(), Err(decoded));
     }
     let huge = vec![0; MessageKind::Ping.max_len() + 1];
     let error = Message::decode(MessageKind::Ping as u8, &huge).unwrap_err();

@@ -37,22 +37,24 @@ pub(crate) fn plain_describe(engine: &str) -> Describe {
         fingerprint: Fingerprint([1; 32]),
         format: Blob(vec![1, 2, 3]),
         placement: Blob(vec![4; 100]),
-        memories: vec![RemoteSpan {
-            addr: 0x1000,
-            len: 1 << 32,
-            rkey: 77,
+        rails: vec![RailDesc {
+            device: Blob(vec![9; 40]),
+            memories: vec![RemoteSpan {
+                addr: 0x1000,
+                len: 1 << 32,
+                rkey: 77,
+            }],
+            leases: Some(RemoteSpan {
+                addr: 0x2000,
+                len: 64,
+                rkey: 78,
+            }),
+            scratch: Some(RemoteSpan {
+                addr: 0x3000,
+                len: 4096,
+                rkey: 79,
+            }),
         }],
-        leases: Some(RemoteSpan {
-            addr: 0x2000,
-            len: 64,
-            rkey: 78,
-        }),
-        scratch: Some(RemoteSpan {
-            addr: 0x3000,
-            len: 4096,
-            rkey: 79,
-        }),
-        device: Blob(vec![9; 40]),
         facts: ConfigFacts {
             qp_per_transfer: 4,
             ..ConfigFacts::default()
@@ -82,7 +84,7 @@ pub(crate) fn behave(s: &mut Session, log: &mut Vec<Event>, engine: &str) {
             _ if s.is_closed() => {}
             Event::Authenticated { .. } => s.send(&plain_describe(engine).into()).unwrap(),
             Event::PeerDescribed(d) => {
-                assert_eq!(d.memories.len(), 1);
+                assert_eq!(d.rails.len(), 1);
                 s.accept();
                 if s.side() == Side::Client {
                     let offer = QpOffer {
@@ -90,7 +92,7 @@ pub(crate) fn behave(s: &mut Session, log: &mut Vec<Event>, engine: &str) {
                         replaces: None,
                         path: PathKind::Arena,
                         candidates: vec![],
-                        endpoints: vec![Blob(vec![1]), Blob(vec![2])],
+                        endpoints: [1, 2].map(|n| RailEndpoint::first(Blob(vec![n]))).into(),
                     };
                     s.send(&offer.into()).unwrap();
                 }

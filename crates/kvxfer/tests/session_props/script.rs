@@ -145,7 +145,7 @@ fn what_the_state_does_not_allow_is_cut_off() {
         offer: 1,
         path,
         candidates: vec![],
-        endpoints: vec![Blob(vec![]); n],
+        endpoints: vec![RailEndpoint::first(Blob(vec![])); n],
     };
     let release = || {
         Message::from(Release {
@@ -233,7 +233,7 @@ fn what_the_state_does_not_allow_is_cut_off() {
         [Event::Closed(Closed::Goodbye(reason))]
     );
 
-    // Answers must answer something, with as many endpoints.
+    // Answers must answer something, with no more endpoints.
     unexpected(
         &mut Script::described(Role::Engine),
         answer(None, 0).into(),
@@ -242,12 +242,14 @@ fn what_the_state_does_not_allow_is_cut_off() {
     for (path, n, fine) in [
         (Some(PathKind::Tcp), 2, true),
         (None, 0, true),
-        (Some(PathKind::Tcp), 1, false),
+        (Some(PathKind::Tcp), 1, true),
+        (Some(PathKind::Tcp), 0, false),
+        (Some(PathKind::Tcp), 3, false),
         (None, 2, false),
     ] {
         let mut s = Script::described(Role::Engine);
         let two = QpOffer {
-            endpoints: vec![Blob(vec![]); 2],
+            endpoints: vec![RailEndpoint::first(Blob(vec![])); 2],
             ..offer.clone()
         };
         s.server.send(&two.into()).unwrap();

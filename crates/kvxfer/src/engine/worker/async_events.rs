@@ -7,7 +7,6 @@ use tracing::error;
 use kvxfer_verbs::{Completion, WcStatus};
 
 use super::Worker;
-use crate::engine::async_events::Port;
 use crate::error::chain;
 use crate::time::Time;
 use crate::transfer::{Cause, CompletionStatus, LaneId};
@@ -31,7 +30,6 @@ pub(super) struct Held {
 pub(super) struct Seen {
     /// When it last looked, or was told that there are none; nothing if there are some.
     looked: Option<Time>,
-    pub(super) port: Port,
     held: Vec<Held>,
 }
 
@@ -59,15 +57,22 @@ impl Worker {
             return;
         }
         self.seen.looked = Some(now);
-        self.events.read(&self.others);
+        self.read_events();
+    }
+
+    /// Takes what the devices have to tell.
+    fn read_events(&self) {
+        for rail in &self.rails {
+            rail.events.read(&self.others);
+        }
     }
 
     /// Somebody has read events that matter.
     pub(super) fn events_read(&mut self) {
-        let standing = self.events.standing(self.index);
-        self.set_port(standing.port);
-        if standing.needs_cq {
-            self.replace_cq();
+        for at in 0..self.rails.len() {
+            if self.look_at_rail(at) {
+                self.replace_cq(at);
+            }
         }
         let mut told: Vec<LaneId> = self
             .lanes
@@ -81,9 +86,20 @@ impl Worker {
         }
     }
 
-    fn set_port(&mut self, port: Port) {
-        self.seen.port = port;
-        self.transfers.held_up(port.cause());
+    /// How a rail stands. Returns whether its completion queue has failed and the device has not.
+    fn look_at_rail(&mut self, at: usize) -> bool {
+        let Some(rail) = self.rails.get_mut(at) else {
+            return false;
+        };
+        let standing = rail.events.standing(self.index);
+        rail.port = standing.port;
+        self.transfers.held_up(self.port_that_is_down());
+        standing.needs_cq
+    }
+
+    /// The first port of the rails that is down.
+    pub(super) fn port_that_is_down(&self) -> Option<Cause> {
+        self.rails.iter().find_map(|rail| rail.port.cause())
     }
 
     /// Takes a lane for failed if an event has said so. Its work is flushed, and moves or fails as
@@ -106,12 +122,15 @@ impl Worker {
     }
 
     /// The completion queue has failed: what comes after those queue pairs completes on another.
-    fn replace_cq(&mut self) {
-        match self.events.replace_cq(self.index, self.cq.depth()) {
-            Ok(cq) => self.cq = cq,
+    fn replace_cq(&mut self, at: usize) {
+        let Some(rail) = self.rails.get_mut(at) else {
+            return;
+        };
+        match rail.events.replace_cq(self.index, rail.cq.depth()) {
+            Ok(cq) => rail.cq = cq,
             Err(error) => {
                 error!(error = %chain(&error), "no other completion queue");
-                self.events.give_up(&self.others);
+                rail.events.give_up(&self.others);
             }
         }
     }
@@ -129,9 +148,10 @@ impl Worker {
             return true;
         }
         // Another worker may have read the event that this one has not been told of yet.
-        self.events.read(&self.others);
+        self.read_events();
         self.heed(lane);
-        if explained(self) || self.events.fd().is_none() {
+        let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
+        if explained(self) || rail.is_none_or(|rail| rail.events.fd().is_none()) {
             return false;
         }
         self.seen.held.push(Held {
@@ -181,10 +201,11 @@ impl Worker {
         if !matches!(status, WcStatus::RetryExc | WcStatus::LocQpOp) {
             return None;
         }
-        self.events.read(&self.others);
-        self.set_port(self.events.standing(self.index).port);
-        let at = self.lanes.get(&lane)?;
-        let cause = self.seen.port.blame(self.clock.now(), at.tried)?;
+        self.read_events();
+        let rail = self.lanes.get(&lane)?.rail;
+        self.look_at_rail(rail);
+        let (at, rail) = (self.lanes.get(&lane)?, self.rails.get(rail)?);
+        let cause = rail.port.blame(self.clock.now(), at.tried)?;
         at.peer.fail(cause.clone());
         self.scheduler.lane_failed(lane, cause.clone());
         Some(cause)

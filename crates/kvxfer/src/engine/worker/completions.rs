@@ -17,12 +17,23 @@ pub(super) const POLL_BATCH: usize = 64;
 
 impl Worker {
     pub(super) fn poll(&mut self) -> bool {
+        let mut busy = false;
+        for rail in 0..self.rails.len() {
+            busy |= self.poll_rail(rail);
+        }
+        busy
+    }
+
+    fn poll_rail(&mut self, at: usize) -> bool {
+        let Some(rail) = self.rails.get(at) else {
+            return false;
+        };
         let mut completions = std::mem::take(&mut self.completions);
         completions.clear();
-        let more = match self.cq.poll(&mut completions, POLL_BATCH) {
+        let more = match rail.cq.poll(&mut completions, POLL_BATCH) {
             Ok(poll) => poll.more,
             Err(error) => {
-                self.device_failed(&error);
+                self.device_failed(at, &error);
                 false
             }
         };
@@ -30,7 +41,7 @@ impl Worker {
         let mut failed: Vec<LaneId> = Vec::new();
         for completion in &completions {
             // A completion of a queue pair that is gone has nobody to go to.
-            let Some(lane) = self.lane_of_qp(completion.qp_num) else {
+            let Some(lane) = self.lane_of_qp(at, completion.qp_num) else {
                 continue;
             };
             if let Some(slot) = Inbox::slot(completion.wr_id) {
@@ -64,15 +75,16 @@ impl Worker {
         }
     }
 
-    fn lane_of_qp(&mut self, qp_num: u32) -> Option<LaneId> {
-        if let Some(&lane) = self.lane_of.get(&qp_num) {
+    fn lane_of_qp(&mut self, rail: usize, qp_num: u32) -> Option<LaneId> {
+        let qp = (rail, qp_num);
+        if let Some(&lane) = self.lane_of.get(&qp) {
             return Some(lane);
         }
         // The first notice of a peer can be here when the command that brings its queue pair has come
         // since the loop last looked. The command was given before the peer could know of anything
         // to tell.
         self.take_commands();
-        self.lane_of.get(&qp_num).copied()
+        self.lane_of.get(&qp).copied()
     }
 
     /// Sets the session with a peer up anew when its last lane here has failed: what is left to do
@@ -89,8 +101,14 @@ impl Worker {
         }
     }
 
-    /// The device itself failed: every queue pair of this worker is lost with it.
-    pub(super) fn device_failed(&mut self, error: &kvxfer_verbs::Error) {
+    /// A device itself failed: every queue pair of this worker on it is lost with it.
+    pub(super) fn device_failed(&mut self, at: usize, error: &kvxfer_verbs::Error) {
+        let Some(rail) = self.rails.get(at) else {
+            return;
+        };
+        if rail.events.is_over() {
+            return;
+        }
         error!(%error, "completion queue failed");
         let errno = match error {
             kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
@@ -102,17 +120,19 @@ impl Worker {
             operation: LocalOperation::Poll,
             errno,
         };
-        let peers: Vec<Arc<PeerSession>> =
-            self.lanes.values().map(|at| Arc::clone(&at.peer)).collect();
+        let peers: Vec<Arc<PeerSession>> = (self.lanes.values().filter(|lane| lane.rail == at))
+            .map(|lane| Arc::clone(&lane.peer))
+            .collect();
         for peer in peers {
             peer.fail(cause.clone());
         }
         // Nothing more can be learnt of what is posted: only destroying the queue pairs ends it.
-        self.events.give_up(&self.others);
+        rail.events.give_up(&self.others);
     }
 
     pub(super) fn cause_of(&mut self, lane: LaneId, status: WcStatus, vendor: u32) -> Cause {
-        let soft = self.events.is_soft();
+        let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
+        let soft = rail.is_some_and(|rail| rail.events.is_soft());
         if soft && vendor == kvxfer_verbs::vendor::PEER_GONE {
             // The control connection knows better than the data path how the peer went.
             let known = self.lanes.get(&lane).and_then(|at| at.peer.ends_for());

@@ -18,13 +18,14 @@ use tracing::{debug, warn};
 
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
-use super::async_events::{AsyncEvents, Watched};
+use super::async_events::{AsyncEvents, Port, Watched};
 use super::handle::{Failure, Outcome, TransferReport};
 use super::health::Health;
 use super::joint::Told;
 use super::notices::{Inbox, Outbox};
 use super::peer_session::PeerSession;
 use super::push::close;
+use super::rail::Rail;
 use super::verify::{Verdict, Verification};
 use super::wake::Wake;
 use super::{Clock, Inner};
@@ -171,6 +172,13 @@ impl Seat {
 /// A queue pair that is ready to send.
 #[derive(Debug)]
 pub(crate) struct Joined {
+    /// The rail it is on, and the worker that has its completions.
+    pub(crate) rail: usize,
+    pub(crate) worker: u16,
+    /// The pair of rails that it joins, as the peer's session numbers them.
+    pub(crate) pair: usize,
+    /// Its number in the session, which both sides know it by.
+    pub(crate) number: u16,
     pub(crate) qp: QueuePair<Rts>,
     /// Its receives, if the peer sends notices on it.
     pub(crate) inbox: Option<Inbox>,
@@ -179,9 +187,23 @@ pub(crate) struct Joined {
     pub(crate) tried: Option<Duration>,
 }
 
+/// What a worker has of a rail.
+#[derive(Debug)]
+struct WorkerRail {
+    events: Arc<AsyncEvents>,
+    cq: CompletionQueue,
+    port: Port,
+}
+
 /// A queue pair on this worker.
 #[derive(Debug)]
 struct LaneQp {
+    /// The rail it is on.
+    rail: usize,
+    /// The pair of rails that it joins, as its peer's session numbers them.
+    pair: usize,
+    /// Its number in the session.
+    number: u16,
     qp: QueuePair<Rts>,
     /// Where the peer's notices land, if it sends any.
     inbox: Option<Inbox>,
@@ -213,19 +235,20 @@ enum Single {
 pub(crate) struct Worker {
     index: u16,
     clock: Clock,
-    events: Arc<AsyncEvents>,
+    /// As the runtime numbers them.
+    rails: Vec<WorkerRail>,
     seen: async_events::Seen,
     health: Arc<Health>,
     commands: Receiver<Command>,
     wake: Arc<Wake>,
     others: Vec<WorkerHandle>,
-    cq: CompletionQueue,
     scheduler: Scheduler,
     transfers: Transfers,
     /// Peers with lanes or transfers here.
     peers: HashMap<PeerKey, Arc<PeerSession>>,
     lanes: HashMap<LaneId, LaneQp>,
-    lane_of: HashMap<u32, LaneId>,
+    /// By their rail and the device's number for them.
+    lane_of: HashMap<(usize, u32), LaneId>,
     dropping: Vec<(Arc<PeerSession>, Vec<LaneId>)>,
     /// Peers whose sessions are over, until all outcomes of their transfers are told.
     lost: Vec<Arc<PeerSession>>,
@@ -246,30 +269,32 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one call, and each is a different thing"
-    )]
     pub(crate) fn new(
         seat: Seat,
-        events: Arc<AsyncEvents>,
+        rails: &[Rail],
         health: Arc<Health>,
         others: Vec<WorkerHandle>,
-        cq: CompletionQueue,
         outbox: Outbox,
         scheduler: SchedulerConfig,
         transfers: TransfersConfig,
     ) -> Self {
+        let own = |rail: &Rail| {
+            let events = Arc::clone(&rail.events);
+            Some(WorkerRail {
+                cq: events.cq(seat.index)?.cq,
+                port: Port::default(),
+                events,
+            })
+        };
         Self {
             index: seat.index,
             clock: seat.clock,
-            events,
+            rails: rails.iter().filter_map(own).collect(),
             seen: async_events::Seen::default(),
             health,
             commands: seat.commands,
             wake: seat.handle.wake,
             others,
-            cq,
             scheduler: Scheduler::new(scheduler),
             transfers: Transfers::new(transfers),
             peers: HashMap::new(),
@@ -338,15 +363,22 @@ impl Worker {
                 send_wr,
             } => {
                 let Joined {
+                    rail,
+                    worker: _,
+                    pair,
+                    number,
                     qp,
                     inbox,
                     watched,
                     tried,
                 } = *lane;
                 let lane = self.scheduler.add_lane(peer.key, LaneLimits { send_wr });
-                self.lane_of.insert(qp.qp_num(), lane);
+                self.lane_of.insert((rail, qp.qp_num()), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
                 let at = LaneQp {
+                    rail,
+                    pair,
+                    number,
                     qp,
                     inbox,
                     watched,
@@ -456,7 +488,7 @@ impl Worker {
 
     fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
         let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
-        let of_port = self.seen.port.cause();
+        let of_port = self.port_that_is_down();
         let cause = peer.ends_for().or(of_port).unwrap_or(Cause::LaneReset);
         for lane in &lanes {
             if let Some(at) = self.lanes.get(lane) {
@@ -478,7 +510,7 @@ impl Worker {
             let lanes = lanes.clone();
             for lane in lanes {
                 if let Some(gone) = self.lanes.remove(&lane) {
-                    self.lane_of.remove(&gone.qp.qp_num());
+                    self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
                     // Destroyed before the lane's work is reported as drained.
                     drop(gone);
                 }
@@ -498,10 +530,15 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
-        match self.cq.arm() {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => self.device_failed(&error),
+        // A device that has failed may tell nothing any more.
+        let mut armed = Vec::with_capacity(self.rails.len());
+        for (at, rail) in self.rails.iter().enumerate() {
+            match rail.cq.arm() {
+                Ok(true) => armed.push(at),
+                Ok(false) => return,
+                Err(_) if rail.events.is_over() => {}
+                Err(error) => return self.device_failed(at, &error),
+            }
         }
         let now = self.clock.now();
         let due = self.transfers.next_timeout().into_iter();
@@ -512,17 +549,17 @@ impl Worker {
         }
         let commands = &self.commands;
         let idle = || commands.is_empty();
-        let cq = (self.cq.as_fd(), PollFlags::POLLIN);
-        match self.events.fd() {
-            Some(fd) => {
-                let others = [cq, (fd, PollFlags::POLLIN)];
-                if let Some(events) = self.wake.sleep(&others, timeout, idle) {
-                    self.seen.slept(self.clock.now(), events);
-                }
-            }
-            None => {
-                self.wake.sleep(&[cq], timeout, idle);
-            }
+        let readable = |fd| (fd, PollFlags::POLLIN);
+        let cqs = armed.iter().filter_map(|at| self.rails.get(*at));
+        let cqs = cqs.map(|rail| rail.cq.as_fd());
+        let events: Vec<_> = self.rails.iter().filter_map(|r| r.events.fd()).collect();
+        let telling = events.len();
+        let others: Vec<_> = cqs.chain(events).map(readable).collect();
+        // The devices' events come last, so that it is known whether they woke it.
+        let woken = self.wake.sleep(&others, timeout, idle);
+        if let Some(woken) = woken.filter(|_| telling > 0) {
+            let events = woken.iter().rev().take(telling).any(|ready| *ready);
+            self.seen.slept(self.clock.now(), events);
         }
     }
 }

@@ -99,7 +99,7 @@ impl Worker {
         match self.peer(key) {
             Some(peer) => {
                 // Whose work does not drain because nothing moves loses its session for that.
-                if let Some(cause) = self.seen.port.cause() {
+                if let Some(cause) = self.port_that_is_down() {
                     peer.fail(cause);
                 }
                 peer.drain(self.index, token);

@@ -61,7 +61,10 @@ impl Worker {
         let (Some(at), Some(job)) = (self.lanes.get(&lane), batch.job()) else {
             return;
         };
-        let (remote, chain, sges) = (&at.peer.remote, &mut self.chain, &mut self.sges);
+        let Some(rail) = at.peer.rails.get(at.pair) else {
+            return;
+        };
+        let (remote, chain, sges) = (&rail.remote, &mut self.chain, &mut self.sges);
         let known = match job.dir {
             Direction::Read => fill(chain, sges, batch, remote, SendOp::Read),
             Direction::Write => fill(chain, sges, batch, remote, SendOp::Write),
@@ -72,7 +75,7 @@ impl Worker {
             let _ = (self.scheduler).post_failed(lane, 0, Cause::Post { errno });
             return;
         }
-        let posted = at.qp.post_send(&self.chain, &at.peer.regions);
+        let posted = at.qp.post_send(&self.chain, &rail.regions);
         match posted {
             Ok(()) if job.exhausted() => job.note_posted(self.clock.now()),
             Ok(()) => {}
@@ -122,9 +125,11 @@ impl Worker {
         let live = self.live.get(&id)?;
         let answer = |cause| LeaseAnswer::Gone { cause };
         let peer = Arc::clone(&live.peer);
-        let place = live
-            .lease
-            .and_then(|lease| Some((lease, peer.lease_table?)));
+        let Some(lane) = self.free_lane(peer.key) else {
+            return Some(false);
+        };
+        let rail = self.lanes.get(&lane).and_then(|at| peer.rails.get(at.pair));
+        let place = rail.and_then(|rail| Some((live.lease?, rail.leases?)));
         let span = place.and_then(|(lease, table)| {
             let offset = u64::from(lease.slot).checked_mul(SLOT_BYTES as u64)?;
             table
@@ -137,9 +142,6 @@ impl Worker {
             };
             self.transfers.lease_answer(now, id, answer(cause));
             return None;
-        };
-        let Some(lane) = self.free_lane(peer.key) else {
-            return Some(false);
         };
         let Some(landing) = live.engine.scratch.take() else {
             return Some(false);
@@ -170,10 +172,10 @@ impl Worker {
                 landing,
             },
         );
-        let posted = self
-            .lanes
-            .get(&lane)
-            .map(|at| at.qp.post_send(&self.chain, &peer.regions));
+        let posted = self.lanes.get(&lane).and_then(|at| {
+            let rail = peer.rails.get(at.pair)?;
+            Some(at.qp.post_send(&self.chain, &rail.regions))
+        });
         if let Some(Err(failed)) = posted {
             self.post_failed(lane, failed.posted, &failed.cause);
         }
@@ -205,11 +207,10 @@ impl Worker {
             message: Box::new(message.clone()),
         };
         self.singles.insert(token, single);
-        let table = Arc::clone(self.outbox.table());
-        let posted = self
-            .lanes
-            .get(&lane)
-            .map(|at| at.qp.post_send(&self.chain, &table));
+        let posted = self.lanes.get(&lane).and_then(|at| {
+            let table = self.outbox.table(at.rail)?;
+            Some(at.qp.post_send(&self.chain, table))
+        });
         if let Some(Err(failed)) = posted {
             self.post_failed(lane, failed.posted, &failed.cause);
         }

@@ -1,0 +1,73 @@
+//! A rail: one of the devices that an engine stands on, and what is its own of everything that belongs to
+//! a device.
+
+use std::sync::Arc;
+
+use kvxfer_verbs::{Access, Context, Memory, ProtectionDomain, RegionTable};
+
+use super::Clock;
+use super::async_events::AsyncEvents;
+use super::health::Health;
+use crate::error::Error;
+
+/// An open device, and a completion queue of it for each worker.
+#[derive(Debug)]
+pub(crate) struct Rail {
+    pub(crate) context: Context,
+    pub(crate) pd: ProtectionDomain,
+    pub(crate) events: Arc<AsyncEvents>,
+}
+
+impl Rail {
+    /// # Errors
+    ///
+    /// Those of the device.
+    pub(crate) fn new(
+        context: Context,
+        clock: Clock,
+        health: &Arc<Health>,
+        (workers, depth): (u16, u32),
+    ) -> Result<Self, Error> {
+        let pd = context.alloc_pd()?;
+        let cqs = (0..workers)
+            .map(|_| context.create_cq(depth))
+            .collect::<Result<Vec<_>, _>>()?;
+        let events = AsyncEvents::new(context.clone(), clock, Arc::clone(health), cqs);
+        Ok(Self {
+            context,
+            pd,
+            events: Arc::new(events),
+        })
+    }
+}
+
+/// An engine's memory as it is registered on one rail.
+#[derive(Debug)]
+pub(crate) struct RailMemory {
+    /// The placement's memories, then the landing slots.
+    pub(crate) regions: Arc<RegionTable>,
+    /// The lease slots.
+    pub(crate) leases: RegionTable,
+}
+
+impl RailMemory {
+    /// # Errors
+    ///
+    /// What the device does not register.
+    pub(crate) fn register(
+        pd: &ProtectionDomain,
+        (memories, access): (&[Arc<dyn Memory>], Access),
+        landings: Arc<dyn Memory>,
+        leases: Arc<dyn Memory>,
+    ) -> Result<Self, Error> {
+        let mut regions = memories
+            .iter()
+            .map(|memory| pd.register(Arc::clone(memory), access))
+            .collect::<Result<Vec<_>, _>>()?;
+        regions.push(pd.register(landings, Access::LOCAL_WRITE)?);
+        Ok(Self {
+            regions: Arc::new(RegionTable::new(regions)),
+            leases: RegionTable::new(vec![pd.register(leases, Access::REMOTE_READ)?]),
+        })
+    }
+}
