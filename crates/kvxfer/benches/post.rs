@@ -111,7 +111,13 @@ fn rig() -> Rig {
                 .expect("RTR");
             let qp = qp.rts(RtsAttr::default()).expect("RTS");
             (
-                scheduler.add_lane(PeerKey(1), LaneLimits { send_wr: 1024 }),
+                scheduler.add_lane(
+                    PeerKey(1),
+                    LaneLimits {
+                        send_wr: 1024,
+                        rail: 0,
+                    },
+                ),
                 qp,
             )
         })

@@ -88,7 +88,13 @@ fn scheduler(lanes: u32) -> Scheduler {
         ..SchedulerConfig::default()
     });
     for _ in 0..lanes {
-        scheduler.add_lane(PEER, LaneLimits { send_wr: 1024 });
+        scheduler.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 1024,
+                rail: 0,
+            },
+        );
     }
     scheduler
 }

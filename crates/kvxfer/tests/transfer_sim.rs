@@ -31,6 +31,7 @@ fn every_history_keeps_the_promises() {
                 all.quarantined += s.quarantined;
                 all.forced += s.forced;
                 all.replayed += s.replayed;
+                all.late += s.late;
                 all.stale += s.stale;
                 all.echoes += s.echoes;
                 all.executed += s.executed;
@@ -48,6 +49,7 @@ fn every_history_keeps_the_promises() {
             quarantined,
             forced,
             replayed,
+            late,
             stale,
             echoes,
             ..
@@ -59,6 +61,7 @@ fn every_history_keeps_the_promises() {
             ("quarantined", quarantined),
             ("forced drains", forced),
             ("replayed operations", replayed),
+            ("late writes", late),
             ("stale completions", stale),
             ("echoes", echoes),
         ] {
@@ -89,6 +92,7 @@ fn planted_faults_are_found() {
         (Bug::FlushAsError, "reported"),
         (Bug::TooManyCredits, "send queue overrun"),
         (Bug::WrongBytes, "done with wrong bytes"),
+        (Bug::SettlesTooSoon, "touches memory that was released"),
     ];
     for (bug, expected) in planted {
         let found = (0..2000).any(|seed| run(seed, bug).is_err_and(|why| why.contains(expected)));

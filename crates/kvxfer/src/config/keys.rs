@@ -145,8 +145,8 @@ keys! {
 
     /// The ways to a peer that may be used.
     path: PathSet = PathSet::auto(), Any;
-    /// The RDMA devices to use, the best that can be used first in their order; with `^`, those not to
-    /// use. Naming any makes the engine stand on one.
+    /// The RDMA devices to use, all that can be used, as rails in this order; with `^`, those not to
+    /// use. Naming any makes the engine stand on them.
     rdma_devices: Option<DeviceFilter> = None, Any, env "MORI_RDMA_DEVICES";
     /// RDMA service level; it must be the fabric's no-drop priority.
     rdma_sl: Option<u8> = None, IfSet(Within(0, 15)), env "MORI_RDMA_SL";

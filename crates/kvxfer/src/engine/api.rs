@@ -24,7 +24,7 @@ use crate::metadata::Metadata;
 use crate::plan::PlanError;
 use crate::ticket::{LeaseRef, MAX_TTL, Ticket, TicketError, TicketKind};
 use crate::transfer::Cause;
-use crate::transport::{SkippedRail, open_rails};
+use crate::transport::{Opened, SkippedRail, open_rails};
 use crate::wire::Role;
 
 /// Shuts the engine down when the last handle goes.
@@ -91,7 +91,18 @@ impl Engine {
     /// format, memory that is not the host's, memory that the device does not register, threads that cannot be started.
     pub fn new(config: Config, format: KvFormat, placement: KvPlacement) -> Result<Self, Error> {
         config.check()?;
-        let runtime = Runtime::new(&config, open_rails(&config)?)?;
+        let opened = open_rails(&config)?;
+        Self::over(opened, config, format, placement)
+    }
+
+    /// An engine that stands on these devices.
+    pub(super) fn over(
+        opened: Opened,
+        config: Config,
+        format: KvFormat,
+        placement: KvPlacement,
+    ) -> Result<Self, Error> {
+        let runtime = Runtime::new(&config, opened)?;
         let inner = Inner::new(Arc::clone(&runtime), config, format, placement, None);
         if inner.is_err() {
             runtime.shut_down();

@@ -67,8 +67,8 @@ impl Watched {
 /// The device's port, as its events tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Port {
-    /// Its number while it is down.
-    down: Option<u8>,
+    /// Its number and the time when it went down, while it is.
+    down: Option<(u8, Time)>,
     /// Its number and the time when it came up again.
     was_down: Option<(u8, Time)>,
 }
@@ -76,13 +76,18 @@ pub(crate) struct Port {
 impl Port {
     /// What keeps work from moving, if it is down.
     pub(crate) fn cause(&self) -> Option<Cause> {
-        self.down.map(|port| Cause::PortDown { port })
+        self.down.map(|(port, _)| Cause::PortDown { port })
+    }
+
+    /// Since when it has been down, if it is.
+    pub(crate) fn down_since(&self) -> Option<Time> {
+        self.down.map(|(_, since)| since)
     }
 
     /// What a request has failed for that has tried for `tried`, if the port was down in that time.
     pub(crate) fn blame(&self, now: Time, tried: Duration) -> Option<Cause> {
         let lately = self.was_down.filter(|(_, up)| now.since(*up) < tried);
-        let port = self.down.or(lately.map(|(port, _)| port));
+        let port = self.down.or(lately).map(|(port, _)| port);
         port.map(|port| Cause::PortDown { port })
     }
 }
@@ -168,7 +173,7 @@ impl Desk {
             AsyncEvent::QpRequestError { qp_num } => self.of_qp(qp_num, QpEvent::RequestError),
             AsyncEvent::QpAccessError { qp_num } => self.of_qp(qp_num, QpEvent::AccessError),
             AsyncEvent::PortDown { port } if port == self.port_num => {
-                self.port.down = Some(port);
+                self.port.down.get_or_insert((port, now));
                 About::PortDown
             }
             AsyncEvent::PortUp { port } if port == self.port_num => {

@@ -2,7 +2,7 @@
 //! layouts compared, a path is chosen, queue pairs are joined.
 
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
@@ -16,7 +16,9 @@ use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
 use super::pairing::{self, Ends, KnownRail, Pair, left_out, pair_up, rdma_link};
-use super::peer_session::{PeerRail, PeerSession, Plans, Standing, SummedParts};
+use super::peer_session::{
+    Aside, LanePlace, PeerRail, PeerSession, Plans, Standing, SummedParts,
+};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
@@ -396,16 +398,16 @@ impl Bringup {
             }
             return Ok(none(candidates));
         }
-        let remote = match pairing::unpack(&offer.endpoints) {
-            Ok(remote) => remote,
-            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
-        };
-        if remote.iter().any(|pair| pair.ends.len() > MAX_QUEUE_PAIRS) {
+        if pairing::most(&offer.endpoints) > MAX_QUEUE_PAIRS {
             return Ok(vec![refuse(Refusal::Full {
                 what: "queue pairs of a session".to_owned(),
                 limit: MAX_QUEUE_PAIRS as u64,
             })]);
         }
+        let remote = match pairing::unpack(&offer.endpoints) {
+            Ok(remote) => remote,
+            Err(detail) => return Ok(vec![refuse(Refusal::BadDescription { detail })]),
+        };
         if remote.is_empty() {
             // A peer without queue pairs could never be drained.
             return Ok(none(candidates));
@@ -715,14 +717,24 @@ impl Bringup {
         };
         let runtime = &engine.runtime;
         let key = self.key;
-        let lanes: Vec<u16> = self.lanes.iter().map(|lane| lane.worker).collect();
-        let mut workers = lanes.clone();
+        let place = |lane: &Joined| LanePlace {
+            worker: lane.worker,
+            pair: lane.pair,
+        };
+        let lanes: Vec<LanePlace> = self.lanes.iter().map(place).collect();
+        let mut workers: Vec<u16> = lanes.iter().map(|lane| lane.worker).collect();
         workers.sort_unstable();
         workers.dedup();
         let rails = std::mem::take(&mut self.pairs);
-        let rails = rails.iter().filter_map(|pair| {
+        let rails = rails.iter().enumerate().filter_map(|(at, pair)| {
             let theirs = known.rails.get(usize::from(pair.theirs))?;
+            let own = runtime.rail(pair.rail).ok()?;
             Some(PeerRail {
+                device: own.context.device().name.clone(),
+                aside: Mutex::new(Aside {
+                    lanes: lanes.iter().filter(|lane| lane.pair == at).count(),
+                    reason: None,
+                }),
                 regions: Arc::clone(&engine.rails.get(pair.rail)?.regions),
                 remote: theirs.memories.clone(),
                 leases: theirs.leases,

@@ -25,6 +25,8 @@ mod peer;
 mod peer_session;
 mod presence;
 mod rail;
+#[cfg(test)]
+mod rail_tests;
 mod runtime;
 mod scratch;
 mod tether;
@@ -88,7 +90,7 @@ use crate::time::Time;
 use crate::transfer::{Cause, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, PushAborted,
-    PushClosed, PushDone, RailDesc, Refusal, Release, RemoteSpan, limits,
+    PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -514,6 +516,10 @@ impl Inner {
                     .unwrap_or(Cause::Revoked);
                 self.pushes
                     .revoked(peer, &revoke.request, revoke.nonce, cause);
+            }
+            Message::QpReset(QpReset { lanes, cause }) => {
+                let cause = cause.unpack::<Cause>("cause");
+                peer.lanes_reset(&lanes, &cause.unwrap_or(Cause::LaneReset))?;
             }
             Message::Bench(bench) => match &self.bench_inbox {
                 // A test that has ended hears nothing more.

@@ -114,6 +114,13 @@ pub(super) fn pack(pair: &Pair, qps: &[Made]) -> Result<Vec<RailEndpoint>, Error
     qps.iter().map(pack).collect()
 }
 
+/// How many queue pairs the pair of rails has that has most.
+pub(super) fn most(endpoints: &[RailEndpoint]) -> usize {
+    let same = |a: &RailEndpoint, b: &RailEndpoint| (a.rail, a.peer_rail) == (b.rail, b.peer_rail);
+    let chunks = endpoints.chunk_by(same);
+    chunks.map(<[RailEndpoint]>::len).max().unwrap_or(0)
+}
+
 /// The peer's queue pairs, by pairs of rails; the error says what is wrong with them.
 pub(super) fn unpack(endpoints: &[RailEndpoint]) -> Result<Vec<Ends>, String> {
     let pair = |e: &RailEndpoint| (e.peer_rail, e.rail);

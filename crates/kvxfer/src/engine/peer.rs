@@ -188,7 +188,7 @@ impl Peer {
     ///
     /// [`Error::NotConnected`].
     pub fn path(&self) -> Result<PathInfo, Error> {
-        Ok(self.session()?.path.clone())
+        Ok(self.session()?.way())
     }
 
     /// How many queue pairs lead to the rank, and how many workers drive them.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::RegionTable;
+use tracing::warn;
 
 use super::link::Link;
 use super::worker::{Command, Live, WorkerHandle};
@@ -19,7 +20,7 @@ use crate::plan::{
 };
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
-use crate::transport::PathInfo;
+use crate::transport::{PathInfo, SkippedRail};
 use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
@@ -154,12 +155,39 @@ pub(crate) fn in_order(
 /// A rail of this side and one of a peer that queue pairs join.
 #[derive(Debug)]
 pub(crate) struct PeerRail {
+    /// This side's device.
+    pub(crate) device: String,
+    /// How many lanes it has, less those that the peer has taken down; and why it is not used any more.
+    pub(crate) aside: Mutex<Aside>,
     /// The memories of this side, as the plans number them.
     pub(crate) regions: Arc<RegionTable>,
     /// The peer's memories, as the plans number them.
     pub(crate) remote: Vec<RemoteSpan>,
     /// Its lease slots, if it offers.
     pub(crate) leases: Option<RemoteSpan>,
+}
+
+/// Where a lane is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LanePlace {
+    pub(crate) worker: u16,
+    pub(crate) pair: usize,
+}
+
+/// What becomes of a pair of rails.
+#[derive(Debug)]
+pub(crate) struct Aside {
+    /// Lanes that the peer has not taken down.
+    pub(crate) lanes: usize,
+    /// Why it is not used any more; the first reason stays.
+    pub(crate) reason: Option<String>,
+}
+
+impl PeerRail {
+    fn aside(&self) -> MutexGuard<'_, Aside> {
+        // Valid at every step.
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A peer with whom a session stands or stood. One that reconnects is another.
@@ -177,8 +205,8 @@ pub(crate) struct PeerSession {
     pub(crate) same_host: bool,
     /// The workers that have lanes to it, each once; never empty.
     pub(crate) workers: Vec<u16>,
-    /// The worker of each lane, by the lane's number.
-    pub(crate) lanes: Vec<u16>,
+    /// Where each lane is, by its number.
+    pub(crate) lanes: Vec<LanePlace>,
     /// Plans for reading from it, and for writing to it, where the roles allow.
     pub(crate) pull: Option<Plans>,
     pub(crate) push: Option<Plans>,
@@ -277,6 +305,82 @@ impl PeerSession {
     /// Its memories, at the addresses of its own process.
     pub(crate) fn memory(&self) -> &[RemoteSpan] {
         self.rails.first().map_or(&[], |rail| &rail.remote)
+    }
+
+    /// The way to it, with the rails that have been set aside since.
+    pub(crate) fn way(&self) -> PathInfo {
+        let mut path = self.path.clone();
+        for rail in &self.rails {
+            if let Some(reason) = &rail.aside().reason {
+                path.skipped.push(SkippedRail::new(&rail.device, reason));
+            }
+        }
+        path
+    }
+
+    /// Notes that a pair of rails leads to the peer no more. False: that is known.
+    pub(crate) fn set_aside(&self, pair: usize, cause: &Cause) -> bool {
+        self.note_aside(pair, || cause.to_string())
+    }
+
+    fn note_aside(&self, pair: usize, reason: impl FnOnce() -> String) -> bool {
+        let Some(rail) = self.rails.get(pair) else {
+            return false;
+        };
+        let mut aside = rail.aside();
+        if aside.reason.is_some() {
+            return false;
+        }
+        let reason = aside.reason.insert(reason()).clone();
+        drop(aside);
+        let (peer, device) = (&self.name.engine, &rail.device);
+        warn!(%peer, device, reason, "device set aside; the work goes on over the others");
+        true
+    }
+
+    /// The peer has taken its half of some lanes down.
+    ///
+    /// # Errors
+    ///
+    /// Numbers that no lane has: what is wrong with them.
+    pub(crate) fn lanes_reset(
+        self: &Arc<Self>,
+        lanes: &[u16],
+        cause: &Cause,
+    ) -> Result<(), String> {
+        for number in lanes {
+            let Some(lane) = self.lanes.get(usize::from(*number)) else {
+                return Err(format!("queue pair {number} of {} reset", self.lanes.len()));
+            };
+            let left = self.rails.get(lane.pair).map(|rail| {
+                let mut aside = rail.aside();
+                aside.lanes = aside.lanes.saturating_sub(1);
+                aside.lanes
+            });
+            if left == Some(0) {
+                self.note_aside(lane.pair, || format!("taken down by the peer: {cause}"));
+            }
+            if let Some(worker) = self.all_workers.get(usize::from(lane.worker)) {
+                worker.send(Command::LaneReset {
+                    peer: Arc::clone(self),
+                    number: *number,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a command to the workers that have lanes, but for one.
+    pub(crate) fn on_other_workers(
+        self: &Arc<Self>,
+        but: u16,
+        command: impl Fn(Arc<Self>) -> Command,
+    ) {
+        for worker in self.workers.iter().filter(|worker| **worker != but) {
+            if let Some(handle) = self.all_workers.get(usize::from(*worker)) {
+                handle.send(command(Arc::clone(self)));
+            }
+        }
     }
 
     fn fate(&self) -> MutexGuard<'_, Fate> {

@@ -163,6 +163,9 @@ pub enum Cause {
     /// This side reset the queue pair, to drain it or because it was no longer wanted.
     #[error("queue pair reset by this side")]
     LaneReset,
+    /// The peer has taken its half of the queue pair down, and the session goes on.
+    #[error("queue pair taken down by the peer")]
+    PeerReset,
     /// The peer's process ended.
     #[error("peer is dead")]
     PeerDead,
@@ -285,6 +288,7 @@ impl Cause {
             | Self::CompletionQueue
             | Self::PortDown { .. }
             | Self::LaneReset
+            | Self::PeerReset
             | Self::PeerStalled { .. }
             | Self::PeerUnreachable
             | Self::PeerClosed
@@ -354,6 +358,23 @@ impl Cause {
                 | Self::PortDown { .. }
                 | Self::DeviceFatal
         )
+    }
+
+    /// Whether it has befallen the way that a queue pair goes, or the device or port that it begins or ends
+    /// at: it says nothing against the request that it was told for, which may do well over another rail.
+    #[must_use]
+    pub fn is_of_path(&self) -> bool {
+        use CompletionStatus as S;
+        match self {
+            Self::PortDown { .. } | Self::DeviceFatal | Self::CompletionQueue | Self::PeerReset => {
+                true
+            }
+            Self::Completion { status, .. } => matches!(
+                status,
+                S::RetryExceeded | S::ResponseTimeout | S::DeviceFatal
+            ),
+            _ => false,
+        }
     }
 
     /// Whether this only echoes another failure of the same queue pair.
@@ -481,6 +502,12 @@ mod tests {
             assert!(cause.is_of_lane() && !cause.stops_responder() && !cause.is_flush());
         }
         assert!(!remote.is_of_lane() && !Cause::LaneFailed.is_of_lane());
+        assert!(!remote.is_of_path() && !Cause::LaneFailed.is_of_path());
+        let late = Cause::Completion {
+            status: CompletionStatus::RetryExceeded,
+            vendor: 0,
+        };
+        assert!(late.is_of_path() && Cause::DeviceFatal.is_of_path());
         assert_eq!(
             Cause::Refused {
                 reason: Refusal::FormatMismatch

@@ -186,6 +186,9 @@ pub struct JobReport {
     /// Some of its writes were lost on the way: the device here has let go of them, and the peer may
     /// carry them out yet. So it stays until the peer's queue pairs are down.
     pub in_doubt: bool,
+    /// How many more lanes than at the last report have lost writes of it that were posted again elsewhere,
+    /// and that the peer may carry out yet; negative when the peer has said of more that it will not.
+    pub doubts: i32,
     /// The last report: nothing of the job is posted here, and nothing will be.
     pub quiescent: bool,
 }

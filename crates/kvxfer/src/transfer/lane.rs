@@ -38,6 +38,8 @@ impl fmt::Display for LaneId {
 pub struct LaneLimits {
     /// Entries of its send queue; at least 1.
     pub send_wr: u32,
+    /// The rail that it goes by: work that one rail cannot move goes to lanes of another.
+    pub rail: u16,
 }
 
 /// What a posted batch is for.
@@ -71,6 +73,8 @@ pub(super) struct Failure {
     pub(super) named: bool,
     /// Whether what was posted may still be carried out by the peer.
     pub(super) in_doubt: bool,
+    /// Whether the request that was named went to another rail, as all others.
+    pub(super) moved: bool,
 }
 
 #[derive(Debug)]
@@ -79,6 +83,7 @@ pub(super) struct Lane {
     pub(super) peer: u32,
     /// The lane's life, in place for an id.
     life: u64,
+    pub(super) rail: u16,
     pub(super) send_wr: u32,
     /// Free entries of the send queue.
     pub(super) credits: u32,
@@ -88,6 +93,9 @@ pub(super) struct Lane {
     head: u32,
     pub(super) posted: VecDeque<Posted>,
     pub(super) failure: Option<Failure>,
+    /// Slots of jobs whose writes were lost with it and posted again elsewhere, while the peer may carry the
+    /// lost ones out yet; each once.
+    pub(super) doubts: Vec<u32>,
 }
 
 impl Lane {
@@ -96,12 +104,14 @@ impl Lane {
         Self {
             peer,
             life: (life & 0xfff) << (INDEX_BITS + NUMBER_BITS),
+            rail: limits.rail,
             send_wr,
             credits: send_wr,
             reserve: (send_wr / 16).min(4),
             head: 0,
             posted: VecDeque::new(),
             failure: None,
+            doubts: Vec::new(),
         }
     }
 
@@ -175,7 +185,14 @@ mod tests {
 
     #[test]
     fn ids_find_their_batch_and_no_other() {
-        let mut lane = Lane::new(0, 7, LaneLimits { send_wr: 16 });
+        let mut lane = Lane::new(
+            0,
+            7,
+            LaneLimits {
+                send_wr: 16,
+                rail: 0,
+            },
+        );
         let a = lane.push(batch(3));
         let b = lane.push(batch(2));
         assert_eq!(lane.find(a + 2), Some((0, 2)));
@@ -191,7 +208,14 @@ mod tests {
 
     #[test]
     fn numbers_wrap() {
-        let mut lane = Lane::new(0, 1, LaneLimits { send_wr: 4 });
+        let mut lane = Lane::new(
+            0,
+            1,
+            LaneLimits {
+                send_wr: 4,
+                rail: 0,
+            },
+        );
         lane.head = u32::MAX;
         let a = lane.push(batch(1));
         let b = lane.push(batch(1));

@@ -63,7 +63,9 @@ struct PeerJobs {
 /// `Quarantined` and [`Output::Released`] comes later; if it takes
 /// [`drain_grace`](TransfersConfig::drain_grace) more, the peer's queue pairs are drained by force.
 /// That is done at once where writes of it were lost on the way: the peer could carry them out after
-/// it was told that the push is closed.
+/// it was told that the push is closed. Where they were posted again on another rail
+/// ([`JobReport::doubts`]), the transfer goes on, and ends well or is stopped only when the peer has taken
+/// its half of the lanes down.
 #[derive(Debug)]
 pub struct Transfers {
     cfg: TransfersConfig,
@@ -259,6 +261,7 @@ impl Transfers {
         job.ops_done += report.ops_done;
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
+        job.doubts += report.doubts;
         let over = job.quiescent >= workers;
         // Every operation is claimed once and confirmed once: all confirmed means none posted,
         // whether or not every scheduler has noticed that yet.
@@ -288,6 +291,8 @@ impl Transfers {
             None if over && missing > 0 => {
                 self.stop(now, id, Cause::LostWork { missing }, None, false);
             }
+            // All is confirmed, and what was lost before may come yet: nobody has said that it will not.
+            None if over && in_doubt => self.stop(now, id, Cause::LaneReset, None, false),
             None => {}
         }
         if in_doubt {
@@ -364,6 +369,7 @@ impl Transfers {
                 left += u32::from(job.progress == Progress::Started);
                 if matches!(job.progress, Progress::Started | Progress::InDoubt) {
                     job.progress = Progress::Drained;
+                    job.doubts = 0;
                 }
             }
             for _ in 0..left {
@@ -480,6 +486,7 @@ impl Transfers {
             },
             ops_done: 0,
             in_doubt: false,
+            doubts: 0,
             quiescent: 0,
         });
         if !empty {

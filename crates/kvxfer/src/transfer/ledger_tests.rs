@@ -76,6 +76,7 @@ fn report(job: u64, transfer: TransferId, ops_done: u64, quiescent: bool) -> Job
         bytes_done: ops_done * 10,
         error: None,
         in_doubt: false,
+        doubts: 0,
         quiescent,
     }
 }
@@ -454,6 +455,7 @@ fn a_push_in_doubt_is_closed_when_its_queue_pairs_are_down() {
         let report = JobReport {
             error: error.clone(),
             in_doubt: true,
+            doubts: 0,
             ..report(0, T1, 0, quiescent)
         };
         t.job_report(ms(1), &report);
@@ -515,4 +517,47 @@ fn a_lease_check_that_a_port_holds_up_is_late_for_it() {
         Some(&format!("failed 1 {port} Released")),
         "{told:?}"
     );
+}
+
+#[test]
+fn a_push_whose_writes_moved_is_done_when_nothing_of_them_can_come_late() {
+    let doubtful = |doubts, ops_done, quiescent| JobReport {
+        doubts,
+        ..report(0, T1, ops_done, quiescent)
+    };
+    let begun = || {
+        let mut t = ledger();
+        let spec = Spec {
+            workers: 2,
+            ..push(T1)
+        };
+        t.submit(ms(0), spec).expect("taken");
+        t.add_job(ms(0), T1, even(4, 10)).expect("open");
+        t.commit(ms(0), T1).expect("open");
+        assert_eq!(said(&mut t), ["start 0"]);
+        t
+    };
+    // Both schedulers have lost some, and all of it is confirmed.
+    let mut t = begun();
+    t.job_report(ms(1), &doubtful(1, 2, false));
+    t.job_report(ms(1), &doubtful(1, 2, false));
+    assert_eq!(said(&mut t), [""; 0]);
+    t.job_report(ms(2), &doubtful(-1, 0, true));
+    assert_eq!(said(&mut t), [""; 0]);
+    t.job_report(ms(2), &doubtful(-1, 0, true));
+    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 40"]);
+    // Nobody settles it: the lanes are gone, and so is the session, before anybody is told.
+    let mut t = begun();
+    t.job_report(ms(1), &doubtful(1, 4, false));
+    t.job_report(ms(1), &report(0, T1, 0, true));
+    let left = JobReport {
+        in_doubt: true,
+        ..doubtful(0, 0, true)
+    };
+    t.job_report(ms(2), &left);
+    assert_eq!(said(&mut t), ["drain 1"]);
+    t.peer_drained(PEER, DrainToken(1));
+    let closed = "notice 1 PushAborted { cause: LaneReset }";
+    let failed = format!("failed 1 {} Released", Cause::LaneReset);
+    assert_eq!(said(&mut t), [closed, &failed]);
 }

@@ -277,6 +277,8 @@ pub(super) struct JobRecord {
     pub(super) ops_done: u64,
     /// Writes of it were lost on the way.
     pub(super) in_doubt: bool,
+    /// Lanes, of all schedulers, that have lost writes which were posted again, and may be carried out yet.
+    pub(super) doubts: i32,
     /// Schedulers that have said their last word.
     pub(super) quiescent: u16,
 }
@@ -294,8 +296,9 @@ pub(super) enum Progress {
 }
 
 impl JobRecord {
+    /// Whether all of it is confirmed, and nothing that was lost can come after that.
     pub(super) fn complete(&self) -> bool {
-        self.ops_done >= self.job.ops()
+        self.ops_done >= self.job.ops() && self.doubts <= 0 && !self.in_doubt
     }
 }
 

@@ -53,6 +53,15 @@ pub struct SkippedRail {
     pub reason: String,
 }
 
+impl SkippedRail {
+    pub(crate) fn new(device: &str, reason: &str) -> Self {
+        Self {
+            device: device.to_owned(),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
 /// Opens the devices, with what is to go wrong on the software device.
 ///
 /// # Errors

@@ -239,7 +239,9 @@ impl World {
                 let real = self.qps[qp].send_wr;
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
-                let lane = worker.scheduler.add_lane(key, LaneLimits { send_wr });
+                let lane = worker
+                    .scheduler
+                    .add_lane(key, LaneLimits { send_wr, rail: 0 });
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
                 self.qps[qp].lane = Some(lane);

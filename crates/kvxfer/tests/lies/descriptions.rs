@@ -117,8 +117,8 @@ fn spans_and_names_out_of_bounds() {
     liar.wire.say_raw(MessageKind::Describe, &raw(&describe));
     liar.wire
         .reported(ErrorCode::Protocol, "number of memories");
-    let mut liar = Liar::new(&world);
-    let mut describe = liar.describe();
+    liar = Liar::new(&world);
+    describe = liar.describe();
     describe.rails = vec![describe.rails[0].clone(); limits::RAILS + 1];
     liar.wire.say_raw(MessageKind::Describe, &raw(&describe));
     liar.wire.reported(ErrorCode::Protocol, "number of rails");

@@ -10,7 +10,7 @@ use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use kvxfer::wire::{
     Announce, Bench, Blob, ErrorCode, Message, MessageKind, Ping, PushAborted, PushClosed,
-    PushDone, PushStart, QpReset, Release, Retracted, Revoke,
+    PushDone, PushStart, Release, Retracted, Revoke,
 };
 
 use crate::descriptions::Peak;
@@ -529,10 +529,6 @@ fn messages_about_nothing() {
             });
             let message = done(&request, nonce, &liar);
             liar.wire.say(message);
-            liar.wire.say(QpReset {
-                lanes: vec![7],
-                cause: Blob(vec![0xc1]),
-            });
         }
     }
     world.works();

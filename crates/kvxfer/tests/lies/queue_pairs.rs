@@ -6,8 +6,8 @@ use kvxfer::Error;
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::session::SessionError;
 use kvxfer::wire::{
-    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, RailEndpoint, Ready,
-    Refusal, Role, Side, StreamHalf, StreamOpening, limits,
+    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, QpReset, RailEndpoint,
+    Ready, Refusal, Role, Side, StreamHalf, StreamOpening, limits,
 };
 use kvxfer_verbs::QpEndpoint;
 
@@ -311,8 +311,15 @@ fn answers_that_are_none() {
     );
     // One of a rail's queue pairs is missing; a rail is taken whole.
     bad(say(|a| drop(a.endpoints.pop())), "endpoints for");
-    bad(say(|a| a.endpoints[0].rail = 1), "were not offered");
-    bad(say(|a| a.endpoints[0].peer_rail = 1), "were not offered");
+    bad(
+        say(|a| a.endpoints.iter_mut().for_each(|e| e.rail = 1)),
+        "were not offered",
+    );
+    bad(
+        say(|a| a.endpoints.iter_mut().for_each(|e| e.peer_rail = 1)),
+        "were not offered",
+    );
+    bad(say(|a| a.endpoints[0].rail = 1), "joined twice");
     let error = say(|a| a.endpoints.push(a.endpoints[0].clone()));
     assert!(
         matches!(
@@ -338,6 +345,30 @@ fn answers_that_are_none() {
     // Queue pairs that nobody has: the liar's own device knows no such token.
     let error = say(|_| {});
     assert!(matches!(&error, Error::Verbs(_)), "{error:?}");
+    world.works();
+}
+
+/// A lane that is taken down without a word of its being the last leaves the others; one that is not there
+/// is a lie.
+#[test]
+fn queue_pairs_that_are_taken_down() {
+    let world = World::new(PathKind::Arena);
+    let reset = |lanes: &[u16]| QpReset {
+        lanes: lanes.to_vec(),
+        cause: Blob(vec![0xc1]),
+    };
+    for lanes in [&[1][..], &[0, u16::MAX]] {
+        let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+        assert_eq!(liar.lanes.len(), 1);
+        liar.wire.say(reset(lanes));
+        liar.wire.reported(ErrorCode::Lie, "reset");
+    }
+    // Its only one: the session is over.
+    let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+    for _ in 0..3 {
+        liar.wire.say(reset(&[0, 0]));
+    }
+    liar.wire.last();
     world.works();
 }
 

@@ -77,13 +77,52 @@ impl World {
 
     pub(super) fn destroy(&mut self, n: usize) {
         let nic = &mut self.nics[n];
-        if nic.destroyed {
+        nic.late.clear();
+        if nic.destroyed && !std::mem::take(&mut nic.waits) {
             return;
         }
         self.disturbed = true;
         nic.destroyed = true;
         nic.queue.clear();
         self.workers[nic.worker].scheduler.remove_lane(nic.lane);
+    }
+
+    /// Destroys this side's half: what is on its way to the peer may be carried out yet.
+    pub(super) fn retire(&mut self, n: usize) {
+        let nic = &mut self.nics[n];
+        self.disturbed = true;
+        nic.destroyed = true;
+        nic.waits = true;
+        let scheduler = &mut self.workers[nic.worker].scheduler;
+        let write = |wr: super::net::Wr| wr.data.filter(|data| data.push);
+        if !nic.refused {
+            nic.late.extend(nic.queue.drain(..).filter_map(write));
+        }
+        nic.queue.clear();
+        scheduler.lane_failed(nic.lane, Cause::LaneReset);
+        scheduler.lane_flushed(nic.lane);
+        if self.bug == Bug::SettlesTooSoon {
+            scheduler.lane_settled(nic.lane);
+        }
+    }
+
+    /// The peer has taken its half down.
+    pub(super) fn settle(&mut self, n: usize) {
+        let nic = &mut self.nics[n];
+        let (worker, lane) = (nic.worker, nic.lane);
+        self.workers[worker].scheduler.lane_settled(lane);
+        self.destroy(n);
+    }
+
+    /// Something that was flushed is carried out after all.
+    pub(super) fn lands_late(&mut self, n: usize) -> Step {
+        if self.nics[n].late.is_empty() {
+            return Ok(());
+        }
+        let at = self.rng.index(self.nics[n].late.len());
+        let data = self.nics[n].late.swap_remove(at);
+        self.sum.late += 1;
+        self.execute(&data, false)
     }
 
     pub(super) fn nic_serves(&mut self, n: usize) -> Step {
@@ -99,8 +138,17 @@ impl World {
         let fails = !errored && !self.calm && self.rng.permille(self.faults.error);
         // Work that fails or is flushed may have been done all the same, in part or whole.
         let touches = !(errored || fails) || self.rng.permille(300);
+        let path = fails && self.rails > 1 && self.rng.permille(500);
         if let (true, Some(data)) = (touches, &wr.data) {
             self.execute(data, !(errored || fails))?;
+        }
+        self.nics[n].refused |= fails && !path;
+        if let Some(data) = wr.data.as_ref().filter(|data| data.push)
+            && self.rails > 1
+            && (errored || fails)
+            && !self.nics[n].refused
+        {
+            self.nics[n].late.push(data.clone());
         }
         let (result, named) = if errored && self.nics[n].named && self.rng.permille(100) {
             // Some devices fail more than one before they flush: echoes all the same.
@@ -113,7 +161,11 @@ impl World {
             self.nics[n].state = NicState::Error;
             self.nics[n].named = true;
             self.next_vendor += 1;
-            let status = CompletionStatus::RemoteAccess;
+            let status = if path {
+                CompletionStatus::RetryExceeded
+            } else {
+                CompletionStatus::RemoteAccess
+            };
             let cause = Cause::Completion {
                 status,
                 vendor: self.next_vendor,

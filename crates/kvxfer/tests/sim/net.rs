@@ -19,6 +19,8 @@ pub(crate) struct Wr {
 pub(crate) struct Data {
     pub(crate) job: Arc<Job>,
     pub(crate) op: u64,
+    /// Whether it writes into the peer's memory.
+    pub(crate) push: bool,
     pub(crate) remote: u64,
     pub(crate) pieces: Vec<Piece>,
 }
@@ -42,7 +44,13 @@ pub(crate) struct Nic {
     pub(crate) state: NicState,
     /// A work request has failed here and was named.
     pub(crate) named: bool,
+    /// The peer has refused something, and takes nothing more from here.
+    pub(crate) refused: bool,
     pub(crate) destroyed: bool,
+    /// Its lane waits for the peer, which has its half still.
+    pub(crate) waits: bool,
+    /// Writes that were flushed, and that the peer may carry out while it has its half.
+    pub(crate) late: Vec<Data>,
     pub(crate) send_wr: u32,
     pub(crate) queue: VecDeque<Wr>,
     /// Work requests ever posted, and those that a polled completion covers.

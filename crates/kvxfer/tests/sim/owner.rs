@@ -36,6 +36,7 @@ impl World {
                                         | Cause::PeerUnreachable
                                         | Cause::Post { .. }
                                 );
+                                let lane = lane || self.rails > 1 && error.cause.is_of_path();
                                 ensure!(
                                     lane && self.disturbed,
                                     "reported {} out of nothing",

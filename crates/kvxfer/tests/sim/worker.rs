@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kvxfer::transfer::{
-    Cause, CompletionStatus, JobId, JobReport, LaneId, LeaseAnswer, PostFailure, TransferId,
+    Cause, CompletionStatus, Direction, JobId, JobReport, LaneId, LeaseAnswer, PostFailure,
+    TransferId,
 };
 
 use super::check::{Violation, ensure};
@@ -33,7 +34,8 @@ impl World {
                     let nics: Vec<usize> = (0..self.nics.len())
                         .filter(|n| {
                             let nic = &self.nics[*n];
-                            nic.worker == w && nic.peer == peer && !nic.destroyed
+                            let there = !nic.destroyed || nic.waits;
+                            nic.worker == w && nic.peer == peer && there
                         })
                         .collect();
                     if self.bug != Bug::DrainTooSoon {
@@ -72,6 +74,7 @@ impl World {
                     bytes_done: 0,
                     error: None,
                     in_doubt: false,
+                    doubts: 0,
                     quiescent: true,
                 };
                 self.owner_inbox[s.owner].push_back(ToOwner::Report(report));
@@ -95,7 +98,21 @@ impl World {
                 if scheduler.lane_failure(nic.lane).is_none() && nic.queue.is_empty() && !forced {
                     continue;
                 }
+                if self.rails > 1 {
+                    self.retire(n);
+                    continue;
+                }
                 self.destroy(n);
+                if !self.peers[peer].lost {
+                    self.new_nic(w, peer);
+                }
+            }
+        }
+        for n in 0..self.nics.len() {
+            let nic = &self.nics[n];
+            if nic.worker == w && nic.waits && self.rng.permille(300) {
+                let peer = nic.peer;
+                self.settle(n);
                 if !self.peers[peer].lost {
                     self.new_nic(w, peer);
                 }
@@ -112,11 +129,15 @@ impl World {
                     .iter()
                     .all(|n| nics[*n].destroyed || scheduler.lane_drained(nics[*n].lane));
             if drained {
-                over.push((d.owner, d.key, d.token));
+                over.push((d.owner, d.key, d.token, d.nics.clone()));
             }
             !drained
         });
-        for (owner, key, token) in over {
+        for (owner, key, token, nics) in over {
+            // The session is set up anew: the peer has reset its queue pairs too.
+            for n in nics {
+                self.nics[n].late.clear();
+            }
             let acks = self.acks.entry((owner, token)).or_default();
             *acks += 1;
             if *acks == self.workers.len() {
@@ -149,6 +170,7 @@ impl World {
             let first = batch.first_op();
             for (i, wr) in batch.iter().enumerate().take(taken) {
                 let data = Data {
+                    push: job.dir == Direction::Write,
                     job: Arc::clone(&job),
                     op: first + i as u64,
                     remote: wr.remote_offset,
@@ -248,6 +270,14 @@ impl World {
                     status: CompletionStatus::RetryExceeded,
                     vendor: 0xbad,
                 });
+            }
+            let scheduler = &self.workers[w].scheduler;
+            if let Err(cause) = &cqe.result
+                && cause.is_of_path()
+                && scheduler.lives_elsewhere(lane)
+            {
+                // It is no job's fault.
+                cqe.named = None;
             }
             let mut expect = None;
             if let (false, Some(data), Err(cause)) = (gone, &cqe.named, &cqe.result)

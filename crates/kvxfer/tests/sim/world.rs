@@ -40,6 +40,8 @@ pub(crate) enum Bug {
     TooManyCredits,
     /// The device writes something else than it was given.
     WrongBytes,
+    /// A lane is said to be settled while the peer has its half still.
+    SettlesTooSoon,
 }
 
 /// What a history came to.
@@ -52,6 +54,8 @@ pub(crate) struct Summary {
     pub(crate) quarantined: u64,
     pub(crate) forced: u64,
     pub(crate) replayed: u64,
+    /// Writes that landed after they had been flushed.
+    pub(crate) late: u64,
     pub(crate) stale: u64,
     pub(crate) echoes: u64,
     pub(crate) executed: u64,
@@ -127,6 +131,8 @@ pub(crate) struct World {
     pub(crate) acks: HashMap<(usize, DrainToken), usize>,
     pub(crate) peers: Vec<Peer>,
     pub(crate) nics: Vec<Nic>,
+    /// Rails to every peer.
+    pub(crate) rails: u16,
     pub(crate) seen: Vec<Seen>,
     pub(crate) index: HashMap<TransferId, usize>,
     pub(crate) next_vendor: u32,
@@ -172,6 +178,7 @@ impl World {
             cancel: rate(100),
             short_deadlines: rate(600),
         };
+        let rails = 1 + rng.below(2) as u16;
         let n_workers = 1 + rng.index(3);
         let n_owners = 1 + rng.index(n_workers.min(2));
         let cfg = SchedulerConfig {
@@ -215,6 +222,7 @@ impl World {
             acks: HashMap::new(),
             peers: Vec::new(),
             nics: Vec::new(),
+            rails,
             seen: Vec::new(),
             index: HashMap::new(),
             next_vendor: 0x100,
@@ -257,16 +265,24 @@ impl World {
             send_wr
         };
         let key = self.peers[peer].key;
-        let lane = self.workers[worker]
-            .scheduler
-            .add_lane(key, LaneLimits { send_wr: believed });
+        let rail = self.rng.below(self.rails.into()) as u16;
+        let lane = self.workers[worker].scheduler.add_lane(
+            key,
+            LaneLimits {
+                send_wr: believed,
+                rail,
+            },
+        );
         self.nics.push(Nic {
             worker,
             peer,
             lane,
             state: NicState::Works,
             named: false,
+            refused: false,
             destroyed: false,
+            waits: false,
+            late: Vec::new(),
             send_wr,
             queue: VecDeque::new(),
             posted: 0,
@@ -299,6 +315,7 @@ impl World {
                     for _ in 0..1 + self.rng.index(6) {
                         self.nic_serves(n)?;
                     }
+                    self.lands_late(n)?;
                 }
             }
             66..=80 => {
@@ -343,6 +360,9 @@ impl World {
             }
             while !self.nics[n].queue.is_empty() {
                 self.nic_serves(n)?;
+            }
+            while !self.nics[n].late.is_empty() {
+                self.lands_late(n)?;
             }
         }
         for w in 0..self.workers.len() {

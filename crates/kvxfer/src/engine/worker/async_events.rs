@@ -6,7 +6,7 @@ use tracing::error;
 
 use kvxfer_verbs::{Completion, WcStatus};
 
-use super::Worker;
+use super::{Worker, WorkerRail};
 use crate::error::chain;
 use crate::time::Time;
 use crate::transfer::{Cause, CompletionStatus, LaneId};
@@ -97,9 +97,16 @@ impl Worker {
         standing.needs_cq
     }
 
-    /// The first port of the rails that is down.
+    /// The first port that is down of those that lanes go by.
     pub(super) fn port_that_is_down(&self) -> Option<Cause> {
-        self.rails.iter().find_map(|rail| rail.port.cause())
+        let down = |(at, rail): (usize, &WorkerRail)| {
+            let cause = rail.port.cause()?;
+            self.lanes
+                .values()
+                .any(|lane| lane.rail == at)
+                .then_some(cause)
+        };
+        self.rails.iter().enumerate().find_map(down)
     }
 
     /// Takes a lane for failed if an event has said so. Its work is flushed, and moves or fails as
@@ -111,7 +118,7 @@ impl Worker {
         let Some(cause) = at.watched.fate() else {
             return;
         };
-        if at.watched.is_mute() {
+        if at.watched.is_mute() && !self.scheduler.lives_elsewhere(lane) {
             at.peer.fail(cause.clone());
         }
         if self.scheduler.lane_failure(lane).is_none() {
@@ -194,8 +201,8 @@ impl Worker {
         self.singles_done();
     }
 
-    /// The port, if it was down while a request was tried that has failed so. All of the peer's queue
-    /// pairs go the same way: its session ends, with this cause.
+    /// The port, if it was down while a request was tried that has failed so. If all of the peer's queue
+    /// pairs go the same way, its session ends, with this cause.
     pub(super) fn blame_port(&mut self, lane: LaneId, status: WcStatus) -> Option<Cause> {
         // A port that is down here makes some devices refuse the request themselves.
         if !matches!(status, WcStatus::RetryExc | WcStatus::LocQpOp) {
@@ -206,7 +213,9 @@ impl Worker {
         self.look_at_rail(rail);
         let (at, rail) = (self.lanes.get(&lane)?, self.rails.get(rail)?);
         let cause = rail.port.blame(self.clock.now(), at.tried)?;
-        at.peer.fail(cause.clone());
+        if !self.scheduler.lives_elsewhere(lane) {
+            at.peer.fail(cause.clone());
+        }
         self.scheduler.lane_failed(lane, cause.clone());
         Some(cause)
     }

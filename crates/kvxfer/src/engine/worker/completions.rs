@@ -6,7 +6,7 @@ use tracing::{debug, error, warn};
 
 use kvxfer_verbs::{Completion, WcStatus};
 
-use super::{Single, Worker};
+use super::{LaneQp, Single, Worker};
 use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::error::chain;
@@ -71,7 +71,7 @@ impl Worker {
 
     pub(super) fn singles_done(&mut self) {
         while let Some(single) = self.scheduler.poll_single() {
-            self.single_done(single.token, single.result);
+            self.single_done(single.lane, single.token, single.result);
         }
     }
 
@@ -85,20 +85,6 @@ impl Worker {
         // to tell.
         self.take_commands();
         self.lane_of.get(&qp).copied()
-    }
-
-    /// Sets the session with a peer up anew when its last lane here has failed: what is left to do
-    /// for it has nowhere to go.
-    pub(super) fn look_at_peer_of(&self, lane: LaneId) {
-        let Some(at) = self.lanes.get(&lane) else {
-            return;
-        };
-        let cause = |lane| self.scheduler.lane_failure(lane).cloned();
-        let causes: Option<Vec<Cause>> =
-            self.scheduler.peer_lanes(at.peer.key).map(cause).collect();
-        if let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) {
-            at.peer.fail(cause);
-        }
     }
 
     /// A device itself failed: every queue pair of this worker on it is lost with it.
@@ -120,8 +106,11 @@ impl Worker {
             operation: LocalOperation::Poll,
             errno,
         };
-        let peers: Vec<Arc<PeerSession>> = (self.lanes.values().filter(|lane| lane.rail == at))
-            .map(|lane| Arc::clone(&lane.peer))
+        let stranded = |(lane, of): &(&LaneId, &LaneQp)| {
+            of.rail == at && !self.scheduler.lives_elsewhere(**lane)
+        };
+        let peers: Vec<Arc<PeerSession>> = (self.lanes.iter().filter(stranded))
+            .map(|(_, of)| Arc::clone(&of.peer))
             .collect();
         for peer in peers {
             peer.fail(cause.clone());
@@ -134,6 +123,9 @@ impl Worker {
         let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
         let soft = rail.is_some_and(|rail| rail.events.is_soft());
         if soft && vendor == kvxfer_verbs::vendor::PEER_GONE {
+            if self.scheduler.lives_elsewhere(lane) {
+                return Cause::PeerReset;
+            }
             // The control connection knows better than the data path how the peer went.
             let known = self.lanes.get(&lane).and_then(|at| at.peer.ends_for());
             return known.unwrap_or(Cause::PeerDead);
@@ -145,7 +137,7 @@ impl Worker {
         Cause::Completion { status, vendor }
     }
 
-    fn single_done(&mut self, token: u64, result: Result<(), Cause>) {
+    fn single_done(&mut self, lane: LaneId, token: u64, result: Result<(), Cause>) {
         match self.singles.remove(&token) {
             Some(Single::Lease {
                 id,
@@ -164,7 +156,7 @@ impl Worker {
             }) => {
                 self.outbox.give(slot);
                 match result {
-                    Ok(()) => {}
+                    Ok(()) => self.told_on(lane, *message),
                     Err(cause) if peer.is_rdma() => {
                         debug!(%cause, "notice goes by another queue pair");
                         self.waiting_notices.push_back((peer, *message));

@@ -5,6 +5,7 @@ mod async_events;
 mod completions;
 mod outputs;
 mod posting;
+mod rails;
 mod wreck;
 
 use std::collections::{HashMap, VecDeque};
@@ -41,6 +42,7 @@ use crate::transfer::{
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::Message;
+use rails::Retired;
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -118,6 +120,14 @@ pub(crate) enum Command {
     Stop(JobId),
     /// What another worker has done of one of this one's jobs.
     Report(JobReport),
+    /// A rail does not lead to the peer any more, as another worker has seen: its lanes are to fail.
+    SetAside {
+        peer: Arc<PeerSession>,
+        pair: usize,
+        cause: Cause,
+    },
+    /// The peer has taken its half of a lane down.
+    LaneReset { peer: Arc<PeerSession>, number: u16 },
     /// The device has told something that matters: look what it is.
     AsyncEvents,
     /// End the thread.
@@ -211,6 +221,8 @@ struct LaneQp {
     watched: Arc<Watched>,
     /// How long a request of it has been tried when it fails.
     tried: Duration,
+    /// The last notices that have gone on it: the peer may have lost them with its half of the lane.
+    told: VecDeque<Message>,
     peer: Arc<PeerSession>,
 }
 
@@ -250,6 +262,10 @@ pub(crate) struct Worker {
     /// By their rail and the device's number for them.
     lane_of: HashMap<(usize, u32), LaneId>,
     dropping: Vec<(Arc<PeerSession>, Vec<LaneId>)>,
+    /// Lanes of peers with several rails that have failed, until their queue pairs are destroyed; and those
+    /// whose queue pairs are, until the session ends.
+    failing: Vec<LaneId>,
+    retired: Vec<Retired>,
     /// Peers whose sessions are over, until all outcomes of their transfers are told.
     lost: Vec<Arc<PeerSession>>,
     /// How many transfers of a peer have no outcome.
@@ -301,6 +317,8 @@ impl Worker {
             lanes: HashMap::new(),
             lane_of: HashMap::new(),
             dropping: Vec::new(),
+            failing: Vec::new(),
+            retired: Vec::new(),
             lost: Vec::new(),
             running: HashMap::new(),
             live: HashMap::new(),
@@ -335,6 +353,8 @@ impl Worker {
             busy |= self.post();
             busy |= self.poll();
             self.let_go();
+            self.leave_ports();
+            self.retire_lanes();
             self.finish_drops();
             self.transfers.on_time(self.clock.now());
             busy |= self.settle();
@@ -372,7 +392,11 @@ impl Worker {
                     watched,
                     tried,
                 } = *lane;
-                let lane = self.scheduler.add_lane(peer.key, LaneLimits { send_wr });
+                let limits = LaneLimits {
+                    send_wr,
+                    rail: u16::try_from(pair).unwrap_or(u16::MAX),
+                };
+                let lane = self.scheduler.add_lane(peer.key, limits);
                 self.lane_of.insert((rail, qp.qp_num()), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
                 let at = LaneQp {
@@ -383,6 +407,7 @@ impl Worker {
                     inbox,
                     watched,
                     tried: tried.unwrap_or(Duration::MAX),
+                    told: VecDeque::new(),
                     peer,
                 };
                 self.lanes.insert(lane, at);
@@ -450,6 +475,8 @@ impl Worker {
             Command::Start(job) => self.scheduler.start(job),
             Command::Stop(job) => self.scheduler.stop(job),
             Command::Report(report) => self.transfers.job_report(now, &report),
+            Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
+            Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]
@@ -518,6 +545,7 @@ impl Worker {
                 self.scheduler.remove_lane(lane);
             }
             let (peer, _) = self.dropping.swap_remove(at);
+            self.retired.retain(|retired| retired.peer != peer.key);
             self.peers.remove(&peer.key);
             peer.worker_drained();
         }
@@ -542,7 +570,10 @@ impl Worker {
         }
         let now = self.clock.now();
         let due = self.transfers.next_timeout().into_iter();
-        let due = due.chain(self.seen.next_timeout()).min();
+        let due = due
+            .chain(self.seen.next_timeout())
+            .chain(self.next_leaving());
+        let due = due.min();
         let mut timeout = due.map(|at| at.since(now));
         if !self.waiting_checks.is_empty() || !self.waiting_notices.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));

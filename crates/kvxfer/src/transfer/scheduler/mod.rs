@@ -33,6 +33,15 @@ use super::{Batch, Cause, Job, JobError, JobId, JobReport, LaneId, LaneLimits, P
 /// may still be carried out by the peer, unless the peer itself has refused what came before it. Such
 /// a write is not posted again: its job fails, and its report says that it is
 /// [in doubt](JobReport::in_doubt).
+///
+/// # Several rails
+///
+/// While a peer has a lane on another [rail](LaneLimits::rail) that works, a cause
+/// [of the path](Cause::is_of_path) fails no job: the request that it was told for goes to the other rail
+/// too. So does a WRITE in doubt. The lane then has a *doubt* of that job, of which the reports tell
+/// ([`JobReport::doubts`]), until [`lane_settled`](Self::lane_settled) says that the peer carries out
+/// nothing of the lane any more. Until then the job is not over: the bytes that may come late are the
+/// same as those that were posted again, and nobody else may have the blocks.
 #[derive(Debug)]
 pub struct Scheduler {
     cfg: SchedulerConfig,
@@ -113,6 +122,14 @@ impl Scheduler {
         let Some(gone) = self.lanes.get_mut(lane.0 as usize).and_then(Option::take) else {
             return;
         };
+        for s in gone.doubts {
+            // Nobody will say that they are over: they last as long as the peer's queue pairs.
+            if let Some(slot) = self.job_mut(s) {
+                slot.doubts -= 1;
+                slot.in_doubt = true;
+            }
+            self.settle(s);
+        }
         self.free_lanes.push(lane.0);
         self.peers[gone.peer as usize]
             .lanes
@@ -123,7 +140,7 @@ impl Scheduler {
     /// Says that a lane's queue pair is in the error state, when it was not a completion that told
     /// so. What is posted on it stays accounted until it is flushed. The first cause is kept.
     pub fn lane_failed(&mut self, lane: LaneId, cause: Cause) {
-        self.fail_lane(lane.0, cause, false);
+        self.fail_lane(lane.0, cause, false, false);
     }
 
     /// Says that the device holds nothing of a failed lane's work any more, whether or not each
@@ -132,6 +149,36 @@ impl Scheduler {
         if self.lane(lane.0).is_some_and(|l| l.failure.is_some()) {
             while self.retire_flushed(lane.0, None) {}
         }
+    }
+
+    /// Says that the peer has taken its half of a lane down, or cannot reach this side by it any more:
+    /// nothing that was posted on it will be carried out. Ignored for a lane that has not failed.
+    pub fn lane_settled(&mut self, lane: LaneId) {
+        let Some(l) = self.lanes.get_mut(lane.0 as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        let Some(failure) = &mut l.failure else {
+            return;
+        };
+        failure.in_doubt = false;
+        for s in std::mem::take(&mut l.doubts) {
+            if let Some(slot) = self.job_mut(s) {
+                slot.doubts -= 1;
+            }
+            self.settle(s);
+        }
+    }
+
+    /// Whether the peer of a lane has a lane on another rail that works.
+    #[must_use]
+    pub fn lives_elsewhere(&self, lane: LaneId) -> bool {
+        self.lane(lane.0).is_some_and(|l| {
+            let mut lanes = self.peers[l.peer as usize].lanes.iter();
+            lanes.any(|other| {
+                self.lane(*other)
+                    .is_some_and(|other| other.rail != l.rail && other.failure.is_none())
+            })
+        })
     }
 
     /// Whether a lane has failed and nothing of it is posted any more: it may be removed, or its
@@ -185,6 +232,8 @@ impl Scheduler {
             stopped: false,
             error_told: false,
             in_doubt: false,
+            doubts: 0,
+            doubts_told: 0,
             quiescent: false,
             job,
         };
@@ -233,6 +282,10 @@ impl Scheduler {
                 slot.job.error().cloned()
             };
             slot.error_told |= error.is_some();
+            // No job has so many lanes.
+            let doubts = i32::try_from(slot.doubts).unwrap_or(i32::MAX)
+                - i32::try_from(slot.doubts_told).unwrap_or(i32::MAX);
+            slot.doubts_told = slot.doubts;
             let report = JobReport {
                 job: slot.job.id,
                 transfer: slot.job.transfer,
@@ -241,6 +294,7 @@ impl Scheduler {
                 bytes_done: std::mem::take(&mut slot.bytes_done),
                 error,
                 in_doubt: slot.in_doubt,
+                doubts,
                 quiescent: slot.quiescent,
             };
             if report.quiescent {
@@ -251,7 +305,8 @@ impl Scheduler {
                     self.drop_peer_if_unused(slot.peer);
                 }
             }
-            if report.quiescent || report.ops_done > 0 || report.error.is_some() {
+            let news = report.ops_done > 0 || report.error.is_some() || report.doubts != 0;
+            if report.quiescent || news {
                 return Some(report);
             }
         }
@@ -450,7 +505,7 @@ impl Scheduler {
         if taken > 0 && untaken > 0 {
             // Not named: batches posted before may still complete well, and what was not taken is not
             // the failure of whoever is flushed.
-            self.fail_lane(lane.0, Cause::LaneFailed, false);
+            self.fail_lane(lane.0, Cause::LaneFailed, false, false);
             return PostFailure::ResetLane;
         }
         self.make_ready(p);
@@ -458,6 +513,20 @@ impl Scheduler {
     }
 
     // ---- inside ------------------------------------------------------------------------------
+
+    /// Writes of a job were lost with a lane and are posted again on another rail.
+    fn doubt(&mut self, lane: u32, s: u32) {
+        let Some(l) = self.lanes.get_mut(lane as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        if l.doubts.contains(&s) {
+            return;
+        }
+        l.doubts.push(s);
+        if let Some(slot) = self.job_mut(s) {
+            slot.doubts += 1;
+        }
+    }
 
     fn lane(&self, lane: u32) -> Option<&Lane> {
         self.lanes.get(lane as usize)?.as_ref()
@@ -478,7 +547,8 @@ impl Scheduler {
         self.make_ready(p);
     }
 
-    fn fail_lane(&mut self, lane: u32, cause: Cause, named: bool) {
+    /// `moved`: the request that was named goes elsewhere.
+    fn fail_lane(&mut self, lane: u32, cause: Cause, named: bool, moved: bool) {
         let Some(l) = self.lanes.get_mut(lane as usize).and_then(Option::as_mut) else {
             return;
         };
@@ -493,6 +563,7 @@ impl Scheduler {
                     cause,
                     named,
                     in_doubt,
+                    moved,
                 });
                 self.peers[l.peer as usize].live -= 1;
             }
@@ -532,10 +603,13 @@ impl Scheduler {
         };
         let over = slot.over();
         let failed = !slot.error_told && slot.job.error().is_some();
-        if slot.posted == 0 && (over || (slot.replay.is_empty() && slot.job.exhausted())) {
+        let idle = over || (slot.replay.is_empty() && slot.job.exhausted());
+        if slot.posted == 0 && slot.doubts == 0 && idle {
             slot.quiescent = true;
         }
-        if !slot.dirty && (slot.quiescent || failed || (slot.posted == 0 && slot.ops_done > 0)) {
+        let done = slot.posted == 0 && slot.ops_done > 0;
+        let doubts = slot.doubts != slot.doubts_told;
+        if !slot.dirty && (slot.quiescent || failed || done || doubts) {
             slot.dirty = true;
             self.dirty.push_back(s);
         }

@@ -34,7 +34,7 @@ impl Scheduler {
             }
             Err(cause) if named || cause.is_flush() => {
                 self.stats.echoes += 1;
-                self.fail_lane(lane.0, Cause::LaneFailed, false);
+                self.fail_lane(lane.0, Cause::LaneFailed, false, false);
                 for _ in 0..at {
                     self.retire_flushed(lane.0, None);
                 }
@@ -45,8 +45,14 @@ impl Scheduler {
                 for _ in 0..at {
                     self.retire_confirmed(lane.0);
                 }
-                self.fail_lane(lane.0, cause.clone(), true);
-                self.retire_named(lane, idx, cause);
+                let moves = cause.is_of_path() && self.lives_elsewhere(lane);
+                self.fail_lane(lane.0, cause.clone(), true, moves);
+                if moves {
+                    self.retire_done(lane.0, idx);
+                    self.retire_flushed(lane.0, Some(idx + 1));
+                } else {
+                    self.retire_named(lane, idx, cause);
+                }
             }
         }
     }
@@ -89,6 +95,34 @@ impl Scheduler {
                     result: Ok(()),
                 });
             }
+        }
+    }
+
+    /// Takes the first `n` of the oldest batch of a lane as completed well.
+    fn retire_done(&mut self, lane: u32, n: u32) {
+        let Some(l) = self.lanes[lane as usize].as_mut() else {
+            return;
+        };
+        let Some(front) = l.posted.front_mut() else {
+            return;
+        };
+        let (batch, n) = (*front, n.min(front.n));
+        let ended = n.saturating_sub(batch.accounted);
+        let Use::Job {
+            slot: s, first_op, ..
+        } = batch.what
+        else {
+            return;
+        };
+        front.accounted = n.max(batch.accounted);
+        l.credits += ended;
+        self.cq_credits += ended;
+        self.stats.confirmed += u64::from(ended);
+        let done = first_op + u64::from(batch.accounted)..first_op + u64::from(n);
+        if let Some(slot) = self.job_mut(s) {
+            slot.posted -= ended;
+            slot.ops_done += u64::from(ended);
+            slot.bytes_done += bytes_of(&slot.job, done);
         }
     }
 
@@ -168,10 +202,11 @@ impl Scheduler {
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
-            Some(f) if !f.named || f.cause.is_of_lane() => f.cause.clone(),
+            Some(f) if !f.named || f.moved || f.cause.is_of_lane() => f.cause.clone(),
             _ => Cause::LaneFailed,
         };
         self.cq_credits += ended;
+        let elsewhere = self.lives_elsewhere(LaneId(lane));
         match batch.what {
             Use::Job {
                 slot: s,
@@ -187,16 +222,24 @@ impl Scheduler {
                 };
                 slot.posted -= ended;
                 let in_doubt = in_doubt && slot.job.dir == Direction::Write && !lost.is_empty();
-                slot.in_doubt |= in_doubt;
-                if !slot.over() && !lost.is_empty() {
+                // On another rail they can be posted again: the job waits for the peer's word.
+                slot.in_doubt |= in_doubt && !elsewhere;
+                let over = slot.over();
+                if in_doubt && elsewhere {
+                    self.doubt(lane, s);
+                }
+                let Some(slot) = self.jobs[s as usize].as_mut() else {
+                    return true;
+                };
+                if !over && !lost.is_empty() {
                     // A lane that this side reset, or that could not send, says nothing against the
                     // work on it.
                     let tries = match lane_cause {
-                        Cause::LaneReset | Cause::PortDown { .. } => tries,
+                        Cause::LaneReset | Cause::PeerReset | Cause::PortDown { .. } => tries,
                         _ => tries + 1,
                     };
                     // Posted again, the first one could come after what is done with the block later.
-                    if in_doubt || tries > MAX_TRIES {
+                    if in_doubt && !elsewhere || tries > MAX_TRIES {
                         slot.job.fail(JobError {
                             op: lost.start,
                             cause: lane_cause,

@@ -24,8 +24,12 @@ pub(super) struct JobSlot {
     pub(super) dirty: bool,
     pub(super) stopped: bool,
     pub(super) error_told: bool,
-    /// Writes of it were lost, and the peer may carry them out yet.
+    /// Writes of it were lost, and the peer may carry them out yet, for as long as its queue pairs stand.
     pub(super) in_doubt: bool,
+    /// Lanes with which writes of it were lost that the peer may carry out until it has taken its half
+    /// of those lanes down; and of how many the owner knows.
+    pub(super) doubts: u32,
+    pub(super) doubts_told: u32,
     pub(super) quiescent: bool,
 }
 

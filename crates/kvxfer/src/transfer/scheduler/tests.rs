@@ -20,7 +20,15 @@ fn scheduler(batch: BatchSize, lanes: &[u32]) -> (Scheduler, Vec<LaneId>) {
         batch,
         ..SchedulerConfig::default()
     });
-    let add = |send_wr: &u32| s.add_lane(PEER, LaneLimits { send_wr: *send_wr });
+    let add = |send_wr: &u32| {
+        s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: *send_wr,
+                rail: 0,
+            },
+        )
+    };
     let lanes = lanes.iter().map(add).collect();
     (s, lanes)
 }
@@ -73,7 +81,13 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         peer_bytes: 2000,
         ..SchedulerConfig::default()
     });
-    let lane = s.add_lane(PEER, LaneLimits { send_wr: 1000 });
+    let lane = s.add_lane(
+        PEER,
+        LaneLimits {
+            send_wr: 1000,
+            rail: 0,
+        },
+    );
     s.start(job(1, 100, 300));
     assert_eq!(next(&mut s, lane).len(), 3);
     assert_eq!(next(&mut s, lane).len(), 3);
@@ -81,7 +95,13 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
     assert_eq!(next(&mut s, lane).len(), 0, "at the peer's cap");
     s.remove_lane(lane);
     s.stop(JobId(1));
-    let lane = s.add_lane(PEER, LaneLimits { send_wr: 1000 });
+    let lane = s.add_lane(
+        PEER,
+        LaneLimits {
+            send_wr: 1000,
+            rail: 0,
+        },
+    );
     s.start(job(2, 2, 5000));
     assert_eq!(
         next(&mut s, lane).len(),
@@ -98,8 +118,20 @@ fn the_completion_queue_bounds_what_is_posted() {
         cq_entries: 6,
         ..SchedulerConfig::default()
     });
-    let a = s.add_lane(PEER, LaneLimits { send_wr: 100 });
-    let b = s.add_lane(PEER, LaneLimits { send_wr: 100 });
+    let a = s.add_lane(
+        PEER,
+        LaneLimits {
+            send_wr: 100,
+            rail: 0,
+        },
+    );
+    let b = s.add_lane(
+        PEER,
+        LaneLimits {
+            send_wr: 100,
+            rail: 0,
+        },
+    );
     s.start(job(1, 100, 1));
     let first = next(&mut s, a);
     assert_eq!(
@@ -148,7 +180,13 @@ fn foreign_and_stale_completions_are_counted_and_ignored() {
     assert_eq!((s.stats().stale, s.lane_credits(lanes[0])), (6, 97));
     // The lane's successor has its number, and none of its ids.
     s.remove_lane(lanes[0]);
-    let again = s.add_lane(PEER, LaneLimits { send_wr: 100 });
+    let again = s.add_lane(
+        PEER,
+        LaneLimits {
+            send_wr: 100,
+            rail: 0,
+        },
+    );
     assert_eq!(again, lanes[0]);
     assert_eq!(
         next(&mut s, again).len(),
@@ -243,7 +281,13 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
         lives += 1;
         s.lane_failed(lane, Cause::PeerUnreachable);
         s.remove_lane(lane);
-        lane = s.add_lane(PEER, LaneLimits { send_wr: 100 });
+        lane = s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 100,
+                rail: 0,
+            },
+        );
     }
     assert_eq!(lives, 4);
     let error = s.poll_report().expect("it has failed").error;
@@ -260,7 +304,13 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
     for _ in 0..20 {
         assert_eq!(next(&mut s, lane).len(), 2);
         s.remove_lane(lane);
-        lane = s.add_lane(PEER, LaneLimits { send_wr: 100 });
+        lane = s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 100,
+                rail: 0,
+            },
+        );
     }
     assert_eq!(s.poll_report(), None);
 }
@@ -362,7 +412,13 @@ fn jobs_take_turns() {
 fn peers_take_turns() {
     let (mut s, _) = scheduler(BatchSize::Fixed(8), &[4096]);
     let other = PeerKey(2);
-    let second = s.add_lane(other, LaneLimits { send_wr: 4096 });
+    let second = s.add_lane(
+        other,
+        LaneLimits {
+            send_wr: 4096,
+            rail: 0,
+        },
+    );
     s.start(job(1, 80, 1));
     let theirs = Job::new(
         JobId(2),
@@ -390,8 +446,20 @@ fn a_victim_of_others_is_not_given_their_cause() {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
     s.start(job(99, 1, 1));
     for guilty in 0..4 {
-        let spare = s.add_lane(PEER, LaneLimits { send_wr: 16 });
-        let lane = s.add_lane(PEER, LaneLimits { send_wr: 16 });
+        let spare = s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 16,
+                rail: 0,
+            },
+        );
+        let lane = s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 16,
+                rail: 0,
+            },
+        );
         assert_eq!(next(&mut s, spare).len(), 1, "the victim");
         s.start(job(guilty, 1, 1));
         let named = next(&mut s, lane);
@@ -437,4 +505,137 @@ fn what_an_event_took_down_has_its_cause() {
         }
         assert!(s.lane_drained(lanes[0]));
     }
+}
+
+/// A lane on each of two rails.
+fn two_rails() -> (Scheduler, LaneId, LaneId) {
+    let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
+    let mut add = |rail| s.add_lane(PEER, LaneLimits { send_wr: 100, rail });
+    let (a, b) = (add(0), add(1));
+    (s, a, b)
+}
+
+#[test]
+fn what_a_rail_cannot_move_goes_by_another() {
+    let late = status(CompletionStatus::RetryExceeded, 0);
+    let (mut s, a, b) = two_rails();
+    assert!(s.lives_elsewhere(a) && s.lives_elsewhere(b));
+    s.start(job(1, 4, 10));
+    let ids = next(&mut s, a);
+    // The third is named; the first two are done, the last is flushed.
+    s.complete(a, ids[2], Err(late.clone()));
+    s.complete(a, ids[3], Err(status(CompletionStatus::Flush, 0)));
+    // Some devices name more than one.
+    s.complete(a, ids[3], Err(late.clone()));
+    assert_eq!(s.lane_failure(a), Some(&late));
+    assert!(s.lane_drained(a) && !s.lives_elsewhere(b));
+    let again = next(&mut s, b);
+    assert_eq!(again.len(), 2);
+    s.complete(b, again[1], Ok(()));
+    let report = s.poll_report().expect("done");
+    let (done, bytes) = (report.ops_done, report.bytes_done);
+    assert_eq!(
+        (done, bytes, report.error, report.quiescent),
+        (4, 40, None, true)
+    );
+    assert_eq!(
+        (report.doubts, report.in_doubt),
+        (0, false),
+        "reads are not"
+    );
+    // The last rail's failure is the job's.
+    s.start(job(2, 4, 10));
+    let ids = next(&mut s, b);
+    s.complete(b, ids[0], Err(late.clone()));
+    let report = s.poll_report().expect("failed");
+    let error = JobError { op: 0, cause: late };
+    assert_eq!(report.error, Some(error));
+}
+
+#[test]
+fn a_request_that_the_peer_refuses_goes_nowhere_else() {
+    let refused = status(CompletionStatus::RemoteAccess, 0);
+    let (mut s, a, b) = two_rails();
+    s.start(job_to(Direction::Write, 1, 4, 10));
+    let ids = next(&mut s, a);
+    s.complete(a, ids[0], Err(refused.clone()));
+    let error = s.poll_report().and_then(|report| report.error);
+    assert_eq!(
+        error,
+        Some(JobError {
+            op: 0,
+            cause: refused
+        })
+    );
+    assert!(next(&mut s, b).is_empty());
+}
+
+#[test]
+fn writes_that_moved_are_in_doubt_until_the_peer_has_taken_the_lane_down() {
+    let late = status(CompletionStatus::RetryExceeded, 0);
+    for settled_first in [false, true] {
+        let (mut s, a, b) = two_rails();
+        s.start(job_to(Direction::Write, 1, 4, 10));
+        let ids = next(&mut s, a);
+        s.complete(a, ids[0], Err(late.clone()));
+        for id in &ids[1..] {
+            s.complete(a, *id, Err(status(CompletionStatus::Flush, 0)));
+        }
+        let report = s.poll_report().expect("a doubt");
+        assert_eq!((report.doubts, report.in_doubt), (1, false));
+        assert!(!report.quiescent && report.error.is_none());
+        let again = next(&mut s, b);
+        assert_eq!(again.len(), 4);
+        if settled_first {
+            s.lane_settled(a);
+        }
+        s.complete(b, again[3], Ok(()));
+        let report = s.poll_report().expect("confirmed");
+        assert_eq!((report.ops_done, report.quiescent), (4, settled_first));
+        if !settled_first {
+            s.lane_settled(a);
+            let report = s.poll_report().expect("settled");
+            assert_eq!((report.doubts, report.quiescent), (-1, true));
+        } else {
+            assert_eq!(report.doubts, -1);
+        }
+        assert_eq!(s.poll_report(), None);
+    }
+}
+
+#[test]
+fn a_doubt_outlives_a_lane_that_nobody_has_settled() {
+    let (mut s, a, b) = two_rails();
+    s.start(job_to(Direction::Write, 1, 4, 10));
+    next(&mut s, a);
+    s.lane_failed(a, Cause::DeviceFatal);
+    s.lane_flushed(a);
+    let again = next(&mut s, b);
+    s.complete(b, again[3], Ok(()));
+    let report = s.poll_report().expect("confirmed");
+    assert_eq!(
+        (report.ops_done, report.doubts, report.quiescent),
+        (4, 1, false)
+    );
+    s.remove_lane(a);
+    let report = s.poll_report().expect("over here");
+    assert!(report.in_doubt && report.quiescent);
+}
+
+#[test]
+fn a_stopped_job_waits_for_its_doubts() {
+    let (mut s, a, b) = two_rails();
+    s.start(job_to(Direction::Write, 1, 4, 10));
+    next(&mut s, a);
+    s.stop(JobId(1));
+    s.lane_failed(a, Cause::DeviceFatal);
+    s.lane_flushed(a);
+    let report = s.poll_report().expect("a doubt");
+    assert_eq!((report.doubts, report.quiescent), (1, false));
+    assert!(next(&mut s, b).is_empty());
+    s.lane_settled(a);
+    assert!(
+        s.poll_report()
+            .is_some_and(|r| r.quiescent && r.doubts == -1)
+    );
 }

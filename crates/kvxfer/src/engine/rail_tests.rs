@@ -1,0 +1,249 @@
+//! Engines that stand on several devices, and lose some. The devices are software devices; one is taken for
+//! failed when it is said to be, and goes on moving what it has: only what is done about it keeps its
+//! late writes from blocks that are somebody else's.
+
+use std::time::{Duration, Instant};
+
+use kvxfer_verbs::{SoftConfig, open_soft};
+
+use super::panic_tests::{LONG, wait_for};
+use crate::Error;
+use crate::bench::{BenchMemory, BenchShape, BenchSide};
+use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
+use crate::config::{Config, KvRole, PathKind, PathSet};
+use crate::engine::{Engine, Instance, PullOptions};
+use crate::event::Event;
+use crate::ids::RequestId;
+use crate::layout::{KvFormat, Topology};
+use crate::transfer::Cause;
+use crate::transport::{Opened, SkippedRail};
+
+const BLOCKS: u32 = 128;
+const QPS: u32 = 2;
+const PATHS: [PathKind; 2] = [PathKind::Arena, PathKind::Tcp];
+
+struct Node {
+    engine: Engine,
+    side: BenchSide,
+}
+
+fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
+    let format = KvFormat::opaque(256 << 10, 2).expect("a format");
+    let shape = BenchShape {
+        topology: Topology::single(&format),
+        format,
+        num_blocks: vec![BLOCKS],
+        memory: BenchMemory::Arena,
+    };
+    let side = BenchSide::new(&shape).expect("memory");
+    let config = Config {
+        kv_role: role,
+        path: PathSet::only(path),
+        num_worker_threads: 2,
+        qp_per_transfer: QPS,
+        ..Config::default()
+    };
+    let open = |_| open_soft(SoftConfig::default()).expect("a device");
+    let opened = Opened {
+        contexts: (0..rails).map(open).collect(),
+        skipped: Vec::new(),
+    };
+    let (format, placement) = (side.format().clone(), side.placement().clone());
+    let engine = Engine::over(opened, config, format, placement);
+    Node {
+        engine: engine.expect("an engine"),
+        side,
+    }
+}
+
+/// What a producer has at a word, in a round.
+fn word(round: u64, at: u64) -> u64 {
+    (at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round
+}
+
+impl Node {
+    fn fill(&self, value: impl Fn(u64) -> u64) {
+        for memory in self.side.memory() {
+            memory.fill_words(0, memory.len(), &value).expect("inside");
+        }
+    }
+
+    fn holds(&self, value: impl Fn(u64) -> u64) {
+        for memory in self.side.memory() {
+            memory
+                .verify_words(0, memory.len(), &value)
+                .expect("as it should be");
+        }
+    }
+
+    /// Waits until something has arrived.
+    fn await_some(&self, round: u64) {
+        let memory = &self.side.memory()[0];
+        let end = Instant::now() + LONG;
+        let step = memory.len() / 64;
+        let there = |at: u64| (memory.verify_words(at * step, 8, |i| word(round, i))).is_ok();
+        while !(0..64).any(there) {
+            assert!(Instant::now() < end, "blocks arrive");
+            std::thread::yield_now();
+        }
+    }
+
+    fn device_fails(&self, rail: usize) {
+        let runtime = &self.engine.inner().runtime;
+        runtime.rails()[rail].events.give_up(runtime.workers());
+    }
+}
+
+fn groups() -> Vec<GroupBlocks> {
+    vec![GroupBlocks {
+        group: 0,
+        blocks: (0..BLOCKS).collect(),
+    }]
+}
+
+fn pairs() -> Vec<GroupPairs> {
+    vec![GroupPairs {
+        group: 0,
+        pairs: (0..BLOCKS).map(|b| BlockPair { src: b, dst: b }).collect(),
+    }]
+}
+
+fn joined(path: PathKind, producers: usize, consumers: usize) -> (Node, Node, Instance) {
+    let producer = node(KvRole::Producer, path, producers);
+    let consumer = node(KvRole::Consumer, path, consumers);
+    let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+    let instance = consumer.engine.connect(&address.to_string(), LONG);
+    (producer, consumer, instance.expect("a session"))
+}
+
+/// A pull of everything; `meanwhile` happens when some has arrived.
+fn pull(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl FnOnce()) {
+    from.fill(|at| word(round, at));
+    to.fill(|_| !0);
+    let request = RequestId::from(format!("pull {round}").as_str());
+    let ticket = from.engine.offer(&request, &groups(), 1, LONG);
+    let ticket = ticket.expect("an offer");
+    let transfer = way.pull(&ticket, &pairs(), PullOptions::default());
+    let transfer = transfer.expect("a pull");
+    to.await_some(round);
+    meanwhile();
+    let outcome = transfer.wait(LONG).expect("an outcome");
+    assert_eq!(outcome.failure(), None, "round {round}");
+    to.holds(|at| word(round, at));
+}
+
+/// A push of everything, in both directions of time: what was there before is other bytes.
+fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl FnOnce()) {
+    from.fill(|at| word(round, at));
+    to.fill(|_| !0);
+    let request = RequestId::from(format!("push {round}").as_str());
+    let expected = to.engine.expect(&request, &groups(), 1, LONG);
+    expected.expect("an expectation");
+    let name = to.engine.inner();
+    let name = crate::event::PeerName {
+        engine: name.id.clone(),
+        rank: name.rank(),
+    };
+    let _ = way;
+    let peer = from.engine.peer_of(&name).expect("a session");
+    let push = peer.begin_push(&request);
+    let push = push.expect("a push");
+    push.layer(0, &pairs()).expect("a layer");
+    push.layer(1, &pairs()).expect("a layer");
+    let transfer = push.commit().expect("all of it");
+    to.await_some(round);
+    meanwhile();
+    let outcome = transfer.wait(LONG).expect("an outcome");
+    assert_eq!(outcome.failure(), None, "round {round}");
+    let mut seen = Vec::new();
+    wait_for(
+        &to.engine,
+        &mut seen,
+        |event| matches!(event, Event::Received { request: of, .. } if *of == request),
+    );
+    to.holds(|at| word(round, at));
+    // Whoever has the blocks now is not written over.
+    to.fill(|_| round);
+    std::thread::sleep(Duration::from_millis(20));
+    to.holds(|_| round);
+}
+
+/// The one device that the way does without. The peer tells of its own a moment later.
+fn one_skipped(way: &Instance) -> Vec<SkippedRail> {
+    let end = Instant::now() + LONG;
+    loop {
+        let skipped = way.path().expect("the session stands").skipped;
+        if skipped.len() == 1 {
+            return skipped;
+        }
+        assert!(skipped.is_empty() && Instant::now() < end, "{skipped:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn work_goes_over_all_rails_that_both_have() {
+    for path in PATHS {
+        let (producer, consumer, way) = joined(path, 3, 2);
+        assert_eq!(way.lanes().expect("up"), (2 * QPS as usize, 2));
+        assert!(way.path().expect("up").skipped.is_empty());
+        let nodes = (&producer, &consumer, &way);
+        for round in 0..3 {
+            pull(round, nodes, || {});
+            push(round, nodes, || {});
+        }
+    }
+}
+
+#[test]
+fn a_device_that_fails_under_a_pull_is_set_aside() {
+    for path in PATHS {
+        for (rail, of_producer) in [(0, false), (1, false), (0, true)] {
+            let (producer, consumer, way) = joined(path, 2, 2);
+            let nodes = (&producer, &consumer, &way);
+            let dying = if of_producer { &producer } else { &consumer };
+            pull(0, nodes, || dying.device_fails(rail));
+            pull(1, nodes, || {});
+            push(2, nodes, || {});
+            let skipped = one_skipped(&way);
+            let (own, peers) = ("device failed", "taken down by the peer: device failed");
+            let reason = if of_producer { peers } else { own };
+            assert_eq!(skipped[0].reason, reason, "{path}");
+            // A session that comes later does without it.
+            assert_eq!(dying.engine.inner().runtime.rails_that_work().len(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_device_that_fails_under_a_push_is_set_aside_and_nothing_lands_late() {
+    for path in PATHS {
+        for (rail, of_producer) in [(0, true), (1, true), (0, false)] {
+            let (producer, consumer, way) = joined(path, 2, 2);
+            let nodes = (&producer, &consumer, &way);
+            let dying = if of_producer { &producer } else { &consumer };
+            push(0, nodes, || dying.device_fails(rail));
+            push(1, nodes, || {});
+            pull(2, nodes, || {});
+            one_skipped(&way);
+        }
+    }
+}
+
+#[test]
+fn the_last_device_ends_the_engine() {
+    let (producer, consumer, way) = joined(PathKind::Arena, 2, 2);
+    let nodes = (&producer, &consumer, &way);
+    pull(0, nodes, || consumer.device_fails(0));
+    consumer.device_fails(1);
+    let mut seen = Vec::new();
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!("that event");
+    };
+    assert_eq!(cause, Cause::DeviceFatal);
+    let refused = consumer.engine.connect("127.0.0.1:1", LONG);
+    assert!(matches!(refused, Err(Error::DeviceFailed)), "{refused:?}");
+}

@@ -1,0 +1,238 @@
+//! Rails that fail under a session that has others: their lanes are taken down, both sides tell each
+//! other so, and the work goes on over the rest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{debug, warn};
+
+use super::{LaneQp, Worker};
+use crate::engine::books::pack_cause;
+use crate::engine::notices::RECEIVES;
+use crate::engine::peer_session::PeerSession;
+use crate::time::Time;
+use crate::transfer::{Cause, LaneId, PeerKey};
+use crate::wire::{Message, QpReset};
+
+/// How long a port may be down before its work goes on over other rails: its device tries again for longer,
+/// and one that gets nothing out may never say that it has given up.
+const PORT_GRACE: Duration = Duration::from_secs(1);
+
+/// A lane whose queue pair is destroyed while its session stands.
+#[derive(Debug)]
+pub(super) struct Retired {
+    pub(super) peer: PeerKey,
+    number: u16,
+    lane: LaneId,
+    told: Vec<Message>,
+}
+
+impl Worker {
+    /// Looks at a lane that has failed. A rail that does not lead to the peer any more is set aside; the
+    /// session is set up anew when the last lane here has failed: what is left to do has nowhere to go.
+    pub(super) fn look_at_peer_of(&mut self, lane: LaneId) {
+        let Some(at) = self.lanes.get(&lane) else {
+            return;
+        };
+        let (peer, pair) = (Arc::clone(&at.peer), at.pair);
+        let Some(cause) = self.scheduler.lane_failure(lane).cloned() else {
+            return;
+        };
+        if peer.rails.len() > 1 && !self.failing.contains(&lane) {
+            self.failing.push(lane);
+        }
+        // Of what it takes down the peer says itself why.
+        if cause.is_of_path()
+            && cause != Cause::PeerReset
+            && self.scheduler.lives_elsewhere(lane)
+            && peer.set_aside(pair, &cause)
+        {
+            peer.on_other_workers(self.index, |peer| super::Command::SetAside {
+                peer,
+                pair,
+                cause: cause.clone(),
+            });
+            self.set_aside(&peer, pair, &cause);
+        }
+        let failure = |lane| self.scheduler.lane_failure(lane).cloned();
+        let causes: Option<Vec<Cause>> = self.scheduler.peer_lanes(peer.key).map(failure).collect();
+        if let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) {
+            peer.fail(cause);
+        }
+    }
+
+    /// Lanes that wait for a port that is down, and that could go by another rail; with the time when they
+    /// are not to wait any longer.
+    fn waiting_for_ports(&self) -> impl Iterator<Item = (LaneId, Time)> + '_ {
+        let due = |rail: usize| {
+            let since = self.rails.get(rail)?.port.down_since()?;
+            Some(since.saturating_add(PORT_GRACE))
+        };
+        let live = |lane: &LaneId| {
+            let failed = self.scheduler.lane_failure(*lane).is_some();
+            !failed && self.scheduler.lives_elsewhere(*lane)
+        };
+        (self.lanes.iter())
+            .filter_map(move |(lane, at)| Some((*lane, due(at.rail)?)))
+            .filter(move |(lane, _)| live(lane))
+    }
+
+    fn a_port_is_down(&self) -> bool {
+        // One rail alone has nowhere to go.
+        self.rails.len() > 1 && (self.rails.iter()).any(|rail| rail.port.down_since().is_some())
+    }
+
+    /// When lanes are to be taken from a port that is down.
+    pub(super) fn next_leaving(&self) -> Option<Time> {
+        if !self.a_port_is_down() {
+            return None;
+        }
+        self.waiting_for_ports().map(|(_, due)| due).min()
+    }
+
+    /// Takes lanes down whose port has been down for too long.
+    pub(super) fn leave_ports(&mut self) {
+        if !self.a_port_is_down() {
+            return;
+        }
+        let now = self.clock.now();
+        let due = |(lane, due): (LaneId, Time)| (due <= now).then_some(lane);
+        let mut lanes: Vec<LaneId> = self.waiting_for_ports().filter_map(due).collect();
+        lanes.sort_unstable();
+        for lane in lanes {
+            let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
+            // Of two whose ports are down, one is kept.
+            if let Some(cause) = rail.and_then(|rail| rail.port.cause())
+                && self.scheduler.lives_elsewhere(lane)
+            {
+                self.take_down(lane, &cause);
+            }
+        }
+    }
+
+    /// Lets all lanes of a pair of rails fail.
+    pub(super) fn set_aside(&mut self, peer: &Arc<PeerSession>, pair: usize, cause: &Cause) {
+        let of_pair = |at: &LaneQp| at.peer.key == peer.key && at.pair == pair;
+        let mut lanes: Vec<LaneId> = (self.lanes.iter())
+            .filter(|(_, at)| of_pair(at))
+            .map(|(lane, _)| *lane)
+            .collect();
+        lanes.sort_unstable();
+        for lane in lanes {
+            self.take_down(lane, cause);
+        }
+    }
+
+    /// Lets a lane fail, unless it has.
+    fn take_down(&mut self, lane: LaneId, cause: &Cause) {
+        if self.scheduler.lane_failure(lane).is_some() {
+            return;
+        }
+        if let Some(at) = self.lanes.get(&lane) {
+            at.qp.to_error();
+        }
+        self.scheduler.lane_failed(lane, cause.clone());
+        self.look_at_peer_of(lane);
+    }
+
+    /// Destroys the queue pairs of failed lanes of which nothing is posted any more, and tells the peer:
+    /// what it has sent on them lands here no more.
+    pub(super) fn retire_lanes(&mut self) {
+        if self.failing.is_empty() {
+            return;
+        }
+        for lane in std::mem::take(&mut self.failing) {
+            if !self.is_over(lane) {
+                self.failing.push(lane);
+                continue;
+            }
+            // Its session may have ended meanwhile.
+            let Some(gone) = self.lanes.remove(&lane) else {
+                continue;
+            };
+            self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
+            let LaneQp {
+                number,
+                peer,
+                told,
+                qp,
+                inbox,
+                ..
+            } = gone;
+            drop(qp);
+            drop(inbox);
+            self.seen.forget(lane);
+            // What a device that is mute has never completed.
+            self.scheduler.lane_flushed(lane);
+            self.singles_done();
+            let cause = self.scheduler.lane_failure(lane).cloned();
+            let cause = cause.unwrap_or(Cause::LaneReset);
+            debug!(peer = %peer.name.engine, number, %cause, "queue pair taken down");
+            self.retired.push(Retired {
+                peer: peer.key,
+                number,
+                lane,
+                told: told.into(),
+            });
+            let reset = QpReset {
+                lanes: vec![number],
+                cause: pack_cause(&cause),
+            };
+            peer.link.send(reset.into());
+        }
+        // A port that nothing waits for holds nothing up.
+        self.transfers.held_up(self.port_that_is_down());
+    }
+
+    /// The peer has taken its half of a lane down: nothing that was sent on it lands there any more. What
+    /// it had been told on it, it may never have seen.
+    pub(super) fn lane_reset(&mut self, peer: &Arc<PeerSession>, number: u16) {
+        let of_peer = |at: &LaneQp| at.peer.key == peer.key && at.number == number;
+        let standing = (self.lanes.iter())
+            .find(|(_, at)| of_peer(at))
+            .map(|(lane, _)| *lane);
+        let retired = |r: &Retired| r.peer == peer.key && r.number == number;
+        let lane = match standing {
+            Some(lane) => {
+                self.take_down(lane, &Cause::PeerReset);
+                let told = self
+                    .lanes
+                    .get_mut(&lane)
+                    .map(|at| std::mem::take(&mut at.told));
+                self.tell_again(peer, told.into_iter().flatten().collect());
+                lane
+            }
+            None => {
+                let Some(retired) = self.retired.iter_mut().find(|r| retired(r)) else {
+                    return;
+                };
+                let (lane, told) = (retired.lane, std::mem::take(&mut retired.told));
+                self.tell_again(peer, told);
+                lane
+            }
+        };
+        self.scheduler.lane_settled(lane);
+    }
+
+    fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<Message>) {
+        if !told.is_empty() {
+            warn!(peer = %peer.name.engine, notices = told.len(), "told again on other queue pairs");
+        }
+        let again = told.into_iter().map(|message| (Arc::clone(peer), message));
+        self.waiting_notices.extend(again);
+    }
+
+    /// A notice has gone on a lane. The peer posts a receive again when it has taken what was in it, so no
+    /// more than it has receives can be lost.
+    pub(super) fn told_on(&mut self, lane: LaneId, message: Message) {
+        let Some(at) = self.lanes.get_mut(&lane) else {
+            return;
+        };
+        if at.peer.rails.len() > 1 {
+            if at.told.len() >= RECEIVES as usize {
+                at.told.pop_front();
+            }
+            at.told.push_back(message);
+        }
+    }
+}
