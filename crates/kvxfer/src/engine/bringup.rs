@@ -70,6 +70,13 @@ struct Joining {
     responder: Option<TcpStream>,
 }
 
+/// A pair of rails, its queue pairs here, and the peer's.
+type Taken = (Pair, Vec<Made>, Vec<QpEndpoint>);
+
+/// The pairs of rails that a client's queue pairs are taken for, with the peer's ends of each, and the
+/// devices of this side that are left out.
+type JoinedRails = (Vec<(Pair, Vec<QpEndpoint>)>, Vec<SkippedRail>);
+
 /// What is known of the peer before it is one.
 #[derive(Debug)]
 struct Known {
@@ -496,12 +503,11 @@ impl Bringup {
     /// The pairs of rails that a client's queue pairs are taken for, with the peer's ends of each, and
     /// those of this side that are left out. The step ends the session of a client that tells of rails that
     /// nobody has.
-    #[expect(clippy::type_complexity, reason = "one call")]
     fn join_rails(
         &self,
         engine: &Inner,
         remote: Vec<Ends>,
-    ) -> Result<Result<(Vec<(Pair, Vec<QpEndpoint>)>, Vec<SkippedRail>), Step>, Error> {
+    ) -> Result<Result<JoinedRails, Step>, Error> {
         let theirs = self.known.as_ref().map_or(1, |known| known.rails.len());
         let (mut joined, mut skipped) = (Vec::new(), Vec::new());
         for Ends {
@@ -661,10 +667,7 @@ impl Bringup {
 
     /// The offered queue pairs that an answer takes, with the peer's ends; the error says what is wrong
     /// with it. Those of rails that it leaves out are gone.
-    fn taken_by(
-        &mut self,
-        answer: &QpAnswer,
-    ) -> Result<Vec<(Pair, Vec<Made>, Vec<QpEndpoint>)>, String> {
+    fn taken_by(&mut self, answer: &QpAnswer) -> Result<Vec<Taken>, String> {
         let mut offered = std::mem::take(&mut self.offered);
         let mut joined = Vec::new();
         for Ends { own, theirs, ends } in pairing::unpack(&answer.endpoints)? {

@@ -8,6 +8,7 @@ mod support;
 mod bytes;
 mod cable;
 mod lives;
+mod rails;
 mod settings;
 
 use std::process::Command;
