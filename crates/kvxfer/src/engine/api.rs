@@ -76,7 +76,8 @@ impl Drop for Owner {
 ///
 /// When the device says that it has failed as a whole, all transfers fail with
 /// [`Cause::DeviceFatal`] and all sessions end. The engine takes no new work then
-/// ([`Error::DeviceFailed`]), for as long as it lives: drop it and make another.
+/// ([`Error::DeviceFailed`]), for as long as it lives: drop it and make another. An engine that stands on
+/// several devices goes on over the others, until the last one fails.
 #[derive(Debug, Clone)]
 pub struct Engine {
     owner: Arc<Owner>,

@@ -214,6 +214,9 @@ impl Bringup {
     }
 
     fn describe(&self, engine: &Inner) -> Result<Describe, Error> {
+        if self.rails.is_empty() {
+            return Err(Error::DeviceFailed);
+        }
         Ok(Describe {
             wanted: self.wanted.clone(),
             ..engine.describe(&self.rails)?
