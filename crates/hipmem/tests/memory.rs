@@ -157,6 +157,52 @@ fn a_slice_knows_its_place_in_the_file() -> Outcome {
     Ok(())
 }
 
+/// Memory of a device, of which nothing can be read.
+#[derive(Debug)]
+struct Far;
+
+// SAFETY: it has no bytes that this process could reach, and says so.
+unsafe impl kvxfer_verbs::Memory for Far {
+    fn addr(&self) -> u64 {
+        4096
+    }
+
+    fn len(&self) -> u64 {
+        4096
+    }
+
+    fn kind(&self) -> kvxfer_verbs::MemoryKind {
+        let gpu = "0000:1b:00.0".parse().expect("an address");
+        kvxfer_verbs::MemoryKind::Device { gpu }
+    }
+
+    fn fd(&self) -> Option<kvxfer_verbs::FdSpan<'_>> {
+        None
+    }
+}
+
+#[test]
+fn any_host_memory_can_be_read_within_its_bounds() -> Outcome {
+    let arena = small(64)?;
+    arena.memory().write(60, &[1, 2, 3, 4])?;
+    let memory = arena.memory().as_memory();
+    let mut bytes = [0; 4];
+    kvxfer_hipmem::read(&*memory, 60, &mut bytes)?;
+    assert_eq!(bytes, [1, 2, 3, 4]);
+    kvxfer_hipmem::read(&*memory, 64, &mut [])?;
+    for offset in [61, 64, u64::MAX - 3, u64::MAX] {
+        let outside = kvxfer_hipmem::read(&*memory, offset, &mut bytes);
+        assert!(
+            matches!(outside, Err(Error::OutOfBounds { size: 64, .. })),
+            "{offset}"
+        );
+    }
+    let far = kvxfer_hipmem::read(&Far, 0, &mut bytes);
+    assert!(matches!(far, Err(Error::NotHost { .. })), "{far:?}");
+    assert_eq!(bytes, [1, 2, 3, 4]);
+    Ok(())
+}
+
 #[test]
 fn words_are_aligned_and_in_bounds() -> Outcome {
     let memory = small(4096)?.memory().clone();

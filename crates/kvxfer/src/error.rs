@@ -107,15 +107,17 @@ pub enum Error {
     /// Checksums cannot be worked out.
     #[error(transparent)]
     Sums(#[from] crate::sums::SumError),
-    /// More checksums than one request may have.
+    /// More than the checksums of one request may be.
     #[error(
-        "request {request} would take {sums} checksums, {max} are the most; pull or push it in parts, or without verify"
+        "request {request} has {count} {what} to be verified, {max} are the most; pull or push it in parts, or without verify"
     )]
     TooManySums {
         /// The request.
         request: RequestId,
+        /// Checksums, or what they are of.
+        what: &'static str,
         /// How many.
-        sums: u64,
+        count: u64,
         /// The most.
         max: u64,
     },

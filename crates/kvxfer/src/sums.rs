@@ -35,9 +35,11 @@ const CHUNK: usize = 64 << 10;
 pub enum SumError {
     /// The elements lie so scattered that reading them makes no sense.
     #[error(
-        "{tensor}: its blocks are in more than {MAX_PIECES} pieces, too many to work checksums out"
+        "{tensor}: the {side}'s blocks are in more than {MAX_PIECES} pieces, too many to work checksums out"
     )]
     TooFine {
+        /// Whose blocks.
+        side: SideName,
         /// The tensor.
         tensor: String,
     },
@@ -100,7 +102,8 @@ impl Walk {
             while done < piece.len {
                 let len = usize::try_from(piece.len - done).map_or(CHUNK, |left| left.min(CHUNK));
                 buffer.resize(len, 0);
-                read(base + piece.offset + done, buffer)?;
+                let at = base.saturating_add(piece.offset).saturating_add(done);
+                read(at, buffer)?;
                 sum.update(buffer);
                 done += len as u64;
             }
@@ -150,11 +153,16 @@ impl SummedTensor {
         }
     }
 
+    /// How many units a block is, on this side.
+    #[must_use]
+    pub fn per_block(&self) -> u32 {
+        u32::try_from(self.walks.len()).unwrap_or(u32::MAX).max(1)
+    }
+
     /// The block that a unit is of.
     #[must_use]
     pub fn block_of(&self, unit: u32) -> u32 {
-        let per_block = u32::try_from(self.walks.len()).unwrap_or(u32::MAX);
-        unit / per_block.max(1)
+        unit / self.per_block()
     }
 
     /// Bytes of a unit that are in its sum.
@@ -211,6 +219,7 @@ impl Summed {
             let walks = walks
                 .of(element, kinds, per_block)
                 .ok_or_else(|| SumError::TooFine {
+                    side: which,
                     tensor: side.format.tensor_label(pair.group, pair.layer, tensor),
                 })?;
             group.push(SummedTensor {
@@ -277,7 +286,7 @@ impl Walks {
                     _ => offsets.as_slice(),
                 })
                 .collect();
-            let walk = Walk::new(element, &of_unit, MAX_PIECES - self.pieces)?;
+            let walk = Walk::new(element, &of_unit, MAX_PIECES.saturating_sub(self.pieces))?;
             self.pieces += walk.pieces.len();
             walks.push(walk);
         }

@@ -191,6 +191,43 @@ fn fewer_consumer_ranks_than_producer_ranks() {
     pushes(cut(6, 1, 16), cut(2, 1, 16), 3);
 }
 
+/// Where the parts of two ranks are put elsewhere than they say, the whole fails.
+#[test]
+fn a_part_that_went_astray() {
+    let (one, two) = (cut(2, 1, 16), cut(1, 1, 16));
+    let producers = Cluster::new("prefill", KvRole::Producer, one, ROOM / 16);
+    let consumers = Cluster::with("decode", KvRole::Consumer, two, ROOM / 16, |config| {
+        config.faults = Some("seed=5,stray=0.3".parse().expect("a plan"));
+    });
+    let (src, dst) = (table(16, 5), table(16, 7));
+    producers.fill(SEED, &src);
+    let pair = Pair {
+        producers,
+        consumers,
+        src,
+        dst,
+    };
+    let tickets = pair.offers("r");
+    let mut log = Log::new(&pair.consumers.nodes[0].engine);
+    let options = PullOptions {
+        verify: Some(true),
+        ..PullOptions::default()
+    };
+    let pull = pair
+        .connect(0)
+        .pull_ranks(&tickets, &pair.dst, None, options);
+    let outcome = pull.expect("a pull").wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("a failure");
+    assert!(
+        matches!(failure.first_cause, Cause::Corrupt(_)),
+        "{}",
+        failure.first_cause
+    );
+    assert!(!failure.invalid_blocks.is_empty());
+    log.wait("the outcome", |e| matches!(e, Event::Failed { .. }));
+    log.assert_told_once();
+}
+
 #[test]
 fn heads_that_several_ranks_keep() {
     pulls(cut(12, 1, 16), cut(3, 1, 16), None);

@@ -7,11 +7,12 @@ use std::collections::BTreeSet;
 
 use kvxfer::blocks::{GroupBlocks, GroupPairs};
 use kvxfer::config::{Config, KvRole, PathKind};
-use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions};
+use kvxfer::engine::{Instance, Outcome, Peer, PullOptions, PushOptions};
 use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::RequestId;
+use kvxfer::layout::KvFormat;
 use kvxfer::transfer::{Cause, Class, Corrupt};
-use support::{LONG, Log, Node, groups, pairs, recipe};
+use support::{LONG, Log, Node, groups, pairs, recipe, until};
 
 const BLOCKS: u32 = 64;
 const BLOCK_BYTES: u64 = 4096;
@@ -37,6 +38,15 @@ fn meet(producer: &Node, consumer: &Node) -> Instance {
     let address = producer.engine.listen("127.0.0.1:0").expect("a free port");
     let address = address.to_string();
     consumer.engine.connect(&address, LONG).expect("a session")
+}
+
+/// The consumer, as the producer pushes to it.
+fn peer_of(producer: &Node, consumer: &Node) -> Peer {
+    let name = consumer.name();
+    until("the session is up", || {
+        producer.engine.peer_of(&name).is_some()
+    });
+    producer.engine.peer_of(&name).expect("up")
 }
 
 /// Every other block of the second half of the request first, so that little is merged.
@@ -144,13 +154,7 @@ fn pushes_that_are_right_are_received() {
             );
             let mut log = Log::new(&consumer.engine);
             let instance = meet(&producer, &consumer);
-            let name = consumer.name();
-            let to = loop {
-                if let Some(peer) = producer.engine.peer_of(&name) {
-                    break peer;
-                }
-                std::thread::yield_now();
-            };
+            let to = peer_of(&producer, &consumer);
             let table = table();
             let request = RequestId::from("w");
             let expected = groups(table.iter().map(|pair| pair.1));
@@ -261,13 +265,7 @@ fn a_push_that_went_astray_is_found_out_by_the_consumer() {
         let consumer = node(KvRole::Consumer, path, |_| {});
         let mut log = Log::new(&consumer.engine);
         let instance = meet(&producer, &consumer);
-        let name = consumer.name();
-        let to = loop {
-            if let Some(peer) = producer.engine.peer_of(&name) {
-                break peer;
-            }
-            std::thread::yield_now();
-        };
+        let to = peer_of(&producer, &consumer);
         let table = table();
         let request = RequestId::from("w");
         let expected = groups(table.iter().map(|pair| pair.1));
@@ -301,7 +299,47 @@ fn a_push_that_went_astray_is_found_out_by_the_consumer() {
     }
 }
 
-/// What is pulled of a request that is not on offer any more is not compared with anything.
+/// More sums than one message holds.
+#[test]
+fn sums_in_several_messages() {
+    const LAYERS: u32 = 64;
+    const MANY: u32 = 2100;
+    let many = |role| {
+        let mut recipe = recipe(role, PathKind::Arena, 64, MANY);
+        recipe.format = KvFormat::opaque(64, LAYERS).expect("a format");
+        recipe.node()
+    };
+    let (producer, consumer) = (many(KvRole::Producer), many(KvRole::Consumer));
+    consumer.side.poison().expect("poisoned");
+    producer.fill_blocks(0..MANY, WORD);
+    producer.fill_blocks([7].into_iter(), WORD + 7);
+    let instance = meet(&producer, &consumer);
+    let request = RequestId::from("r");
+    let ticket = producer.engine.offer(&request, &groups(0..MANY), 1, LONG);
+    let wanted = pairs((0..MANY).map(|b| (b, MANY - 1 - b)));
+    let pull = instance.pull(&ticket.expect("room"), &wanted, verified());
+    assert_eq!(pull.expect("a pull").wait(LONG), Some(Outcome::Done));
+    consumer.assert_blocks([MANY - 8].into_iter(), WORD + 7);
+    consumer.assert_blocks(0..MANY - 8, WORD);
+
+    let mut log = Log::new(&consumer.engine);
+    let to = peer_of(&producer, &consumer);
+    let expected = consumer.engine.expect(&request, &groups(0..MANY), 1, LONG);
+    expected.expect("room");
+    let options = PushOptions {
+        verify: Some(true),
+        ..PushOptions::default()
+    };
+    let push = to.begin_push_with(&request, options).expect("a push");
+    push.all_layers(&pairs((0..MANY).map(|b| (b, b))))
+        .expect("fits");
+    let push = push.commit().expect("committed");
+    assert_eq!(push.wait(LONG), Some(Outcome::Done));
+    log.wait("the blocks", |e| matches!(e, Event::Received { .. }));
+    consumer.assert_blocks([7].into_iter(), WORD + 7);
+}
+
+/// As without checksums.
 #[test]
 fn a_pull_under_an_offer_that_has_ended_says_so() {
     let producer = node(KvRole::Producer, PathKind::Arena, |_| {});

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use super::health::Health;
 use super::peer_session::PeerSession;
@@ -42,7 +42,7 @@ pub(crate) struct Ledgers {
     /// The tickets of expectations that stand, for producers that ask.
     pub(crate) tickets: HashMap<RequestId, Ticket>,
     /// Checksums of what is being pushed here.
-    sums: ArrivedSums,
+    pub(crate) sums: ArrivedSums,
     /// What producers asked for before.
     wanted: HashMap<PeerKey, HashSet<RequestId>>,
     stopping: bool,
@@ -233,6 +233,7 @@ impl Ledgers {
                     tag,
                 } => {
                     self.tickets.remove(&request);
+                    self.sums.forget(&request, nonce);
                     engine.events.push(Event::Received {
                         request,
                         nonce,
@@ -248,6 +249,7 @@ impl Ledgers {
                     memory,
                 } => {
                     self.tickets.remove(&request);
+                    self.sums.forget(&request, nonce);
                     engine.events.push(Event::Failed {
                         request,
                         nonce,
@@ -337,12 +339,15 @@ impl Ledgers {
     pub(crate) fn push_closed(
         &mut self,
         now: Time,
+        engine: &Inner,
         peer: PeerKey,
-        request: &RequestId,
-        nonce: Nonce,
+        (request, nonce): (&RequestId, Nonce),
     ) -> Result<(), PushRefusal> {
         if nonce != NO_TICKET {
-            self.sums.forget(peer, request, nonce);
+            if self.sums.forget_sender(peer, request, nonce) {
+                // It has said that it was done, and now that it tells no more.
+                self.push_checked(now, engine, peer, (request, nonce), Err(Cause::Aborted));
+            }
             return self.expects.push_closed(now, request, nonce, peer);
         }
         // The push was given up before the ticket reached it. If it still waits for one, nobody
@@ -384,16 +389,14 @@ impl Ledgers {
     pub(crate) fn forget_peer(&mut self, now: Time, engine: &Inner, peer: PeerKey, cause: &Cause) {
         self.wanted.remove(&peer);
         for (request, nonce) in self.sums.forget_peer(peer) {
-            let verdict = Err(cause.clone());
-            let gap = |covers: &[&Cover]| engine.gap(covers);
-            // One that has ended needs no verdict.
-            let _ = (self.expects).push_checked(now, &request, nonce, peer, verdict, gap);
+            self.push_checked(now, engine, peer, (&request, nonce), Err(cause.clone()));
         }
     }
 
     /// A sender tells checksums of what it has written. The error says why it cannot be trusted.
     pub(crate) fn push_sums(
         &mut self,
+        now: Time,
         engine: &Arc<Inner>,
         peer: &Arc<PeerSession>,
         sums: PushSums,
@@ -404,7 +407,7 @@ impl Ledgers {
             return Ok(());
         }
         let next = self.sums.add(peer.key, sums);
-        self.compare(engine, peer, of, next)
+        self.compare(now, engine, peer, of, next)
     }
 
     /// A sender has written everything, and has told so many checksums, or will.
@@ -419,7 +422,7 @@ impl Ledgers {
         match self.expects.push_written(now, request, nonce, peer.key) {
             Ok(true) => {
                 let next = self.sums.done(peer.key, request, nonce, sums);
-                self.compare(engine, peer, (request.clone(), nonce), next)
+                self.compare(now, engine, peer, (request.clone(), nonce), next)
             }
             Ok(false) => {
                 debug!(%request, "push done twice");
@@ -429,44 +432,62 @@ impl Ledgers {
             Err(refusal @ PushRefusal::NotASender) => Err(format!("push done: {refusal}")),
             Err(refusal) => {
                 debug!(%request, %refusal, "push not counted");
-                self.sums.forget(peer.key, request, nonce);
+                self.sums.forget_sender(peer.key, request, nonce);
                 Ok(())
             }
         }
     }
 
+    /// What a sender has written was compared with its checksums, or cannot be.
+    pub(crate) fn push_checked(
+        &mut self,
+        now: Time,
+        engine: &Inner,
+        peer: PeerKey,
+        (request, nonce): (&RequestId, Nonce),
+        verdict: Result<(), Cause>,
+    ) {
+        let wrong = verdict.as_ref().err().cloned();
+        let gap = |covers: &[&Cover]| engine.gap(covers);
+        let counted = (self.expects).push_checked(now, request, nonce, peer, verdict, gap);
+        match (counted, wrong) {
+            // One that has ended needs no verdict.
+            (Err(refusal), _) => debug!(%request, %refusal, "compared push not counted"),
+            (Ok(_), Some(cause)) => warn!(%request, %cause, "push"),
+            (Ok(_), None) => {}
+        }
+    }
+
     fn compare(
         &mut self,
+        now: Time,
         engine: &Arc<Inner>,
         peer: &Arc<PeerSession>,
         (request, nonce): (RequestId, Nonce),
         next: Next,
     ) -> Result<(), String> {
-        let lists = match next {
-            Next::Wait => return Ok(()),
-            Next::Compare(lists) => lists,
+        let of = (&request, nonce);
+        match next {
+            Next::Wait => {}
             Next::NoRoom => {
                 let reason = Refusal::Busy;
-                let verdict = Err(Cause::Refused { reason });
-                let gap = |covers: &[&Cover]| engine.gap(covers);
-                let now = engine.now();
-                let _ = (self.expects).push_checked(now, &request, nonce, peer.key, verdict, gap);
-                return Ok(());
+                self.push_checked(now, engine, peer.key, of, Err(Cause::Refused { reason }));
             }
             Next::Lie => {
                 let reason = ErrorCode::Lie;
-                let verdict = Err(Cause::CutOff { reason });
-                let gap = |covers: &[&Cover]| engine.gap(covers);
-                let now = engine.now();
-                let _ = (self.expects).push_checked(now, &request, nonce, peer.key, verdict, gap);
+                self.push_checked(now, engine, peer.key, of, Err(Cause::CutOff { reason }));
                 return Err("more checksums than were to come".to_owned());
             }
-        };
-        let Some(groups) = self.expects.groups(&request, nonce) else {
-            return Ok(());
-        };
-        let groups = groups.to_vec();
-        engine.check_push(peer, (request, nonce), groups, lists);
+            Next::Compare(lists, weight) => {
+                let groups = self.expects.groups(&request, nonce).unwrap_or(&[]).to_vec();
+                let told = (lists, weight);
+                if !engine.check_push(peer, (request.clone(), nonce), groups, told) {
+                    self.sums.compared(peer.key, weight);
+                    let verdict = Err(Cause::ShuttingDown);
+                    self.push_checked(now, engine, peer.key, of, verdict);
+                }
+            }
+        }
         Ok(())
     }
 

@@ -16,9 +16,7 @@ use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
 use super::pairing::{self, Ends, KnownRail, Pair, left_out, pair_up, rdma_link};
-use super::peer_session::{
-    Aside, LanePlace, PeerRail, PeerSession, Plans, Standing, SummedParts,
-};
+use super::peer_session::{Aside, LanePlace, PeerRail, PeerSession, Plans, Standing, SummedParts};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,9 @@ use crate::wire::{ErrorCode, GoodbyeReason, Message, StreamOpening};
 /// How long the last words of a session may take to leave.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const READ_CHUNK: usize = 64 * 1024;
+/// From so many bytes, or orders, on a link is behind. A message of checksums is a mebibyte at most.
+const BEHIND: usize = 4 << 20;
+const BEHIND_ORDERS: usize = 16;
 /// A queue pair often fails because the peer has died, and the end of the connection says so a moment
 /// later. What came first is the death then. Until it is known nothing is said or heeded: that a push
 /// has closed, for one, is not true before its queue pairs are down.
@@ -58,6 +61,8 @@ pub(crate) struct Link {
     orders: Mutex<VecDeque<Order>>,
     wake: Wake,
     over: AtomicBool,
+    /// Bytes that wait for the socket.
+    unsent: AtomicUsize,
 }
 
 impl Link {
@@ -66,6 +71,7 @@ impl Link {
             orders: Mutex::default(),
             wake: Wake::new()?,
             over: AtomicBool::new(false),
+            unsent: AtomicUsize::new(0),
         })
     }
 
@@ -84,6 +90,11 @@ impl Link {
     /// Sends a message, unless the session is over.
     pub(crate) fn send(&self, message: Message) {
         self.order(Order::Send(Box::new(message)));
+    }
+
+    /// Whether so much waits to be sent that what is not urgent should wait.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.unsent.load(Ordering::Relaxed) > BEHIND || self.orders().len() > BEHIND_ORDERS
     }
 
     /// Hands over a data stream that the peer has dialled.
@@ -235,6 +246,8 @@ impl Driver {
                 }
             }
             self.write();
+            let unsent = self.session.queued();
+            self.link.unsent.store(unsent, Ordering::Relaxed);
             if let Some(how) = closed.take() {
                 // The peer may not read any more: its last words get a moment, no more.
                 let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);

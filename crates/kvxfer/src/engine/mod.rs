@@ -482,10 +482,13 @@ impl Inner {
                     });
                 }
                 let counted = self.books.with(self, |books, now| {
+                    if books.sums.has(peer.key, &request, nonce) {
+                        return Err("push done without checksums that were told".to_owned());
+                    }
                     let gap = |covers: &[&Cover]| self.gap(covers);
-                    (books.expects).push_done(now, &request, nonce, peer.key, gap)
+                    Ok((books.expects).push_done(now, &request, nonce, peer.key, gap))
                 });
-                match counted {
+                match counted? {
                     Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => {}
                     Ok(PushProgress::Repeated) => debug!(%request, "push done twice"),
                     // It has had no ticket for what it says it has done.
@@ -496,14 +499,15 @@ impl Inner {
                 }
             }
             Message::PushSums(sums) => {
-                return (self.books).with(self, |books, _| books.push_sums(self, peer, sums));
+                return (self.books)
+                    .with(self, |books, now| books.push_sums(now, self, peer, sums));
             }
-            Message::SumsWanted(wanted) => self.runtime.verifier.answer(self, peer, wanted),
-            Message::Sums(sums) => return self.runtime.verifier.answered(peer, &sums),
+            Message::SumsWanted(wanted) => self.runtime.verifier.asked(self, peer, wanted),
+            Message::Sums(sums) => return self.runtime.verifier.answered(self, peer, sums),
             Message::PushAborted(PushAborted { request, nonce, .. })
             | Message::PushClosed(PushClosed { request, nonce, .. }) => {
                 let closed = self.books.with(self, |books, now| {
-                    books.push_closed(now, peer.key, &request, nonce)
+                    books.push_closed(now, self, peer.key, (&request, nonce))
                 });
                 if let Err(refusal) = closed {
                     debug!(%request, %refusal, "closed push is not known");
@@ -537,21 +541,18 @@ impl Inner {
         Some(Cause::MissingPart { part })
     }
 
-    /// What a sender has pushed was compared with its checksums.
+    /// What a sender has pushed was compared with its checksums, which took so much of its room.
     pub(crate) fn push_checked(
         self: &Arc<Self>,
-        peer: PeerKey,
-        request: &RequestId,
-        nonce: Nonce,
+        peer: &PeerSession,
+        (request, nonce): (&RequestId, Nonce),
+        weight: u64,
         verdict: Result<(), Cause>,
     ) {
-        let counted = self.books.with(self, |books, now| {
-            let gap = |covers: &[&Cover]| self.gap(covers);
-            (books.expects).push_checked(now, request, nonce, peer, verdict, gap)
+        self.books.with(self, |books, now| {
+            books.sums.compared(peer.key, weight);
+            books.push_checked(now, self, peer.key, (request, nonce), verdict);
         });
-        if let Err(refusal) = counted {
-            debug!(%request, %refusal, "compared push not counted");
-        }
     }
 
     /// What the other side of a transfer is told of its end.

@@ -417,7 +417,7 @@ impl PlannedPull {
         let verify = match summed {
             None => None,
             Some((part, summed)) => {
-                at_most(&ticket.request, &plan, &summed)?;
+                sums_of(&ticket.request, &plan, &summed, 0)?;
                 Some(Verification::new(part, vec![Arc::clone(&plan)]))
             }
         };
@@ -527,23 +527,36 @@ pub(crate) fn verified(
     Ok(Some((part, summed)))
 }
 
-/// Checks that a plan's checksums are not too many.
-fn at_most(request: &RequestId, plan: &Plan, summed: &Summed) -> Result<(), Error> {
-    let (mut units, mut sums) = (0, 0);
+/// How many checksums a plan has, if those are not too many with the ones that there are.
+///
+/// # Errors
+///
+/// [`Error::TooManySums`].
+pub(crate) fn sums_of(
+    request: &RequestId,
+    plan: &Plan,
+    summed: &Summed,
+    before: u64,
+) -> Result<u64, Error> {
+    let (mut units, mut sums) = (0, before);
     for (group, pairs) in plan.units() {
         let tensors = summed.tensors(group, plan.scope()).len() as u64;
         units += pairs.len() as u64;
         sums += tensors.saturating_mul(pairs.len() as u64);
     }
-    // What one question may name, in sums of one tensor.
-    if sums <= MOST_SUMS && units <= limits::UNITS as u64 {
-        return Ok(());
+    let too_many = |what, count, max| {
+        Err(Error::TooManySums {
+            request: request.clone(),
+            what,
+            count,
+            max,
+        })
+    };
+    match limits::UNITS as u64 {
+        _ if sums > MOST_SUMS => too_many("checksums", sums, MOST_SUMS),
+        most if units > most => too_many("blocks (or parts of blocks)", units, most),
+        _ => Ok(sums - before),
     }
-    Err(Error::TooManySums {
-        request: request.clone(),
-        sums,
-        max: MOST_SUMS,
-    })
 }
 
 /// The destinations of the pairs.

@@ -30,8 +30,8 @@ const CHUNKS_PER_LANE: u64 = 4;
 const MIN_CHUNK: u64 = 256 << 10;
 const MAX_CHUNK: u64 = 8 << 20;
 
-/// Units whose sums a peer may ask for at a time.
-const MOST_ASKED: u64 = 1 << 22;
+/// What a peer may ask for at a time: units, and something for each question.
+const MOST_ASKED: u64 = 1 << 24;
 
 #[derive(Debug, Default)]
 struct Fate {
@@ -250,7 +250,7 @@ impl Standing {
 pub(crate) struct SummedParts {
     /// By which side this one is, and by part.
     parts: [OnceLock<Result<Arc<Summed>, SumError>>; 4],
-    /// Units of questions that wait for an answer.
+    /// The weight of questions that wait for an answer.
     asked: AtomicU64,
 }
 
@@ -259,7 +259,7 @@ impl PeerSession {
     ///
     /// # Errors
     ///
-    /// As [`Summed::compile`].
+    /// As [`Summed::compile`], for either side.
     pub(crate) fn summed(
         &self,
         engine: &Inner,
@@ -276,25 +276,28 @@ impl PeerSession {
             Part::Common => at,
             Part::Share => at + 1,
         };
-        let compile = || Summed::compile(&producer, &consumer, own, part).map(Arc::new);
+        let compile = || {
+            // The other side works its own out; that it cannot is better known before anything moves.
+            Summed::compile(&producer, &consumer, own.other(), part)?;
+            Summed::compile(&producer, &consumer, own, part).map(Arc::new)
+        };
         match self.summing.parts.get(at) {
             Some(place) => place.get_or_init(compile).clone(),
             None => compile(),
         }
     }
 
-    /// The peer asks for sums of so many units; whether that is not too much at a time.
-    pub(crate) fn asks(&self, units: u64) -> bool {
-        let more = |asked: u64| Some(asked + units + 1).filter(|asked| *asked <= MOST_ASKED);
-        let asked = &self.summing.asked;
-        asked
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+    /// The peer asks for sums; whether the question's weight is not too much at a time.
+    pub(crate) fn reserve_sums(&self, weight: u64) -> bool {
+        let more = |open: u64| Some(open.saturating_add(weight)).filter(|open| *open <= MOST_ASKED);
+        let open = &self.summing.asked;
+        open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
             .is_ok()
     }
 
-    /// A question of so many units is done with.
-    pub(crate) fn asked(&self, units: u64) {
-        self.summing.asked.fetch_sub(units + 1, Ordering::Relaxed);
+    /// A question is done with.
+    pub(crate) fn return_sums(&self, weight: u64) {
+        self.summing.asked.fetch_sub(weight, Ordering::Relaxed);
     }
 
     /// Whether the way to it goes over RDMA devices.

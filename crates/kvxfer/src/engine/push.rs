@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
-use super::peer::{in_ticket, transfer, verified};
+use super::peer::{in_ticket, sums_of, transfer, verified};
 use super::peer_session::{PeerSession, in_order};
 use super::verify::Verification;
 use super::worker::{Command, Live};
@@ -23,8 +24,9 @@ use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::claims::{Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{Compiled, LayerScope, Plan, SideName};
+use crate::plan::{Compiled, LayerScope, Part, Plan, SideName};
 use crate::recent::Recent;
+use crate::sums::Summed;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, Kind, PeerKey, Refusal, Spec, TransferId};
 use crate::wire::{PushClosed, PushStart};
@@ -84,6 +86,10 @@ pub(crate) struct Pushing {
     asked_for: Option<Nonce>,
     /// What of the blocks it writes.
     plans: Compiled,
+    /// What is summed of them, if checksums are told.
+    summed: Option<Arc<Summed>>,
+    /// How many checksums there are. Changed under the stage.
+    sums: AtomicU64,
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
     written: Mutex<Written>,
@@ -276,14 +282,12 @@ impl Pushing {
         peer: Arc<PeerSession>,
         request: &RequestId,
         (nonce, options): (Option<Nonce>, &PushOptions),
-        plans: Compiled,
+        (plans, summed): (Compiled, Option<(Part, Arc<Summed>)>),
         told: Told,
     ) -> Result<Arc<Self>, Error> {
         let id = TransferId(engine.runtime.next_id());
         let owner = peer.owner(id);
-        let part = peer.push_plans(engine)?.alone_part();
-        let summed = verified(engine, &peer, (SideName::Producer, part), options.verify)?;
-        let verify = summed.map(|(part, _)| Verification::new(part, Vec::new()));
+        let verify = (summed.as_ref()).map(|(part, _)| Verification::new(*part, Vec::new()));
         let spec = Spec {
             id,
             peer: peer.key,
@@ -303,6 +307,8 @@ impl Pushing {
             peer: Arc::clone(&peer),
             asked_for: nonce,
             plans,
+            summed: summed.map(|(_, summed)| summed),
+            sums: AtomicU64::new(0),
             stage: Mutex::new(stage),
             sources: Mutex::default(),
             written: Mutex::default(),
@@ -466,13 +472,15 @@ impl Pushing {
                     self.plan_in_order(ticket, *scope, src, tokens.as_ref())
                 }
             };
-            match plan {
+            match plan.and_then(|plan| self.count_sums(&plan).map(|()| plan)) {
                 Ok(plan) => self.add(plan, begun),
                 Err(error) => {
                     debug!(request = %self.request, %error, "push does not fit its ticket");
-                    let cause = Cause::Refused {
-                        reason: Refusal::OutOfRange,
+                    let reason = match error {
+                        Error::TooManySums { .. } => Refusal::Sums,
+                        _ => Refusal::OutOfRange,
                     };
+                    let cause = Cause::Refused { reason };
                     self.send(Command::Fail { id: self.id, cause });
                     *stage = Stage::Ended { opened: true };
                     return;
@@ -518,6 +526,17 @@ impl Pushing {
     fn compile(&self, scope: LayerScope, pairs: &[GroupPairs]) -> Result<Plan, Error> {
         let limits = self.peer.limits(&self.plans, pairs);
         Ok(self.plans.plan(pairs, scope, limits)?)
+    }
+
+    /// Counts the checksums of a plan that is to be handed over.
+    fn count_sums(&self, plan: &Plan) -> Result<(), Error> {
+        let Some(summed) = &self.summed else {
+            return Ok(());
+        };
+        let before = self.sums.load(Ordering::Relaxed);
+        let more = sums_of(&self.request, plan, summed, before)?;
+        self.sums.store(before + more, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Hands a plan to the worker; checking and planning began at `begun`.
@@ -598,6 +617,7 @@ impl Pushing {
                     }
                 };
                 self.claim(engine, &layer)?;
+                self.count_sums(&plan)?;
                 self.add(plan, begun);
                 written.take(units);
                 Ok(())
@@ -622,7 +642,8 @@ impl Push {
         request: &RequestId,
         options: &PushOptions,
     ) -> Result<Self, Error> {
-        let plans = peer.push_plans(engine)?.alone().clone();
+        let all = peer.push_plans(engine)?;
+        let (plans, side) = (all.alone().clone(), (SideName::Producer, all.alone_part()));
         if plans.is_empty() {
             return Err(Error::NothingToPush {
                 rank: engine.rank(),
@@ -632,7 +653,9 @@ impl Push {
         let shared = Arc::new(Shared::default());
         let told = Told::Owner(Arc::clone(&shared));
         let nonce = options.ticket.as_ref().map(|ticket| ticket.nonce);
-        let pushing = Pushing::begin(engine, peer, request, (nonce, options), plans, told)?;
+        let summed = verified(engine, &peer, side, options.verify)?;
+        let how = (nonce, options);
+        let pushing = Pushing::begin(engine, peer, request, how, (plans, summed), told)?;
         Ok(Self {
             pushing,
             engine: Arc::clone(engine),
@@ -646,7 +669,7 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// [`Error::Plan`], [`Error::NotInTicket`], [`Error::PushEnded`]. What does not fit a ticket
+    /// [`Error::Plan`], [`Error::NotInTicket`], [`Error::PushEnded`], [`Error::TooManySums`]. What does not fit a ticket
     /// that has yet to come ends the push later, with
     /// [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
     pub fn layer(&self, layer: u32, pairs: &[GroupPairs]) -> Result<(), Error> {

@@ -18,7 +18,8 @@ use crate::blocks::GroupBlocks;
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::layout::Side;
-use crate::plan::{Cover, LayerScope, Part, SideName, UnitPairs};
+use crate::plan::{Compiled, Cover, LayerScope, Part, SideName, UnitPairs};
+use crate::sums::Summed;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, TransferId};
 use crate::wire::Release;
@@ -288,7 +289,9 @@ impl Instance {
                 });
             }
             // What the consumer takes it for: it goes by the same rule.
-            let plans = plans.alone().clone();
+            let side = (SideName::Producer, plans.alone_part());
+            let summed = verified(engine, &session, side, options.verify)?;
+            let plans = (plans.alone().clone(), summed);
             let ticket = tickets.iter().find(|ticket| ticket.rank == peer.rank());
             parts.push((session, plans, ticket.map(|ticket| ticket.nonce)));
         }
@@ -352,7 +355,7 @@ impl RanksPush {
         session: Arc<PeerSession>,
         request: &RequestId,
         how: (Option<Nonce>, &PushOptions),
-        share: crate::plan::Compiled,
+        share: (Compiled, Option<(Part, Arc<Summed>)>),
     ) -> Result<(), Error> {
         let told = self.joint.told(at);
         let peer = Arc::clone(&session);

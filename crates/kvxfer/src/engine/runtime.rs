@@ -339,6 +339,10 @@ impl Runtime {
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: what is started here is waited for.
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(Error::ShuttingDown);
+        }
         links.retain(|thread| !thread.is_finished());
         links.push(spawn(name, body)?);
         Ok(())
@@ -419,7 +423,7 @@ impl Runtime {
         if let Some(listener) = listener {
             join(listener.thread);
         }
-        // Nobody is left who would start another.
+        // None is started any more.
         let links = std::mem::take(&mut *self.links.lock().unwrap_or_else(PoisonError::into_inner));
         for link in links {
             join(link);

@@ -15,6 +15,16 @@ pub enum SideName {
     Consumer,
 }
 
+impl SideName {
+    /// The one that it is not.
+    pub(crate) const fn other(self) -> Self {
+        match self {
+            Self::Producer => Self::Consumer,
+            Self::Consumer => Self::Producer,
+        }
+    }
+}
+
 impl fmt::Display for SideName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

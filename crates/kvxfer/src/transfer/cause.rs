@@ -75,7 +75,7 @@ pub enum Refusal {
     NotAuthorised,
     /// It has reached a limit; later it may accept.
     Busy,
-    /// Its blocks lie in too many pieces to work checksums out.
+    /// Checksums cannot be worked out: too many, or of blocks in too many pieces.
     Sums,
 }
 
@@ -424,7 +424,7 @@ impl fmt::Display for Refusal {
             Self::FormatMismatch => "formats do not fit",
             Self::NotAuthorised => "not authorised",
             Self::Busy => "busy",
-            Self::Sums => "its blocks lie in too many pieces to work checksums out",
+            Self::Sums => "checksums cannot be worked out: too many, or of too many pieces",
         })
     }
 }

@@ -106,6 +106,9 @@ pub enum WireError {
         /// Its length.
         len: u64,
     },
+    /// A list of no units.
+    #[error("a list of units to work checksums out of has none")]
+    NoUnits,
     /// Bytes that should be checksums.
     #[error("{len} bytes of checksums, which are 8 bytes each")]
     BadSums {

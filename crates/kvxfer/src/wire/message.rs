@@ -496,7 +496,13 @@ impl PushSums {
     fn check(&self) -> Result<(), WireError> {
         text("request id", &self.request.0, limits::REQUEST_ID)?;
         check_units([&self.of])?;
-        check_sums(&self.sums)
+        check_sums(&self.sums)?;
+        let len = self.sums.len();
+        // Each unit has as many, and one at least.
+        match len > 0 && (len / 8).is_multiple_of(self.of.units.len()) {
+            true => Ok(()),
+            false => Err(WireError::BadSums { len }),
+        }
     }
 }
 

@@ -137,6 +137,9 @@ pub(crate) fn check_units<'a>(
 ) -> Result<(), WireError> {
     let (mut count, mut units) = (0, 0_usize);
     for list in lists {
+        if list.units.is_empty() {
+            return Err(WireError::NoUnits);
+        }
         count += 1;
         units = units.saturating_add(list.units.len());
     }

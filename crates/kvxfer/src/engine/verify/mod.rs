@@ -13,20 +13,32 @@
 //! ```
 //!
 //! The consumer compares, by sums that each side works out from its own layout ([`crate::sums`]). Sums
-//! are worked out on one thread of the runtime, one job after another, so that no worker and no control
-//! connection waits for memory to be read. Who waits does so as for data: until the deadline.
+//! are worked out on one thread of the runtime, some milliseconds of each job in turn, so that no worker
+//! and no control connection waits for memory to be read. A job whose connection is behind waits for it.
+//! Whoever waits for sums does so as for data: until the deadline.
 
+mod answer;
 mod arrived;
+mod ask;
+mod check;
 mod compare;
+mod summing;
+mod tell;
 mod thread;
 
 pub(crate) use arrived::{ArrivedSums, Next};
 pub(crate) use thread::{MOST_SUMS, Verifier};
 
+use check::Checking;
+
 use std::sync::Arc;
 
+use crate::blocks::GroupBlocks;
+use crate::engine::{Inner, PeerSession};
+use crate::ids::{Nonce, RequestId};
 use crate::plan::{Part, Plan};
 use crate::transfer::Cause;
+use crate::wire::{Blob, SumsOf};
 
 /// What a transfer's checksums are of, and what has become of them.
 #[derive(Debug)]
@@ -69,3 +81,17 @@ impl From<Cause> for Unverified {
 
 /// The sums of a push that have been told, or that those of a pull agree.
 pub(crate) type Verdict = Result<u64, Box<Unverified>>;
+
+impl Inner {
+    /// Compares what a sender has pushed with the sums that it has told, later. `false`: the engine goes.
+    pub(in crate::engine) fn check_push(
+        self: &Arc<Self>,
+        peer: &Arc<PeerSession>,
+        of: (RequestId, Nonce),
+        groups: Vec<GroupBlocks>,
+        told: (Vec<(SumsOf, Blob)>, u64),
+    ) -> bool {
+        let job = Checking::new(Arc::clone(self), Arc::clone(peer), of, groups, told);
+        self.runtime.verifier.give(&self.runtime, job).is_ok()
+    }
+}
