@@ -6,16 +6,20 @@ mod support;
 use std::ops::Range;
 
 use kvxfer::Error;
-use kvxfer::blocks::GroupBlocks;
-use kvxfer::config::KvRole;
+use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
+use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions};
 use kvxfer::event::{Event, ReleaseReason};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::reshard::{Parallel, sources, takers};
+use kvxfer::layout::{
+    Axis, AxisKind, CacheGroup, DType, GroupKind, KvFormat, LayerFormat, ModelIdentity,
+    TensorFormat, TensorRole,
+};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use support::meaning::{Cluster, Cut, cut};
-use support::{LONG, Log, groups};
+use support::{LONG, Log, groups, recipe};
 
 const SEED: u64 = 11;
 /// Tokens of a request: whole blocks of every size that is tried.
@@ -189,6 +193,75 @@ fn more_consumer_ranks_than_producer_ranks() {
 fn fewer_consumer_ranks_than_producer_ranks() {
     pulls(cut(6, 1, 16), cut(2, 1, 16), None);
     pushes(cut(6, 1, 16), cut(2, 1, 16), 3);
+}
+
+/// A rank that has one group whole can be read for that, whatever it lacks of another.
+#[test]
+fn a_group_that_one_rank_has_whole() {
+    let group = |name: &str, layer| CacheGroup {
+        name: name.into(),
+        kind: GroupKind::Full,
+        block_tokens: 16,
+        layers: vec![LayerFormat {
+            layer,
+            draft: false,
+            tensors: vec![TensorFormat {
+                name: "latent".into(),
+                role: TensorRole::Latent,
+                dtype: DType::Bf16,
+                axes: vec![
+                    Axis::new(AxisKind::Token, 16),
+                    Axis::new(AxisKind::Latent, 32),
+                ],
+                sharded: None,
+                scaling: None,
+            }],
+        }],
+    };
+    let groups = vec![group("first", 0), group("second", 1)];
+    let format = KvFormat::new(ModelIdentity::new("two groups", None), groups).expect("a format");
+    let of = |role| {
+        let mut recipe = recipe(role, PathKind::Arena, 64, 8);
+        recipe.format = format.clone();
+        recipe
+    };
+    let producer = of(KvRole::Producer).stage(0, 2).node();
+    let consumer = of(KvRole::Consumer).node();
+    let address = producer.engine.listen("127.0.0.1:0").expect("a free port");
+    let instance = consumer.engine.connect(&address.to_string(), LONG);
+    let instance = instance.expect("a session");
+    let request = RequestId::from("r");
+    let offered = [GroupBlocks {
+        group: 0,
+        blocks: vec![3, 5],
+    }];
+    let ticket = producer
+        .engine
+        .offer(&request, &offered, 2, LONG)
+        .expect("room");
+    let pair = |src, dst| BlockPair { src, dst };
+    let wanted = |group| GroupPairs {
+        group,
+        pairs: vec![pair(3, 1), pair(5, 2)],
+    };
+    let options = || PullOptions {
+        verify: Some(true),
+        hold: true,
+        ..PullOptions::default()
+    };
+    let pull = instance
+        .pull(&ticket, &[wanted(0)], options())
+        .expect("a pull");
+    assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+    for both in [vec![wanted(1)], vec![wanted(0), wanted(1)]] {
+        let refused = instance
+            .pull(&ticket, &both, options())
+            .expect_err("half of it");
+        let Error::MissingPart { part, .. } = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!((part.group, part.layers), (1, vec![1]));
+    }
 }
 
 /// Where the parts of two ranks are put elsewhere than they say, the whole fails.

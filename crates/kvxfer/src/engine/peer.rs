@@ -19,7 +19,7 @@ use crate::claims::{Claim, Claimant, Purpose};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{Nonce, Rank, RequestId};
-use crate::plan::{LayerScope, Part, Plan, SideName};
+use crate::plan::{Cover, LayerScope, Part, Plan, SideName};
 use crate::sums::Summed;
 use crate::ticket::{LeaseRef, Ticket, TicketKind};
 use crate::time::Time;
@@ -258,13 +258,19 @@ impl Peer {
         let peer = self.pulls_with(ticket)?;
         let plans = peer.pull_plans()?;
         // Without blocks nothing is read, and the offer is released.
-        if let Some(part) = &plans.gap
-            && pairs.iter().any(|group| !group.pairs.is_empty())
-        {
-            return Err(Error::MissingPart {
-                part: Box::new(part.clone()),
-                ranks: vec![ticket.rank],
-            });
+        if plans.gap.is_some() {
+            let wanted = |group| {
+                pairs
+                    .iter()
+                    .any(|p| p.group == group && !p.pairs.is_empty())
+            };
+            let cover = plans.common.cover().of_groups(wanted);
+            if let Some(part) = Cover::missing(&engine.side(), &[&cover]) {
+                return Err(Error::MissingPart {
+                    part: Box::new(part),
+                    ranks: vec![ticket.rank],
+                });
+            }
         }
         for group in pairs {
             let src = || group.pairs.iter().map(|pair| pair.src);

@@ -68,6 +68,15 @@ impl Cover {
         }));
     }
 
+    /// The same of some groups alone.
+    #[must_use]
+    pub fn of_groups(&self, kept: impl Fn(u32) -> bool) -> Self {
+        let entries = self.entries.iter().filter(|entry| kept(entry.key.0));
+        Self {
+            entries: entries.copied().collect(),
+        }
+    }
+
     /// Brings the entries into order.
     pub(super) fn finish(&mut self) {
         self.entries.sort_unstable_by_key(|e| e.key);

@@ -112,7 +112,7 @@ impl Recipe {
         topology.layers = LayerWindow::even(self.format.layers(), self.pp.0, self.pp.1);
         let shape = BenchShape {
             format: self.format.clone(),
-            num_blocks: vec![self.blocks],
+            num_blocks: vec![self.blocks; self.format.groups().len()],
             topology,
             memory: self.memory,
         };
