@@ -197,6 +197,7 @@ fn planted_faults_are_found() {
         (Bug::ClosedTooSoon, I::Memory),
         (Bug::ResetTooSoon, I::Memory),
         (Bug::DoubtIgnored, I::Memory),
+        (Bug::SettledTooSoon, I::Memory),
         (Bug::FlipTooLate, I::Bytes),
         (Bug::CheckBlind, I::Bytes),
         (Bug::WrongBytes, I::Bytes),

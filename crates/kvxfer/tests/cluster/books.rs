@@ -10,10 +10,11 @@ use kvxfer::ticket::Ticket;
 use kvxfer::time::Time;
 use kvxfer::transfer::{Cause, Notice, PeerKey, Refusal};
 use kvxfer::wire::{
-    Announce, Blob, Message, PushAborted, PushClosed, PushDone, PushStart, Release, Revoke,
+    Announce, Blob, Message, PushAborted, PushClosed, PushDone, PushStart, QpReset, Release, Revoke,
 };
 
 use super::bug::{Bug, Step, Violation, ensure};
+use super::worker::Cmd;
 use super::world::{Life, World, log};
 
 /// What a push without a ticket names as its try.
@@ -269,6 +270,16 @@ impl World {
                 })?;
                 if answer == ReleaseAnswer::Late {
                     self.sum.count("release: late");
+                }
+            }
+            Message::QpReset(QpReset { lanes, .. }) => {
+                let qps = self.links[self.peers[peer].link].qps.clone();
+                for number in lanes {
+                    let Some(&qp) = qps.get(usize::from(number)) else {
+                        return Ok(Err("no such lane".to_owned()));
+                    };
+                    let w = self.qps[qp].worker;
+                    self.command(life, w, Cmd::LaneReset { peer, qp });
                 }
             }
             Message::PushStart(PushStart { request, nonce }) => {

@@ -71,6 +71,8 @@ pub(crate) enum Bug {
     ResetTooSoon,
     /// What a scheduler says of writes that were lost on the way is not heard.
     DoubtIgnored,
+    /// A lane is taken for settled when this side has taken its half down, and the peer has not.
+    SettledTooSoon,
     /// An offer's blocks are given back before its slot is turned over.
     FlipTooLate,
     /// A lease check says yes without looking.

@@ -38,6 +38,8 @@ pub(crate) struct Seen {
     pub(crate) hold: bool,
     pub(crate) committed: bool,
     pub(crate) reason: Option<Cause>,
+    /// Whether writes of it are in doubt that nobody will settle: then it may end for that.
+    pub(crate) may_reset: bool,
     /// The loop of its worker in which the reason came.
     reason_loop: u64,
     pub(crate) ended: Option<Ended>,
@@ -75,12 +77,17 @@ impl Seen {
             hold: false,
             committed: false,
             reason: None,
+            may_reset: false,
             reason_loop: 0,
             ended: None,
             told: 0,
             told_done: false,
             free: false,
         }
+    }
+
+    fn may_end_for(&self, cause: &Cause) -> bool {
+        self.may_reset && *cause == Cause::LaneReset
     }
 
     pub(crate) fn name(&self) -> String {
@@ -246,7 +253,7 @@ impl World {
                     "{name} says that it has closed, and is posted"
                 );
                 ensure!(
-                    Some(cause) == seen.reason.as_ref(),
+                    Some(cause) == seen.reason.as_ref() || seen.may_end_for(cause),
                     FirstCause,
                     "{name} is told as aborted for {cause}, first was {:?}",
                     seen.reason
@@ -317,7 +324,7 @@ impl World {
             } => {
                 ensure!(!cause.is_flush(), FirstCause, "{name} fails with an echo");
                 ensure!(
-                    Some(cause) == reason.as_ref(),
+                    Some(cause) == reason.as_ref() || seen.may_end_for(cause),
                     FirstCause,
                     "{name} fails with {cause}, first was {reason:?}"
                 );

@@ -73,10 +73,11 @@ impl World {
         }
         failed.dedup();
         for lane in failed {
+            self.lane_fails(life, w, lane);
             self.look_at_peer_of(life, w, lane);
         }
         while let Some(single) = self.lives[life].workers[w].scheduler.poll_single() {
-            self.single_done(life, w, single.token, single.result)?;
+            self.single_done(life, w, (single.lane, single.token), single.result)?;
         }
         Ok(())
     }
@@ -96,8 +97,10 @@ impl World {
         what: &What,
     ) -> Step {
         let flushed = matches!(result, Err((CompletionStatus::Flush, _)));
+        let elsewhere = self.lives[life].workers[w].scheduler.lives_elsewhere(lane);
         let result = match result {
             Ok(()) => Ok(()),
+            Err((_, PEER_GONE)) if elsewhere => Err(Cause::PeerReset),
             Err((_, PEER_GONE)) => {
                 let lost = self.peer_of_qp(q).and_then(|p| self.peers[p].lost.clone());
                 Err(lost.unwrap_or(Cause::PeerDead))
@@ -105,7 +108,7 @@ impl World {
             Err((status, vendor)) if flushed && self.bug == Bug::FlushAsError => {
                 let _ = (status, vendor);
                 Err(Cause::Completion {
-                    status: CompletionStatus::RetryExceeded,
+                    status: CompletionStatus::BadResponse,
                     vendor: 0xbad,
                 })
             }
@@ -114,6 +117,7 @@ impl World {
         let mut expect = None;
         if let (Err(cause), Some((job, op)), false) = (&result, what.job(), flushed)
             && job.error().is_none()
+            && !(elsewhere && cause.is_of_path())
         {
             self.truth
                 .entry((life, job.id))
@@ -136,7 +140,7 @@ impl World {
     }
 
     /// Sets the session up anew when the last lane to a peer here has failed.
-    fn look_at_peer_of(&mut self, life: usize, w: usize, lane: LaneId) {
+    pub(crate) fn look_at_peer_of(&mut self, life: usize, w: usize, lane: LaneId) {
         let worker = &self.lives[life].workers[w];
         let Some(peer) = worker.lanes.get(&lane).and_then(|q| self.peer_of_qp(*q)) else {
             return;
@@ -155,7 +159,7 @@ impl World {
         &mut self,
         life: usize,
         w: usize,
-        token: u64,
+        (lane, token): (LaneId, u64),
         result: Result<(), Cause>,
     ) -> Step {
         match self.lives[life].workers[w].singles.remove(&token) {
@@ -166,7 +170,12 @@ impl World {
                 self.check_done(life, w, id, shown, result)
             }
             Some(Single::Notice { peer, message }) => {
-                if result.is_err() {
+                if result.is_ok() {
+                    let worker = &mut self.lives[life].workers[w];
+                    if let Some(q) = worker.lanes.get(&lane) {
+                        worker.told.entry(*q).or_default().push(*message);
+                    }
+                } else {
                     self.sum.count("notice: again by the control connection");
                     self.send(peer, *message);
                 }

@@ -59,7 +59,7 @@ pub(crate) struct LinkEnd {
     pub(crate) gone: bool,
     keeper: Option<usize>,
     key: PeerKey,
-    qps: Vec<usize>,
+    pub(crate) qps: Vec<usize>,
     /// Engine, generation and whether it takes notices on the data plane.
     theirs: Option<(usize, Generation, bool)>,
     pub(crate) peer: Option<usize>,
@@ -508,7 +508,8 @@ impl World {
         let workers = self.lives[life].workers.len() as u64;
         let qps: Vec<usize> = (0..count)
             .map(|lane| {
-                let worker = ((key.0 + lane as u64) % workers) as usize;
+                // Two lanes for each worker in turn: one on each rail.
+                let worker = ((key.0 + lane as u64 / 2) % workers) as usize;
                 self.new_qp(life, worker, key, path, lane % 2)
             })
             .collect();

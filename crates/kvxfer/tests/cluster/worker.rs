@@ -12,7 +12,7 @@ use kvxfer::transfer::{
     Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, Notice, Output, PeerKey,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use kvxfer::wire::Message;
+use kvxfer::wire::{Blob, Message, QpReset};
 
 use super::bug::{Bug, Step, ensure};
 use super::qp::{Cqe, QpState};
@@ -65,6 +65,11 @@ pub(crate) enum Cmd {
     Start(Arc<Job>),
     Stop(JobId),
     Report(JobReport),
+    /// The peer has taken its half of a lane down.
+    LaneReset {
+        peer: usize,
+        qp: usize,
+    },
 }
 
 /// What a transfer is to the engine that started it.
@@ -103,6 +108,12 @@ pub(crate) struct Worker {
     peers: BTreeMap<PeerKey, usize>,
     pub(crate) lanes: BTreeMap<LaneId, usize>,
     dropping: Vec<(usize, Vec<LaneId>)>,
+    /// Failed lanes of peers with two rails, until their queue pairs are destroyed; and those whose are, by
+    /// peer and queue pair.
+    failing: Vec<LaneId>,
+    retired: Vec<(PeerKey, usize, LaneId)>,
+    /// Notices that have gone on a queue pair.
+    pub(crate) told: BTreeMap<usize, Vec<Message>>,
     pub(crate) live: BTreeMap<TransferId, Live>,
     pub(crate) waiting_checks: VecDeque<TransferId>,
     pub(crate) retry_at: Option<Time>,
@@ -127,6 +138,9 @@ impl Worker {
             peers: BTreeMap::new(),
             lanes: BTreeMap::new(),
             dropping: Vec::new(),
+            failing: Vec::new(),
+            retired: Vec::new(),
+            told: BTreeMap::new(),
             live: BTreeMap::new(),
             waiting_checks: VecDeque::new(),
             retry_at: None,
@@ -184,6 +198,7 @@ impl World {
             1 => self.worker_posts(life, w),
             2 => self.worker_polls(life, w),
             _ => {
+                self.retire_lanes(life, w)?;
                 self.finish_drops(life, w)?;
                 self.ledger_rings(life, w);
                 self.settle(life, w)?;
@@ -239,9 +254,9 @@ impl World {
                 let real = self.qps[qp].send_wr;
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
-                let lane = worker
-                    .scheduler
-                    .add_lane(key, LaneLimits { send_wr, rail: 0 });
+                let rail = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
+                let limits = LaneLimits { send_wr, rail };
+                let lane = worker.scheduler.add_lane(key, limits);
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
                 self.qps[qp].lane = Some(lane);
@@ -311,7 +326,94 @@ impl World {
             }
             Cmd::Stop(job) => self.lives[life].workers[w].scheduler.stop(job),
             Cmd::Report(report) => self.ledger_hears(life, w, &report)?,
+            Cmd::LaneReset { peer, qp } => self.lane_reset(life, w, peer, qp)?,
         }
+        Ok(())
+    }
+
+    // ---- lanes that fail under a session -----------------------------------------------------
+
+    /// A lane has failed: it is taken down, if its peer has another rail.
+    pub(crate) fn lane_fails(&mut self, life: usize, w: usize, lane: LaneId) {
+        let Some(&q) = self.lives[life].workers[w].lanes.get(&lane) else {
+            return;
+        };
+        let Some(peer) = self.peer_of_qp(q) else {
+            return;
+        };
+        let qps = &self.links[self.peers[peer].link].qps;
+        let several = qps.iter().any(|o| self.qps[*o].rail != self.qps[q].rail);
+        let worker = &mut self.lives[life].workers[w];
+        if several && !worker.failing.contains(&lane) {
+            worker.failing.push(lane);
+        }
+    }
+
+    /// Destroys the queue pairs of failed lanes that hold nothing any more, and tells the peer.
+    fn retire_lanes(&mut self, life: usize, w: usize) -> Step {
+        for lane in std::mem::take(&mut self.lives[life].workers[w].failing) {
+            let worker = &mut self.lives[life].workers[w];
+            if !worker.scheduler.lane_drained(lane) {
+                worker.failing.push(lane);
+                continue;
+            }
+            let Some(q) = worker.lanes.remove(&lane) else {
+                continue;
+            };
+            let key = self.qps[q].key;
+            worker.retired.push((key, q, lane));
+            if self.bug != Bug::DrainTooSoon {
+                self.qp_destroys(q)?;
+            }
+            let worker = &mut self.lives[life].workers[w];
+            worker.scheduler.lane_flushed(lane);
+            if matches!(self.bug, Bug::SettledTooSoon | Bug::DoubtIgnored) {
+                worker.scheduler.lane_settled(lane);
+            }
+            worker.busy = true;
+            let Some(peer) = self.peer_of_qp(q) else {
+                continue;
+            };
+            let qps = &self.links[self.peers[peer].link].qps;
+            if let Some(number) = qps.iter().position(|other| *other == q) {
+                self.sum.count("lane: taken down");
+                let reset = QpReset {
+                    lanes: vec![number as u16],
+                    cause: Blob::default(),
+                };
+                self.send(peer, reset.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The peer has taken its half down: nothing that was sent on it lands there any more, and what was
+    /// told on it may never have been seen.
+    fn lane_reset(&mut self, life: usize, w: usize, peer: usize, q: usize) -> Step {
+        let worker = &self.lives[life].workers[w];
+        let Some(lane) = self.qps[q].lane else {
+            return Ok(());
+        };
+        let stands = worker.lanes.get(&lane) == Some(&q);
+        let retired = worker.retired.iter().any(|(_, other, _)| *other == q);
+        if !stands && !retired {
+            return Ok(());
+        }
+        if stands && worker.scheduler.lane_failure(lane).is_none() {
+            self.qp_flush(q, None)?;
+            self.lives[life].workers[w]
+                .scheduler
+                .lane_failed(lane, Cause::PeerReset);
+            self.look_at_peer_of(life, w, lane);
+        }
+        self.lane_fails(life, w, lane);
+        let worker = &mut self.lives[life].workers[w];
+        for message in worker.told.remove(&q).unwrap_or_default() {
+            self.sum.count("notice: told again");
+            self.send(peer, message);
+        }
+        self.sum.count("lane: settled");
+        self.lives[life].workers[w].scheduler.lane_settled(lane);
         Ok(())
     }
 
@@ -385,6 +487,8 @@ impl World {
                 self.lives[life].workers[w].scheduler.remove_lane(lane);
             }
             let key = self.peers[peer].key;
+            let worker = &mut self.lives[life].workers[w];
+            worker.retired.retain(|(of, _, _)| *of != key);
             self.lives[life].workers[w].peers.remove(&key);
             self.worker_drained(peer)?;
         }
@@ -412,6 +516,7 @@ impl World {
                 // Nobody was named: it went down with a lane, which may have gone with its session.
                 None => ensure!(
                     !matches!(error.cause, Cause::Completion { .. } | Cause::Post { .. })
+                        || error.cause.is_of_path()
                         || self.lost_for(report.transfer, &error.cause),
                     FirstCause,
                     "{name} fails with {}, which no device has said",
@@ -423,6 +528,14 @@ impl World {
         let now = self.clock(life);
         let mut report = report.clone();
         report.in_doubt &= self.bug != Bug::DoubtIgnored;
+        if report.doubts > 0 {
+            self.sum.count("push: in doubt, and goes on");
+        }
+        if self.bug == Bug::DoubtIgnored {
+            report.doubts = 0;
+        }
+        // Nobody says of what was lost that it will not come: the session has gone with its lanes.
+        self.seen[report.transfer.0 as usize].may_reset |= report.in_doubt;
         log!(
             self,
             "worker {w} of life {life} hears of job {} of transfer {}: {} done, error {:?}, in doubt {}, \
