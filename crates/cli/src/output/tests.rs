@@ -227,3 +227,31 @@ fn csv_shows_the_same() {
         assert!(value["rows"][0].get(name).is_some(), "{name}");
     }
 }
+
+#[test]
+fn the_header_has_every_rail_and_those_that_are_not_used() {
+    let mut report = report();
+    let link = |device: &str, qpn: u32| {
+        serde_json::json!({
+            "device": device, "port": 1, "link_layer": "Ethernet", "mtu": 4096, "gid_index": 1,
+            "gid": "10.1.0.2", "gid_type": "RoCE v2", "gid_reason": "RoCE v2, as asked",
+            "peer_gid": "10.1.0.1",
+            "queue_pairs": [{"qpn": qpn, "psn": 2, "peer_qpn": 3, "peer_psn": 4}],
+        })
+    };
+    let rails = serde_json::json!([link("mlx5_0", 17), link("mlx5_1", 18)]);
+    report.config.rails = serde_json::from_value(rails).unwrap_or_default();
+    assert_eq!(report.config.rails.len(), 2);
+    let skipped = serde_json::json!([{"device": "mlx5_2", "reason": "device failed"}]);
+    report.config.skipped = serde_json::from_value(skipped).unwrap_or_default();
+    let table = text(&report, Format::Table, None).unwrap_or_else(|e| panic!("{e}"));
+    for wanted in [
+        "mlx5_0 port 1, Ethernet",
+        "mlx5_1 port 1, Ethernet",
+        "local QPN 0x000011",
+        "local QPN 0x000012",
+        "mlx5_2 is not used: device failed",
+    ] {
+        assert!(table.contains(wanted), "{wanted} in {table}");
+    }
+}
