@@ -110,7 +110,13 @@ impl World {
         }
         for n in 0..self.nics.len() {
             let nic = &self.nics[n];
-            if nic.worker == w && nic.waits && self.rng.permille(300) {
+            // A lie needs time to be found out.
+            let soon = if self.bug == Bug::SettlesTooSoon {
+                20
+            } else {
+                300
+            };
+            if nic.worker == w && nic.waits && self.rng.permille(soon) {
                 let peer = nic.peer;
                 self.settle(n);
                 if !self.peers[peer].lost {
