@@ -377,6 +377,16 @@ impl Cause {
         }
     }
 
+    /// Whether it is about the peer as a whole, which the software device says of one request: the others of
+    /// its queue pair were lost to the same.
+    #[must_use]
+    pub(super) fn is_of_peer(&self) -> bool {
+        matches!(
+            self,
+            Self::PeerDead | Self::PeerRestarted | Self::PeerStalled { .. } | Self::PeerClosed
+        )
+    }
+
     /// Whether this only echoes another failure of the same queue pair.
     #[must_use]
     pub fn is_flush(&self) -> bool {

@@ -127,7 +127,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 }
 
 fn sums_of() -> impl Strategy<Value = SumsOf> {
-    let units = vec(any::<u32>(), 0..9);
+    let units = vec(any::<u32>(), 1..9);
     (any::<u32>(), prop::option::of(any::<u32>()), units).prop_map(|(group, layer, units)| SumsOf {
         group,
         layer,
@@ -231,8 +231,10 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 .into()
             })
             .boxed(),
-        MessageKind::PushSums => (request(), sums_of(), sums())
-            .prop_map(|((request, nonce), of, sums)| {
+        MessageKind::PushSums => (request(), sums_of(), vec(any::<[u8; 8]>(), 1..4))
+            .prop_map(|((request, nonce), of, some)| {
+                // As many for each unit.
+                let sums = Blob(some.repeat(of.units.len()).concat());
                 PushSums {
                     request,
                     nonce,

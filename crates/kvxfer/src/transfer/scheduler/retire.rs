@@ -202,7 +202,9 @@ impl Scheduler {
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
-            Some(f) if !f.named || f.moved || f.cause.is_of_lane() => f.cause.clone(),
+            Some(f) if !f.named || f.moved || f.cause.is_of_lane() || f.cause.is_of_peer() => {
+                f.cause.clone()
+            }
             _ => Cause::LaneFailed,
         };
         self.cq_credits += ended;
