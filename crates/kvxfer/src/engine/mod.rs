@@ -280,6 +280,7 @@ impl Inner {
             let memory = self.rails.get(*at).ok_or(Error::ShuttingDown)?;
             let regions = memory.regions.regions().iter();
             Ok::<_, Error>(RailDesc {
+                place: rail.place,
                 device: Blob::pack("device address", &rail.context.address())?,
                 memories: regions.take(memories).map(span).collect(),
                 leases: memory.leases.regions().first().map(span),

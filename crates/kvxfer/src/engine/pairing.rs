@@ -1,7 +1,8 @@
 //! Which rails of two engines are joined, and what is told of their queue pairs.
 //!
-//! The i-th rail that one side describes is joined with the i-th of the other, as far as both have some
-//! and a way leads from one to the other. A pair is left out whole or not at all.
+//! Rails of the same place in both configurations are joined, as far as a way leads from one to the
+//! other: a device that is missing on one side shifts no other. Where no place is on both sides, the i-th
+//! that one describes is joined with the i-th of the other. A pair is left out whole or not at all.
 
 use std::collections::HashSet;
 
@@ -18,6 +19,7 @@ use crate::wire::{Blob, RailDesc, RailEndpoint, RemoteSpan};
 /// A rail as a peer has described it.
 #[derive(Debug)]
 pub(super) struct KnownRail {
+    pub(super) place: u16,
     pub(super) device: DeviceAddr,
     pub(super) memories: Vec<RemoteSpan>,
     pub(super) leases: Option<RemoteSpan>,
@@ -32,11 +34,17 @@ impl KnownRail {
         let unpack = |rail: &RailDesc| {
             let device = rail.device.unpack("device address");
             Ok(Self {
+                place: rail.place,
                 device: device.map_err(|error| error.to_string())?,
                 memories: rail.memories.clone(),
                 leases: rail.leases,
             })
         };
+        let mut places: Vec<u16> = rails.iter().map(|rail| rail.place).collect();
+        places.sort_unstable();
+        if let Some(twice) = places.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("two devices at place {}", twice[0]));
+        }
         rails.iter().map(unpack).collect()
     }
 }
@@ -74,13 +82,21 @@ pub(super) fn pair_up(
     peers: &[KnownRail],
 ) -> Result<(Vec<Pair>, Vec<SkippedRail>), Error> {
     let (mut pairs, mut skipped, mut first) = (Vec::new(), Vec::new(), None);
-    for (at, (&rail, peer)) in (0..).zip(rails.iter().zip(peers)) {
+    let mut places = Vec::with_capacity(rails.len());
+    for rail in rails {
+        places.push(runtime.rail(*rail)?.place);
+    }
+    let theirs: Vec<u16> = peers.iter().map(|peer| peer.place).collect();
+    for (own, their) in joined(&places, &theirs) {
+        let (Some(&rail), Some(peer)) = (rails.get(own), peers.get(their)) else {
+            continue;
+        };
         let context = &runtime.rail(rail)?.context;
         match gid_towards(context, &peer.device.gids) {
             Ok(gid) => pairs.push(Pair {
                 rail,
-                own: at,
-                theirs: at,
+                own: u16::try_from(own).unwrap_or(u16::MAX),
+                theirs: u16::try_from(their).unwrap_or(u16::MAX),
                 gid,
             }),
             Err(error) => {
@@ -92,6 +108,21 @@ pub(super) fn pair_up(
     match first {
         Some(error) if pairs.is_empty() => Err(error),
         _ => Ok((pairs, skipped)),
+    }
+}
+
+/// Which rails of two sides are joined, by their places.
+fn joined(ours: &[u16], theirs: &[u16]) -> Vec<(usize, usize)> {
+    let same = |(own, place): (usize, &u16)| {
+        let their = theirs.iter().position(|their| their == place)?;
+        Some((own, their))
+    };
+    let same: Vec<_> = ours.iter().enumerate().filter_map(same).collect();
+    match same.is_empty() {
+        true => (0..ours.len().min(theirs.len()))
+            .map(|at| (at, at))
+            .collect(),
+        false => same,
     }
 }
 
@@ -210,5 +241,18 @@ mod tests {
         let twice = [endpoint(0, 0, 1), endpoint(0, 0, 1)];
         let error = unpack(&twice).expect_err("twice");
         assert!(error.contains("queue pair 1 is there twice"), "{error}");
+    }
+
+    #[test]
+    fn rails_of_one_place_are_joined() {
+        assert_eq!(joined(&[0, 1], &[0, 1]), [(0, 0), (1, 1)]);
+        // One that is missing shifts no other.
+        assert_eq!(joined(&[1], &[0, 1]), [(0, 1)]);
+        assert_eq!(joined(&[0, 2, 3], &[3, 1, 0]), [(0, 2), (2, 0)]);
+        assert_eq!(joined(&[0, 1, 2], &[0]), [(0, 0)]);
+        // Better any way than none.
+        assert_eq!(joined(&[1], &[0]), [(0, 0)]);
+        assert_eq!(joined(&[0, 1], &[2, 3, 4]), [(0, 0), (1, 1)]);
+        assert!(joined(&[], &[0]).is_empty());
     }
 }

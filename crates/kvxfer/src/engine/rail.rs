@@ -13,6 +13,8 @@ use crate::error::Error;
 /// An open device, and a completion queue of it for each worker.
 #[derive(Debug)]
 pub(crate) struct Rail {
+    /// Among the devices that the configuration names.
+    pub(crate) place: u16,
     pub(crate) context: Context,
     pub(crate) pd: ProtectionDomain,
     pub(crate) events: Arc<AsyncEvents>,
@@ -23,7 +25,7 @@ impl Rail {
     ///
     /// Those of the device.
     pub(crate) fn new(
-        context: Context,
+        (place, context): (u16, Context),
         clock: Clock,
         health: &Arc<Health>,
         (workers, depth): (u16, u32),
@@ -34,6 +36,7 @@ impl Rail {
             .collect::<Result<Vec<_>, _>>()?;
         let events = AsyncEvents::new(context.clone(), clock, Arc::clone(health), cqs);
         Ok(Self {
+            place,
             context,
             pd,
             events: Arc::new(events),

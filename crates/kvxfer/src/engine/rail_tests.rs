@@ -43,9 +43,9 @@ fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
         qp_per_transfer: QPS,
         ..Config::default()
     };
-    let open = |_| open_soft(SoftConfig::default()).expect("a device");
+    let open = |_: u16| open_soft(SoftConfig::default()).expect("a device");
     let opened = Opened {
-        contexts: (0..rails).map(open).collect(),
+        contexts: (0_u16..).take(rails).map(|at| (at, open(at))).collect(),
         skipped: Vec::new(),
     };
     let (format, placement) = (side.format().clone(), side.placement().clone());

@@ -100,7 +100,7 @@ impl Runtime {
         };
         let Opened { contexts, skipped } = opened;
         let least = |of: fn(&DeviceInfo) -> u32| {
-            let of = contexts.iter().map(|context| of(context.device()));
+            let of = contexts.iter().map(|(_, context)| of(context.device()));
             of.min().unwrap_or(0)
         };
         let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
@@ -115,7 +115,7 @@ impl Runtime {
         let workers: Vec<WorkerHandle> = seats.iter().map(|seat| seat.handle.clone()).collect();
         let rails = contexts
             .into_iter()
-            .map(|context| Rail::new(context, clock, &health, (count, depth)))
+            .map(|of| Rail::new(of, clock, &health, (count, depth)))
             .collect::<Result<Vec<_>, _>>()?;
         let mut threads = Vec::new();
         for (index, seat) in (0..count).zip(seats) {

@@ -502,6 +502,7 @@ fn describe(context: &Context) -> Result<Describe, Error> {
         format: Blob(Vec::new()),
         placement: Blob(Vec::new()),
         rails: vec![RailDesc {
+            place: 0,
             device: Blob::pack("device address", &context.address())?,
             memories: Vec::new(),
             leases: None,

@@ -329,7 +329,7 @@ impl Cause {
     pub(crate) fn may_follow_the_peers_end(&self) -> bool {
         matches!(
             self,
-            Self::LaneReset | Self::LaneFailed | Self::Completion { .. }
+            Self::LaneReset | Self::PeerReset | Self::LaneFailed | Self::Completion { .. }
         )
     }
 

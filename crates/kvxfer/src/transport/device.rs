@@ -38,7 +38,8 @@ fn wants_rdma(config: &Config) -> bool {
 /// The devices that an engine stands on, in the order of the configuration; never none.
 #[derive(Debug)]
 pub(crate) struct Opened {
-    pub(crate) contexts: Vec<Context>,
+    /// With the place that each has in the configuration.
+    pub(crate) contexts: Vec<(u16, Context)>,
     /// Devices that the configuration names and that cannot be used, each with the reason.
     pub(crate) skipped: Vec<SkippedRail>,
 }
@@ -77,7 +78,7 @@ pub(crate) fn open_rails(config: &Config) -> Result<Opened, Error> {
     let mut device = SoftConfig::default();
     device.faults = config.faults.clone();
     Ok(Opened {
-        contexts: vec![open_soft(device)?],
+        contexts: vec![(0, open_soft(device)?)],
         skipped: Vec::new(),
     })
 }
@@ -96,7 +97,8 @@ pub(crate) fn open_device(config: &Config) -> Result<Context, Error> {
     let none = Error::NoRdmaPort {
         candidates: Vec::new(),
     };
-    opened.contexts.into_iter().next().ok_or(none)
+    let first = opened.contexts.into_iter().next();
+    first.map(|(_, context)| context).ok_or(none)
 }
 
 /// Opens the RDMA devices that an engine of this configuration would stand on, if it asks for some, and
@@ -158,7 +160,11 @@ fn open_rdma_rails(config: &Config, most: usize) -> Result<Opened, Error> {
     let mut first = None;
     for usable in taken {
         match open_port(config, usable) {
-            Ok(context) => opened.contexts.push(context),
+            Ok(context) => {
+                let place = names.iter().position(|name| *name == usable.device.name);
+                let place = u16::try_from(place.unwrap_or(0)).unwrap_or(u16::MAX);
+                opened.contexts.push((place, context));
+            }
             Err(error) => {
                 opened.skip(&usable.device.name, chain(&error));
                 first.get_or_insert(error);

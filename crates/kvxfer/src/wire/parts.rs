@@ -302,6 +302,8 @@ pub(crate) fn check_candidates(candidates: &[Candidate]) -> Result<(), WireError
 /// A device of a rank, and the rank's memory as it is registered there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RailDesc {
+    /// Its place among the devices that the configuration names, whether or not all of them are here.
+    pub place: u16,
     /// The encoded device address.
     pub device: Blob,
     /// The registered memories, in the order of the placement's indices.

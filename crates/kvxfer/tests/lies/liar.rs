@@ -178,6 +178,7 @@ impl Liar {
             format: Blob::pack("format", side.format()).expect("a format"),
             placement: Blob::pack("placement", side.placement().desc()).expect("a placement"),
             rails: vec![RailDesc {
+                place: 0,
                 device: Blob::pack("device", &self.device.context.address()).expect("an address"),
                 memories: vec![span],
                 leases: Some(RemoteSpan {

@@ -94,6 +94,7 @@ fn the_encoding_is_the_documented_one() {
         format: Blob(vec![]),
         placement: Blob(vec![]),
         rails: vec![RailDesc {
+            place: 0,
             device: Blob(vec![]),
             memories: vec![span],
             leases: Some(span),
@@ -103,7 +104,7 @@ fn the_encoding_is_the_documented_one() {
         fd_backed: true,
     };
     let want = format!(
-        "9ba165dc0010{}93000000a4{}c0{n32}c400c4009194c400919301020393010203c09700000000c20000c3",
+        "9ba165dc0010{}93000000a4{}c0{n32}c400c400919500c400919301020393010203c09700000000c20000c3",
         "01".repeat(16),
         hex(b"Both"),
     );

@@ -89,12 +89,14 @@ fn describe() -> impl Strategy<Value = Describe> {
 
 fn rail_desc() -> impl Strategy<Value = RailDesc> {
     (
+        any::<u16>(),
         blob(),
         vec(span(), 0..5),
         prop::option::of(span()),
         prop::option::of(span()),
     )
-        .prop_map(|(device, memories, leases, scratch)| RailDesc {
+        .prop_map(|(place, device, memories, leases, scratch)| RailDesc {
+            place,
             device,
             memories,
             leases,

@@ -38,6 +38,7 @@ pub(crate) fn plain_describe(engine: &str) -> Describe {
         format: Blob(vec![1, 2, 3]),
         placement: Blob(vec![4; 100]),
         rails: vec![RailDesc {
+            place: 0,
             device: Blob(vec![9; 40]),
             memories: vec![RemoteSpan {
                 addr: 0x1000,

@@ -170,9 +170,10 @@ impl Worker {
     }
 
     /// Lets completions go that have their event, or have waited for long enough.
-    pub(super) fn let_go(&mut self) {
+    /// Whether there was any: what it moves to other lanes is to be posted there.
+    pub(super) fn let_go(&mut self) -> bool {
         if self.seen.held.is_empty() {
-            return;
+            return false;
         }
         let now = self.clock.now();
         let scheduler = &self.scheduler;
@@ -183,6 +184,7 @@ impl Worker {
                 held.until <= now || scheduler.lane_failure(held.lane).is_some()
             })
             .collect();
+        let any = !due.is_empty();
         for held in due {
             for completion in held.completions {
                 let (status, vendor) = (completion.status, completion.vendor_err);
@@ -199,6 +201,7 @@ impl Worker {
             self.look_at_peer_of(held.lane);
         }
         self.singles_done();
+        any
     }
 
     /// The port, if it was down while a request was tried that has failed so. If all of the peer's queue

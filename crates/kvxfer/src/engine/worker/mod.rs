@@ -223,6 +223,8 @@ struct LaneQp {
     tried: Duration,
     /// The last notices that have gone on it: the peer may have lost them with its half of the lane.
     told: VecDeque<Message>,
+    /// The peer has taken its half down: what it is told on it, it does not see.
+    reset: bool,
     peer: Arc<PeerSession>,
 }
 
@@ -352,7 +354,7 @@ impl Worker {
             let mut busy = self.take_commands();
             busy |= self.post();
             busy |= self.poll();
-            self.let_go();
+            busy |= self.let_go();
             self.leave_ports();
             self.retire_lanes();
             self.finish_drops();
@@ -408,6 +410,7 @@ impl Worker {
                     watched,
                     tried: tried.unwrap_or(Duration::MAX),
                     told: VecDeque::new(),
+                    reset: false,
                     peer,
                 };
                 self.lanes.insert(lane, at);
@@ -523,6 +526,8 @@ impl Worker {
             }
             self.scheduler.lane_failed(*lane, cause.clone());
         }
+        // Their numbers may be those of others next.
+        self.failing.retain(|lane| !lanes.contains(lane));
         self.dropping.push((peer, lanes));
     }
 

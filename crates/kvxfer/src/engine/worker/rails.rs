@@ -1,6 +1,7 @@
 //! Rails that fail under a session that has others: their lanes are taken down, both sides tell each
 //! other so, and the work goes on over the rest.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,9 +55,9 @@ impl Worker {
             });
             self.set_aside(&peer, pair, &cause);
         }
-        let failure = |lane| self.scheduler.lane_failure(lane).cloned();
-        let causes: Option<Vec<Cause>> = self.scheduler.peer_lanes(peer.key).map(failure).collect();
-        if let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) {
+        let mut lanes = self.scheduler.peer_lanes(peer.key);
+        // With the last of them: what has befallen the others was no reason to end.
+        if lanes.all(|lane| self.scheduler.lane_failure(lane).is_some()) {
             peer.fail(cause);
         }
     }
@@ -195,11 +196,12 @@ impl Worker {
         let lane = match standing {
             Some(lane) => {
                 self.take_down(lane, &Cause::PeerReset);
-                let told = self
-                    .lanes
-                    .get_mut(&lane)
-                    .map(|at| std::mem::take(&mut at.told));
-                self.tell_again(peer, told.into_iter().flatten().collect());
+                let mut told = VecDeque::new();
+                if let Some(at) = self.lanes.get_mut(&lane) {
+                    at.reset = true;
+                    told = std::mem::take(&mut at.told);
+                }
+                self.tell_again(peer, told.into());
                 lane
             }
             None => {
@@ -228,6 +230,11 @@ impl Worker {
         let Some(at) = self.lanes.get_mut(&lane) else {
             return;
         };
+        if at.reset {
+            // Its completion was on its way while the peer took its half down.
+            let peer = Arc::clone(&at.peer);
+            return self.tell_again(&peer, vec![message]);
+        }
         if at.peer.rails.len() > 1 {
             if at.told.len() >= RECEIVES as usize {
                 at.told.pop_front();
