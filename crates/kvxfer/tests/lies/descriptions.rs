@@ -151,10 +151,15 @@ fn parts_that_do_not_agree() {
         (
             |_, d| {
                 let mut second = d.rails[0].clone();
+                second.place = 1;
                 second.memories[0].len += 1;
                 d.rails.push(second);
             },
             "lengths",
+        ),
+        (
+            |_, d| d.rails.extend_from_within(..),
+            "two devices at place 0",
         ),
         (
             |_, d| {
