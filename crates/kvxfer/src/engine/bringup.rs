@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use kvxfer_verbs::{Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr};
 
 use super::async_events::Watched;
+use super::description::{consistent, plans};
 use super::dial::Dialler;
 use super::link::Link;
 use super::notices::Inbox;
@@ -23,15 +24,15 @@ use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
-use crate::layout::{KvFormat, PlacementDesc, Side};
+use crate::layout::{KvFormat, PlacementDesc};
 use crate::ping::ProbeSeat;
-use crate::plan::{CompileError, PlanLimits, Role as PlanRole};
+use crate::plan::PlanLimits;
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
 use crate::transport::{Choice, PathInfo, SkippedRail, gid_towards, soft_path};
 use crate::wire::{
-    Describe, Message, PathKind, QpAnswer, QpOffer, RailDesc, Ready, Refusal, RemoteSpan, Role,
-    SessionId, Side as End, StreamHalf, StreamKey, StreamOpening, limits,
+    Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, Role, SessionId, Side as End,
+    StreamHalf, StreamKey, StreamOpening, limits,
 };
 
 const MIN_RNR_TIMER: u8 = 12;
@@ -813,7 +814,7 @@ impl Bringup {
     }
 }
 
-fn refuse(refusal: Refusal) -> Step {
+pub(super) fn refuse(refusal: Refusal) -> Step {
     let error = Error::Refused {
         refusal: refusal.clone(),
     };
@@ -821,93 +822,6 @@ fn refuse(refusal: Refusal) -> Step {
 }
 
 /// A text that fits into a refusal.
-fn cut(text: String) -> String {
+pub(super) fn cut(text: String) -> String {
     text.chars().take(limits::TEXT / 4).collect()
-}
-
-/// The plans for both directions, as far as the two roles allow them.
-#[expect(clippy::result_large_err, reason = "once a session")]
-fn plans(
-    engine: &Inner,
-    describe: &Describe,
-    format: &KvFormat,
-    placement: &PlacementDesc,
-) -> Result<(Option<Plans>, Option<Plans>), Step> {
-    let ours = engine.config.kv_role;
-    let theirs = describe.kv_role;
-    let pulls = ours.consumes() && theirs.produces();
-    let pushes = ours.produces() && theirs.consumes();
-    if !pulls && !pushes {
-        return Err(refuse(Refusal::SameRole { role: ours }));
-    }
-    let here = engine.side();
-    let there = Side { format, placement };
-    let compile = |wanted: bool, producer: &Side<'_>, consumer: &Side<'_>, role| {
-        if !wanted {
-            return Ok(None);
-        }
-        Plans::compile(producer, consumer, role)
-            .map(Some)
-            .map_err(|error| {
-                let detail = cut(error.to_string());
-                let error = match error {
-                    CompileError::Mismatch(mismatch) => Error::Mismatch(mismatch),
-                    other => Error::Compile(other),
-                };
-                Step::Refuse(Refusal::FormatMismatch { detail }, error)
-            })
-    };
-    let pull = compile(pulls, &there, &here, PlanRole::Pull)?;
-    let push = compile(pushes, &here, &there, PlanRole::Push)?;
-    Ok((pull, push))
-}
-
-/// Whether what a description says of the layout agrees with itself; the error says what does not.
-pub(super) fn agree(
-    describe: &Describe,
-    format: &KvFormat,
-    placement: &PlacementDesc,
-) -> Result<(), String> {
-    if describe.fingerprint.0 != format.fingerprint().0 {
-        return Err("the fingerprint is not that of the format".to_owned());
-    }
-    let rank = placement.topology().rank;
-    if describe.rank != rank {
-        return Err(format!(
-            "rank {} with the placement of {rank}",
-            describe.rank
-        ));
-    }
-    placement
-        .validate(format)
-        .map_err(|error| error.to_string())
-}
-
-/// Whether all parts of a description agree with each other; the error says which do not.
-fn consistent(
-    describe: &Describe,
-    format: &KvFormat,
-    placement: &PlacementDesc,
-) -> Result<(), String> {
-    for rail in &describe.rails {
-        of_rail(rail, placement)?;
-    }
-    agree(describe, format, placement)
-}
-
-/// Whether the memories of a rail are those of the placement.
-fn of_rail(rail: &RailDesc, placement: &PlacementDesc) -> Result<(), String> {
-    let lengths = rail.memories.iter().map(|m| m.len);
-    if !lengths.eq(placement.memory_len().iter().copied()) {
-        return Err("memories are not of the lengths that the placement says".to_owned());
-    }
-    // None of them reaches past the last address: that was checked when they were decoded.
-    let mut spans: Vec<&RemoteSpan> = rail.memories.iter().chain(&rail.leases).collect();
-    spans.sort_unstable_by_key(|span| span.addr);
-    if let Some((_, second)) = (spans.iter().zip(spans.iter().skip(1)))
-        .find(|(first, second)| second.addr - first.addr < first.len)
-    {
-        return Err(format!("two memories share address {:#x}", second.addr));
-    }
-    Ok(())
 }

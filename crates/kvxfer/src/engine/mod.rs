@@ -7,6 +7,7 @@ mod async_events;
 mod books;
 mod bringup;
 mod connect;
+mod description;
 mod dial;
 mod events;
 mod handle;

@@ -100,7 +100,7 @@ fn layout(describe: Describe, by_secret: bool) -> Result<PeerLayout, String> {
     let unpacked = |error: crate::wire::WireError| error.to_string();
     let format: KvFormat = describe.format.unpack("format").map_err(unpacked)?;
     let placement: PlacementDesc = describe.placement.unpack("placement").map_err(unpacked)?;
-    super::bringup::agree(&describe, &format, &placement)?;
+    super::description::agree(&describe, &format, &placement)?;
     Ok(PeerLayout {
         name: PeerName {
             engine: describe.engine,

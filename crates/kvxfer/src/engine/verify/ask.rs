@@ -5,13 +5,14 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::compare::compare;
+use super::subject::Subject;
 use super::summing::{List, Summing, count};
 use super::thread::{Job, NOT_SUMMED, Turn, Waiting, stops};
-use super::{Unverified, Verdict, Verification};
-use crate::engine::worker::{Command, Live, WorkerHandle};
-use crate::engine::{Inner, PeerSession};
-use crate::ids::{Nonce, RequestId};
-use crate::plan::{Part, Plan, SideName};
+use super::{Unverified, Verdict};
+use crate::engine::Inner;
+use crate::engine::worker::{Command, WorkerHandle};
+use crate::ids::RequestId;
+use crate::plan::{Part, SideName};
 use crate::sums::Summed;
 use crate::transfer::{Cause, PeerKey, TransferId};
 use crate::wire::{Blob, Sums, SumsWanted, unpack_sums};
@@ -90,86 +91,71 @@ impl Asked {
 
 /// Asks, and works out this side's sums meanwhile.
 pub(super) struct Asking {
-    id: TransferId,
-    engine: Arc<Inner>,
-    peer: Arc<PeerSession>,
-    request: RequestId,
-    nonce: Nonce,
-    part: Part,
-    plans: Vec<Arc<Plan>>,
+    of: Subject,
     summing: Option<Summing>,
 }
 
 impl Asking {
-    pub(super) fn new(id: TransferId, live: &Live, of: &Verification) -> Self {
-        Self {
-            id,
-            engine: Arc::clone(&live.engine),
-            peer: Arc::clone(&live.peer),
-            request: live.request.clone(),
-            nonce: live.nonce,
-            part: of.part,
-            plans: of.plans.clone(),
-            summing: None,
-        }
+    pub(super) const fn new(of: Subject) -> Self {
+        Self { of, summing: None }
     }
 
     fn ask(&mut self) -> Result<Summing, Cause> {
-        let summed = (self.peer).summed(&self.engine, SideName::Consumer, self.part);
-        let summed = summed.map_err(|_| NOT_SUMMED)?;
-        let lists = |side| -> Vec<List> {
-            let plans = self.plans.iter();
-            plans.flat_map(|plan| List::of_plan(plan, side)).collect()
-        };
-        let (theirs, lists) = (lists(SideName::Producer), lists(SideName::Consumer));
-        let count = count(&lists, &summed);
+        let summing = self.of.summing(SideName::Consumer)?;
+        let count = count(&summing.lists, &summing.summed);
         if count == 0 {
             // Something has moved, and by the sums nothing is exchanged: a defect.
             return Err(Cause::LostWork { missing: 1 });
         }
-        match self.engine.runtime.verifier.waiting().get_mut(&self.id) {
+        match self
+            .of
+            .engine
+            .runtime
+            .verifier
+            .waiting()
+            .get_mut(&self.of.id)
+        {
             Some(Waiting::Pull(asked)) => asked.count = count,
             _ => return Err(Cause::Cancelled),
         }
+        let theirs = self.of.lists(SideName::Producer);
         let wanted = SumsWanted {
-            id: self.id.0,
-            request: self.request.clone(),
-            nonce: self.nonce,
-            share: self.part == Part::Share,
-            of: theirs
-                .iter()
+            id: self.of.id.0,
+            request: self.of.request.clone(),
+            nonce: self.of.nonce,
+            share: self.of.part == Part::Share,
+            of: (theirs.iter())
                 .map(|list| list.to_wire(&list.units))
                 .collect(),
         };
-        self.peer.link.send(wanted.into());
-        let engine = Arc::clone(&self.engine);
-        Ok(Summing::new(engine, summed, lists))
+        self.of.peer.link.send(wanted.into());
+        Ok(summing)
     }
 
     /// This side's sums are there.
     fn done(&mut self, summing: Summing) {
-        let verifier = &self.engine.runtime.verifier;
+        let verifier = &self.of.engine.runtime.verifier;
         let here = Here {
-            engine: Arc::clone(&self.engine),
-            request: self.request.clone(),
+            engine: Arc::clone(&self.of.engine),
+            request: self.of.request.clone(),
             summed: summing.summed,
             lists: summing.lists,
             sums: summing.sums,
         };
-        let comparing = match verifier.waiting().get_mut(&self.id) {
+        let comparing = match verifier.waiting().get_mut(&self.of.id) {
             Some(Waiting::Pull(asked)) => {
                 asked.here = Some(Box::new(here));
-                asked.complete(self.id)
+                asked.complete(self.of.id)
             }
             _ => None,
         };
-        verifier.compare(&self.engine, comparing);
+        verifier.compare(&self.of.engine, comparing);
     }
 }
 
 impl Job for Asking {
     fn turn(&mut self) -> Turn {
-        if stops(&self.engine) || !self.engine.runtime.verifier.is_wanted(self.id) {
+        if stops(&self.of.engine) || !self.of.engine.runtime.verifier.is_wanted(self.of.id) {
             return Turn::Over;
         }
         let mut summing = match self.summing.take() {
@@ -197,9 +183,15 @@ impl Job for Asking {
     }
 
     fn abandon(&mut self, cause: Cause) {
-        let removed = self.engine.runtime.verifier.waiting().remove(&self.id);
+        let removed = self
+            .of
+            .engine
+            .runtime
+            .verifier
+            .waiting()
+            .remove(&self.of.id);
         if let Some(Waiting::Pull(asked)) = removed {
-            asked.end(self.id, Err(Box::new(Unverified::from(cause))));
+            asked.end(self.of.id, Err(Box::new(Unverified::from(cause))));
         }
     }
 }

@@ -22,6 +22,7 @@ mod arrived;
 mod ask;
 mod check;
 mod compare;
+mod subject;
 mod summing;
 mod tell;
 mod thread;

@@ -1,28 +1,19 @@
 //! A push that has written everything tells the sums of it.
 
-use std::sync::Arc;
-
 use tracing::error;
 
+use super::subject::Subject;
 use super::summing::{CHUNK, List, Summing};
 use super::thread::{Job, NOT_SUMMED, Turn, stops};
-use super::{Unverified, Verdict, Verification};
-use crate::engine::worker::{Command, Live, WorkerHandle};
-use crate::engine::{Inner, PeerSession};
-use crate::ids::{Nonce, RequestId};
-use crate::plan::{Part, Plan, SideName};
-use crate::transfer::{Cause, TransferId};
+use super::{Unverified, Verdict};
+use crate::engine::worker::{Command, WorkerHandle};
+use crate::plan::SideName;
+use crate::transfer::Cause;
 use crate::wire::{PushSums, pack_sums};
 
 pub(super) struct Telling {
-    id: TransferId,
+    of: Subject,
     worker: WorkerHandle,
-    engine: Arc<Inner>,
-    peer: Arc<PeerSession>,
-    request: RequestId,
-    nonce: Nonce,
-    part: Part,
-    plans: Vec<Arc<Plan>>,
     summing: Option<Summing>,
     /// The consumer's units, as this side's are listed.
     theirs: Vec<List>,
@@ -30,21 +21,10 @@ pub(super) struct Telling {
 }
 
 impl Telling {
-    pub(super) fn new(
-        id: TransferId,
-        live: &Live,
-        of: &Verification,
-        worker: &WorkerHandle,
-    ) -> Self {
+    pub(super) fn new(of: Subject, worker: &WorkerHandle) -> Self {
         Self {
-            id,
+            of,
             worker: worker.clone(),
-            engine: Arc::clone(&live.engine),
-            peer: Arc::clone(&live.peer),
-            request: live.request.clone(),
-            nonce: live.nonce,
-            part: of.part,
-            plans: of.plans.clone(),
             summing: None,
             theirs: Vec::new(),
             told: 0,
@@ -52,19 +32,14 @@ impl Telling {
     }
 
     fn begin(&mut self) -> Result<Summing, Cause> {
-        let summed = (self.peer).summed(&self.engine, SideName::Producer, self.part);
-        let summed = summed.map_err(|_| NOT_SUMMED)?;
-        let lists = |side| -> Vec<List> {
-            let plans = self.plans.iter();
-            plans.flat_map(|plan| List::of_plan(plan, side)).collect()
-        };
-        let ours = lists(SideName::Producer);
-        self.theirs = lists(SideName::Consumer);
+        let summing = self.of.summing(SideName::Producer)?;
+        self.theirs = self.of.lists(SideName::Consumer);
         // A message holds the sums of a unit at least.
-        if ours.iter().any(|list| list.tensors(&summed).len() > CHUNK) {
-            return Err(NOT_SUMMED);
+        let too_many = |list: &List| list.tensors(&summing.summed).len() > CHUNK;
+        match summing.lists.iter().any(too_many) {
+            true => Err(NOT_SUMMED),
+            false => Ok(summing),
         }
-        Ok(Summing::new(Arc::clone(&self.engine), summed, ours))
     }
 
     fn go_on(&mut self) -> Result<Turn, Cause> {
@@ -85,12 +60,12 @@ impl Telling {
                 if let Some(of) = of.filter(|_| !sums.is_empty()) {
                     self.told += sums.len() as u64;
                     let message = PushSums {
-                        request: self.request.clone(),
-                        nonce: self.nonce,
+                        request: self.of.request.clone(),
+                        nonce: self.of.nonce,
                         of,
                         sums: pack_sums(&sums),
                     };
-                    self.peer.link.send(message.into());
+                    self.of.peer.link.send(message.into());
                 }
                 Ok(Turn::More)
             }
@@ -104,17 +79,17 @@ impl Telling {
     }
 
     fn end(&self, verdict: Verdict) {
-        let id = self.id;
+        let id = self.of.id;
         self.worker.send(Command::Verified { id, verdict });
     }
 }
 
 impl Job for Telling {
     fn turn(&mut self) -> Turn {
-        if stops(&self.engine) || !self.engine.runtime.verifier.is_wanted(self.id) {
+        if stops(&self.of.engine) || !self.of.engine.runtime.verifier.is_wanted(self.of.id) {
             return Turn::Over;
         }
-        if self.peer.link.is_behind() {
+        if self.of.peer.link.is_behind() {
             return Turn::Behind;
         }
         self.go_on().unwrap_or_else(|cause| {

@@ -11,6 +11,7 @@ use tracing::{error, warn};
 
 use super::answer::Answering;
 use super::ask::{Asked, Asking, Comparing};
+use super::subject::Subject;
 use super::tell::Telling;
 use crate::engine::books::pack_cause;
 use crate::engine::worker::{Command, Live, WorkerHandle};
@@ -111,13 +112,13 @@ impl Verifier {
         let begun = match live.push {
             true => {
                 self.waiting().insert(id, Waiting::Push);
-                let telling = Telling::new(id, live, of, worker);
+                let telling = Telling::new(Subject::new(id, live, of), worker);
                 self.give(&live.engine.runtime, telling).map_err(drop)
             }
             false => {
                 let asked = Asked::new(live.peer.key, worker);
                 self.waiting().insert(id, Waiting::Pull(asked));
-                let asking = Asking::new(id, live, of);
+                let asking = Asking::new(Subject::new(id, live, of));
                 self.give(&live.engine.runtime, asking).map_err(drop)
             }
         };

@@ -1,0 +1,50 @@
+//! The transfer whose sums are wanted.
+
+use std::sync::Arc;
+
+use super::Verification;
+use super::summing::{List, Summing};
+use super::thread::NOT_SUMMED;
+use crate::engine::worker::Live;
+use crate::engine::{Inner, PeerSession};
+use crate::ids::{Nonce, RequestId};
+use crate::plan::{Part, Plan, SideName};
+use crate::transfer::{Cause, TransferId};
+
+pub(super) struct Subject {
+    pub(super) id: TransferId,
+    pub(super) engine: Arc<Inner>,
+    pub(super) peer: Arc<PeerSession>,
+    pub(super) request: RequestId,
+    pub(super) nonce: Nonce,
+    pub(super) part: Part,
+    plans: Vec<Arc<Plan>>,
+}
+
+impl Subject {
+    pub(super) fn new(id: TransferId, live: &Live, of: &Verification) -> Self {
+        Self {
+            id,
+            engine: Arc::clone(&live.engine),
+            peer: Arc::clone(&live.peer),
+            request: live.request.clone(),
+            nonce: live.nonce,
+            part: of.part,
+            plans: of.plans.clone(),
+        }
+    }
+
+    /// What it moves, in the units of one side.
+    pub(super) fn lists(&self, side: SideName) -> Vec<List> {
+        let plans = self.plans.iter();
+        plans.flat_map(|plan| List::of_plan(plan, side)).collect()
+    }
+
+    /// The sums of what this side, which is `own`, has of it; none is worked out yet.
+    pub(super) fn summing(&self, own: SideName) -> Result<Summing, Cause> {
+        let summed = self.peer.summed(&self.engine, own, self.part);
+        let summed = summed.map_err(|_| NOT_SUMMED)?;
+        let engine = Arc::clone(&self.engine);
+        Ok(Summing::new(engine, summed, self.lists(own)))
+    }
+}
