@@ -13,6 +13,7 @@ use kvxfer_verbs::{Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, RtsAttr
 use super::async_events::Watched;
 use super::description::{consistent, plans};
 use super::dial::Dialler;
+use super::gpu::GpuPeer;
 use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
@@ -21,7 +22,7 @@ use super::peer_session::{Aside, LanePlace, PeerRail, PeerSession, Plans, Standi
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
 use crate::layout::{KvFormat, PlacementDesc};
@@ -29,7 +30,7 @@ use crate::ping::ProbeSeat;
 use crate::plan::PlanLimits;
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
-use crate::transport::{Choice, PathInfo, SkippedRail, gid_towards, soft_path};
+use crate::transport::{Choice, OnGpu, PathInfo, SkippedRail, gid_towards, soft_path};
 use crate::wire::{
     Describe, Message, PathKind, QpAnswer, QpOffer, Ready, Refusal, Role, SessionId, Side as End,
     StreamHalf, StreamKey, StreamOpening, limits,
@@ -99,6 +100,8 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
+    /// What can be fetched out of the peer's GPU.
+    gpu: Option<GpuPeer>,
     /// The rails that the peer is told of, as the runtime numbers them.
     rails: Vec<usize>,
     /// The pairs of rails that are joined.
@@ -153,6 +156,7 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
+            gpu: None,
             rails: Vec::new(),
             pairs: Vec::new(),
             taken: false,
@@ -347,7 +351,50 @@ impl Bringup {
         engine.runtime.is_rdma() || engine.config.enable_notification && theirs
     }
 
-    fn choose(&self, engine: &Inner) -> Result<PathInfo, Error> {
+    /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
+    /// cannot be.
+    fn reach_gpu(&mut self, engine: &Inner) -> Result<(), String> {
+        let Some(known) = &self.known else {
+            return Ok(());
+        };
+        let (Some(own), Some(theirs)) = (&engine.gpu, &known.describe.gpu) else {
+            return Ok(());
+        };
+        let own_device = self
+            .rails
+            .first()
+            .and_then(|at| engine.runtime.rail(*at).ok());
+        let devices = own_device.zip(known.rails.first());
+        if !devices.is_some_and(|(own, theirs)| own.context.shares_host(&theirs.device)) {
+            return Err("the peer is on another host".to_owned());
+        }
+        let lengths = known.layout.1.memory_len();
+        let open = |plans| GpuPeer::open(own, (theirs, lengths), plans);
+        match known.pull.as_ref().map(open).transpose() {
+            Ok(gpu) => {
+                self.gpu = gpu;
+                Ok(())
+            }
+            Err(error) => Err(chain(&error)),
+        }
+    }
+
+    /// Which of the two sides have their blocks on a GPU.
+    fn on_gpu(&self, engine: &Inner) -> OnGpu {
+        let there = self
+            .known
+            .as_ref()
+            .is_some_and(|k| k.describe.gpu.is_some());
+        let here = engine.gpu.is_some();
+        OnGpu { here, there }
+    }
+
+    fn choose(&mut self, engine: &Inner) -> Result<PathInfo, Error> {
+        let unreachable = match engine.config.path.allows(PathKind::Ipc) {
+            true => self.reach_gpu(engine).err(),
+            false => None,
+        };
+        let on_gpu = self.on_gpu(engine);
         let Some(known) = &self.known else {
             return Err(Error::ShuttingDown);
         };
@@ -368,6 +415,8 @@ impl Bringup {
             others,
             local_shareable: engine.shareable(),
             peer_shareable: known.describe.fd_backed,
+            on_gpu,
+            unreachable,
             allowed: &engine.config.path,
         }
         .choose()
@@ -394,16 +443,29 @@ impl Bringup {
         }
         let mut candidates = offer.candidates.clone();
         let soft = soft_path(offer.path);
+        let memory = match self.probe {
+            // It has nothing to do with the engine's memory.
+            Some(_) => OnGpu::NONE,
+            None => self.on_gpu(engine).seen_from_there(),
+        };
         let why_not = if !engine.config.path.allows(offer.path) {
-            Some("the peer's configuration does not allow it")
+            Some("the peer's configuration does not allow it".to_owned())
         } else if engine.runtime.is_rdma() != (offer.path == PathKind::Rdma) {
-            Some("the peer uses another kind of device")
+            Some("the peer uses another kind of device".to_owned())
+        } else if let Some(why_not) = memory.why_not(offer.path) {
+            Some(why_not.to_owned())
         } else {
-            None
+            let reached = match offer.path {
+                PathKind::Ipc => self.reach_gpu(engine),
+                _ => Ok(()),
+            };
+            reached
+                .err()
+                .map(|error| cut(format!("at the peer: {error}")))
         };
         if let Some(why_not) = why_not {
             for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
-                candidate.why_not = Some(why_not.to_owned());
+                candidate.why_not = Some(why_not.clone());
             }
             return Ok(none(candidates));
         }
@@ -766,6 +828,7 @@ impl Bringup {
             generation: describe.generation,
             rails,
             path,
+            gpu: self.gpu.take(),
             notices,
             facts: describe.facts,
             same_host,

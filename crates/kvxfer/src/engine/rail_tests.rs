@@ -148,8 +148,8 @@ fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
     let peer = from.engine.peer_of(&name).expect("a session");
     let push = peer.begin_push(&request);
     let push = push.expect("a push");
-    push.layer(0, &pairs()).expect("a layer");
-    push.layer(1, &pairs()).expect("a layer");
+    push.layer(0, &pairs(), None).expect("a layer");
+    push.layer(1, &pairs(), None).expect("a layer");
     let transfer = push.commit().expect("all of it");
     to.await_some(round);
     meanwhile();

@@ -115,6 +115,12 @@ pub enum WireError {
         /// How many there are.
         len: usize,
     },
+    /// Bytes that should be pairs of units.
+    #[error("{len} bytes of pairs of units, which are 8 bytes each, and at least one")]
+    BadPairs {
+        /// How many there are.
+        len: usize,
+    },
     /// A text with control characters.
     #[error("{what} holds control characters")]
     BadText {

@@ -420,6 +420,7 @@ impl World {
                 listen_port: 0,
             },
             fd_backed: true,
+            gpu: None,
         }
     }
 

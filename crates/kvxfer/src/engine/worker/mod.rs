@@ -3,6 +3,7 @@
 
 mod async_events;
 mod completions;
+mod gathers;
 mod outputs;
 mod posting;
 mod rails;
@@ -20,9 +21,11 @@ use tracing::{debug, warn};
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
 use super::async_events::{AsyncEvents, Port, Watched};
+use super::gpu::Taking;
 use super::handle::{Failure, Outcome, TransferReport};
 use super::health::Health;
 use super::joint::Told;
+use super::moves::Moves;
 use super::notices::{Inbox, Outbox};
 use super::peer_session::PeerSession;
 use super::push::close;
@@ -34,7 +37,8 @@ use crate::claims::Claim;
 use crate::error::Error;
 use crate::event::MemoryState;
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{OpSource, Plan};
+use crate::mem::gpu::Stream;
+use crate::plan::OpSource;
 use crate::ticket::LeaseRef;
 use crate::time::Time;
 use crate::transfer::{
@@ -42,6 +46,7 @@ use crate::transfer::{
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::Message;
+use gathers::Gathers;
 use rails::Retired;
 use wreck::Wreck;
 
@@ -68,6 +73,8 @@ pub(crate) struct Live {
     pub(crate) verify: Option<Verification>,
     /// A pull's destination blocks, until they are the owner's again.
     pub(crate) claim: Option<Claim>,
+    /// The stream that the fence goes on, of who reads what a pull has brought.
+    pub(crate) reader: Option<Stream>,
 }
 
 /// What other threads ask of a worker.
@@ -93,7 +100,7 @@ pub(crate) enum Command {
     /// More operations of a push.
     AddJob {
         id: TransferId,
-        source: Arc<Plan>,
+        source: Moves,
         runs: u64,
         prepare: Duration,
     },
@@ -128,6 +135,19 @@ pub(crate) enum Command {
     },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
+    /// A producer wants blocks of its push fetched out of its GPU.
+    Take {
+        peer: Arc<PeerSession>,
+        taking: Box<Taking>,
+    },
+    /// And no more of them.
+    TakeStop { peer: Arc<PeerSession>, number: u64 },
+    /// A consumer has fetched the blocks of a job, or why not.
+    Taken {
+        peer: Arc<PeerSession>,
+        job: JobId,
+        failed: Option<Cause>,
+    },
     /// The device has told something that matters: look what it is.
     AsyncEvents,
     /// End the thread.
@@ -277,6 +297,7 @@ pub(crate) struct Worker {
     /// Notices of pushes over RDMA that wait for a free queue pair.
     waiting_notices: VecDeque<(Arc<PeerSession>, Message)>,
     singles: HashMap<u64, Single>,
+    gathers: Gathers,
     outbox: Outbox,
     next_token: u64,
     batch: Batch,
@@ -327,6 +348,7 @@ impl Worker {
             waiting_checks: VecDeque::new(),
             waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
+            gathers: Gathers::default(),
             outbox,
             next_token: 0,
             batch: Batch::new(),
@@ -344,6 +366,7 @@ impl Worker {
         if catch_unwind(AssertUnwindSafe(|| self.work())).is_err() {
             return Wreck::run(self);
         }
+        self.gathers.end();
         self.lanes.clear();
         self.live.drain().map(|(_, live)| *live).collect()
     }
@@ -355,6 +378,7 @@ impl Worker {
             busy |= self.post();
             busy |= self.poll();
             busy |= self.let_go();
+            busy |= self.look_at_gpus();
             self.leave_ports();
             self.retire_lanes();
             self.finish_drops();
@@ -436,11 +460,11 @@ impl Worker {
                     live.report.merged_runs += runs;
                     live.report.prepare += prepare;
                     if let Some(verify) = &mut live.verify {
-                        verify.plans.push(Arc::clone(&source));
+                        verify.plans.push(Arc::clone(&source.plan));
                     }
                 }
                 // The transfer may have ended meanwhile: its outcome has said so.
-                if let Err(error) = self.transfers.add_job(now, id, source) {
+                if let Err(error) = self.transfers.add_job(now, id, Arc::new(source)) {
                     debug!(?id, %error, "operations of a push that has ended");
                 }
             }
@@ -480,6 +504,9 @@ impl Worker {
             Command::Report(report) => self.transfers.job_report(now, &report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
+            Command::Take { peer, taking } => self.take(peer, taking),
+            Command::TakeStop { peer, number } => self.take_stop(&peer, number),
+            Command::Taken { peer, job, failed } => self.taken(&peer, job, failed),
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]
@@ -526,6 +553,7 @@ impl Worker {
             }
             self.scheduler.lane_failed(*lane, cause.clone());
         }
+        self.gathers.stop_peer(peer.key);
         // Their numbers may be those of others next.
         self.failing.retain(|lane| !lanes.contains(lane));
         self.dropping.push((peer, lanes));
@@ -533,8 +561,9 @@ impl Worker {
 
     fn finish_drops(&mut self) {
         let mut at = 0;
-        while let Some((_, lanes)) = self.dropping.get(at) {
-            if !lanes.iter().all(|lane| self.is_over(*lane)) {
+        while let Some((peer, lanes)) = self.dropping.get(at) {
+            let touched = self.gathers.touch(peer.key);
+            if touched || !lanes.iter().all(|lane| self.is_over(*lane)) {
                 at += 1;
                 continue;
             }
@@ -552,6 +581,7 @@ impl Worker {
             let (peer, _) = self.dropping.swap_remove(at);
             self.retired.retain(|retired| retired.peer != peer.key);
             self.peers.remove(&peer.key);
+            self.gathers.forget_peer(peer.key);
             peer.worker_drained();
         }
     }
@@ -580,6 +610,11 @@ impl Worker {
             .chain(self.next_leaving());
         let due = due.min();
         let mut timeout = due.map(|at| at.since(now));
+        match self.gathers.rest() {
+            Some(Duration::ZERO) => return,
+            Some(rest) => timeout = Some(timeout.map_or(rest, |t| t.min(rest))),
+            None => {}
+        }
         if !self.waiting_checks.is_empty() || !self.waiting_notices.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));
         }
