@@ -1,9 +1,10 @@
 //! Reads our declarations of C and writes the same table of facts three times: as Rust says it of
 //! ours, as a C compiler says it of the headers, and as Rust says it of what bindgen made for
 //! rdma-sys. Nothing is listed by hand: what is declared is compared, and what cannot be understood
-//! here ends the build. The GPU runtimes' are in gpu.rs.
+//! here ends the build. The GPU runtimes' are in gpu.rs, mlx5's in mlx5.rs.
 
 mod gpu;
+mod mlx5;
 
 use std::collections::BTreeSet;
 use std::env;
@@ -447,4 +448,5 @@ fn main() {
         .warnings(false)
         .compile("kvxfer_abi_probe");
     gpu::write(&here, &out);
+    mlx5::write(&here, &out);
 }

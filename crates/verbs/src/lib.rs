@@ -15,6 +15,7 @@ mod cq;
 mod device;
 mod error;
 mod memory;
+pub mod mlx5;
 mod null;
 mod qp;
 mod rdma;

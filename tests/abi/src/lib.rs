@@ -1,6 +1,6 @@
 //! Compares the C declarations of `crates/verbs` with the installed headers of rdma-core and with
 //! rdma-sys, which bindgen made from them; and the versions of symbols with the installed library. The same for
-//! the GPU runtimes' declarations in `crates/hipmem`, in `gpu`.
+//! the GPU runtimes' declarations in `crates/hipmem`, in `gpu`, and for the queues of mlx5 devices, in `mlx5`.
 #![cfg(test)]
 #![allow(
     non_camel_case_types,
@@ -10,6 +10,7 @@
 )]
 
 mod gpu;
+mod mlx5;
 
 #[path = "../../../crates/verbs/src/sys/enums.rs"]
 mod enums;

@@ -1,0 +1,32 @@
+//! The queues of mlx5 devices as bytes: send WQEs, CQEs, doorbells and doorbell records.
+//!
+//! Nothing here touches memory or a device: values become bytes and bytes values, or a
+//! [`Mlx5Fault`]. Every WQE is one basic block of 64 bytes, so that a WQE's number is its place: an RDMA
+//! operation with up to two local segments or up to 28 bytes of data in the WQE itself.
+//!
+//! The layouts are transcribed from rdma-core and compared with its header `mlx5dv.h`, and encoded WQEs
+//! with what its functions write, by `tests/abi`. No mlx5 device has been driven with them.
+
+mod bytes;
+mod cqe;
+mod doorbell;
+mod fault;
+mod geometry;
+mod layout;
+#[cfg(test)]
+mod tests;
+mod wqe;
+
+pub use cqe::{Cqe, CqeStatus, Syndrome};
+pub use doorbell::{Doorbell, DoorbellRecord};
+pub use fault::Mlx5Fault;
+pub use geometry::{CqDepth, MAX_DEPTH, SqDepth, WQEBB};
+pub use wqe::{
+    Gather, INLINE_ROOM, InlineData, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe,
+};
+
+/// Bytes of a completion.
+pub const CQE_BYTES: usize = layout::mlx5_cqe64::SIZE;
+
+/// Where in a UAR page the doorbell is.
+pub const DOORBELL_OFFSET: u64 = 0x800;
