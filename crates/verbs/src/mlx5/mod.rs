@@ -1,6 +1,6 @@
 //! The queues of mlx5 devices as bytes: send WQEs, CQEs, doorbells and doorbell records.
 //!
-//! Nothing here touches memory or a device: values become bytes and bytes values, or a
+//! Nothing here touches a device: values become bytes and bytes values, or a
 //! [`Mlx5Fault`]. Every WQE is one basic block of 64 bytes, so that a WQE's number is its place: an RDMA
 //! operation with up to two local segments or up to 28 bytes of data in the WQE itself.
 //!
@@ -13,6 +13,8 @@ mod doorbell;
 mod fault;
 mod geometry;
 mod layout;
+mod memory;
+pub mod model;
 #[cfg(test)]
 mod tests;
 mod wqe;
@@ -21,6 +23,7 @@ pub use cqe::{Cqe, CqeStatus, Syndrome};
 pub use doorbell::{Doorbell, DoorbellRecord};
 pub use fault::Mlx5Fault;
 pub use geometry::{CqDepth, MAX_DEPTH, SqDepth, WQEBB};
+pub use memory::{OutsideQueue, QueueMemory};
 pub use wqe::{
     Gather, INLINE_ROOM, InlineData, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe,
 };

@@ -1,0 +1,288 @@
+//! The device's side of a send queue and its completion queue.
+
+use super::super::bytes::Block;
+use super::super::{
+    CQE_BYTES, CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Operation, Qpn, QueueMemory,
+    SendWqe, SqDepth, Syndrome, WQEBB,
+};
+use super::keys::KeyTable;
+use super::violation::Violation;
+
+/// What consumed slots are filled with: no opcode, no size and no number that is ever valid.
+const POISON: [u8; 8] = [0xa5; 8];
+
+/// Where the queues lie.
+#[derive(Debug)]
+pub struct Queues<M> {
+    /// WQEs: 64 bytes for each slot.
+    pub sq: M,
+    /// The queue pair's doorbell record: eight bytes, of which the send queue has the last four.
+    pub sq_record: M,
+    /// Completions: 64 bytes each. Their last bytes must say that none has been written.
+    pub cq: M,
+    /// The completion queue's record: eight bytes, of which the first four say what was taken.
+    pub cq_record: M,
+    /// The doorbell, or the word in its place: eight bytes.
+    pub bell: M,
+}
+
+/// What a queue is.
+#[derive(Debug, Clone)]
+pub struct HcaSetup {
+    /// The queue pair.
+    pub qpn: Qpn,
+    /// Slots of the send queue.
+    pub sq_depth: SqDepth,
+    /// Entries of the completion queue.
+    pub cq_depth: CqDepth,
+    /// The number of the first WQE, and of the first completion.
+    pub first: u64,
+    /// What may be touched.
+    pub keys: KeyTable,
+}
+
+/// What carries out WQEs that have been found good.
+pub trait Sink {
+    /// Carries one out; gives the bytes that were moved.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed; the queue then flushes what follows.
+    fn execute(&mut self, n: u64, operation: &Operation) -> Result<u32, Syndrome>;
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Hca<M, S> {
+    queues: Queues<M>,
+    setup: HcaSetup,
+    sink: S,
+    /// WQEs consumed.
+    consumed: u64,
+    /// Completions written.
+    written: u64,
+    /// Completions given back, as far as the record was read.
+    taken: u64,
+    /// The first bytes of the last WQE.
+    head: Option<[u8; 8]>,
+    /// The doorbell as it was last seen in memory.
+    bell: [u8; 8],
+    /// A WQE has failed.
+    failed: bool,
+}
+
+impl<M: QueueMemory, S: Sink> Hca<M, S> {
+    /// A device for these queues.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::Memory`] where one is too small for its queue.
+    pub fn new(queues: Queues<M>, setup: HcaSetup, sink: S) -> Result<Self, Violation> {
+        queues.sq.load(setup.sq_depth.bytes() - 8)?;
+        queues.cq.load(setup.cq_depth.bytes() - 8)?;
+        queues.sq_record.load(0)?;
+        queues.cq_record.load(0)?;
+        let bell = queues.bell.load(0)?;
+        let first = setup.first;
+        Ok(Self {
+            queues,
+            setup,
+            sink,
+            consumed: first,
+            written: first,
+            taken: first,
+            head: None,
+            bell,
+            failed: false,
+        })
+    }
+
+    /// The number of the WQE that comes next.
+    #[must_use]
+    pub fn consumed(&self) -> u64 {
+        self.consumed
+    }
+
+    /// What carries out WQEs.
+    #[must_use]
+    pub fn sink(&self) -> &S {
+        &self.sink
+    }
+
+    /// Looks into memory as a device that is told of nothing else: consumes what the record tells of if
+    /// the record or the doorbell has changed. Gives how many WQEs that were.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Violation`]; the queue is then of no more use.
+    pub fn look(&mut self) -> Result<u64, Violation> {
+        let bell = self.queues.bell.load(0)?;
+        if bell != self.bell {
+            self.bell = bell;
+            let bell = self.doorbell(bell)?;
+            self.same_queue_pair(bell.qpn().get())?;
+        }
+        self.see_record()
+    }
+
+    /// Reads the record, as a device may at any time, and consumes what it tells of. Gives how many
+    /// WQEs that were.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Violation`].
+    pub fn see_record(&mut self) -> Result<u64, Violation> {
+        let record = self.record()?;
+        let ahead = u64::from(record.wrapping_sub(self.consumed as u16));
+        let depth = self.setup.sq_depth.get();
+        if ahead > depth.into() {
+            return Err(Violation::RecordSpan {
+                record,
+                consumed: self.consumed,
+                depth,
+            });
+        }
+        for _ in 0..ahead {
+            self.consume()?;
+        }
+        Ok(ahead)
+    }
+
+    /// The doorbell is rung in this moment: checks it, against the record and the last WQE too, and
+    /// consumes what the record tells of. Gives how many WQEs that were.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Violation`].
+    pub fn ring(&mut self, bytes: [u8; 8]) -> Result<u64, Violation> {
+        let bell = self.doorbell(bytes)?;
+        self.same_queue_pair(bell.qpn().get())?;
+        let record = self.record()?;
+        // Posters take turns, so that nobody's record is there but this one's.
+        if bell.next() != record {
+            return Err(Violation::RecordBehind {
+                doorbell: bell.next(),
+                record,
+            });
+        }
+        let seen = self.see_record()?;
+        let wanted = self
+            .head
+            .filter(|_| matches!(bell, Doorbell::LastWqe { .. }));
+        match wanted {
+            Some(head) if head != bytes => Err(Violation::NotTheLast {
+                wanted: u64::from_be_bytes(head),
+                found: u64::from_be_bytes(bytes),
+            }),
+            _ => Ok(seen),
+        }
+    }
+
+    fn doorbell(&self, bytes: [u8; 8]) -> Result<Doorbell, Violation> {
+        Doorbell::decode(bytes).map_err(|fault| Violation::Doorbell { fault })
+    }
+
+    fn same_queue_pair(&self, found: u32) -> Result<(), Violation> {
+        let wanted = self.setup.qpn.get();
+        if found == wanted {
+            Ok(())
+        } else {
+            Err(Violation::QueuePair { wanted, found })
+        }
+    }
+
+    /// Low 16 bits of the number that comes next, by the record.
+    fn record(&self) -> Result<u16, Violation> {
+        let [_, _, _, _, a, b, c, d] = self.queues.sq_record.load(0)?;
+        let record = DoorbellRecord::decode([a, b, c, d]);
+        Ok(record.map_err(|fault| Violation::Record { fault })?.0)
+    }
+
+    /// Takes one WQE out of its slot and carries it out.
+    fn consume(&mut self) -> Result<(), Violation> {
+        let n = self.consumed;
+        let at = self.setup.sq_depth.offset(n);
+        let mut block: Block = [0; WQEBB];
+        let (words, _) = block.as_chunks_mut::<8>();
+        for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
+            *word = self.queues.sq.load(offset)?;
+        }
+        for offset in (at..).step_by(8).take(WQEBB / 8) {
+            self.queues.sq.store(offset, POISON)?;
+        }
+        self.head = block.first_chunk().copied();
+        let wqe = SendWqe::decode(&block).map_err(|fault| Violation::Wqe { n, fault })?;
+        // Low 16 bits.
+        if wqe.index != n as u16 {
+            let found = wqe.index;
+            return Err(Violation::Number { n, found });
+        }
+        self.same_queue_pair(wqe.qpn.get())?;
+        self.consumed += 1;
+        let ended = if self.failed {
+            Err(Syndrome::FLUSHED)
+        } else {
+            let allowed = self.setup.keys.check(&wqe);
+            allowed.and_then(|()| self.sink.execute(n, &wqe.operation))
+        };
+        let status = match ended {
+            Ok(byte_count) => CqeStatus::Done { byte_count },
+            Err(syndrome) => {
+                self.failed = true;
+                CqeStatus::Failed {
+                    syndrome,
+                    vendor: 0,
+                }
+            }
+        };
+        if wqe.flags.signalled || self.failed {
+            let [_, _, _, opcode, ..] = block;
+            self.complete(&Cqe {
+                qpn: wqe.qpn,
+                opcode,
+                counter: wqe.index,
+                status,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes a completion, its last bytes last.
+    fn complete(&mut self, cqe: &Cqe) -> Result<(), Violation> {
+        let (n, depth) = (self.written, self.setup.cq_depth);
+        if n - self.taken >= depth.get().into() {
+            self.look_taken()?;
+        }
+        if n - self.taken >= depth.get().into() {
+            return Err(Violation::NoRoom {
+                n,
+                taken: self.taken,
+                depth: depth.get(),
+            });
+        }
+        let block = cqe.encode(n, depth);
+        let at = depth.offset(n);
+        let (words, _) = block.as_chunks::<8>();
+        for (word, offset) in words.iter().zip((at..at + CQE_BYTES as u64).step_by(8)) {
+            self.queues.cq.store(offset, *word)?;
+        }
+        self.written += 1;
+        Ok(())
+    }
+
+    /// How many completions have been given back.
+    fn look_taken(&mut self) -> Result<(), Violation> {
+        let [_, a, b, c, ..] = self.queues.cq_record.load(0)?;
+        let taken = u32::from_be_bytes([0, a, b, c]);
+        // 24 bits.
+        let ahead = taken.wrapping_sub(self.taken as u32) & 0x00ff_ffff;
+        if u64::from(ahead) > self.written - self.taken {
+            return Err(Violation::Taken {
+                taken,
+                written: self.written,
+            });
+        }
+        self.taken += u64::from(ahead);
+        Ok(())
+    }
+}

@@ -1,0 +1,456 @@
+//! The model against a poster in Rust that does one thing wrong at a time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::super::{
+    CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Gather, Mlx5Fault, Operation, OutsideQueue,
+    Qpn, QueueMemory, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth, Syndrome,
+};
+use super::{Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
+
+#[derive(Debug, Clone)]
+struct Words(Arc<[AtomicU64]>);
+
+impl Words {
+    fn new(bytes: u64) -> Self {
+        Self((0..bytes / 8).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn at(&self, offset: u64) -> Result<&AtomicU64, OutsideQueue> {
+        let len = self.len();
+        let word = self.0.get(offset as usize / 8);
+        word.filter(|_| offset.is_multiple_of(8))
+            .ok_or(OutsideQueue { offset, len })
+    }
+}
+
+impl QueueMemory for Words {
+    fn len(&self) -> u64 {
+        8 * self.0.len() as u64
+    }
+
+    fn load(&self, offset: u64) -> Result<[u8; 8], OutsideQueue> {
+        Ok(self.at(offset)?.load(Ordering::Acquire).to_ne_bytes())
+    }
+
+    fn store(&self, offset: u64, bytes: [u8; 8]) -> Result<(), OutsideQueue> {
+        self.at(offset)?
+            .store(u64::from_ne_bytes(bytes), Ordering::Release);
+        Ok(())
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counted(Vec<u64>);
+
+impl Sink for Counted {
+    fn execute(&mut self, n: u64, operation: &Operation) -> Result<u32, Syndrome> {
+        self.0.push(n);
+        let len = operation.sides().map_or(0, |(_, local)| local.len());
+        Ok(u32::try_from(len).unwrap_or(u32::MAX))
+    }
+}
+
+/// A poster, and the device.
+struct Bench {
+    queues: Queues<Words>,
+    hca: Hca<Words, Counted>,
+    next: u64,
+    taken: u64,
+}
+
+const DEPTH: u32 = 4;
+const QPN: u32 = 0x0012_3456;
+
+fn qpn(n: u32) -> Qpn {
+    Qpn::new(n).expect("24 bits")
+}
+
+impl Bench {
+    fn new(first: u64) -> Self {
+        let cq_depth = CqDepth::new(DEPTH).expect("a power");
+        let sq_depth = SqDepth::new(DEPTH).expect("a power");
+        let queues = || Queues {
+            sq: Words::new(sq_depth.bytes()),
+            sq_record: Words::new(8),
+            cq: Words::new(cq_depth.bytes()),
+            cq_record: Words::new(8),
+            bell: Words::new(8),
+        };
+        let mine = queues();
+        for i in 0..u64::from(DEPTH) {
+            let last = Cqe::unwritten();
+            let (words, _) = last.as_chunks::<8>();
+            mine.cq.store(64 * i + 56, words[7]).expect("inside");
+        }
+        let theirs = Queues {
+            sq: mine.sq.clone(),
+            sq_record: mine.sq_record.clone(),
+            cq: mine.cq.clone(),
+            cq_record: mine.cq_record.clone(),
+            bell: mine.bell.clone(),
+        };
+        let region = |addr, writable| Region {
+            addr,
+            len: 4096,
+            writable,
+        };
+        let setup = HcaSetup {
+            qpn: qpn(QPN),
+            sq_depth,
+            cq_depth,
+            first,
+            keys: KeyTable {
+                local: [(1, region(0x1000, true)), (2, region(0x8000, false))].into(),
+                remote: [(3, region(0x2000, true)), (4, region(0x9000, false))].into(),
+            },
+        };
+        let bench = Self {
+            hca: Hca::new(theirs, setup, Counted::default()).expect("large enough"),
+            queues: mine,
+            next: first,
+            taken: first,
+        };
+        bench.record(first);
+        bench.give_back(first);
+        bench
+    }
+
+    fn wqe(&self) -> SendWqe {
+        SendWqe {
+            index: self.next as u16,
+            qpn: qpn(QPN),
+            flags: SendFlags {
+                signalled: true,
+                ..SendFlags::default()
+            },
+            operation: Operation::Write {
+                remote: RemoteSpan {
+                    addr: 0x2000,
+                    rkey: 3,
+                },
+                local: Gather::One(Segment::new(0x1000, 64, 1).expect("a length")),
+            },
+        }
+    }
+
+    fn write(&self, wqe: &SendWqe) {
+        let block = wqe.encode().expect("valid");
+        let (words, _) = block.as_chunks::<8>();
+        let at = 64 * (self.next % u64::from(DEPTH));
+        for (word, i) in words.iter().zip(0..) {
+            self.queues.sq.store(at + 8 * i, *word).expect("inside");
+        }
+    }
+
+    fn record(&self, next: u64) {
+        let [a, b, c, d] = DoorbellRecord::new(next).encode();
+        let word = [0, 0, 0, 0, a, b, c, d];
+        self.queues.sq_record.store(0, word).expect("inside");
+    }
+
+    fn give_back(&self, taken: u64) {
+        let [_, b, c, d] = (taken as u32).to_be_bytes();
+        let word = [0, b, c, d, 0, 0, 0, 0];
+        self.queues.cq_record.store(0, word).expect("inside");
+    }
+
+    /// Posts as it should be.
+    fn post(&mut self, wqe: &SendWqe) -> Result<u64, Violation> {
+        self.write(wqe);
+        self.next += 1;
+        self.record(self.next);
+        self.hca.ring(Doorbell::of(wqe).expect("valid").encode())
+    }
+
+    /// The completion that comes next.
+    fn poll(&mut self) -> Option<Cqe> {
+        let depth = CqDepth::new(DEPTH).expect("a power");
+        let mut block = [0; 64];
+        let (words, _) = block.as_chunks_mut::<8>();
+        for (word, i) in words.iter_mut().zip(0..) {
+            let at = depth.offset(self.taken) + 8 * i;
+            *word = self.queues.cq.load(at).expect("inside");
+        }
+        let cqe = Cqe::decode(&block, self.taken, depth).expect("one of ours")?;
+        self.taken += 1;
+        self.give_back(self.taken);
+        Some(cqe)
+    }
+}
+
+#[test]
+fn posts_in_order_complete_in_order() {
+    for first in [0, 0xfffa, 0xff_fffa, 0xffff_fffa] {
+        let mut bench = Bench::new(first);
+        for i in 0..20 {
+            let wqe = bench.wqe();
+            assert_eq!(bench.post(&wqe), Ok(1));
+            let cqe = bench.poll().expect("it has ended");
+            assert_eq!(cqe.counter, (first + i) as u16);
+            assert_eq!(cqe.status, CqeStatus::Done { byte_count: 64 });
+            assert_eq!(cqe.qpn.get(), QPN);
+            assert_eq!(bench.poll(), None);
+        }
+        let all: Vec<_> = (first..first + 20).collect();
+        assert_eq!(bench.hca.sink().0, all);
+        assert_eq!(bench.hca.consumed(), first + 20);
+    }
+}
+
+#[test]
+fn a_device_that_is_told_of_nothing_looks_by_itself() {
+    let mut bench = Bench::new(0);
+    assert_eq!(bench.hca.look(), Ok(0));
+    for _ in 0..3 {
+        bench.write(&bench.wqe());
+        bench.next += 1;
+    }
+    bench.record(3);
+    assert_eq!(bench.hca.look(), Ok(3));
+    let next = Doorbell::Next {
+        index: 3,
+        qpn: qpn(QPN),
+    };
+    bench.queues.bell.store(0, next.encode()).expect("inside");
+    assert_eq!(bench.hca.look(), Ok(0));
+    let other = Doorbell::Next {
+        index: 3,
+        qpn: qpn(7),
+    };
+    bench.queues.bell.store(0, other.encode()).expect("inside");
+    assert_eq!(
+        bench.hca.look(),
+        Err(Violation::QueuePair {
+            wanted: QPN,
+            found: 7
+        })
+    );
+}
+
+#[test]
+fn a_record_behind_its_doorbell_is_found() {
+    let mut bench = Bench::new(0);
+    let wqe = bench.wqe();
+    bench.write(&wqe);
+    let bell = Doorbell::of(&wqe).expect("valid").encode();
+    assert_eq!(
+        bench.hca.ring(bell),
+        Err(Violation::RecordBehind {
+            doorbell: 1,
+            record: 0
+        })
+    );
+}
+
+#[test]
+fn a_doorbell_out_of_a_slot_that_was_taken_is_found() {
+    let mut bench = Bench::new(0);
+    let wqe = bench.wqe();
+    bench.write(&wqe);
+    bench.record(1);
+    // The device is quick.
+    assert_eq!(bench.hca.see_record(), Ok(1));
+    let slot = bench.queues.sq.load(0).expect("inside");
+    let found = bench.hca.ring(slot);
+    assert!(
+        matches!(found, Err(Violation::Doorbell { .. })),
+        "{found:?}"
+    );
+    // Nor is one of another WQE taken.
+    let mut other = wqe;
+    other.operation = Operation::Nop;
+    let bell = Doorbell::of(&other).expect("valid").encode();
+    let found = bench.hca.ring(bell);
+    assert!(
+        matches!(found, Err(Violation::NotTheLast { .. })),
+        "{found:?}"
+    );
+    assert_eq!(
+        bench.hca.ring(Doorbell::of(&wqe).expect("valid").encode()),
+        Ok(0)
+    );
+}
+
+#[test]
+fn what_was_not_written_is_found() {
+    let mut bench = Bench::new(0);
+    bench.record(1);
+    let found = bench.hca.see_record();
+    // A slot of zeros is a NOP without a size.
+    let size = Mlx5Fault::Size { opcode: 0, ds: 0 };
+    assert_eq!(found, Err(Violation::Wqe { n: 0, fault: size }));
+    // After a lap, it is poison.
+    let mut bench = Bench::new(0);
+    for _ in 0..DEPTH {
+        let wqe = bench.wqe();
+        bench.post(&wqe).expect("good");
+    }
+    bench.record(bench.next + 1);
+    let found = bench.hca.see_record();
+    assert!(
+        matches!(found, Err(Violation::Wqe { n: 4, .. })),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn wrong_numbers_and_queue_pairs_are_found() {
+    let mut bench = Bench::new(0);
+    let mut wqe = bench.wqe();
+    wqe.index = 1;
+    bench.write(&wqe);
+    bench.record(1);
+    let found = bench.hca.see_record();
+    assert_eq!(found, Err(Violation::Number { n: 0, found: 1 }));
+    let mut bench = Bench::new(0);
+    let mut wqe = bench.wqe();
+    wqe.qpn = qpn(5);
+    bench.write(&wqe);
+    bench.record(1);
+    assert_eq!(
+        bench.hca.see_record(),
+        Err(Violation::QueuePair {
+            wanted: QPN,
+            found: 5
+        })
+    );
+}
+
+#[test]
+fn a_record_that_goes_back_or_too_far_is_found() {
+    for (record, consumed) in [(0, 1), (6, 1), (0xffff, 1)] {
+        let mut bench = Bench::new(0);
+        let wqe = bench.wqe();
+        bench.post(&wqe).expect("good");
+        bench.record(record);
+        assert_eq!(
+            bench.hca.see_record(),
+            Err(Violation::RecordSpan {
+                record: record as u16,
+                consumed,
+                depth: DEPTH
+            })
+        );
+    }
+    let mut bench = Bench::new(0);
+    bench
+        .queues
+        .sq_record
+        .store(0, [0, 0, 0, 0, 1, 0, 0, 0])
+        .expect("inside");
+    let found = bench.hca.see_record();
+    assert!(matches!(found, Err(Violation::Record { .. })), "{found:?}");
+}
+
+#[test]
+fn completions_that_are_not_given_back_are_missed() {
+    let mut bench = Bench::new(0);
+    for _ in 0..DEPTH {
+        let wqe = bench.wqe();
+        bench.post(&wqe).expect("good");
+    }
+    let wqe = bench.wqe();
+    assert_eq!(
+        bench.post(&wqe),
+        Err(Violation::NoRoom {
+            n: 4,
+            taken: 0,
+            depth: DEPTH
+        })
+    );
+    let mut bench = Bench::new(0);
+    bench.give_back(3);
+    for _ in 0..DEPTH {
+        let wqe = bench.wqe();
+        bench.post(&wqe).expect("good");
+    }
+    // Given back before they were there; the device looks when it needs room.
+    bench.give_back(5);
+    let wqe = bench.wqe();
+    assert_eq!(
+        bench.post(&wqe),
+        Err(Violation::Taken {
+            taken: 5,
+            written: 4
+        })
+    );
+}
+
+#[test]
+fn bad_keys_fail_and_the_rest_is_flushed() {
+    let far = |addr, rkey| RemoteSpan { addr, rkey };
+    let near = |addr, len, lkey| Gather::One(Segment::new(addr, len, lkey).expect("a length"));
+    let put = |remote, local| Operation::Write { remote, local };
+    let get = |remote, local| Operation::Read { remote, local };
+    let (local, remote) = (Syndrome::LOCAL_PROTECTION, Syndrome::REMOTE_ACCESS);
+    for (operation, syndrome) in [
+        (put(far(0x2000, 3), near(0x1000, 64, 9)), local),
+        (put(far(0x2000, 3), near(0xfff, 64, 1)), local),
+        (put(far(0x2000, 3), near(0x1fff, 2, 1)), local),
+        (put(far(0x2000, 3), near(u64::MAX, 2, 1)), local),
+        (put(far(0x2000, 9), near(0x1000, 64, 1)), remote),
+        (put(far(0x2fff, 3), near(0x1000, 2, 1)), remote),
+        (put(far(0x1fff, 3), near(0x1000, 2, 1)), remote),
+        (put(far(0x9000, 4), near(0x1000, 2, 1)), remote),
+        (get(far(0x9000, 4), near(0x8000, 2, 2)), local),
+    ] {
+        let mut bench = Bench::new(0);
+        let good = bench.wqe();
+        assert_eq!(bench.post(&good), Ok(1));
+        for operation in [operation, good.operation] {
+            let mut wqe = bench.wqe();
+            wqe.operation = operation;
+            // A failure is told of unasked.
+            wqe.flags.signalled = false;
+            assert_eq!(bench.post(&wqe), Ok(1));
+        }
+        let ends: Vec<_> = std::iter::from_fn(|| bench.poll())
+            .map(|c| c.status)
+            .collect();
+        let failed = |syndrome| CqeStatus::Failed {
+            syndrome,
+            vendor: 0,
+        };
+        let wanted = [
+            CqeStatus::Done { byte_count: 64 },
+            failed(syndrome),
+            failed(Syndrome::FLUSHED),
+        ];
+        assert_eq!(ends, wanted, "{operation:?}");
+        assert_eq!(bench.hca.sink().0, [0]);
+    }
+    // What may be read or written is.
+    let mut bench = Bench::new(0);
+    for operation in [
+        get(far(0x9000, 4), near(0x1fff, 1, 1)),
+        put(far(0x2fff, 3), near(0x8000, 1, 2)),
+        put(far(0, 77), Gather::Nothing),
+    ] {
+        let mut wqe = bench.wqe();
+        wqe.operation = operation;
+        assert_eq!(bench.post(&wqe), Ok(1));
+        let status = bench.poll().map(|c| c.status);
+        assert!(matches!(status, Some(CqeStatus::Done { .. })), "{status:?}");
+    }
+}
+
+#[test]
+fn memory_that_is_too_small_is_refused() {
+    let mut bench = Bench::new(0);
+    bench.queues.cq = Words::new(64);
+    let setup = HcaSetup {
+        qpn: qpn(QPN),
+        sq_depth: SqDepth::new(DEPTH).expect("a power"),
+        cq_depth: CqDepth::new(DEPTH).expect("a power"),
+        first: 0,
+        keys: KeyTable::default(),
+    };
+    let made = Hca::new(bench.queues, setup, Counted::default());
+    let outside = OutsideQueue {
+        offset: 248,
+        len: 64,
+    };
+    assert_eq!(made.err(), Some(Violation::Memory(outside)));
+}
