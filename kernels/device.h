@@ -95,6 +95,24 @@ KVX_FN kvx_u32 kvx_uniform(kvx_u32 value) {
 #endif
 }
 
+KVX_FN kvx_u64 kvx_uniform_u64(kvx_u64 value) {
+  return (kvx_u64)kvx_uniform((kvx_u32)(value >> 32)) << 32 | kvx_uniform((kvx_u32)value);
+}
+
+// All lanes of the wave have come here, and what they have written comes before what any of them
+// releases from here on.
+KVX_FN void kvx_wave_barrier() {
+#if defined(KVX_GFX11)
+  asm volatile(
+      "s_waitcnt vmcnt(0) lgkmcnt(0)\n\t"
+      "s_waitcnt_vscnt null, 0x0" ::: "memory");
+#elif defined(KVX_AMD)
+  asm volatile("s_waitcnt vmcnt(0) lgkmcnt(0)" ::: "memory");
+#elif defined(KVX_NVIDIA)
+  asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+#endif
+}
+
 // All threads of the workgroup have come here, and see what the others put into shared memory.
 KVX_FN void kvx_barrier() {
 #ifdef KVX_AMD
@@ -212,8 +230,16 @@ KVX_FN kvx_u32 kvx_load_acquire_u32(kvx_u64 at) {
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+KVX_FN kvx_u64 kvx_load_acquire_u64(kvx_u64 at) {
+  kvx_u64 value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
 KVX_FN void kvx_store_release_u64(kvx_u64 at, kvx_u64 value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+KVX_FN void kvx_store_system_u32(kvx_u64 at, kvx_u32 value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 #else
 template <typename T>
@@ -232,14 +258,80 @@ KVX_FN kvx_u32 kvx_load_acquire_u32(kvx_u64 at) {
   kvx_fence_acquire();
   return value;
 }
+KVX_FN kvx_u64 kvx_load_acquire_u64(kvx_u64 at) {
+  kvx_u64 value = kvx_load_system_u64(at);
+  kvx_fence_acquire();
+  return value;
+}
+template <typename T>
+KVX_FN void kvx_store_system(kvx_u64 at, T value) {
+#ifdef KVX_AMD
+  __scoped_atomic_store_n((KVX_GLOBAL T *)at, value, __ATOMIC_RELAXED, __MEMORY_SCOPE_SYSTEM);
+#else
+  __atomic_store_n((T *)at, value, __ATOMIC_RELAXED);
+#endif
+}
+KVX_FN void kvx_store_system_u32(kvx_u64 at, kvx_u32 value) {
+  kvx_store_system<kvx_u32>(at, value);
+}
 KVX_FN void kvx_store_release_u64(kvx_u64 at, kvx_u64 value) {
   kvx_fence_release();
-#ifdef KVX_AMD
-  __scoped_atomic_store_n((KVX_GLOBAL kvx_u64 *)at, value, __ATOMIC_RELAXED,
-                          __MEMORY_SCOPE_SYSTEM);
-#else
-  __atomic_store_n((kvx_u64 *)at, value, __ATOMIC_RELAXED);
+  kvx_store_system<kvx_u64>(at, value);
+}
 #endif
+
+// Words that the threads of one device have among themselves, in its own memory: loads acquire, stores
+// release and swaps do both, at the scope of the device. A swap gives what was there, and has taken place
+// if that is `expected`.
+#ifdef KVX_NVIDIA
+KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
+  kvx_u64 value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+KVX_FN void kvx_store_device_u64(kvx_u64 at, kvx_u64 value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) {
+  kvx_u64 found;
+  asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(found)
+               : "l"(at), "l"(expected), "l"(value)
+               : "memory");
+  return found;
+}
+#elif defined(KVX_AMD)
+// Each reaches the device's coherent memory by itself, past the caches that are not; and waits for what
+// was before it. Whatever else one wave leaves for another, a fence of its own sees to.
+KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
+  kvx_u64 value = __scoped_atomic_load_n((const KVX_GLOBAL kvx_u64 *)at, __ATOMIC_RELAXED,
+                                         __MEMORY_SCOPE_DEVICE);
+  kvx_wave_barrier();
+  return value;
+}
+KVX_FN void kvx_store_device_u64(kvx_u64 at, kvx_u64 value) {
+  kvx_wave_barrier();
+  __scoped_atomic_store_n((KVX_GLOBAL kvx_u64 *)at, value, __ATOMIC_RELAXED,
+                          __MEMORY_SCOPE_DEVICE);
+}
+KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) {
+  kvx_wave_barrier();
+  __scoped_atomic_compare_exchange_n((KVX_GLOBAL kvx_u64 *)at, &expected, value, false,
+                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED, __MEMORY_SCOPE_DEVICE);
+  kvx_wave_barrier();
+  return expected;
+}
+#else
+KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
+  return __atomic_load_n((const kvx_u64 *)at, __ATOMIC_ACQUIRE);
+}
+KVX_FN void kvx_store_device_u64(kvx_u64 at, kvx_u64 value) {
+  __atomic_store_n((kvx_u64 *)at, value, __ATOMIC_RELEASE);
+}
+KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) {
+  __atomic_compare_exchange_n((kvx_u64 *)at, &expected, value, false, __ATOMIC_ACQ_REL,
+                              __ATOMIC_ACQUIRE);
+  return expected;
 }
 #endif
 
@@ -279,6 +371,28 @@ KVX_FN void kvx_pause() {
   __builtin_ia32_pause();
 #else
   asm volatile("yield");
+#endif
+}
+
+// The same in a loop, whose turns are counted. A thread of the host gives its processor away now and
+// then, to who may be what it waits for.
+KVX_FN void kvx_relax(kvx_u32 turn) {
+  kvx_pause();
+#ifdef KVX_HOST
+  if (turn % 64 == 63) {
+    // sched_yield
+#if defined(__x86_64__)
+    long number = 24;
+    asm volatile("syscall" : "+a"(number) : : "rcx", "r11", "memory");
+#else
+    register long number asm("x8") = 124;
+    register long answer asm("x0");
+    asm volatile("svc 0" : "=r"(answer) : "r"(number) : "memory");
+    (void)answer;
+#endif
+  }
+#else
+  (void)turn;
 #endif
 }
 

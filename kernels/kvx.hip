@@ -1,6 +1,10 @@
-// Everything in one module.
+// What moves and checks blocks, as one module. A GPU has the posts of post.hip in a module of their own,
+// which nobody need load for the rest; the host's are in the same one.
 #include "fence.hip"
 #include "gather.hip"
+#ifdef KVX_HOST
+#include "post.hip"
+#endif
 
 #ifdef KVX_HOST
 // By the names of the device's kernels, as the stand-in for a GPU launches them: all workgroups, one
@@ -21,7 +25,19 @@ KVX_KERNEL void kvx_verify(const kvx_verify_args *args, kvx_u32 grid, kvx_u32) {
   kvx_verify_host(args, 0, grid, grid);
 }
 
-// Every size and offset of args.h, in the order in which Rust's mirror lists its own.
+KVX_KERNEL void kvx_post_threads(const kvx_post_args *args, kvx_u32, kvx_u32) {
+  kvx_post_host(args, 0, args->posters, 0);
+}
+
+KVX_KERNEL void kvx_post_waves(const kvx_post_args *args, kvx_u32, kvx_u32) {
+  kvx_post_host(args, 0, args->posters, 0);
+}
+
+KVX_KERNEL void kvx_post_blocks(const kvx_post_args *args, kvx_u32, kvx_u32) {
+  kvx_post_host(args, 0, args->posters, 0);
+}
+
+// Every size and offset of args.h and queue.h, in the order in which Rust's mirror lists its own.
 extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     sizeof(kvx_tensor),
     __builtin_offsetof(kvx_tensor, src),
@@ -70,5 +86,64 @@ extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     __builtin_offsetof(kvx_verify_args, abort),
     __builtin_offsetof(kvx_verify_args, sections_len),
     __builtin_offsetof(kvx_verify_args, side),
+    sizeof(kvx_move),
+    __builtin_offsetof(kvx_move, local),
+    __builtin_offsetof(kvx_move, remote),
+    __builtin_offsetof(kvx_move, len),
+    __builtin_offsetof(kvx_move, lkey),
+    __builtin_offsetof(kvx_move, rkey),
+    __builtin_offsetof(kvx_move, imm),
+    __builtin_offsetof(kvx_move, flags),
+    sizeof(kvx_desc),
+    __builtin_offsetof(kvx_desc, local),
+    __builtin_offsetof(kvx_desc, remote),
+    __builtin_offsetof(kvx_desc, len),
+    __builtin_offsetof(kvx_desc, lkey),
+    __builtin_offsetof(kvx_desc, rkey),
+    __builtin_offsetof(kvx_desc, ticket),
+    __builtin_offsetof(kvx_desc, reserved),
+    __builtin_offsetof(kvx_desc, imm),
+    __builtin_offsetof(kvx_desc, reserved2),
+    __builtin_offsetof(kvx_desc, op),
+    __builtin_offsetof(kvx_desc, flags),
+    __builtin_offsetof(kvx_desc, reserved3),
+    __builtin_offsetof(kvx_desc, phase),
+    sizeof(kvx_queue_state),
+    __builtin_offsetof(kvx_queue_state, next),
+    __builtin_offsetof(kvx_queue_state, seen),
+    __builtin_offsetof(kvx_queue_state, broken),
+    __builtin_offsetof(kvx_queue_state, rung),
+    __builtin_offsetof(kvx_queue_state, taken),
+    __builtin_offsetof(kvx_queue_state, polling),
+    sizeof(kvx_queue_report),
+    __builtin_offsetof(kvx_queue_report, ended),
+    __builtin_offsetof(kvx_queue_report, fault),
+    sizeof(kvx_queue),
+    __builtin_offsetof(kvx_queue, slots),
+    __builtin_offsetof(kvx_queue, words),
+    __builtin_offsetof(kvx_queue, state),
+    __builtin_offsetof(kvx_queue, report),
+    __builtin_offsetof(kvx_queue, abort),
+    __builtin_offsetof(kvx_queue, patience),
+    __builtin_offsetof(kvx_queue, completions),
+    __builtin_offsetof(kvx_queue, record),
+    __builtin_offsetof(kvx_queue, cq_record),
+    __builtin_offsetof(kvx_queue, bell),
+    __builtin_offsetof(kvx_queue, kind),
+    __builtin_offsetof(kvx_queue, depth),
+    __builtin_offsetof(kvx_queue, cq_depth),
+    __builtin_offsetof(kvx_queue, qpn),
+    sizeof(kvx_post_args),
+    __builtin_offsetof(kvx_post_args, queue),
+    __builtin_offsetof(kvx_post_args, moves),
+    __builtin_offsetof(kvx_post_args, results),
+    __builtin_offsetof(kvx_post_args, count),
+    __builtin_offsetof(kvx_post_args, posters),
+    __builtin_offsetof(kvx_post_args, op),
+    __builtin_offsetof(kvx_post_args, until),
+    sizeof(kvx_post_result),
+    __builtin_offsetof(kvx_post_result, ticket),
+    __builtin_offsetof(kvx_post_result, posted),
+    __builtin_offsetof(kvx_post_result, ended),
 };
 #endif

@@ -282,7 +282,8 @@ impl Session<'_> {
     fn races(&mut self) -> anyhow::Result<Outcome> {
         let args = ["test", "--profile", "loom", "--lib"];
         let mut command = self.command(&args);
-        command.args(["-p", "kvxfer-verbs", "-p", "kvxfer", "--", "loom_"]);
+        command.args(["-p", "kvxfer-verbs", "-p", "kvxfer-hipmem", "-p", "kvxfer"]);
+        command.args(["--", "loom_"]);
         let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
         command.env("RUSTFLAGS", format!("{flags} --cfg loom -D warnings"));
         if std::env::var_os(PREEMPTIONS).is_none() {

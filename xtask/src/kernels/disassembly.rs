@@ -3,7 +3,8 @@
 //! Nothing of this has run on AMD hardware here, so this is the evidence: the instructions that the
 //! memory models of the architectures ask for are there, in their order.
 
-use super::listing::{KERNELS, Kernel, kernel};
+use super::Source;
+use super::listing::{Kernel, kernel, wanted};
 
 /// How an architecture family spells things.
 struct Family {
@@ -12,6 +13,7 @@ struct Family {
     load_16: &'static str,
     store_16: &'static str,
     store_8: &'static str,
+    store_4: &'static str,
     /// On every load of system scope.
     system: &'static str,
     /// Whether waves can tell which XCC they run on.
@@ -32,6 +34,7 @@ const GFX94: Family = Family {
     load_16: "global_load_dwordx4 ",
     store_16: "global_store_dwordx4 ",
     store_8: "global_store_dwordx2 ",
+    store_4: "global_store_dword ",
     system: " sc0 sc1",
     has_xcc: true,
 };
@@ -65,6 +68,7 @@ const GFX11: Family = Family {
     load_16: "global_load_b128 ",
     store_16: "global_store_b128 ",
     store_8: "global_store_b64 ",
+    store_4: "global_store_b32 ",
     system: " glc",
     has_xcc: false,
 };
@@ -79,24 +83,25 @@ fn family(arch: &str) -> Option<&'static Family> {
 }
 
 /// Everything that is wrong with this listing of llvm-objdump.
-pub(super) fn problems(arch: &str, listing: &str) -> Vec<String> {
+pub(super) fn problems(source: Source, arch: &str, listing: &str) -> Vec<String> {
     let Some(family) = family(arch) else {
         return vec![format!("nobody has said what {arch} must have")];
     };
     let kernels = kernels(listing);
     let mut problems = Vec::new();
     for kernel in &kernels {
-        problems.extend(memory_problems(kernel));
+        problems.extend(memory_problems(source, kernel));
     }
-    for name in KERNELS {
+    for name in wanted(source) {
         let Some(kernel) = kernel(&kernels, name, &mut problems) else {
             continue;
         };
-        let found = match name {
+        let found = match *name {
             "kvx_acquire" => fence(family, kernel, family.acquire, "acquire"),
             "kvx_release" => fence(family, kernel, family.release, "release"),
             "kvx_verify" => verify(family, kernel),
-            _ => gather(family, kernel),
+            "kvx_gather" => gather(family, kernel),
+            _ => post(family, kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
     }
@@ -124,7 +129,7 @@ fn kernels(listing: &str) -> Vec<Kernel<'_>> {
 }
 
 /// Instructions on memory that no kernel may have: what is not known to be harmless is not.
-fn memory_problems(kernel: &Kernel<'_>) -> Vec<String> {
+fn memory_problems(source: Source, kernel: &Kernel<'_>) -> Vec<String> {
     const MEMORY: [&str; 8] = [
         "global_", "flat_", "buffer_", "scratch_", "ds_", "s_store", "s_atomic", "image_",
     ];
@@ -141,9 +146,12 @@ fn memory_problems(kernel: &Kernel<'_>) -> Vec<String> {
         "buffer_gl0_inv",
         "buffer_gl1_inv",
     ];
+    // Posters take tickets from each other.
+    const SWAPS: [&str; 2] = ["global_atomic_cmpswap_x2 ", "global_atomic_cmpswap_b64 "];
     let begins = |i: &str, with: &[&str]| with.iter().any(|prefix| i.starts_with(prefix));
     let found = kernel.code.iter();
     let found = found.filter(|i| begins(i, &MEMORY) && !begins(i, &HARMLESS));
+    let found = found.filter(|i| source != Source::Post || !begins(i, &SWAPS));
     found.map(|i| format!("{}: has {i}", kernel.name)).collect()
 }
 
@@ -227,6 +235,89 @@ fn gather(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
     }
     if kernel.count(family.store_16) < 4 {
         problems.push("too few stores of 16 bytes".into());
+    }
+    problems
+}
+
+/// What a post does to memory that others look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Store16,
+    Store8,
+    Store4,
+    /// The last word of a descriptor.
+    Phase,
+    OtherStore,
+    Swap,
+    Release,
+    Acquire,
+}
+
+/// The stores, swaps and fences, as they stand in the text. Loads are left out.
+fn steps(family: &Family, kernel: &Kernel<'_>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut rest = kernel.code.as_slice();
+    while let Some((first, after)) = rest.split_first() {
+        // On gfx1100 what a release is stands at the head of what an acquire is.
+        let (step, len) = if rest.starts_with(family.acquire) {
+            (Step::Acquire, family.acquire.len())
+        } else if rest.starts_with(family.release) {
+            (Step::Release, family.release.len())
+        } else {
+            let system = !family.has_xcc || first.ends_with(family.system);
+            let step = match first {
+                i if i.starts_with("global_atomic_") => Step::Swap,
+                i if i.starts_with(family.store_16) => Step::Store16,
+                i if i.starts_with(family.store_8) && i.contains("offset:56") && system => {
+                    Step::Phase
+                }
+                i if i.starts_with(family.store_8) => Step::Store8,
+                i if i.starts_with(family.store_4) => Step::Store4,
+                i if i.starts_with("global_store_") => Step::OtherStore,
+                _ => {
+                    rest = after;
+                    continue;
+                }
+            };
+            (step, 1)
+        };
+        steps.push(step);
+        rest = rest.get(len..).unwrap_or_default();
+    }
+    steps
+}
+
+/// Descriptor, release, phase; WQE, release; record, release, doorbell; and completions are given back
+/// after an acquire.
+fn post(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
+    use Step::{Acquire, Phase, Release, Store4, Store8, Store16};
+    let steps = steps(family, kernel);
+    let wanted: [(&[Step], &str); 4] = [
+        (
+            &[Store16, Store16, Store16, Store8, Release, Phase],
+            "no release between a descriptor and its phase",
+        ),
+        (
+            &[Store16, Store16, Store16, Release],
+            "no release after a WQE",
+        ),
+        (
+            &[Store4, Release, Store8],
+            "no release between a record and its doorbell",
+        ),
+        (
+            &[Acquire, Store4],
+            "no acquire before completions are given back",
+        ),
+    ];
+    let has = |sequence: &[Step]| steps.windows(sequence.len()).any(|w| w == sequence);
+    let missing = wanted.iter().filter(|(sequence, _)| !has(sequence));
+    let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
+    if steps.iter().filter(|step| **step == Phase).count() != 1 {
+        problems.push("not one place that stores a phase".into());
+    }
+    if !kernel.code.iter().any(|i| i.starts_with("s_sleep")) {
+        problems.push("waits without a pause".into());
     }
     problems
 }

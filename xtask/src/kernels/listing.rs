@@ -1,5 +1,7 @@
 //! A listing of machine code or PTX, function by function.
 
+use super::Source;
+
 /// A kernel and its instructions, without addresses and comments.
 #[derive(Debug)]
 pub(super) struct Kernel<'a> {
@@ -8,7 +10,13 @@ pub(super) struct Kernel<'a> {
 }
 
 /// Every kernel that a module must have.
-pub(super) const KERNELS: [&str; 4] = ["kvx_acquire", "kvx_release", "kvx_verify", "kvx_gather"];
+pub(super) fn wanted(source: Source) -> &'static [&'static str] {
+    match source {
+        Source::Kvx => &["kvx_acquire", "kvx_release", "kvx_verify", "kvx_gather"],
+        Source::Post => &["kvx_post_threads", "kvx_post_waves", "kvx_post_blocks"],
+        Source::Planted => &[],
+    }
+}
 
 impl Kernel<'_> {
     /// Where these instructions stand one right after the other, first to last.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::{Kind, Target};
+use super::{Kind, Source, Target};
 
 /// The manifest's first field.
 const SCHEMA: &str = "kvxfer.kernels/1";
@@ -21,6 +21,8 @@ pub(super) struct Manifest {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Artefact {
     pub(super) target: String,
+    /// The file that was compiled.
+    pub(super) source: String,
     pub(super) file: String,
     pub(super) len: u64,
     pub(super) sha256: String,
@@ -32,6 +34,7 @@ impl Manifest {
         let artefacts = self.artefacts.iter().map(|a| {
             json!({
                 "target": a.target,
+                "source": a.source,
                 "file": a.file,
                 "len": a.len,
                 "sha256": a.sha256,
@@ -57,6 +60,7 @@ impl Manifest {
         let artefacts = artefacts.iter().map(|a| {
             Ok(Artefact {
                 target: string(a, "target")?,
+                source: string(a, "source")?,
                 file: string(a, "file")?,
                 len: a.get("len").and_then(Value::as_u64).context("no len")?,
                 sha256: string(a, "sha256")?,
@@ -78,11 +82,25 @@ impl Manifest {
              pub(super) const PROVENANCE: Provenance = Provenance {{\n\
              \x20   sources_sha256: \"{}\",\n\
              \x20   compiler: \"{}\",\n\
-             }};\n\n\
-             pub(super) const IMAGES: &[Image] = &[\n",
+             }};\n",
             self.sources_sha256, self.compiler
         );
-        for (target, artefact) in targets.iter().zip(&self.artefacts) {
+        for (name, source) in [("IMAGES", Source::Kvx), ("POST_IMAGES", Source::Post)] {
+            let all = targets.iter().zip(&self.artefacts);
+            Self::images(&mut text, name, all.filter(|(t, _)| t.source == source));
+        }
+        text
+    }
+
+    /// One table of images.
+    fn images<'a>(
+        text: &mut String,
+        name: &str,
+        of: impl Iterator<Item = (&'a Target, &'a Artefact)>,
+    ) {
+        // Writing to a string does not fail.
+        let _ = write!(text, "\npub(super) const {name}: &[Image] = &[\n");
+        for (target, artefact) in of {
             // The crate has a link to kernels/prebuilt, so that its package has the files.
             let path = format!("../../prebuilt/{}", artefact.file);
             let (format, bytes) = match target.kind {
@@ -93,7 +111,6 @@ impl Manifest {
                 ),
                 Kind::Host => ("Host", format!("include_bytes!(\"{path}\")")),
             };
-            // Writing to a string does not fail.
             let _ = write!(
                 text,
                 "    Image {{\n\
@@ -106,7 +123,7 @@ impl Manifest {
                 artefact.target, artefact.sha256, target.warp
             );
         }
-        text + "];\n"
+        text.push_str("];\n");
     }
 }
 
@@ -127,6 +144,7 @@ mod tests {
             compiler: "clang 1".into(),
             artefacts: vec![Artefact {
                 target: "gfx942".into(),
+                source: "kvx.hip".into(),
                 file: "gfx942.hsaco".into(),
                 len: 7,
                 sha256: "cd".into(),

@@ -51,30 +51,64 @@ enum Kind {
     Host,
 }
 
+/// What is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// What moves and checks blocks; on the host the posts too.
+    Kvx,
+    /// Posts by kernels.
+    Post,
+    /// All of the host's with faults that tests plant. No program has it.
+    Planted,
+}
+
+impl Source {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Kvx => "kvx.hip",
+            Self::Post => "post.hip",
+            Self::Planted => "planted.hip",
+        }
+    }
+}
+
 /// Something that the kernels are built for.
 #[derive(Debug)]
 struct Target {
     name: &'static str,
+    source: Source,
     kind: Kind,
     /// Lanes of a warp.
     warp: u32,
 }
 
-const fn target(name: &'static str, kind: Kind, warp: u32) -> Target {
-    Target { name, kind, warp }
+const fn target(source: Source, name: &'static str, kind: Kind, warp: u32) -> Target {
+    Target {
+        name,
+        source,
+        kind,
+        warp,
+    }
 }
 
 /// In the order of the manifest.
-const TARGETS: [Target; 7] = [
-    target("gfx90a", Kind::Amd, 64),
-    target("gfx942", Kind::Amd, 64),
-    target("gfx950", Kind::Amd, 64),
-    target("gfx1100", Kind::Amd, 32),
+const TARGETS: [Target; 14] = [
+    target(Source::Kvx, "gfx90a", Kind::Amd, 64),
+    target(Source::Kvx, "gfx942", Kind::Amd, 64),
+    target(Source::Kvx, "gfx950", Kind::Amd, 64),
+    target(Source::Kvx, "gfx1100", Kind::Amd, 32),
     // The oldest capability of the GPUs that serve models today. The driver compiles it for later
     // ones, and nothing of theirs would make a copy faster.
-    target("sm_80", Kind::Ptx, 32),
-    target("x86_64", Kind::Host, 32),
-    target("aarch64", Kind::Host, 32),
+    target(Source::Kvx, "sm_80", Kind::Ptx, 32),
+    target(Source::Kvx, "x86_64", Kind::Host, 32),
+    target(Source::Kvx, "aarch64", Kind::Host, 32),
+    target(Source::Post, "gfx90a", Kind::Amd, 64),
+    target(Source::Post, "gfx942", Kind::Amd, 64),
+    target(Source::Post, "gfx950", Kind::Amd, 64),
+    target(Source::Post, "gfx1100", Kind::Amd, 32),
+    target(Source::Post, "sm_80", Kind::Ptx, 32),
+    target(Source::Planted, "x86_64", Kind::Host, 32),
+    target(Source::Planted, "aarch64", Kind::Host, 32),
 ];
 
 impl Target {
@@ -84,7 +118,12 @@ impl Target {
             Kind::Ptx => "ptx",
             Kind::Host => "so",
         };
-        format!("{}.{suffix}", self.name)
+        let name = self.name;
+        match self.source {
+            Source::Kvx => format!("{name}.{suffix}"),
+            Source::Post => format!("post-{name}.{suffix}"),
+            Source::Planted => format!("planted-{name}.{suffix}"),
+        }
     }
 
     /// The compiler's arguments, but for the input and the output.
@@ -174,6 +213,7 @@ fn build(root: &Path) -> anyhow::Result<()> {
         let bytes = fs::read(&out)?;
         artefacts.push(Artefact {
             target: target.name.to_owned(),
+            source: target.source.file().to_owned(),
             file: target.file(),
             len: bytes.len() as u64,
             sha256: hex(&bytes),
@@ -218,9 +258,12 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<Checked> {
     if fs::read_to_string(root.join(RUST))? != manifest.to_rust(&TARGETS) {
         problems.push(format!("{RUST} is not what the manifest says"));
     }
-    let names: Vec<&str> = manifest.artefacts.iter().map(|a| &*a.target).collect();
-    if !names.iter().eq(TARGETS.iter().map(|t| &t.name)) {
-        problems.push(format!("kernels/prebuilt/manifest.json has {names:?}"));
+    let files: Vec<_> = manifest.artefacts.iter().map(|a| a.file.clone()).collect();
+    if !files
+        .iter()
+        .eq(TARGETS.iter().map(Target::file).collect::<Vec<_>>().iter())
+    {
+        problems.push(format!("kernels/prebuilt/manifest.json has {files:?}"));
         return Ok(checked);
     }
     for (target, artefact) in TARGETS.iter().zip(&manifest.artefacts) {
@@ -233,7 +276,7 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<Checked> {
         }
         if target.kind == Kind::Ptx {
             let text = String::from_utf8_lossy(&bytes);
-            let found = ptx::problems(target.name, &text);
+            let found = ptx::problems(target.source, target.name, &text);
             problems.extend(found.iter().map(|p| format!("{}: {p}", target.file())));
         }
     }
@@ -243,7 +286,7 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<Checked> {
     }
     for target in TARGETS.iter().filter(|t| t.kind == Kind::Amd) {
         let listing = disassemble(target, &folder.join(target.file()))?;
-        let found = disassembly::problems(target.name, &listing);
+        let found = disassembly::problems(target.source, target.name, &listing);
         problems.extend(found.iter().map(|p| format!("{}: {p}", target.file())));
     }
     let here = compiler()?;
@@ -282,7 +325,7 @@ fn compile(root: &Path, target: &Target, out: &Path) -> anyhow::Result<()> {
     // Inputs by their bare names: a path would show in the output.
     command.current_dir(root.join("kernels"));
     command.args(target.flags());
-    command.args(["kvx.hip", "-o"]).arg(out);
+    command.args([target.source.file(), "-o"]).arg(out);
     output(&mut command)?;
     if target.kind == Kind::Amd {
         output(Command::new(STRIP).arg(out))?;

@@ -1,9 +1,13 @@
 //! What the PTX must have and must not have.
 
-use super::listing::{KERNELS, Kernel, kernel};
+use super::Source;
+use super::listing::{Kernel, kernel, wanted};
+
+/// How posters take tickets from each other.
+const SWAP: &str = "atom.acq_rel.gpu.global.cas.b64";
 
 /// Everything that is wrong with this PTX.
-pub(super) fn problems(target: &str, text: &str) -> Vec<String> {
+pub(super) fn problems(source: Source, target: &str, text: &str) -> Vec<String> {
     let mut problems = Vec::new();
     if !text
         .lines()
@@ -18,19 +22,22 @@ pub(super) fn problems(target: &str, text: &str) -> Vec<String> {
             let harmful = [
                 "atom", "red.", "multimem", "cp.", "call", ".local", "st.local",
             ];
-            if harmful.iter().any(|prefix| bare.starts_with(prefix)) {
+            // Posters take tickets from each other.
+            let swap = source == Source::Post && bare.starts_with(SWAP);
+            if !swap && harmful.iter().any(|prefix| bare.starts_with(prefix)) {
                 problems.push(format!("{}: has {instruction}", kernel.name));
             }
         }
     }
-    for name in KERNELS {
+    for name in wanted(source) {
         let Some(kernel) = kernel(&kernels, name, &mut problems) else {
             continue;
         };
-        let found = match name {
+        let found = match *name {
             "kvx_acquire" | "kvx_release" => fence(kernel),
             "kvx_verify" => verify(kernel),
-            _ => gather(kernel),
+            "kvx_gather" => gather(kernel),
+            _ => post(kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
     }
@@ -132,18 +139,61 @@ fn gather(kernel: &Kernel<'_>) -> Vec<String> {
     problems
 }
 
+/// Descriptor, then its phase by a release; WQE, fence; record, then the doorbell by a release; and
+/// completions are given back after a fence.
+fn post(kernel: &Kernel<'_>) -> Vec<String> {
+    const V4: &str = "st.global.v4.b32";
+    const RELEASE: &str = "st.release.sys.global.u64";
+    const RECORD: &str = "st.relaxed.sys.global.u32";
+    const FENCE: &str = "fence.sc.sys;";
+    let known = [V4, RELEASE, RECORD, FENCE];
+    // Stores, swaps and fences; all else by its name.
+    let steps = kernel.code.iter().map(|i| bare(i)).filter_map(|i| {
+        let step = known.iter().find(|step| i.starts_with(*step));
+        let other = ["st.", "atom.", "fence."];
+        let other = other.iter().any(|prefix| i.starts_with(prefix));
+        let other = other && !i.starts_with("st.shared");
+        step.copied().or(other.then_some("other"))
+    });
+    let steps: Vec<_> = steps.collect();
+    let wanted: [(&[&str], &str); 4] = [
+        (
+            &[V4, V4, V4, "other", RELEASE],
+            "a descriptor's phase is not a release after the rest",
+        ),
+        (&[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (&[RECORD, RELEASE], "no release doorbell after its record"),
+        (
+            &[FENCE, RECORD],
+            "no fence before completions are given back",
+        ),
+    ];
+    let has = |sequence: &[&str]| steps.windows(sequence.len()).any(|w| w == sequence);
+    let missing = wanted.iter().filter(|(sequence, _)| !has(sequence));
+    let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
+    if kernel.count(SWAP) == 0 {
+        problems.push("takes no ticket".into());
+    }
+    if kernel.count("nanosleep") == 0 {
+        problems.push("waits without a pause".into());
+    }
+    problems
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::Source;
     use super::problems;
 
     const GOOD: &str = include_str!("../../../kernels/prebuilt/sm_80.ptx");
+    const POSTS: &str = include_str!("../../../kernels/prebuilt/post-sm_80.ptx");
 
     /// The text with one thing changed, in one kernel.
-    fn mutated(kernel: &str, from: &str, to: &str) -> String {
-        let start = GOOD
+    fn mutated(good: &str, kernel: &str, from: &str, to: &str) -> String {
+        let start = good
             .find(&format!(".entry {kernel}("))
             .expect("the kernel is there");
-        let (before, rest) = GOOD.split_at(start);
+        let (before, rest) = good.split_at(start);
         let end = rest.find("\n}").expect("it ends");
         let (body, after) = rest.split_at(end);
         assert!(body.contains(from), "{kernel} has no {from}");
@@ -152,8 +202,62 @@ mod tests {
 
     #[test]
     fn what_is_built_in_is_good() {
-        assert_eq!(problems("sm_80", GOOD), [""; 0]);
-        assert_eq!(problems("sm_90", GOOD), ["not for sm_90"]);
+        assert_eq!(problems(Source::Kvx, "sm_80", GOOD), [""; 0]);
+        assert_eq!(problems(Source::Kvx, "sm_90", GOOD), ["not for sm_90"]);
+        assert_eq!(problems(Source::Post, "sm_80", POSTS), [""; 0]);
+    }
+
+    #[test]
+    fn every_rule_for_posts_can_fail() {
+        let cases = [
+            (
+                "st.release.sys.global.u64",
+                "st.relaxed.sys.global.u64",
+                "not a release",
+            ),
+            (
+                "st.release.sys.global.u64",
+                "st.release.gpu.global.u64",
+                "no release doorbell",
+            ),
+            (
+                "fence.sc.sys;",
+                "fence.acq_rel.gpu;",
+                "no fence after a WQE",
+            ),
+            ("fence.sc.sys;", "", "no fence before completions"),
+            (
+                "st.relaxed.sys.global.u32",
+                "st.global.u32",
+                "no release doorbell",
+            ),
+            (
+                "atom.acq_rel.gpu.global.cas.b64",
+                "atom.global.add.u64",
+                "has atom.global.add",
+            ),
+            ("nanosleep.u32 100;", "", "without a pause"),
+            ("ret;", "call.uni f, ();\n\tret;", "has call"),
+        ];
+        for kernel in ["kvx_post_threads", "kvx_post_waves", "kvx_post_blocks"] {
+            for (from, to, wanted) in cases {
+                let found = problems(Source::Post, "sm_80", &mutated(POSTS, kernel, from, to));
+                assert!(
+                    found
+                        .iter()
+                        .any(|p| p.contains(kernel) && p.contains(wanted)),
+                    "{kernel}: {from} -> {to}: {found:?}"
+                );
+            }
+        }
+        // What moves blocks may not swap, whatever posts may.
+        let swap = "atom.acq_rel.gpu.global.cas.b64 %rd1, [%rd1], %rd1, %rd1;\n\tret;";
+        let found = problems(
+            Source::Kvx,
+            "sm_80",
+            &mutated(GOOD, "kvx_gather", "ret;", swap),
+        );
+        assert!(found.iter().any(|p| p.contains("has atom")), "{found:?}");
     }
 
     #[test]
@@ -259,7 +363,7 @@ mod tests {
             ("kvx_gather", "ret;", "call.uni f, ();\n\tret;", "has call"),
         ];
         for (kernel, from, to, wanted) in cases {
-            let found = problems("sm_80", &mutated(kernel, from, to));
+            let found = problems(Source::Kvx, "sm_80", &mutated(GOOD, kernel, from, to));
             assert!(
                 found
                     .iter()
@@ -268,6 +372,6 @@ mod tests {
             );
         }
         let gone = GOOD.replace(".entry kvx_verify(", ".entry kvx_else(");
-        assert!(problems("sm_80", &gone).contains(&"no kvx_verify".to_owned()));
+        assert!(problems(Source::Kvx, "sm_80", &gone).contains(&"no kvx_verify".to_owned()));
     }
 }

@@ -11,6 +11,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::args::{FenceArgs, GatherArgs, VerifyArgs};
 use super::error::KernelError;
 use super::for_target;
+use super::queue::PostArgs;
 
 /// What the host image exports for each kernel: workgroups `first..end` of a grid of `groups`, one
 /// after the other.
@@ -24,8 +25,12 @@ pub struct HostKernels {
     acquire: Kernel<FenceArgs>,
     release: Kernel<FenceArgs>,
     verify: Kernel<VerifyArgs>,
+    post: Kernel<PostArgs>,
     /// What the functions are in.
     _library: Library,
+    /// What the library was loaded from. The loader knows libraries by their path: as long as this one is
+    /// loaded, no other file may get its number.
+    _file: File,
 }
 
 impl HostKernels {
@@ -51,7 +56,9 @@ impl HostKernels {
             acquire: kernel(&library, c"kvx_acquire_host".to_bytes_with_nul())?,
             release: kernel(&library, c"kvx_release_host".to_bytes_with_nul())?,
             verify: kernel(&library, c"kvx_verify_host".to_bytes_with_nul())?,
+            post: kernel(&library, c"kvx_post_host".to_bytes_with_nul())?,
             _library: library,
+            _file: file,
         })
     }
 
@@ -100,6 +107,19 @@ impl HostKernels {
         unsafe { (self.verify)(args, groups.start, groups.end, grid) };
     }
 
+    /// Makes the posts of these posters, one poster after the other. Posters of different calls may
+    /// post at the same time.
+    ///
+    /// # Safety
+    ///
+    /// Everything that `args` names must be mapped in this process and as long as the queue's depth, the
+    /// number of posters and their posts say; moves readable, all else readable and writable, and none
+    /// covered by a Rust reference other than of atomics. What the moves themselves name is not touched.
+    pub unsafe fn post(&self, args: &PostArgs, posters: Range<u32>) {
+        // SAFETY: as for `gather`.
+        unsafe { (self.post)(args, posters.start, posters.end, args.posters) };
+    }
+
     /// The sizes and offsets that the sources have.
     #[cfg(test)]
     fn layout(&self, len: usize) -> Result<Vec<usize>, libloading::Error> {
@@ -128,12 +148,13 @@ fn kernel<Args>(library: &Library, symbol: &[u8]) -> Result<Kernel<Args>, Kernel
 #[cfg(test)]
 mod tests {
     use super::HostKernels;
-    use crate::kernels::args::layout;
+    use crate::kernels::{args, queue};
 
     #[test]
     fn the_mirror_is_what_the_sources_were_built_with() {
         let kernels = HostKernels::load().expect("the host image loads");
-        let ours = layout();
+        let mut ours = args::layout();
+        ours.extend(queue::layout());
         let theirs = kernels.layout(ours.len()).expect("the symbol is there");
         assert_eq!(ours, theirs);
     }

@@ -36,6 +36,7 @@ mod checksum;
 mod error;
 mod host;
 mod prebuilt;
+pub mod queue;
 mod shape;
 
 pub(crate) use args::bytes_of;
@@ -56,6 +57,14 @@ pub const KVX_ACQUIRE: &str = "kvx_acquire";
 pub const KVX_RELEASE: &str = "kvx_release";
 /// Checksums of blocks.
 pub const KVX_VERIFY: &str = "kvx_verify";
+
+/// Posts in numbers, each thread for itself ([`queue::PostArgs`]); in an image of its own
+/// ([`posts_for_target`]).
+pub const KVX_POST_THREADS: &str = "kvx_post_threads";
+/// The same, each wave as one.
+pub const KVX_POST_WAVES: &str = "kvx_post_waves";
+/// The same, each workgroup as one.
+pub const KVX_POST_BLOCKS: &str = "kvx_post_blocks";
 
 /// The most threads of a workgroup.
 pub const MAX_THREADS: u32 = 1024;
@@ -118,8 +127,25 @@ pub const fn images() -> &'static [Image] {
 ///
 /// [`KernelError::NoImage`], which names what there is.
 pub fn for_target(arch: &str) -> Result<&'static Image, KernelError> {
+    among(images(), arch)
+}
+
+/// The image that has [`KVX_POST_THREADS`] and its like; on the host the same one as for the rest.
+///
+/// # Errors
+///
+/// [`KernelError::NoImage`], which names what there is.
+pub fn posts_for_target(arch: &str) -> Result<&'static Image, KernelError> {
+    among(prebuilt::POST_IMAGES, arch).or_else(|none| {
+        let rest = for_target(arch).ok();
+        rest.filter(|image| image.format == Format::Host)
+            .ok_or(none)
+    })
+}
+
+fn among(all: &'static [Image], arch: &str) -> Result<&'static Image, KernelError> {
     let plain = arch.split(':').next().unwrap_or_default();
-    let found = images().iter().find(|image| match image.format {
+    let found = all.iter().find(|image| match image.format {
         Format::CodeObject => image.target == plain,
         // PTX of a capability is compiled by the driver for that one and all later ones.
         Format::Ptx => matches!(
@@ -144,7 +170,7 @@ fn capability(arch: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Format, capability, for_target, images};
+    use super::{Format, capability, for_target, images, posts_for_target};
 
     #[test]
     fn architectures_find_their_images() {
@@ -160,11 +186,18 @@ mod tests {
         ] {
             let found = for_target(arch).map(|image| image.target);
             assert_eq!(found.ok(), Some(target), "{arch}");
+            let posts = posts_for_target(arch).map(|image| image.target);
+            assert_eq!(posts.ok(), Some(target), "{arch}");
         }
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         assert_eq!(
             for_target("host").map(|image| image.format).ok(),
             Some(Format::Host)
+        );
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        assert_eq!(
+            posts_for_target("host").map(|image| image.sha256).ok(),
+            for_target("host").map(|image| image.sha256).ok()
         );
     }
 

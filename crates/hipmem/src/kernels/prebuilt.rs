@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "e0e72fe362800bda6e8eecf2d8cf6155864fb83b8f623a9456ac6df77f38c540",
+    sources_sha256: "1dd18b40e408cd8a4b5c30ba0bbbd084ac4bb9bee66095b3916773e63c619c59",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,52 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "b8ed55dc219b5cc54ebf5a6883e2da324f256dc44b6b2abb13ae29b7c715d2bf",
+        sha256: "5cf2fee603953d89b085a1a2e498e47ae998b9e1995b2a8f540e33d1534e71c9",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "6bdf9f8ceb6f8b7ba522956d5080377a9e35bb09c73a87c284fa30207da1ff1e",
+        sha256: "fb183a7f18bf0fc2d907d503b4812ed59e50d1b0343a9712d5efbea521078553",
+        warp: 32,
+    },
+];
+
+pub(super) const POST_IMAGES: &[Image] = &[
+    Image {
+        target: "gfx90a",
+        format: Format::CodeObject,
+        bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
+        sha256: "2cf915cbb54e4e02660d5fd1847b410fe577fff4fa47bde478abbdaf5c1e28a2",
+        warp: 64,
+    },
+    Image {
+        target: "gfx942",
+        format: Format::CodeObject,
+        bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
+        sha256: "ecbadaace3a9563fb1c254d4bf9233ed2fb6da04e762bd6601353c557370a585",
+        warp: 64,
+    },
+    Image {
+        target: "gfx950",
+        format: Format::CodeObject,
+        bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
+        sha256: "e97d6b472e144eba2d407030b562184c46201686250f799b40ac7fa2972c470e",
+        warp: 64,
+    },
+    Image {
+        target: "gfx1100",
+        format: Format::CodeObject,
+        bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
+        sha256: "c72daaaa4e5fba0b29347a86ebc8c8f3df92d904a9eb178408ba733de94899bb",
+        warp: 32,
+    },
+    Image {
+        target: "sm_80",
+        format: Format::Ptx,
+        bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
+        sha256: "0ff55bde9b95ad288fc3e42c8ebc242b72d7df3d3266a67ae7d5861b69abd4bc",
         warp: 32,
     },
 ];

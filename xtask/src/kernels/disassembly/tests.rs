@@ -1,4 +1,9 @@
-use super::problems;
+use super::super::Source;
+use super::super::listing::wanted;
+
+fn problems(arch: &str, listing: &str) -> Vec<String> {
+    super::problems(Source::Kvx, arch, listing)
+}
 
 /// A listing as llvm-objdump prints it, cut down to what is looked at.
 fn good(arch: &str) -> String {
@@ -250,4 +255,131 @@ fn a_gather_that_waits_for_each_load_is_found() {
         let text = good(arch).replace(load, &lone);
         assert_eq!(problems(arch, &text), [""; 0], "{arch}");
     }
+}
+
+/// What a post of `arch` is, cut down to what is looked at.
+fn good_posts(arch: &str) -> String {
+    let (acquire, release, system) = match arch {
+        "gfx90a" => (
+            "buffer_invl2\n\tbuffer_wbinvl1_vol\n\ts_waitcnt vmcnt(0)",
+            "buffer_wbl2\n\ts_waitcnt vmcnt(0)",
+            "",
+        ),
+        "gfx1100" => (
+            "s_waitcnt_vscnt null, 0x0\n\tbuffer_gl1_inv\n\tbuffer_gl0_inv\n\ts_waitcnt vmcnt(0)",
+            "s_waitcnt_vscnt null, 0x0",
+            "",
+        ),
+        _ => (
+            "buffer_inv sc0 sc1\n\ts_waitcnt vmcnt(0)",
+            "buffer_wbl2 sc0 sc1\n\ts_waitcnt vmcnt(0)",
+            " sc0 sc1",
+        ),
+    };
+    let wait = "\ts_waitcnt vmcnt(0) lgkmcnt(0)";
+    let slot = "\tglobal_store_dwordx4 v[0:1], v[2:5], off\n".repeat(3);
+    let text: String = wanted(Source::Post)
+        .iter()
+        .map(|name| {
+            format!(
+                "0000000000002100 <{name}>:\n\tglobal_load_dwordx2 v[0:1], v2, s[0:1] sc1\n\
+                 {wait}\n\t{acquire}\n\ts_nop 0\n\tglobal_store_dword v1, v2, s[2:3]{system}\n\
+                 \tglobal_atomic_cmpswap_x2 v[0:1], v2, v[2:5], s[0:1] sc0\n\
+                 {slot}{wait}\n\t{release}\n\ts_sleep 2\n\
+                 \tglobal_store_dword v1, v2, s[4:5]{system}\n{wait}\n\t{release}\n\
+                 \tglobal_store_dwordx2 v1, v[2:3], s[6:7]{system}\n\
+                 {slot}\tglobal_store_dwordx2 v[0:1], v[2:3], off offset:48\n{wait}\n\
+                 \t{release}\n\tglobal_store_dwordx2 v[0:1], v[2:3], off offset:56{system}\n\
+                 \ts_endpgm\n\n"
+            )
+        })
+        .collect();
+    if arch == "gfx1100" {
+        text.replace("_dwordx4", "_b128")
+            .replace("cmpswap_x2", "cmpswap_b64")
+            .replace("_dwordx2", "_b64")
+            .replace("store_dword ", "store_b32 ")
+    } else {
+        text
+    }
+}
+
+#[test]
+fn good_posts_are_good() {
+    for arch in ARCHES {
+        let found = super::problems(Source::Post, arch, &good_posts(arch));
+        assert_eq!(found, [""; 0], "{arch}");
+    }
+}
+
+#[test]
+fn posts_in_another_order_are_found() {
+    for arch in ARCHES {
+        let text = good_posts(arch);
+        let (phase, record, release) = match arch {
+            "gfx1100" => (
+                "global_store_b64 v[0:1], v[2:3], off offset:56",
+                "global_store_b32 v1, v2, s[4:5]",
+                "s_waitcnt_vscnt null, 0x0",
+            ),
+            _ => (
+                "global_store_dwordx2 v[0:1], v[2:3], off offset:56",
+                "global_store_dword v1, v2, s[4:5]",
+                "buffer_wbl2",
+            ),
+        };
+        let system = if arch.starts_with("gfx94") || arch == "gfx950" {
+            " sc0 sc1"
+        } else {
+            ""
+        };
+        let twice = format!("{phase}{system}\n\ts_sleep 2");
+        let cases = [
+            (
+                "s_sleep 2",
+                twice.as_str(),
+                "not one place that stores a phase",
+            ),
+            (release, "s_nop 0", "between a descriptor and its phase"),
+            (phase, "s_nop 0", "between a descriptor and its phase"),
+            (release, "s_nop 0", "no release after a WQE"),
+            (release, "s_nop 0", "between a record and its doorbell"),
+            (record, "s_nop 0", "between a record and its doorbell"),
+            ("s_sleep", "s_nop", "without a pause"),
+            (
+                "s_endpgm",
+                "global_atomic_add v0, v1, s[0:1]\n\ts_endpgm",
+                "has global_atomic_add",
+            ),
+            (
+                "s_endpgm",
+                "scratch_store_dword off, v0, off\n\ts_endpgm",
+                "has scratch",
+            ),
+        ];
+        for (from, to, wanted) in cases {
+            assert!(text.contains(from), "{arch} has no {from}");
+            let found = super::problems(Source::Post, arch, &text.replace(from, to));
+            assert!(
+                found.iter().any(|p| p.contains(wanted)),
+                "{arch}: {from} -> {to}: {found:?}"
+            );
+        }
+    }
+    let text = good_posts("gfx942");
+    for (from, to, wanted) in [
+        ("buffer_inv sc0 sc1", "buffer_inv sc1", "no acquire before"),
+        (
+            "offset:56 sc0 sc1",
+            "offset:56 sc1",
+            "between a descriptor and its phase",
+        ),
+    ] {
+        let found = super::problems(Source::Post, "gfx942", &text.replace(from, to));
+        assert!(found.iter().any(|p| p.contains(wanted)), "{found:?}");
+    }
+    // What moves blocks may not swap, whatever posts may.
+    let end = "s_endpgm";
+    let swap = "global_atomic_cmpswap_x2 v[0:1], v2, v[2:5], s[0:1] sc0\n\ts_endpgm";
+    caught("gfx942", "kvx_gather", end, swap, "cmpswap");
 }

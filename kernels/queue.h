@@ -1,0 +1,190 @@
+// Queues that kernels post to: what posters, consumers and devices have in common, as it lies in
+// memory. As in args.h: fixed-width integers, and an address is a u64 that the device running the
+// kernel can reach. The Rust mirror is crates/hipmem/src/kernels/queue.rs; a test compares the two.
+#ifndef KVX_QUEUE_H
+#define KVX_QUEUE_H
+
+#include "args.h"
+
+// How a call or an operation ended. What stands behind KVX_BAD_QUEUE comes from who carried it out.
+#define KVX_OK 0u
+#define KVX_TIMEOUT 1u      // no room, no turn or no completion within the queue's patience
+#define KVX_STOPPED 2u      // the abort word was set while there was something to wait for
+#define KVX_BROKEN 3u       // an operation has failed before: nothing was posted
+#define KVX_BAD_QUEUE 4u    // no such kind, or a depth that is no power of two
+#define KVX_BAD_OP 5u       // an operation, or flags, that the queue does not have
+#define KVX_BAD_LENGTH 6u   // more bytes than an operation can have
+#define KVX_BAD_KEY 7u      // a key that names nothing
+#define KVX_BAD_RANGE 8u    // bytes outside of what the key or the place names
+#define KVX_BAD_RIGHTS 9u   // not allowed there
+#define KVX_MALFORMED 10u   // a descriptor or completion that makes no sense
+#define KVX_FLUSHED 11u     // an operation before it has failed
+#define KVX_PEER 12u        // the peer is lost or does not answer
+#define KVX_LATE 13u        // its deadline has passed
+#define KVX_CLOSED 14u      // the queue has been closed
+#define KVX_DEVICE 15u      // the device failed it for another reason
+
+// kvx_desc.op and the operation of a post.
+#define KVX_PUT 1u
+#define KVX_GET 2u
+#define KVX_PUT_IMM 3u
+
+// kvx_move.flags, kvx_desc.flags: the address is a place in the region table (KVX_PLACE), and its
+// key is not looked at.
+#define KVX_LOCAL_PLACE 1u
+#define KVX_REMOTE_PLACE 2u
+
+// A block by its names, in 64 bits: 8 for the group, 8 for the tensor, 16 for the layer, 32 for the
+// block.
+#define KVX_PLACE(group, layer, tensor, block)                                            \
+  ((kvx_u64)(kvx_u8)(group) << 56 | (kvx_u64)(kvx_u8)(tensor) << 48 |                     \
+   (kvx_u64)(unsigned short)(layer) << 32 | (kvx_u64)(kvx_u32)(block))
+
+// What is moved: `len` bytes between here and the peer.
+struct kvx_move {
+  kvx_u64 local;    // address, or a place
+  kvx_u64 remote;   // address, or a place
+  kvx_u64 len;      // bytes
+  kvx_u32 lkey;
+  kvx_u32 rkey;
+  kvx_u32 imm;      // of KVX_PUT_IMM
+  kvx_u32 flags;
+};
+
+// A descriptor of the proxy ring. The last eight bytes are stored last, in one store; the phase in
+// them says that the rest is there.
+struct kvx_desc {
+  kvx_u64 local;
+  kvx_u64 remote;
+  kvx_u64 len;
+  kvx_u32 lkey;
+  kvx_u32 rkey;
+  kvx_u64 ticket;     // which post this is
+  kvx_u64 reserved;   // 0
+  kvx_u32 imm;
+  kvx_u32 reserved2;  // 0
+  kvx_u8 op;
+  kvx_u8 flags;
+  kvx_u8 reserved3[5];  // 0
+  kvx_u8 phase;         // KVX_PHASE of the ticket
+};
+
+// What the slot of a ticket says when it is there: the lap, counted from 1, in eight bits.
+#define KVX_PHASE(ticket, depth) ((((ticket) >> __builtin_ctz(depth)) + 1) & 0xff)
+
+// kvx_queue.kind
+#define KVX_PROXY 1u      // descriptors, which the host carries out
+#define KVX_GPU_WQE 2u    // WQEs; `bell` is a word that the host copies to the doorbell
+#define KVX_DIRECT 3u     // WQEs; `bell` is the doorbell
+
+// What posters have among themselves: memory of the device that runs them.
+struct kvx_queue_state {
+  kvx_u64 next;      // the ticket that the next post gets
+  kvx_u64 seen;      // tickets below have ended well, so far as a poster has looked
+  kvx_u64 broken;    // not 0: some operation has failed
+  kvx_u64 rung;      // WQEs: tickets below have been told to the device
+  kvx_u64 taken;     // WQEs: completions that have been read
+  kvx_u64 polling;   // WQEs: not 0 while somebody reads completions
+};
+
+// What is told of the end of operations: by the host, in pinned memory, where it carries them out;
+// by who reads the completions of a device otherwise, in the memory of the state.
+struct kvx_queue_report {
+  kvx_u64 ended;     // tickets below have ended, well or not; stored after `fault`
+  kvx_u64 fault;     // the first failure that was found: (ticket + 1) << 8 | status; 0: none
+};
+
+// A queue, as it is given to a kernel. Whoever posts to it has a copy of this.
+struct kvx_queue {
+  kvx_u64 slots;       // kvx_desc[depth] in pinned memory, or the device's WQEs, 64 bytes each
+  kvx_u64 words;       // proxy: kvx_u64[depth] in pinned memory, (ticket + 1) << 8 | status
+  kvx_u64 state;       // kvx_queue_state
+  kvx_u64 report;      // kvx_queue_report
+  kvx_u64 abort;       // kvx_u32 in the device's memory: not 0 ends every wait
+  kvx_u64 patience;    // ticks of the device's steady clock that a call waits at most
+  kvx_u64 completions; // WQEs: the completion queue, 64 bytes each
+  kvx_u64 record;      // WQEs: the send queue's word of the doorbell record
+  kvx_u64 cq_record;   // WQEs: the completion queue's word
+  kvx_u64 bell;        // WQEs: eight bytes, the doorbell or a word in its place
+  kvx_u32 kind;
+  kvx_u32 depth;       // slots: a power of two
+  kvx_u32 cq_depth;    // WQEs: a power of two, at least `depth`
+  kvx_u32 qpn;         // WQEs: the queue pair's number
+};
+
+// kvx_post_args.until
+#define KVX_POSTED 0u     // nothing is waited for
+#define KVX_EACH 1u       // each is waited for before the next one
+#define KVX_ALL 2u        // each is waited for when all have been posted
+#define KVX_IDLE 3u       // all are posted, and then nothing of the queue may be under way
+
+// Posts in numbers, for tests and measurements. Poster `p` makes those from p * count.
+struct kvx_post_args {
+  kvx_queue queue;
+  kvx_u64 moves;      // kvx_move[posters * count]
+  kvx_u64 results;    // kvx_post_result[posters * count]
+  kvx_u32 count;      // posts of each poster
+  kvx_u32 posters;    // those beyond have nothing to do
+  kvx_u32 op;
+  kvx_u32 until;
+};
+
+struct kvx_post_result {
+  kvx_u64 ticket;     // where it was posted
+  kvx_u32 posted;     // what the post said
+  kvx_u32 ended;      // what the wait said; as `posted` where there was none
+};
+
+KVX_SIZE(kvx_move, 40);
+KVX_AT(kvx_move, remote, 8);
+KVX_AT(kvx_move, len, 16);
+KVX_AT(kvx_move, lkey, 24);
+KVX_AT(kvx_move, rkey, 28);
+KVX_AT(kvx_move, imm, 32);
+KVX_AT(kvx_move, flags, 36);
+KVX_SIZE(kvx_desc, 64);
+KVX_AT(kvx_desc, remote, 8);
+KVX_AT(kvx_desc, len, 16);
+KVX_AT(kvx_desc, lkey, 24);
+KVX_AT(kvx_desc, rkey, 28);
+KVX_AT(kvx_desc, ticket, 32);
+KVX_AT(kvx_desc, reserved, 40);
+KVX_AT(kvx_desc, imm, 48);
+KVX_AT(kvx_desc, reserved2, 52);
+KVX_AT(kvx_desc, op, 56);
+KVX_AT(kvx_desc, flags, 57);
+KVX_AT(kvx_desc, phase, 63);
+KVX_SIZE(kvx_queue_state, 48);
+KVX_AT(kvx_queue_state, seen, 8);
+KVX_AT(kvx_queue_state, broken, 16);
+KVX_AT(kvx_queue_state, rung, 24);
+KVX_AT(kvx_queue_state, taken, 32);
+KVX_AT(kvx_queue_state, polling, 40);
+KVX_SIZE(kvx_queue_report, 16);
+KVX_AT(kvx_queue_report, fault, 8);
+KVX_SIZE(kvx_queue, 96);
+KVX_AT(kvx_queue, words, 8);
+KVX_AT(kvx_queue, state, 16);
+KVX_AT(kvx_queue, report, 24);
+KVX_AT(kvx_queue, abort, 32);
+KVX_AT(kvx_queue, patience, 40);
+KVX_AT(kvx_queue, completions, 48);
+KVX_AT(kvx_queue, record, 56);
+KVX_AT(kvx_queue, cq_record, 64);
+KVX_AT(kvx_queue, bell, 72);
+KVX_AT(kvx_queue, kind, 80);
+KVX_AT(kvx_queue, depth, 84);
+KVX_AT(kvx_queue, cq_depth, 88);
+KVX_AT(kvx_queue, qpn, 92);
+KVX_SIZE(kvx_post_args, 128);
+KVX_AT(kvx_post_args, moves, 96);
+KVX_AT(kvx_post_args, results, 104);
+KVX_AT(kvx_post_args, count, 112);
+KVX_AT(kvx_post_args, posters, 116);
+KVX_AT(kvx_post_args, op, 120);
+KVX_AT(kvx_post_args, until, 124);
+KVX_SIZE(kvx_post_result, 16);
+KVX_AT(kvx_post_result, posted, 8);
+KVX_AT(kvx_post_result, ended, 12);
+
+#endif
