@@ -107,6 +107,12 @@ pub enum Error {
         /// Its address.
         addr: u64,
     },
+    /// A ring whose depth is no power of two.
+    #[error("a ring of {depth} slots: their number must be a power of two")]
+    Depth {
+        /// The slots wanted.
+        depth: u32,
+    },
     /// `memfd_create` refused.
     #[error("memfd_create for an arena of {len} bytes: {source}")]
     CreateFile {

@@ -37,6 +37,8 @@ pub mod kernels;
 mod mapping;
 mod memory;
 mod pages;
+pub mod post;
+mod queue_memory;
 mod raw;
 mod words;
 

@@ -86,6 +86,17 @@ macro_rules! number {
 
         #[allow(missing_docs, reason = "as in the standard library")]
         impl $name {
+            pub fn compare_exchange(
+                &self,
+                current: $value,
+                new: $value,
+                success: Ordering,
+                failure: Ordering,
+            ) -> Result<$value, $value> {
+                let orders = (order(success), order(failure));
+                self.0.compare_exchange(current, new, orders.0, orders.1)
+            }
+
             pub fn fetch_add(&self, value: $value, ordering: Ordering) -> $value {
                 self.0.fetch_add(value, order(ordering))
             }
