@@ -1,6 +1,6 @@
 //! The mirror of `kernels/queue.h`: queues that kernels post to.
 
-use super::args::Plain;
+use super::args::{Plain, bytes_of};
 
 /// [`Queue::kind`]: descriptors, which the host carries out.
 pub const PROXY: u32 = 1;
@@ -183,6 +183,22 @@ pub struct PostArgs {
     pub op: u32,
     /// [`POSTED`], [`EACH`], [`ALL`] or [`IDLE`].
     pub until: u32,
+}
+
+impl PostArgs {
+    /// Its bytes, as a kernel takes them.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        bytes_of(std::slice::from_ref(self))
+    }
+}
+
+impl Move {
+    /// The bytes of moves, as they lie in memory.
+    #[must_use]
+    pub fn bytes(of: &[Self]) -> &[u8] {
+        bytes_of(of)
+    }
 }
 
 /// What became of a post.

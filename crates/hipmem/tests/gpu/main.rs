@@ -9,6 +9,7 @@ mod gather_ipc;
 mod ipc;
 mod memory;
 mod on_gpu;
+mod post;
 mod streams;
 
 use std::time::{Duration, Instant};
