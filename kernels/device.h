@@ -99,20 +99,6 @@ KVX_FN kvx_u64 kvx_uniform_u64(kvx_u64 value) {
   return (kvx_u64)kvx_uniform((kvx_u32)(value >> 32)) << 32 | kvx_uniform((kvx_u32)value);
 }
 
-// All lanes of the wave have come here, and what they have written comes before what any of them
-// releases from here on.
-KVX_FN void kvx_wave_barrier() {
-#if defined(KVX_GFX11)
-  asm volatile(
-      "s_waitcnt vmcnt(0) lgkmcnt(0)\n\t"
-      "s_waitcnt_vscnt null, 0x0" ::: "memory");
-#elif defined(KVX_AMD)
-  asm volatile("s_waitcnt vmcnt(0) lgkmcnt(0)" ::: "memory");
-#elif defined(KVX_NVIDIA)
-  asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
-#endif
-}
-
 // All threads of the workgroup have come here, and see what the others put into shared memory.
 KVX_FN void kvx_barrier() {
 #ifdef KVX_AMD
@@ -206,6 +192,15 @@ KVX_FN void kvx_drain() {
   asm volatile("s_waitcnt vmcnt(0) lgkmcnt(0)" ::: "memory");
 #endif
   // On NVIDIA the barrier and the fence after it cover the stores of all threads.
+}
+
+// All lanes of the wave have come here, and what they have written comes before what any of them
+// releases from here on.
+KVX_FN void kvx_wave_barrier() {
+  kvx_drain();
+#ifdef KVX_NVIDIA
+  asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+#endif
 }
 
 // Loads and stores that every device and the host agree on, of naturally aligned words.
@@ -306,19 +301,19 @@ KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) 
 KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
   kvx_u64 value = __scoped_atomic_load_n((const KVX_GLOBAL kvx_u64 *)at, __ATOMIC_RELAXED,
                                          __MEMORY_SCOPE_DEVICE);
-  kvx_wave_barrier();
+  kvx_drain();
   return value;
 }
 KVX_FN void kvx_store_device_u64(kvx_u64 at, kvx_u64 value) {
-  kvx_wave_barrier();
+  kvx_drain();
   __scoped_atomic_store_n((KVX_GLOBAL kvx_u64 *)at, value, __ATOMIC_RELAXED,
                           __MEMORY_SCOPE_DEVICE);
 }
 KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) {
-  kvx_wave_barrier();
+  kvx_drain();
   __scoped_atomic_compare_exchange_n((KVX_GLOBAL kvx_u64 *)at, &expected, value, false,
                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED, __MEMORY_SCOPE_DEVICE);
-  kvx_wave_barrier();
+  kvx_drain();
   return expected;
 }
 #else

@@ -5,7 +5,8 @@
 //   kvx_u32 kvx_get(queue, move, &ticket)       the peer's bytes into this side's
 //   kvx_u32 kvx_put_imm(queue, move, &ticket)   a put that completes a receive of the peer with move.imm
 //   kvx_u32 kvx_wait(queue, ticket)             until that one has ended
-//   kvx_u32 kvx_quiet(queue)                    until all that was posted before has ended
+//   kvx_u32 kvx_quiet(queue)                    until all that was posted before has ended; the
+//                                               queue's first failure, if it has had one
 //
 // They return a status (queue.h), never later than the queue's patience and never without an end.
 // Plain names are for a thread that posts what is its own; lanes of a wave take turns, for lanes that

@@ -91,7 +91,9 @@ struct kvx_queue_state {
 // by who reads the completions of a device otherwise, in the memory of the state.
 struct kvx_queue_report {
   kvx_u64 ended;     // tickets below have ended, well or not; stored after `fault`
-  kvx_u64 fault;     // the first failure that was found: (ticket + 1) << 8 | status; 0: none
+  // The first failure that was found: (ticket + 1) << 8 | status; 0: none. So tickets have 56 bits,
+  // which at 10^7 posts a second are two centuries.
+  kvx_u64 fault;
 };
 
 // A queue, as it is given to a kernel. Whoever posts to it has a copy of this.

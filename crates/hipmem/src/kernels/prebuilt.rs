@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "1dd18b40e408cd8a4b5c30ba0bbbd084ac4bb9bee66095b3916773e63c619c59",
+    sources_sha256: "e0a4a405bbc2741803f79dc45d171f1e88d4f724feeb20d11229fd6c04a5bd3f",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
