@@ -40,6 +40,8 @@
   ((kvx_u64)(kvx_u8)(group) << 56 | (kvx_u64)(kvx_u8)(tensor) << 48 |                     \
    (kvx_u64)(unsigned short)(layer) << 32 | (kvx_u64)(kvx_u32)(block))
 
+static_assert(KVX_PLACE(0x11, 0x2233, 0x44, 0x55667788) == 0x1144223355667788ull, "places");
+
 // What is moved: `len` bytes between here and the peer.
 struct kvx_move {
   kvx_u64 local;    // address, or a place

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "e0a4a405bbc2741803f79dc45d171f1e88d4f724feeb20d11229fd6c04a5bd3f",
+    sources_sha256: "8eea1c5130ac5e098d6be97087ac54bceed32f78051a0cac306ada9ddd7f7b0a",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 

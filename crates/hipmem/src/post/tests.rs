@@ -365,6 +365,19 @@ fn posts_stay_inside_of_what_they_may_name() {
 }
 
 #[test]
+fn places_are_the_words_of_the_header() {
+    // A static_assert of kernels/queue.h has the same word.
+    let place = Place {
+        group: 0x11,
+        layer: 0x2233,
+        tensor: 0x44,
+        block: 0x5566_7788,
+    };
+    assert_eq!(place.to_word(), 0x1144_2233_5566_7788);
+    assert_eq!(Place::from_word(place.to_word()), place);
+}
+
+#[test]
 fn a_parked_ring_sleeps_longer_and_longer() {
     assert_eq!(Pace::Armed.rest(1000), Rest::Spin);
     let longest = Duration::from_millis(1);
