@@ -17,7 +17,7 @@ use super::link::Link;
 use super::notices::Inbox;
 use super::observe::shown;
 use super::pairing::{self, Ends, KnownRail, Pair, left_out, pair_up, rdma_link};
-use super::peer_session::{Aside, LanePlace, PeerRail, PeerSession, Plans, Standing, SummedParts};
+use super::peer_session::{LanePlace, PeerRail, PeerSession, Plans, Standing, SummedParts};
 use super::worker::Joined;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
@@ -722,30 +722,27 @@ impl Bringup {
         };
         let runtime = &engine.runtime;
         let key = self.key;
-        let place = |lane: &Joined| LanePlace {
-            worker: lane.worker,
-            pair: lane.pair,
-        };
+        let place = |lane: &Joined| LanePlace::new(lane.worker, lane.pair);
         let lanes: Vec<LanePlace> = self.lanes.iter().map(place).collect();
         let mut workers: Vec<u16> = lanes.iter().map(|lane| lane.worker).collect();
         workers.sort_unstable();
         workers.dedup();
         let rails = std::mem::take(&mut self.pairs);
-        let rails = rails.iter().enumerate().filter_map(|(at, pair)| {
+        let rails = rails.iter().map(|pair| {
             let theirs = known.rails.get(usize::from(pair.theirs))?;
             let own = runtime.rail(pair.rail).ok()?;
             Some(PeerRail {
                 device: own.context.device().name.clone(),
-                aside: Mutex::new(Aside {
-                    lanes: lanes.iter().filter(|lane| lane.pair == at).count(),
-                    reason: None,
-                }),
+                aside: Mutex::default(),
                 regions: Arc::clone(&engine.rails.get(pair.rail)?.regions),
                 remote: theirs.memories.clone(),
                 leases: theirs.leases,
             })
         });
-        let rails: Vec<PeerRail> = rails.collect();
+        // Lanes name them by their places: none may be missing.
+        let Some(rails) = rails.collect::<Option<Vec<PeerRail>>>() else {
+            return Err(Error::DeviceFailed);
+        };
         let first = known.rails.first().zip(runtime.rails().first());
         let same_host = first.is_some_and(|(peer, own)| own.context.shares_host(&peer.device));
         info!(

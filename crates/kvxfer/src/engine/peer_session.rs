@@ -1,7 +1,7 @@
 //! One session with one remote rank: what is known of it, and how its queue pairs are taken down.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::RegionTable;
@@ -18,6 +18,7 @@ use crate::layout::{GroupKind, KvFormat, PlacementDesc, Side};
 use crate::plan::{
     CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, SideName, UnitPairs,
 };
+use crate::rails::RailSet;
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::{PathInfo, SkippedRail};
@@ -157,8 +158,8 @@ pub(crate) fn in_order(
 pub(crate) struct PeerRail {
     /// This side's device.
     pub(crate) device: String,
-    /// How many lanes it has, less those that the peer has taken down; and why it is not used any more.
-    pub(crate) aside: Mutex<Aside>,
+    /// Why it is not used any more; the first reason stays.
+    pub(crate) aside: Mutex<Option<String>>,
     /// The memories of this side, as the plans number them.
     pub(crate) regions: Arc<RegionTable>,
     /// The peer's memories, as the plans number them.
@@ -167,27 +168,48 @@ pub(crate) struct PeerRail {
     pub(crate) leases: Option<RemoteSpan>,
 }
 
-/// Where a lane is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct LanePlace {
-    pub(crate) worker: u16,
-    pub(crate) pair: usize,
-}
-
-/// What becomes of a pair of rails.
-#[derive(Debug)]
-pub(crate) struct Aside {
-    /// Lanes that the peer has not taken down.
-    pub(crate) lanes: usize,
-    /// Why it is not used any more; the first reason stays.
-    pub(crate) reason: Option<String>,
-}
-
 impl PeerRail {
-    fn aside(&self) -> MutexGuard<'_, Aside> {
+    /// Why it is not used any more.
+    fn aside(&self) -> MutexGuard<'_, Option<String>> {
         // Valid at every step.
         self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where a lane is, and how it stands, for all workers.
+#[derive(Debug)]
+pub(crate) struct LanePlace {
+    pub(crate) worker: u16,
+    pub(crate) pair: usize,
+    /// It has failed here: it takes nothing more.
+    failed: AtomicBool,
+    /// This side has destroyed its half; the peer has.
+    down_here: AtomicBool,
+    down_there: AtomicBool,
+}
+
+impl LanePlace {
+    pub(crate) fn new(worker: u16, pair: usize) -> Self {
+        Self {
+            worker,
+            pair,
+            failed: AtomicBool::new(false),
+            down_here: AtomicBool::new(false),
+            down_there: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Who may say that what was written over a pair of rails is in the peer's memory.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Speaker {
+    /// A lane of that pair, of one of these workers: the receive puts the card's earlier writes there.
+    Pair(Vec<u16>),
+    /// Any lane, of one of these workers: the peer has destroyed all of that pair's queue pairs, which puts
+    /// there what had come on them.
+    Any(Vec<u16>),
+    /// Nobody, before the peer has said so of the last of them.
+    Nobody,
 }
 
 /// A peer with whom a session stands or stood. One that reconnects is another.
@@ -314,7 +336,7 @@ impl PeerSession {
     pub(crate) fn way(&self) -> PathInfo {
         let mut path = self.path.clone();
         for rail in &self.rails {
-            if let Some(reason) = &rail.aside().reason {
+            if let Some(reason) = &*rail.aside() {
                 path.skipped.push(SkippedRail::new(&rail.device, reason));
             }
         }
@@ -331,10 +353,10 @@ impl PeerSession {
             return false;
         };
         let mut aside = rail.aside();
-        if aside.reason.is_some() {
+        if aside.is_some() {
             return false;
         }
-        let reason = aside.reason.insert(reason()).clone();
+        let reason = aside.insert(reason()).clone();
         drop(aside);
         let (peer, device) = (&self.name.engine, &rail.device);
         warn!(%peer, device, reason, "device set aside; the work goes on over the others");
@@ -345,7 +367,7 @@ impl PeerSession {
     ///
     /// # Errors
     ///
-    /// Numbers that no lane has: what is wrong with them.
+    /// Numbers that no lane has, or of lanes that it has taken down before: what is wrong with them.
     pub(crate) fn lanes_reset(
         self: &Arc<Self>,
         lanes: &[u16],
@@ -355,12 +377,10 @@ impl PeerSession {
             let Some(lane) = self.lanes.get(usize::from(*number)) else {
                 return Err(format!("queue pair {number} of {} reset", self.lanes.len()));
             };
-            let left = self.rails.get(lane.pair).map(|rail| {
-                let mut aside = rail.aside();
-                aside.lanes = aside.lanes.saturating_sub(1);
-                aside.lanes
-            });
-            if left == Some(0) {
+            if lane.down_there.swap(true, Ordering::AcqRel) {
+                return Err(format!("queue pair {number} reset twice"));
+            }
+            if self.is_down_there(lane.pair) {
                 self.note_aside(lane.pair, || format!("taken down by the peer: {cause}"));
             }
             if let Some(worker) = self.all_workers.get(usize::from(lane.worker)) {
@@ -371,6 +391,74 @@ impl PeerSession {
             }
         }
         Ok(())
+    }
+
+    fn lanes_of(&self, pair: usize) -> impl Iterator<Item = &LanePlace> {
+        self.lanes.iter().filter(move |lane| lane.pair == pair)
+    }
+
+    /// Whether the peer has destroyed all queue pairs of a pair of rails.
+    fn is_down_there(&self, pair: usize) -> bool {
+        let mut lanes = self.lanes_of(pair);
+        lanes.all(|lane| lane.down_there.load(Ordering::Acquire))
+    }
+
+    /// A lane takes nothing more.
+    pub(crate) fn lane_failed(&self, number: u16) {
+        if let Some(lane) = self.lanes.get(usize::from(number)) {
+            lane.failed.store(true, Ordering::Release);
+        }
+    }
+
+    /// This side has destroyed its half of a lane.
+    pub(crate) fn lane_down(&self, number: u16) {
+        if let Some(lane) = self.lanes.get(usize::from(number)) {
+            lane.down_here.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether the peer may say on a lane of the pair `on` that what it wrote over the pair `rail` is in memory
+    /// here: `on` itself, or one of which nothing is left here.
+    pub(crate) fn may_speak(&self, on: usize, rail: usize) -> bool {
+        let down = |lane: &LanePlace| lane.down_here.load(Ordering::Acquire);
+        on == rail || self.lanes_of(rail).all(down)
+    }
+
+    /// Who may speak for a pair of rails.
+    pub(crate) fn speaker(&self, pair: usize) -> Speaker {
+        let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
+        let workers = |lanes: &mut dyn Iterator<Item = &LanePlace>| -> Vec<u16> {
+            lanes.filter(works).map(|lane| lane.worker).collect()
+        };
+        // Looked at first: one that stands now may be gone when the others are looked at, not the reverse.
+        let down = self.is_down_there(pair);
+        let of_pair = workers(&mut self.lanes_of(pair));
+        match (of_pair.is_empty(), down) {
+            (false, false) => Speaker::Pair(of_pair),
+            (_, true) => Speaker::Any(workers(&mut self.lanes.iter())),
+            (true, false) => Speaker::Nobody,
+        }
+    }
+
+    /// The pairs of rails of which the peer is to be told that what was written over them is in memory. Where
+    /// no card stands between, or nothing was written, one stands for all.
+    pub(crate) fn rails_to_speak_for(&self, wrote: RailSet) -> RailSet {
+        match wrote.iter().next() {
+            Some(_) if self.notices => wrote,
+            Some(first) => RailSet::only(first),
+            None => {
+                let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
+                let pair = self.lanes.iter().find(works).map_or(0, |lane| lane.pair);
+                RailSet::only(u16::try_from(pair).unwrap_or(0))
+            }
+        }
+    }
+
+    /// Gives a command to a worker.
+    pub(crate) fn on_worker(&self, worker: u16, command: Command) {
+        if let Some(handle) = self.all_workers.get(usize::from(worker)) {
+            handle.send(command);
+        }
     }
 
     /// Gives a command to the workers that have lanes, but for one.

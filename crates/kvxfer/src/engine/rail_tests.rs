@@ -11,7 +11,7 @@ use crate::Error;
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole, PathKind, PathSet};
-use crate::engine::{Engine, Instance, PullOptions};
+use crate::engine::{Engine, Instance, PullOptions, TransferReport};
 use crate::event::Event;
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
@@ -28,6 +28,10 @@ struct Node {
 }
 
 fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
+    node_that(role, path, rails, |_| {})
+}
+
+fn node_that(role: KvRole, path: PathKind, rails: usize, change: impl FnOnce(&mut Config)) -> Node {
     let format = KvFormat::opaque(256 << 10, 2).expect("a format");
     let shape = BenchShape {
         topology: Topology::single(&format),
@@ -36,13 +40,14 @@ fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
         memory: BenchMemory::Arena,
     };
     let side = BenchSide::new(&shape).expect("memory");
-    let config = Config {
+    let mut config = Config {
         kv_role: role,
         path: PathSet::only(path),
         num_worker_threads: 2,
         qp_per_transfer: QPS,
         ..Config::default()
     };
+    change(&mut config);
     let open = |_: u16| open_soft(SoftConfig::default()).expect("a device");
     let opened = Opened {
         contexts: (0_u16..).take(rails).map(|at| (at, open(at))).collect(),
@@ -109,8 +114,22 @@ fn pairs() -> Vec<GroupPairs> {
 }
 
 fn joined(path: PathKind, producers: usize, consumers: usize) -> (Node, Node, Instance) {
-    let producer = node(KvRole::Producer, path, producers);
-    let consumer = node(KvRole::Consumer, path, consumers);
+    joined_by(
+        node(KvRole::Producer, path, producers),
+        node(KvRole::Consumer, path, consumers),
+    )
+}
+
+/// Two that tell the ends of pushes on their queue pairs.
+fn joined_with_notices(path: PathKind) -> (Node, Node, Instance) {
+    let notices = |config: &mut Config| config.enable_notification = true;
+    joined_by(
+        node_that(KvRole::Producer, path, 2, notices),
+        node_that(KvRole::Consumer, path, 2, notices),
+    )
+}
+
+fn joined_by(producer: Node, consumer: Node) -> (Node, Node, Instance) {
     let address = producer.engine.listen("127.0.0.1:0").expect("a port");
     let instance = consumer.engine.connect(&address.to_string(), LONG);
     (producer, consumer, instance.expect("a session"))
@@ -132,8 +151,12 @@ fn pull(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
     to.holds(|at| word(round, at));
 }
 
-/// A push of everything, in both directions of time: what was there before is other bytes.
-fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl FnOnce()) {
+/// A push of everything.
+fn push(
+    round: u64,
+    (from, to, _): (&Node, &Node, &Instance),
+    meanwhile: impl FnOnce(),
+) -> TransferReport {
     from.fill(|at| word(round, at));
     to.fill(|_| !0);
     let request = RequestId::from(format!("push {round}").as_str());
@@ -144,7 +167,6 @@ fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
         engine: name.id.clone(),
         rank: name.rank(),
     };
-    let _ = way;
     let peer = from.engine.peer_of(&name).expect("a session");
     let push = peer.begin_push(&request);
     let push = push.expect("a push");
@@ -166,6 +188,7 @@ fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
     to.fill(|_| round);
     std::thread::sleep(Duration::from_millis(20));
     to.holds(|_| round);
+    transfer.report()
 }
 
 /// The one device that the way does without. The peer tells of its own a moment later.
@@ -191,6 +214,27 @@ fn work_goes_over_all_rails_that_both_have() {
         for round in 0..3 {
             pull(round, nodes, || {});
             push(round, nodes, || {});
+        }
+    }
+}
+
+/// Both rails carry writes, so both have to say that theirs are there: one word more or less for one of
+/// them, and the expectation would not end, or the session would.
+#[test]
+fn each_rail_of_a_push_tells_its_own_end() {
+    for path in PATHS {
+        let (producer, consumer, way) = joined_with_notices(path);
+        let nodes = (&producer, &consumer, &way);
+        for round in 0..3 {
+            let report = push(round, nodes, || {});
+            assert!(report.data_plane_notice, "{path}");
+        }
+        for (round, of_producer) in [(3, true), (4, false)] {
+            let (producer, consumer, way) = joined_with_notices(path);
+            let dying = if of_producer { &producer } else { &consumer };
+            let nodes = (&producer, &consumer, &way);
+            push(round, nodes, || dying.device_fails(1));
+            push(round + 2, nodes, || {});
         }
     }
 }

@@ -11,6 +11,7 @@ use super::record::{
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
 use crate::plan::source::OpSource;
+use crate::rails::RailSet;
 use crate::time::Time;
 
 /// The limits of a ledger.
@@ -259,6 +260,7 @@ impl Transfers {
             return;
         }
         job.ops_done += report.ops_done;
+        job.wrote |= report.wrote;
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
         job.doubts += report.doubts;
@@ -485,6 +487,7 @@ impl Transfers {
                 Progress::Queued
             },
             ops_done: 0,
+            wrote: RailSet::EMPTY,
             in_doubt: false,
             doubts: 0,
             quiescent: 0,
@@ -595,7 +598,11 @@ impl Transfers {
         let notice = match record.kind {
             Kind::Pull { release: true, .. } => Some(Notice::Release),
             Kind::Pull { .. } => None,
-            Kind::Push => Some(Notice::PushDone),
+            Kind::Push => {
+                let wrote = record.jobs.iter().map(|j| j.wrote);
+                let wrote = wrote.fold(RailSet::EMPTY, |all, wrote| all | wrote);
+                Some(Notice::PushDone { wrote })
+            }
         };
         if let Some(notice) = notice {
             self.out.push_back(Output::SendNotice {

@@ -25,6 +25,7 @@
 mod app;
 mod books;
 mod bug;
+mod cards;
 mod check;
 mod check_books;
 mod completions;

@@ -6,15 +6,17 @@ use std::sync::Arc;
 
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::plan::source::OpSource;
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::LeaseRef;
 use kvxfer::time::Time;
 use kvxfer::transfer::{
     Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, Notice, Output, PeerKey,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use kvxfer::wire::{Blob, Message, QpReset};
+use kvxfer::wire::{Blob, Message, PushDone, QpReset};
 
 use super::bug::{Bug, Step, ensure};
+use super::posting::Noticed;
 use super::qp::{Cqe, QpState};
 use super::world::{World, log};
 
@@ -65,6 +67,11 @@ pub(crate) enum Cmd {
     Start(Arc<Job>),
     Stop(JobId),
     Report(JobReport),
+    /// The end of a push is to be told, on a queue pair that this worker has.
+    Tell {
+        peer: usize,
+        done: PushDone,
+    },
     /// The peer has taken its half of a lane down.
     LaneReset {
         peer: usize,
@@ -83,7 +90,7 @@ pub(crate) struct Live {
 #[derive(Debug)]
 pub(crate) enum Single {
     Lease { id: TransferId, landing: u32 },
-    Notice { peer: usize, message: Box<Message> },
+    Notice { peer: usize, done: Box<PushDone> },
 }
 
 /// How long a job has waited while others were posted.
@@ -113,7 +120,9 @@ pub(crate) struct Worker {
     failing: Vec<LaneId>,
     retired: Vec<(PeerKey, usize, LaneId)>,
     /// Notices that have gone on a queue pair.
-    pub(crate) told: BTreeMap<usize, Vec<Message>>,
+    pub(crate) told: BTreeMap<usize, Vec<PushDone>>,
+    /// Ends of pushes that wait for a queue pair that may tell them.
+    pub(crate) waiting_notices: VecDeque<(usize, PushDone)>,
     pub(crate) live: BTreeMap<TransferId, Live>,
     pub(crate) waiting_checks: VecDeque<TransferId>,
     pub(crate) retry_at: Option<Time>,
@@ -141,6 +150,7 @@ impl Worker {
             failing: Vec::new(),
             retired: Vec::new(),
             told: BTreeMap::new(),
+            waiting_notices: VecDeque::new(),
             live: BTreeMap::new(),
             waiting_checks: VecDeque::new(),
             retry_at: None,
@@ -165,6 +175,7 @@ impl Worker {
         self.transfers.live() == 0
             && self.commands.is_empty()
             && self.cq.is_empty()
+            && self.waiting_notices.is_empty()
             && self.scheduler.jobs() == 0
             && self.dropping.is_empty()
     }
@@ -254,8 +265,8 @@ impl World {
                 let real = self.qps[qp].send_wr;
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
-                let rail = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
-                let limits = LaneLimits { send_wr, rail };
+                let pair = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
+                let limits = LaneLimits { send_wr, pair };
                 let lane = worker.scheduler.add_lane(key, limits);
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
@@ -296,7 +307,8 @@ impl World {
                 if worker.transfers.commit(now, id).is_ok() {
                     self.seen[id.0 as usize].committed = true;
                     if self.bug == Bug::DoneTooSoon && self.rng.permille(300) {
-                        self.notice(life, w, id, Notice::PushDone)?;
+                        let wrote = RailSet::EMPTY;
+                        self.notice(life, w, id, Notice::PushDone { wrote })?;
                     }
                 }
             }
@@ -326,6 +338,11 @@ impl World {
             }
             Cmd::Stop(job) => self.lives[life].workers[w].scheduler.stop(job),
             Cmd::Report(report) => self.ledger_hears(life, w, &report)?,
+            Cmd::Tell { peer, done } => {
+                self.sum.count("notice: on another worker");
+                let worker = &mut self.lives[life].workers[w];
+                worker.waiting_notices.push_back((peer, done));
+            }
             Cmd::LaneReset { peer, qp } => self.lane_reset(life, w, peer, qp)?,
         }
         Ok(())
@@ -341,6 +358,9 @@ impl World {
         let Some(peer) = self.peer_of_qp(q) else {
             return;
         };
+        for lane in &mut self.peers[peer].lanes {
+            lane.failed |= lane.qp == q;
+        }
         let qps = &self.links[self.peers[peer].link].qps;
         let several = qps.iter().any(|o| self.qps[*o].rail != self.qps[q].rail);
         let worker = &mut self.lives[life].workers[w];
@@ -408,9 +428,9 @@ impl World {
         }
         self.lane_fails(life, w, lane);
         let worker = &mut self.lives[life].workers[w];
-        for message in worker.told.remove(&q).unwrap_or_default() {
+        for done in worker.told.remove(&q).unwrap_or_default() {
             self.sum.count("notice: told again");
-            self.send(peer, message);
+            worker.waiting_notices.push_back((peer, done));
         }
         self.sum.count("lane: settled");
         self.lives[life].workers[w].scheduler.lane_settled(lane);
@@ -674,13 +694,21 @@ impl World {
             return Ok(());
         };
         let (peer, request, nonce) = (live.peer, live.request.clone(), live.nonce);
-        let on_data_plane = self.peers[peer].notices && notice == Notice::PushDone;
-        let message = self.notice_message(&request, nonce, notice);
-        if on_data_plane && self.post_notice(life, w, peer, &message)? {
-            self.sum.count("notice: on the data plane");
-            return Ok(());
+        let (notices, rdma) = (self.peers[peer].notices, self.peers[peer].rdma);
+        for message in self.notice_messages(peer, &request, nonce, &notice) {
+            match message {
+                Message::PushDone(done) if rdma => {
+                    let worker = &mut self.lives[life].workers[w];
+                    worker.waiting_notices.push_back((peer, done));
+                }
+                Message::PushDone(done) if notices => {
+                    if self.post_notice(life, w, peer, &done)? != Noticed::Posted {
+                        self.send(peer, done.into());
+                    }
+                }
+                message => self.send(peer, message),
+            }
         }
-        self.send(peer, message);
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use kvxfer::transfer::{Batch, BatchSize, Cause, JobId, PeerKey, SchedulerConfig,
 
 use super::app::{OfferSeen, Request, Todo};
 use super::bug::{Bug, Step, Violation, ensure};
+use super::cards::InCard;
 use super::check::{ExpectSeen, Seen};
 use super::faults::Faults;
 use super::link::{Conn, Keeper, LinkEnd};
@@ -106,6 +107,8 @@ pub(crate) struct World {
     pub(crate) peers: Vec<PeerM>,
     pub(crate) keys: u64,
     pub(crate) qps: Vec<Qp>,
+    /// What cards have acknowledged and not yet put in memory, oldest first.
+    pub(crate) in_cards: VecDeque<InCard>,
     pub(crate) seen: Vec<Seen>,
     pub(crate) requests: Vec<Request>,
     pub(crate) todo: Vec<Todo>,
@@ -166,6 +169,7 @@ impl World {
             peers: Vec::new(),
             keys: 1,
             qps: Vec::new(),
+            in_cards: VecDeque::new(),
             seen: Vec::new(),
             requests: Vec::new(),
             todo: Vec::new(),
@@ -346,6 +350,7 @@ impl World {
     /// One actor does one thing; where none can, time passes until one can.
     pub(crate) fn step(&mut self) -> Step {
         self.steps += 1;
+        self.cards_write()?;
         let mut acted = false;
         let mut tried = 0;
         let mut at = self.rng.index(self.actors.len().max(1));

@@ -1,5 +1,6 @@
 //! Every message, by properties.
 use kvxfer::ids::{Generation, Nonce, Rank, RequestId};
+use kvxfer::rails::RailSet;
 use kvxfer::session::{Closed, Event};
 use kvxfer::time::Time;
 use kvxfer::wire::*;
@@ -246,14 +247,16 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 .into()
             })
             .boxed(),
-        MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>())
-            .prop_map(|((request, nonce), sender, [bytes, sums])| {
+        MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>(), [0..16_u16, 0..16])
+            .prop_map(|((request, nonce), sender, [bytes, sums], [rail, other])| {
                 PushDone {
                     request,
                     nonce,
                     sender,
                     bytes,
                     sums,
+                    rails: RailSet::only(rail) | RailSet::only(other),
+                    rail,
                 }
                 .into()
             })

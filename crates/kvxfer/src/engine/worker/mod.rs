@@ -41,7 +41,7 @@ use crate::transfer::{
     Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use crate::wire::Message;
+use crate::wire::PushDone;
 use rails::Retired;
 use wreck::Wreck;
 
@@ -125,6 +125,11 @@ pub(crate) enum Command {
         peer: Arc<PeerSession>,
         pair: usize,
         cause: Cause,
+    },
+    /// The end of a push is to be told, on a queue pair that this worker has.
+    Tell {
+        peer: Arc<PeerSession>,
+        done: PushDone,
     },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
@@ -222,7 +227,7 @@ struct LaneQp {
     /// How long a request of it has been tried when it fails.
     tried: Duration,
     /// The last notices that have gone on it: the peer may have lost them with its half of the lane.
-    told: VecDeque<Message>,
+    told: VecDeque<PushDone>,
     /// The peer has taken its half down: what it is told on it, it does not see.
     reset: bool,
     peer: Arc<PeerSession>,
@@ -242,7 +247,7 @@ enum Single {
     Notice {
         slot: u32,
         peer: Arc<PeerSession>,
-        message: Box<Message>,
+        done: Box<PushDone>,
     },
 }
 
@@ -274,8 +279,8 @@ pub(crate) struct Worker {
     running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
     waiting_checks: VecDeque<TransferId>,
-    /// Notices of pushes over RDMA that wait for a free queue pair.
-    waiting_notices: VecDeque<(Arc<PeerSession>, Message)>,
+    /// Ends of pushes over RDMA that wait for a queue pair that may tell them.
+    waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
     outbox: Outbox,
     next_token: u64,
@@ -396,7 +401,7 @@ impl Worker {
                 } = *lane;
                 let limits = LaneLimits {
                     send_wr,
-                    rail: u16::try_from(pair).unwrap_or(u16::MAX),
+                    pair: u16::try_from(pair).unwrap_or(u16::MAX),
                 };
                 let lane = self.scheduler.add_lane(peer.key, limits);
                 self.lane_of.insert((rail, qp.qp_num()), lane);
@@ -479,6 +484,7 @@ impl Worker {
             Command::Stop(job) => self.scheduler.stop(job),
             Command::Report(report) => self.transfers.job_report(now, &report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
+            Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,

@@ -13,7 +13,7 @@ use crate::engine::notices::RECEIVES;
 use crate::engine::peer_session::PeerSession;
 use crate::time::Time;
 use crate::transfer::{Cause, LaneId, PeerKey};
-use crate::wire::{Message, QpReset};
+use crate::wire::{PushDone, QpReset};
 
 /// How long a port may be down before its work goes on over other rails: its device tries again for longer,
 /// and one that gets nothing out may never say that it has given up.
@@ -25,7 +25,7 @@ pub(super) struct Retired {
     pub(super) peer: PeerKey,
     number: u16,
     lane: LaneId,
-    told: Vec<Message>,
+    told: Vec<PushDone>,
 }
 
 impl Worker {
@@ -39,6 +39,7 @@ impl Worker {
         let Some(cause) = self.scheduler.lane_failure(lane).cloned() else {
             return;
         };
+        peer.lane_failed(at.number);
         if peer.rails.len() > 1 && !self.failing.contains(&lane) {
             self.failing.push(lane);
         }
@@ -175,6 +176,7 @@ impl Worker {
                 lane,
                 told: told.into(),
             });
+            peer.lane_down(number);
             let reset = QpReset {
                 lanes: vec![number],
                 cause: pack_cause(&cause),
@@ -216,30 +218,30 @@ impl Worker {
         self.scheduler.lane_settled(lane);
     }
 
-    fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<Message>) {
+    fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<PushDone>) {
         if !told.is_empty() {
             warn!(peer = %peer.name.engine, notices = told.len(), "told again on other queue pairs");
         }
-        let again = told.into_iter().map(|message| (Arc::clone(peer), message));
+        let again = told.into_iter().map(|done| (Arc::clone(peer), done));
         self.waiting_notices.extend(again);
     }
 
     /// A notice has gone on a lane. The peer posts a receive again when it has taken what was in it, so no
     /// more than it has receives can be lost.
-    pub(super) fn told_on(&mut self, lane: LaneId, message: Message) {
+    pub(super) fn told_on(&mut self, lane: LaneId, done: PushDone) {
         let Some(at) = self.lanes.get_mut(&lane) else {
             return;
         };
         if at.reset {
             // Its completion was on its way while the peer took its half down.
             let peer = Arc::clone(&at.peer);
-            return self.tell_again(&peer, vec![message]);
+            return self.tell_again(&peer, vec![done]);
         }
         if at.peer.rails.len() > 1 {
             if at.told.len() >= RECEIVES as usize {
                 at.told.pop_front();
             }
-            at.told.push_back(message);
+            at.told.push_back(done);
         }
     }
 }

@@ -25,7 +25,7 @@ fn scheduler(batch: BatchSize, lanes: &[u32]) -> (Scheduler, Vec<LaneId>) {
             PEER,
             LaneLimits {
                 send_wr: *send_wr,
-                rail: 0,
+                pair: 0,
             },
         )
     };
@@ -85,7 +85,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         PEER,
         LaneLimits {
             send_wr: 1000,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 100, 300));
@@ -99,7 +99,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         PEER,
         LaneLimits {
             send_wr: 1000,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(2, 2, 5000));
@@ -122,14 +122,14 @@ fn the_completion_queue_bounds_what_is_posted() {
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     let b = s.add_lane(
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 100, 1));
@@ -184,7 +184,7 @@ fn foreign_and_stale_completions_are_counted_and_ignored() {
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     assert_eq!(again, lanes[0]);
@@ -285,7 +285,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             PEER,
             LaneLimits {
                 send_wr: 100,
-                rail: 0,
+                pair: 0,
             },
         );
     }
@@ -308,7 +308,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             PEER,
             LaneLimits {
                 send_wr: 100,
-                rail: 0,
+                pair: 0,
             },
         );
     }
@@ -416,7 +416,7 @@ fn peers_take_turns() {
         other,
         LaneLimits {
             send_wr: 4096,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 80, 1));
@@ -450,14 +450,14 @@ fn a_victim_of_others_is_not_given_their_cause() {
             PEER,
             LaneLimits {
                 send_wr: 16,
-                rail: 0,
+                pair: 0,
             },
         );
         let lane = s.add_lane(
             PEER,
             LaneLimits {
                 send_wr: 16,
-                rail: 0,
+                pair: 0,
             },
         );
         assert_eq!(next(&mut s, spare).len(), 1, "the victim");
@@ -510,7 +510,7 @@ fn what_an_event_took_down_has_its_cause() {
 /// A lane on each of two rails.
 fn two_rails() -> (Scheduler, LaneId, LaneId) {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |rail| s.add_lane(PEER, LaneLimits { send_wr: 100, rail });
+    let mut add = |pair| s.add_lane(PEER, LaneLimits { send_wr: 100, pair });
     let (a, b) = (add(0), add(1));
     (s, a, b)
 }
