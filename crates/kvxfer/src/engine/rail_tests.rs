@@ -12,10 +12,10 @@ use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole, PathKind, PathSet};
 use crate::engine::{Engine, Instance, PullOptions, TransferReport};
-use crate::event::Event;
+use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
-use crate::transfer::Cause;
+use crate::transfer::{Cause, LocalOperation};
 use crate::transport::{Opened, SkippedRail};
 
 const BLOCKS: u32 = 128;
@@ -28,10 +28,16 @@ struct Node {
 }
 
 fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
-    node_that(role, path, rails, |_| {})
+    node_that(role, path, &vec![""; rails], |_| {})
 }
 
-fn node_that(role: KvRole, path: PathKind, rails: usize, change: impl FnOnce(&mut Config)) -> Node {
+/// One whose devices have these fault plans.
+fn node_that(
+    role: KvRole,
+    path: PathKind,
+    plans: &[&str],
+    change: impl FnOnce(&mut Config),
+) -> Node {
     let format = KvFormat::opaque(256 << 10, 2).expect("a format");
     let shape = BenchShape {
         topology: Topology::single(&format),
@@ -48,9 +54,13 @@ fn node_that(role: KvRole, path: PathKind, rails: usize, change: impl FnOnce(&mu
         ..Config::default()
     };
     change(&mut config);
-    let open = |_: u16| open_soft(SoftConfig::default()).expect("a device");
+    let open = |plan: &&str| {
+        let mut device = SoftConfig::default();
+        device.faults = Some(plan.parse().expect("a plan"));
+        open_soft(device).expect("a device")
+    };
     let opened = Opened {
-        contexts: (0_u16..).take(rails).map(|at| (at, open(at))).collect(),
+        contexts: (0_u16..).zip(plans.iter().map(open)).collect(),
         skipped: Vec::new(),
     };
     let (format, placement) = (side.format().clone(), side.placement().clone());
@@ -124,8 +134,8 @@ fn joined(path: PathKind, producers: usize, consumers: usize) -> (Node, Node, In
 fn joined_with_notices(path: PathKind) -> (Node, Node, Instance) {
     let notices = |config: &mut Config| config.enable_notification = true;
     joined_by(
-        node_that(KvRole::Producer, path, 2, notices),
-        node_that(KvRole::Consumer, path, 2, notices),
+        node_that(KvRole::Producer, path, &[""; 2], notices),
+        node_that(KvRole::Consumer, path, &[""; 2], notices),
     )
 }
 
@@ -163,7 +173,7 @@ fn push(
     let expected = to.engine.expect(&request, &groups(), 1, LONG);
     expected.expect("an expectation");
     let name = to.engine.inner();
-    let name = crate::event::PeerName {
+    let name = PeerName {
         engine: name.id.clone(),
         rank: name.rank(),
     };
@@ -290,4 +300,75 @@ fn the_last_device_ends_the_engine() {
     assert_eq!(cause, Cause::DeviceFatal);
     let refused = consumer.engine.connect("127.0.0.1:1", LONG);
     assert!(matches!(refused, Err(Error::DeviceFailed)), "{refused:?}");
+}
+
+/// Whether the memory of a request is released within some time.
+fn is_released(node: &Node, seen: &mut Vec<Event>, within: Duration) -> bool {
+    let end = Instant::now() + within;
+    while Instant::now() < end {
+        node.engine.wait_events(seen, Duration::from_millis(5));
+        let freed = |event: &Event| match event {
+            Event::Released { .. } => true,
+            Event::Failed { memory, .. } => *memory == MemoryState::Released,
+            _ => false,
+        };
+        if seen.iter().any(freed) {
+            return true;
+        }
+    }
+    false
+}
+
+/// A consumer with such devices loses the first of them while it is written to. What its peer is down for, and
+/// whether the blocks are released, within a second if they are not to be.
+fn loses_its_first_device(path: PathKind, plans: &[&str], kept: bool) -> (Cause, bool) {
+    let consumer = node_that(KvRole::Consumer, path, plans, |_| {});
+    let producer = node(KvRole::Producer, path, plans.len());
+    let (producer, consumer, _way) = joined_by(producer, consumer);
+    producer.fill(|at| word(0, at));
+    consumer.fill(|_| !0);
+    let request = RequestId::from("cut short");
+    let expected = consumer.engine.expect(&request, &groups(), 1, LONG);
+    expected.expect("an expectation");
+    let inner = consumer.engine.inner();
+    let name = PeerName {
+        engine: inner.id.clone(),
+        rank: inner.rank(),
+    };
+    let peer = producer.engine.peer_of(&name).expect("a session");
+    let push = peer.begin_push(&request).expect("a push");
+    push.layer(0, &pairs()).expect("a layer");
+    consumer.await_some(0);
+    consumer.device_fails(0);
+    let mut seen = Vec::new();
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!("that event");
+    };
+    let within = if kept { Duration::from_secs(1) } else { LONG };
+    (cause, is_released(&consumer, &mut seen, within))
+}
+
+/// A device that does not destroy its queue pairs may go on with what comes there: nobody has the blocks back
+/// before it is closed. The other side is not told that they are gone: the session ends, though there is
+/// another rail.
+#[test]
+fn blocks_that_queue_pairs_may_reach_that_stay_are_never_released() {
+    for path in PATHS {
+        let lost = loses_its_first_device(path, &["no-destroy=1"], true);
+        assert_eq!(lost, (Cause::DeviceFatal, false), "{path}");
+        let lost = loses_its_first_device(path, &["no-destroy=1", ""], true);
+        let operation = LocalOperation::QueuePair;
+        let errno = nix::errno::Errno::EIO as i32;
+        assert_eq!(
+            lost,
+            (Cause::LocalDevice { operation, errno }, false),
+            "{path}"
+        );
+        // The same without the fault.
+        let lost = loses_its_first_device(path, &[""], false);
+        assert_eq!(lost, (Cause::DeviceFatal, true), "{path}");
+    }
 }

@@ -97,12 +97,7 @@ impl Worker {
             return;
         }
         error!(%error, "completion queue failed");
-        let errno = match error {
-            kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
-                source.raw_os_error().unwrap_or(0)
-            }
-            _ => 0,
-        };
+        let errno = errno_of(error);
         let cause = Cause::LocalDevice {
             operation: LocalOperation::Poll,
             errno,
@@ -213,6 +208,16 @@ impl Worker {
             warn!(peer = %at.peer.name.engine, %lie, "notice");
             at.peer.link.cut_off(lie);
         }
+    }
+}
+
+/// The kernel's or the driver's number of an error; 0 where it has none.
+pub(super) fn errno_of(error: &kvxfer_verbs::Error) -> i32 {
+    match error {
+        kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
+            source.raw_os_error().unwrap_or(0)
+        }
+        _ => 0,
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::poll::PollFlags;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
@@ -38,10 +38,11 @@ use crate::plan::{OpSource, Plan};
 use crate::ticket::LeaseRef;
 use crate::time::Time;
 use crate::transfer::{
-    Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
-    Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
+    Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, LocalOperation, PeerKey,
+    Refusal, Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::PushDone;
+use completions::errno_of;
 use rails::Retired;
 use wreck::Wreck;
 
@@ -233,6 +234,14 @@ struct LaneQp {
     peer: Arc<PeerSession>,
 }
 
+/// What is left of a lane whose queue pair was not destroyed.
+#[derive(Debug)]
+struct Undead {
+    peer: PeerKey,
+    /// Where the peer's notices may land yet.
+    _inbox: Option<Inbox>,
+}
+
 /// A work request of the worker's own that is under way.
 #[derive(Debug)]
 enum Single {
@@ -273,6 +282,9 @@ pub(crate) struct Worker {
     /// whose queue pairs are, until the session ends.
     failing: Vec<LaneId>,
     retired: Vec<Retired>,
+    /// Lanes whose queue pairs the device has not destroyed: they may go on until it is closed, so their
+    /// sessions are never drained.
+    undead: HashMap<LaneId, Undead>,
     /// Peers whose sessions are over, until all outcomes of their transfers are told.
     lost: Vec<Arc<PeerSession>>,
     /// How many transfers of a peer have no outcome.
@@ -326,6 +338,7 @@ impl Worker {
             dropping: Vec::new(),
             failing: Vec::new(),
             retired: Vec::new(),
+            undead: HashMap::new(),
             lost: Vec::new(),
             running: HashMap::new(),
             live: HashMap::new(),
@@ -540,30 +553,64 @@ impl Worker {
     fn finish_drops(&mut self) {
         let mut at = 0;
         while let Some((_, lanes)) = self.dropping.get(at) {
-            if !lanes.iter().all(|lane| self.is_over(*lane)) {
+            let ready = |lane: &LaneId| self.is_over(*lane) || self.undead.contains_key(lane);
+            if !lanes.iter().all(ready) {
                 at += 1;
                 continue;
             }
             // It stays in the list until all is done: after a panic, what is left of it is found there.
             let lanes = lanes.clone();
             for lane in lanes {
-                if let Some(gone) = self.lanes.remove(&lane) {
-                    self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
-                    // Destroyed before the lane's work is reported as drained.
-                    drop(gone);
+                // Destroyed before the lane's work is reported as drained.
+                if !self.undead.contains_key(&lane) && self.destroy(lane).is_ok() {
+                    self.seen.forget(lane);
+                    self.scheduler.remove_lane(lane);
                 }
-                self.seen.forget(lane);
-                self.scheduler.remove_lane(lane);
             }
             let (peer, _) = self.dropping.swap_remove(at);
             self.retired.retain(|retired| retired.peer != peer.key);
             self.peers.remove(&peer.key);
-            peer.worker_drained();
+            if self.undead.values().all(|undead| undead.peer != peer.key) {
+                peer.worker_drained();
+            }
         }
+    }
+
+    /// Destroys the queue pair of a lane, if it has one. The session of one that stays ends, and what it
+    /// may touch is never released: who moves there is for the device alone to say.
+    fn destroy(&mut self, lane: LaneId) -> Result<(), ()> {
+        let Some(gone) = self.lanes.remove(&lane) else {
+            return Ok(());
+        };
+        let LaneQp {
+            rail,
+            qp,
+            inbox,
+            peer,
+            ..
+        } = gone;
+        self.lane_of.remove(&(rail, qp.qp_num()));
+        let Err(error) = qp.destroy() else {
+            return Ok(());
+        };
+        error!(%error, peer = %peer.name.engine, "queue pair not destroyed: its memory stays quarantined");
+        let undead = Undead {
+            peer: peer.key,
+            _inbox: inbox,
+        };
+        self.undead.insert(lane, undead);
+        peer.fail(Cause::LocalDevice {
+            operation: LocalOperation::QueuePair,
+            errno: errno_of(&error),
+        });
+        Err(())
     }
 
     /// Whether a failed lane has nothing posted any more, or will never say so.
     fn is_over(&self, lane: LaneId) -> bool {
+        if self.undead.contains_key(&lane) {
+            return false;
+        }
         let mute = |at: &LaneQp| at.watched.is_mute();
         self.scheduler.lane_drained(lane) || self.lanes.get(&lane).is_some_and(mute)
     }

@@ -149,20 +149,15 @@ impl Worker {
                 continue;
             }
             // Its session may have ended meanwhile.
-            let Some(gone) = self.lanes.remove(&lane) else {
+            let Some(at) = self.lanes.get_mut(&lane) else {
                 continue;
             };
-            self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
-            let LaneQp {
-                number,
-                peer,
-                told,
-                qp,
-                inbox,
-                ..
-            } = gone;
-            drop(qp);
-            drop(inbox);
+            let (number, peer) = (at.number, Arc::clone(&at.peer));
+            let told = std::mem::take(&mut at.told);
+            if self.destroy(lane).is_err() {
+                // The peer counts on what it is told, and so does whoever has the work next.
+                continue;
+            }
             self.seen.forget(lane);
             // What a device that is mute has never completed.
             self.scheduler.lane_flushed(lane);
