@@ -2,6 +2,7 @@
 //! that they are exchanged with.
 
 mod accept;
+mod acquainted;
 mod api;
 mod async_events;
 mod books;
@@ -13,6 +14,7 @@ mod events;
 mod handle;
 mod health;
 mod joint;
+mod lanes;
 mod link;
 #[cfg(test)]
 mod link_tests;

@@ -21,7 +21,7 @@ use crate::plan::{
 use crate::rails::RailSet;
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
-use crate::transport::{PathInfo, SkippedRail};
+use crate::transport::{PathInfo, RdmaLink, SkippedRail};
 use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
@@ -158,6 +158,8 @@ pub(crate) fn in_order(
 pub(crate) struct PeerRail {
     /// This side's device.
     pub(crate) device: String,
+    /// The way over it, on an RDMA device.
+    pub(crate) link: Option<RdmaLink>,
     /// Why it is not used any more; the first reason stays.
     pub(crate) aside: Mutex<Option<String>>,
     /// The memories of this side, as the plans number them.
@@ -169,6 +171,11 @@ pub(crate) struct PeerRail {
 }
 
 impl PeerRail {
+    /// It was never joined.
+    pub(super) fn leave_out(&self, reason: String) {
+        *self.aside() = Some(reason);
+    }
+
     /// Why it is not used any more.
     fn aside(&self) -> MutexGuard<'_, Option<String>> {
         // Valid at every step.
@@ -198,6 +205,15 @@ impl LanePlace {
             down_there: AtomicBool::new(false),
         }
     }
+
+    /// One that the peer counts on and that is not there.
+    pub(crate) fn down(worker: u16, pair: usize) -> Self {
+        Self {
+            failed: AtomicBool::new(true),
+            down_here: AtomicBool::new(true),
+            ..Self::new(worker, pair)
+        }
+    }
 }
 
 /// Who may say that what was written over a pair of rails is in the peer's memory.
@@ -218,14 +234,15 @@ pub(crate) struct PeerSession {
     pub(crate) key: PeerKey,
     pub(crate) name: PeerName,
     pub(crate) generation: Generation,
-    /// The pairs of rails that join the two; never empty.
+    /// The pairs of rails that both sides count, those that have failed or were never joined among them;
+    /// never empty.
     pub(crate) rails: Vec<PeerRail>,
     pub(crate) path: PathInfo,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
     pub(crate) same_host: bool,
-    /// The workers that have lanes to it, each once; never empty.
+    /// The workers that have lanes to it when it comes up, each once; never empty.
     pub(crate) workers: Vec<u16>,
     /// Where each lane is, by its number.
     pub(crate) lanes: Vec<LanePlace>,
@@ -332,15 +349,22 @@ impl PeerSession {
         self.rails.first().map_or(&[], |rail| &rail.remote)
     }
 
-    /// The way to it, with the rails that have been set aside since.
+    /// The way to it, over the rails that have not been set aside since.
     pub(crate) fn way(&self) -> PathInfo {
         let mut path = self.path.clone();
         for rail in &self.rails {
-            if let Some(reason) = &*rail.aside() {
-                path.skipped.push(SkippedRail::new(&rail.device, reason));
+            match &*rail.aside() {
+                Some(reason) => path.skipped.push(SkippedRail::new(&rail.device, reason)),
+                None => path.rails.extend(rail.link.clone()),
             }
         }
         path
+    }
+
+    /// How many lanes take work.
+    pub(crate) fn working_lanes(&self) -> usize {
+        let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
+        self.lanes.iter().filter(works).count()
     }
 
     /// Notes that a pair of rails leads to the peer no more. False: that is known.

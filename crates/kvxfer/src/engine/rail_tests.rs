@@ -372,3 +372,53 @@ fn blocks_that_queue_pairs_may_reach_that_stay_are_never_released() {
         assert_eq!(lost, (Cause::DeviceFatal, true), "{path}");
     }
 }
+
+/// A rail of which one side has no queue pairs, or does not get them to the other's: the session goes without.
+#[test]
+fn a_rail_whose_queue_pairs_cannot_be_had_is_left_out() {
+    for path in PATHS {
+        for (plan, of_client, bad) in [
+            ("no-qp=1", true, 0),
+            ("no-qp=1", false, 1),
+            ("no-join=1", true, 1),
+            ("no-join=1", false, 0),
+        ] {
+            let mut plans = [[""; 2]; 2];
+            plans[usize::from(of_client)][bad] = plan;
+            let (producer, consumer, way) = joined_by(
+                node_that(KvRole::Producer, path, &plans[0], |_| {}),
+                node_that(KvRole::Consumer, path, &plans[1], |_| {}),
+            );
+            let what = format!("{path}, {plan}, client {of_client}");
+            let nodes = (&producer, &consumer, &way);
+            pull(0, nodes, || {});
+            push(1, nodes, || {});
+            let skipped = one_skipped(&way);
+            let refused = if plan == "no-qp=1" {
+                "create_qp"
+            } else {
+                "modify_qp"
+            };
+            match of_client {
+                true => assert!(skipped[0].reason.contains(refused), "{what}: {skipped:?}"),
+                false => assert!(
+                    skipped[0].reason.contains("the peer"),
+                    "{what}: {skipped:?}"
+                ),
+            }
+            assert_eq!(way.lanes().expect("up"), (QPS as usize, 2), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_session_without_any_rail_is_not_set_up() {
+    for plan in ["no-qp=1", "no-join=1"] {
+        let producer = node(KvRole::Producer, PathKind::Arena, 2);
+        let consumer = node_that(KvRole::Consumer, PathKind::Arena, &[plan; 2], |_| {});
+        let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+        let refused = consumer.engine.connect(&address.to_string(), LONG);
+        let error = crate::error::chain(&refused.expect_err("nothing leads there"));
+        assert!(error.contains("soft: "), "{plan}: {error}");
+    }
+}

@@ -212,7 +212,7 @@ impl Worker {
 }
 
 /// The kernel's or the driver's number of an error; 0 where it has none.
-pub(super) fn errno_of(error: &kvxfer_verbs::Error) -> i32 {
+pub(crate) fn errno_of(error: &kvxfer_verbs::Error) -> i32 {
     match error {
         kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
             source.raw_os_error().unwrap_or(0)

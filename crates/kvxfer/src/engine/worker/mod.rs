@@ -42,7 +42,7 @@ use crate::transfer::{
     Refusal, Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::PushDone;
-use completions::errno_of;
+pub(crate) use completions::errno_of;
 use rails::Retired;
 use wreck::Wreck;
 
