@@ -422,3 +422,62 @@ fn a_session_without_any_rail_is_not_set_up() {
         assert!(error.contains("soft: "), "{plan}: {error}");
     }
 }
+
+/// A consumer whose devices have these plans, and its producer.
+fn joined_with(plans: &[&str]) -> (Node, Node, Instance) {
+    joined_by(
+        node(KvRole::Producer, PathKind::Tcp, plans.len()),
+        node_that(KvRole::Consumer, PathKind::Tcp, plans, |_| {}),
+    )
+}
+
+#[test]
+fn work_leaves_a_port_that_stays_down() {
+    let (producer, consumer, way) = joined_with(&["port-down=500ms:3600s", ""]);
+    let end = Instant::now() + LONG;
+    let mut round = 0;
+    while way.path().expect("the session stands").skipped.is_empty() {
+        assert!(Instant::now() < end, "{round} rounds");
+        pull(round, (&producer, &consumer, &way), || {});
+        push(round + 1, (&producer, &consumer, &way), || {});
+        round += 2;
+    }
+    let skipped = one_skipped(&way);
+    assert!(
+        skipped[0].reason.contains("of the device is down"),
+        "{skipped:?}"
+    );
+    pull(round, (&producer, &consumer, &way), || {});
+}
+
+/// Nothing is gained by moving from one port that is down to another: all are back in time.
+#[test]
+fn ports_that_are_all_down_for_a_while_cost_time_only() {
+    let down = "port-down=500ms:1500ms";
+    let begun = Instant::now();
+    let (producer, consumer, way) = joined_with(&[down; 2]);
+    let mut round = 0;
+    while begun.elapsed() < Duration::from_millis(2500) {
+        pull(round, (&producer, &consumer, &way), || {});
+        round += 1;
+    }
+    assert_eq!(way.path().expect("the session stands").skipped, []);
+    let mut seen = Vec::new();
+    consumer.engine.poll_events(&mut seen);
+    let down = |event: &Event| matches!(event, Event::PeerDown { .. });
+    assert!(!seen.iter().any(down), "{seen:?}");
+}
+
+/// One side has lost a device: who comes later is joined by the places of those that are left.
+#[test]
+fn a_session_that_comes_after_a_loss_goes_over_the_others() {
+    let producer = node(KvRole::Producer, PathKind::Arena, 3);
+    let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+    producer.device_fails(1);
+    let consumer = node(KvRole::Consumer, PathKind::Arena, 3);
+    let way = consumer.engine.connect(&address.to_string(), LONG);
+    let way = way.expect("a session");
+    assert_eq!(way.lanes().expect("up"), (2 * QPS as usize, 2));
+    pull(0, (&producer, &consumer, &way), || {});
+    push(1, (&producer, &consumer, &way), || {});
+}

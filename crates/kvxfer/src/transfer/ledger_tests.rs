@@ -479,12 +479,12 @@ fn what_is_late_while_all_is_held_up_has_that_cause() {
     let port = Cause::PortDown { port: 1 };
     let ends = |by: Option<&Cause>, spec: Spec, work: bool| {
         let mut t = ledger();
-        t.held_up(Some(port.clone()));
+        t.held_up(PEER, Some(port.clone()));
         t.submit(ms(0), spec).expect("taken");
         if work {
             t.add_job(ms(0), T1, even(4, 10)).expect("open");
         }
-        t.held_up(by.cloned());
+        t.held_up(PEER, by.cloned());
         said(&mut t);
         t.on_time(ms(1000));
         said(&mut t)
@@ -499,6 +499,17 @@ fn what_is_late_while_all_is_held_up_has_that_cause() {
     let late = |cause: &Cause| Some(format!("failed 1 {cause} Quarantined"));
     assert_eq!(ends(Some(&port), pull(T1, 4), false), late(&port));
     assert_eq!(ends(Some(&port), push(T1), true), late(&port));
+    // Another peer's port is nothing to it.
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.held_up(PeerKey(2), Some(port.clone()));
+    t.on_time(ms(1000));
+    t.on_time(ms(1000));
+    let told = said(&mut t);
+    assert!(
+        told.contains(&"failed 1 deadline passed Quarantined".to_owned()),
+        "{told:?}"
+    );
     // The port is up again: it is the deadline's own doing.
     let passed = Cause::DeadlinePassed;
     assert_eq!(ends(None, pull(T1, 4), false), late(&passed));
@@ -513,7 +524,7 @@ fn a_lease_check_that_a_port_holds_up_is_late_for_it() {
     t.submit(ms(0), pull(T1, 4)).expect("taken");
     t.job_report(ms(1), &report(0, T1, 4, true));
     let port = Cause::PortDown { port: 1 };
-    t.held_up(Some(port.clone()));
+    t.held_up(PEER, Some(port.clone()));
     t.on_time(ms(1000));
     let told = said(&mut t);
     assert_eq!(

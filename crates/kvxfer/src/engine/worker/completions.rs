@@ -20,7 +20,9 @@ impl Worker {
     pub(super) fn poll(&mut self) -> bool {
         let mut busy = false;
         for rail in 0..self.rails.len() {
-            busy |= self.poll_rail(rail);
+            if !self.is_spent(rail) {
+                busy |= self.poll_rail(rail);
+            }
         }
         busy
     }

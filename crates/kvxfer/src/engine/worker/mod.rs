@@ -431,7 +431,10 @@ impl Worker {
                     reset: false,
                     peer,
                 };
+                let key = at.peer.key;
                 self.lanes.insert(lane, at);
+                let by = self.port_that_holds_up(key);
+                self.transfers.held_up(key, by);
                 // It may have failed on its way here.
                 self.heed(lane);
             }
@@ -537,7 +540,7 @@ impl Worker {
 
     fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
         let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
-        let of_port = self.port_that_is_down();
+        let of_port = self.port_that_holds_up(peer.key);
         let cause = peer.ends_for().or(of_port).unwrap_or(Cause::LaneReset);
         for lane in &lanes {
             if let Some(at) = self.lanes.get(lane) {
@@ -570,6 +573,7 @@ impl Worker {
             let (peer, _) = self.dropping.swap_remove(at);
             self.retired.retain(|retired| retired.peer != peer.key);
             self.peers.remove(&peer.key);
+            self.transfers.held_up(peer.key, None);
             if self.undead.values().all(|undead| undead.peer != peer.key) {
                 peer.worker_drained();
             }
@@ -615,10 +619,20 @@ impl Worker {
         self.scheduler.lane_drained(lane) || self.lanes.get(&lane).is_some_and(mute)
     }
 
+    /// Whether a rail's device has failed and no lane here is on it: it has nothing more to tell, and its
+    /// descriptors may be ready for ever.
+    fn is_spent(&self, rail: usize) -> bool {
+        let over = self.rails.get(rail).is_some_and(|r| r.events.is_over());
+        over && self.lanes.values().all(|at| at.rail != rail)
+    }
+
     fn sleep(&mut self) {
         // A device that has failed may tell nothing any more.
         let mut armed = Vec::with_capacity(self.rails.len());
         for (at, rail) in self.rails.iter().enumerate() {
+            if self.is_spent(at) {
+                continue;
+            }
             match rail.cq.arm() {
                 Ok(true) => armed.push(at),
                 Ok(false) => return,
@@ -641,7 +655,9 @@ impl Worker {
         let readable = |fd| (fd, PollFlags::POLLIN);
         let cqs = armed.iter().filter_map(|at| self.rails.get(*at));
         let cqs = cqs.map(|rail| rail.cq.as_fd());
-        let events: Vec<_> = self.rails.iter().filter_map(|r| r.events.fd()).collect();
+        let rails = self.rails.iter().enumerate();
+        let rails = rails.filter(|(at, _)| !self.is_spent(*at));
+        let events: Vec<_> = rails.filter_map(|(_, rail)| rail.events.fd()).collect();
         let telling = events.len();
         let others: Vec<_> = cqs.chain(events).map(readable).collect();
         // The devices' events come last, so that it is known whether they woke it.

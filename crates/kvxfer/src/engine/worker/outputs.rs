@@ -101,7 +101,7 @@ impl Worker {
         match self.peer(key) {
             Some(peer) => {
                 // Whose work does not drain because nothing moves loses its session for that.
-                if let Some(cause) = self.port_that_is_down() {
+                if let Some(cause) = self.port_that_holds_up(key) {
                     peer.fail(cause);
                 }
                 peer.drain(self.index, token);

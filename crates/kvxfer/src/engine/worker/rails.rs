@@ -63,20 +63,51 @@ impl Worker {
         }
     }
 
+    /// Since when the peer of a lane has had another that works on a rail whose port is up, if it has. Nothing is
+    /// gained by moving to one that is down as well, and each side would choose another to keep.
+    fn up_elsewhere(&self, lane: LaneId) -> Option<Time> {
+        let at = self.lanes.get(&lane)?;
+        let works = |other: &LaneId| self.scheduler.lane_failure(*other).is_none();
+        let others = self.scheduler.peer_lanes(at.peer.key).filter(works);
+        let others = others.filter_map(|other| self.lanes.get(&other));
+        let others = others.filter(|other| other.pair != at.pair);
+        let since = others.filter_map(|other| self.rails.get(other.rail)?.port.up_since());
+        since.min()
+    }
+
+    /// The port, if one is down, that keeps all work with a peer from moving: all its lanes that have not failed
+    /// go by ports that are down.
+    pub(super) fn port_that_holds_up(&self, peer: PeerKey) -> Option<Cause> {
+        let works = |lane: &LaneId| self.scheduler.lane_failure(*lane).is_none();
+        let any = self.scheduler.peer_lanes(peer).any(|lane| works(&lane));
+        let lanes = self.scheduler.peer_lanes(peer);
+        let mut ports = lanes.filter(|lane| !any || works(lane)).map(|lane| {
+            let at = self.lanes.get(&lane)?;
+            self.rails.get(at.rail)?.port.cause()
+        });
+        let first = ports.next()??;
+        ports.all(|port| port.is_some()).then_some(first)
+    }
+
+    /// Tells the ledger which peers' work no port lets move.
+    pub(super) fn tell_held_up(&mut self) {
+        let peers: Vec<PeerKey> = self.peers.keys().copied().collect();
+        for peer in peers {
+            let by = self.port_that_holds_up(peer);
+            self.transfers.held_up(peer, by);
+        }
+    }
+
     /// Lanes that wait for a port that is down, and that could go by another rail; with the time when they
     /// are not to wait any longer.
     fn waiting_for_ports(&self) -> impl Iterator<Item = (LaneId, Time)> + '_ {
-        let due = |rail: usize| {
-            let since = self.rails.get(rail)?.port.down_since()?;
-            Some(since.saturating_add(PORT_GRACE))
-        };
-        let live = |lane: &LaneId| {
-            let failed = self.scheduler.lane_failure(*lane).is_some();
-            !failed && self.scheduler.lives_elsewhere(*lane)
-        };
-        (self.lanes.iter())
-            .filter_map(move |(lane, at)| Some((*lane, due(at.rail)?)))
-            .filter(move |(lane, _)| live(lane))
+        let works = |lane: LaneId| self.scheduler.lane_failure(lane).is_none();
+        (self.lanes.iter()).filter_map(move |(lane, at)| {
+            let down = self.rails.get(at.rail)?.port.down_since()?;
+            // Ports that come back after the same outage do so one by one.
+            let since = self.up_elsewhere(*lane).filter(|_| works(*lane))?.max(down);
+            Some((*lane, since.saturating_add(PORT_GRACE)))
+        })
     }
 
     fn a_port_is_down(&self) -> bool {
@@ -103,9 +134,8 @@ impl Worker {
         lanes.sort_unstable();
         for lane in lanes {
             let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
-            // Of two whose ports are down, one is kept.
             if let Some(cause) = rail.and_then(|rail| rail.port.cause())
-                && self.scheduler.lives_elsewhere(lane)
+                && self.up_elsewhere(lane).is_some()
             {
                 self.take_down(lane, &cause);
             }
@@ -179,7 +209,7 @@ impl Worker {
             peer.link.send(reset.into());
         }
         // A port that nothing waits for holds nothing up.
-        self.transfers.held_up(self.port_that_is_down());
+        self.tell_held_up();
     }
 
     /// The peer has taken its half of a lane down: nothing that was sent on it lands there any more. What

@@ -558,6 +558,7 @@ impl Scheduler {
         match &mut l.failure {
             Some(failure) => {
                 failure.named |= named;
+                failure.moved |= moved;
                 failure.in_doubt &= !cause.stops_responder();
             }
             None => {

@@ -201,6 +201,7 @@ impl Scheduler {
         }
         let p = l.peer;
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
+        let moved = l.failure.as_ref().is_some_and(|f| f.moved);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
             Some(f) if !f.named || f.moved || f.cause.is_of_lane() || f.cause.is_of_peer() => {
@@ -239,6 +240,8 @@ impl Scheduler {
                     // work on it.
                     let tries = match lane_cause {
                         Cause::LaneReset | Cause::PeerReset | Cause::PortDown { .. } => tries,
+                        // Nor does the path's failure, where there is another path.
+                        _ if elsewhere && (moved || lane_cause.is_of_path()) => tries,
                         _ => tries + 1,
                     };
                     // Posted again, the first one could come after what is done with the block later.
