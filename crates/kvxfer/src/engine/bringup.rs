@@ -2,6 +2,7 @@
 //! layouts compared, a path is chosen, queue pairs are joined.
 
 mod client;
+mod rebuild;
 mod server;
 
 use std::net::{SocketAddr, TcpStream};
@@ -11,6 +12,9 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 
 use kvxfer_verbs::{QpEndpoint, RtsAttr};
+
+use rebuild::Rebuilding;
+pub(crate) use rebuild::is_rebuilt;
 
 use super::acquainted::{Acquainted, Known};
 use super::description::{consistent, plans};
@@ -75,6 +79,7 @@ pub(crate) struct Bringup {
     joining: Vec<Awaiting>,
     lanes: Lanes,
     peer: Option<Arc<PeerSession>>,
+    rebuilding: Rebuilding,
     up: Option<Sender<Arc<PeerSession>>>,
     /// The engine, and the rank, that the client wants to have reached.
     wanted: Option<EngineId>,
@@ -125,6 +130,7 @@ impl Bringup {
             joining: Vec::new(),
             lanes: Lanes::default(),
             peer: None,
+            rebuilding: Rebuilding::default(),
             up: None,
             wanted: None,
             wanted_rank: None,
@@ -297,6 +303,12 @@ impl Bringup {
         let (Some(known), Some(path)) = (self.known.take(), self.path.take()) else {
             return Err(Error::ShuttingDown);
         };
+        let rails = self.pairs.iter().filter_map(|pair| {
+            let theirs = known.rails.get(usize::from(pair.theirs))?;
+            Some((pair.clone(), theirs.device.clone()))
+        });
+        self.rebuilding.rails = rails.collect();
+        self.rebuilding.notices = notices;
         let lanes = std::mem::take(&mut self.lanes);
         let resets = lanes.resets();
         let joined = Acquainted {

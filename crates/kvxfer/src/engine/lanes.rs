@@ -45,13 +45,20 @@ pub(super) struct LeftOut {
 pub(super) struct Lanes {
     up: Vec<Joined>,
     places: Vec<LanePlace>,
+    /// The number of the first place; and whether these succeed others.
+    first: u16,
+    rebuilds: bool,
     left_out: Vec<LeftOut>,
 }
 
 impl Lanes {
-    /// How many have a number.
-    pub(super) fn len(&self) -> usize {
-        self.places.len()
+    /// Successors, from a number on.
+    pub(super) fn from_number(first: u16) -> Self {
+        Self {
+            first,
+            rebuilds: true,
+            ..Self::default()
+        }
     }
 
     /// Joins all lanes of a pair of rails, which get the next numbers, or none. Gives the error that leaves the
@@ -83,11 +90,12 @@ impl Lanes {
                     rail,
                     worker,
                     pair,
-                    number: u16::try_from(self.len() + places.len()).unwrap_or(u16::MAX),
+                    number: self.number(self.places.len() + places.len()),
                     qp,
                     inbox,
                     watched,
                     tried: retries.retry_time().map(|time| time * times),
+                    rebuilt: self.rebuilds,
                 }),
                 Err(error) => {
                     // The peer may send on them already.
@@ -101,6 +109,11 @@ impl Lanes {
         }
         self.places.append(&mut places);
         Ok(None)
+    }
+
+    fn number(&self, at: usize) -> u16 {
+        self.first
+            .saturating_add(u16::try_from(at).unwrap_or(u16::MAX))
     }
 
     /// A pair of rails is left out of what both sides number already: the next lanes, of these workers, are
@@ -126,19 +139,9 @@ impl Lanes {
     /// What the peer is to be told of lanes that it counts on and that are not there.
     pub(super) fn resets(&self) -> Vec<QpReset> {
         let reset = |left: &LeftOut| {
-            let errno = match &left.error {
-                Error::Verbs(error) => errno_of(error),
-                _ => 0,
-            };
             let of_pair = (0_u16..).zip(&self.places);
             let of_pair = of_pair.filter(|(_, place)| place.pair == left.pair);
-            QpReset {
-                lanes: of_pair.map(|(number, _)| number).collect(),
-                cause: pack_cause(&Cause::LocalDevice {
-                    operation: LocalOperation::QueuePair,
-                    errno,
-                }),
-            }
+            gone(of_pair.map(|(number, _)| number).collect(), &left.error)
         };
         self.left_out.iter().map(reset).collect()
     }
@@ -151,6 +154,21 @@ impl Lanes {
     /// The only lane.
     pub(super) fn pop(&mut self) -> Option<Joined> {
         self.up.pop()
+    }
+}
+
+/// What the peer is told of queue pairs that it counts on and that have not come up.
+pub(super) fn gone(lanes: Vec<u16>, error: &Error) -> QpReset {
+    let errno = match error {
+        Error::Verbs(error) => errno_of(error),
+        _ => 0,
+    };
+    QpReset {
+        lanes,
+        cause: pack_cause(&Cause::LocalDevice {
+            operation: LocalOperation::QueuePair,
+            errno,
+        }),
     }
 }
 

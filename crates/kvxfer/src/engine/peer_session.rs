@@ -1,12 +1,13 @@
 //! One session with one remote rank: what is known of it, and how its queue pairs are taken down.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::RegionTable;
 use tracing::warn;
 
+use super::bringup::is_rebuilt;
 use super::link::Link;
 use super::worker::{Command, Live, WorkerHandle};
 use crate::blocks::{GroupBlocks, GroupPairs};
@@ -183,16 +184,20 @@ impl PeerRail {
     }
 }
 
+/// It has failed here: it takes nothing more.
+const FAILED: u8 = 1;
+/// This side has destroyed its half; the peer has.
+const DOWN_HERE: u8 = 2;
+const DOWN_THERE: u8 = 4;
+/// This side has destroyed its half, or that of a queue pair that had its number before.
+const EVER_DOWN: u8 = 8;
+
 /// Where a lane is, and how it stands, for all workers.
 #[derive(Debug)]
 pub(crate) struct LanePlace {
     pub(crate) worker: u16,
     pub(crate) pair: usize,
-    /// It has failed here: it takes nothing more.
-    failed: AtomicBool,
-    /// This side has destroyed its half; the peer has.
-    down_here: AtomicBool,
-    down_there: AtomicBool,
+    state: AtomicU8,
 }
 
 impl LanePlace {
@@ -200,19 +205,29 @@ impl LanePlace {
         Self {
             worker,
             pair,
-            failed: AtomicBool::new(false),
-            down_here: AtomicBool::new(false),
-            down_there: AtomicBool::new(false),
+            state: AtomicU8::new(0),
         }
     }
 
     /// One that the peer counts on and that is not there.
     pub(crate) fn down(worker: u16, pair: usize) -> Self {
         Self {
-            failed: AtomicBool::new(true),
-            down_here: AtomicBool::new(true),
+            state: AtomicU8::new(FAILED | DOWN_HERE | EVER_DOWN),
             ..Self::new(worker, pair)
         }
+    }
+
+    fn has(&self, bits: u8) -> bool {
+        self.state.load(Ordering::Acquire) & bits == bits
+    }
+
+    fn works(&self) -> bool {
+        !self.has(FAILED)
+    }
+
+    /// Notes something; what there was before.
+    fn note(&self, bits: u8) -> u8 {
+        self.state.fetch_or(bits, Ordering::AcqRel)
     }
 }
 
@@ -266,8 +281,8 @@ pub(crate) struct PeerSession {
 #[derive(Debug)]
 pub(crate) struct Standing {
     fate: Mutex<Fate>,
-    /// Workers whose lanes to the peer are not gone.
-    workers: AtomicUsize,
+    /// Workers whose lanes to the peer are not gone, and lanes on their way to them.
+    parts: AtomicUsize,
     /// Who may still tell an outcome after the session's end: the workers, and the link that ends
     /// expectations.
     untold: AtomicUsize,
@@ -278,7 +293,7 @@ impl Standing {
     pub(crate) fn new(workers: usize) -> Self {
         Self {
             fate: Mutex::default(),
-            workers: AtomicUsize::new(workers),
+            parts: AtomicUsize::new(workers),
             untold: AtomicUsize::new(workers + 1),
         }
     }
@@ -363,8 +378,7 @@ impl PeerSession {
 
     /// How many lanes take work.
     pub(crate) fn working_lanes(&self) -> usize {
-        let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
-        self.lanes.iter().filter(works).count()
+        self.lanes.iter().filter(|lane| lane.works()).count()
     }
 
     /// Notes that a pair of rails leads to the peer no more. False: that is known.
@@ -401,10 +415,15 @@ impl PeerSession {
             let Some(lane) = self.lanes.get(usize::from(*number)) else {
                 return Err(format!("queue pair {number} of {} reset", self.lanes.len()));
             };
-            if lane.down_there.swap(true, Ordering::AcqRel) {
+            let before = lane.note(DOWN_THERE);
+            if before & DOWN_THERE != 0 {
                 return Err(format!("queue pair {number} reset twice"));
             }
-            if self.is_down_there(lane.pair) {
+            // What the peer says to a reset from here says nothing of its own way.
+            let of_path = cause.is_of_path() && *cause != Cause::PeerReset;
+            let left_out =
+                matches!(cause, Cause::LocalDevice { .. }) || !is_rebuilt(self.path.path);
+            if self.rails.len() > 1 && (of_path || left_out && self.is_down_there(lane.pair)) {
                 self.note_aside(lane.pair, || format!("taken down by the peer: {cause}"));
             }
             if let Some(worker) = self.all_workers.get(usize::from(lane.worker)) {
@@ -412,6 +431,9 @@ impl PeerSession {
                     peer: Arc::clone(self),
                     number: *number,
                 });
+            }
+            if before & DOWN_HERE != 0 {
+                self.link.rebuild(*number);
             }
         }
         Ok(())
@@ -424,33 +446,68 @@ impl PeerSession {
     /// Whether the peer has destroyed all queue pairs of a pair of rails.
     fn is_down_there(&self, pair: usize) -> bool {
         let mut lanes = self.lanes_of(pair);
-        lanes.all(|lane| lane.down_there.load(Ordering::Acquire))
+        lanes.all(|lane| lane.has(DOWN_THERE))
     }
 
     /// A lane takes nothing more.
     pub(crate) fn lane_failed(&self, number: u16) {
         if let Some(lane) = self.lanes.get(usize::from(number)) {
-            lane.failed.store(true, Ordering::Release);
+            lane.note(FAILED);
         }
     }
 
-    /// This side has destroyed its half of a lane.
-    pub(crate) fn lane_down(&self, number: u16) {
+    /// This side has destroyed its half of a lane. Whether the peer has, too.
+    pub(crate) fn lane_down(&self, number: u16) -> bool {
+        let lane = self.lanes.get(usize::from(number));
+        let before = lane.map_or(0, |lane| lane.note(DOWN_HERE | EVER_DOWN));
+        before & DOWN_THERE != 0
+    }
+
+    /// Whether a lane may have a successor: both sides have destroyed it, and nobody has set its rail aside.
+    pub(crate) fn may_rebuild(&self, number: u16) -> bool {
+        let lane = self.lanes.get(usize::from(number));
+        let down = lane.filter(|lane| lane.has(DOWN_HERE | DOWN_THERE));
+        let rail = down.and_then(|lane| self.rails.get(lane.pair));
+        is_rebuilt(self.path.path) && rail.is_some_and(|rail| rail.aside().is_none())
+    }
+
+    /// A lane is to have a successor: from here on the session is not drained before
+    /// [`part_drained`](Self::part_drained) is told of it. False: the session is over.
+    pub(crate) fn begin_lane(&self) -> bool {
+        // Under the lock: whoever takes the queue pairs down counts this one, or it is not made.
+        let fate = self.fate();
+        let usable = fate.usable().is_ok();
+        if usable {
+            self.standing.parts.fetch_add(1, Ordering::AcqRel);
+        }
+        usable
+    }
+
+    /// A lane has a successor.
+    pub(crate) fn lane_is_back(&self, number: u16) {
         if let Some(lane) = self.lanes.get(usize::from(number)) {
-            lane.down_here.store(true, Ordering::Release);
+            lane.state.store(EVER_DOWN, Ordering::Release);
+        }
+    }
+
+    /// The successor that the peer counts on is not there.
+    pub(crate) fn lane_lost_again(&self, number: u16) {
+        if let Some(lane) = self.lanes.get(usize::from(number)) {
+            let down = FAILED | DOWN_HERE | EVER_DOWN;
+            lane.state.store(down, Ordering::Release);
         }
     }
 
     /// Whether the peer may say on a lane of the pair `on` that what it wrote over the pair `rail` is in memory
     /// here: `on` itself, or one of which nothing is left here.
     pub(crate) fn may_speak(&self, on: usize, rail: usize) -> bool {
-        let down = |lane: &LanePlace| lane.down_here.load(Ordering::Acquire);
-        on == rail || self.lanes_of(rail).all(down)
+        // What is said may have waited for longer than it took to have others in their places.
+        on == rail || self.lanes_of(rail).all(|lane| lane.has(EVER_DOWN))
     }
 
     /// Who may speak for a pair of rails.
     pub(crate) fn speaker(&self, pair: usize) -> Speaker {
-        let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
+        let works = |lane: &&LanePlace| lane.works();
         let workers = |lanes: &mut dyn Iterator<Item = &LanePlace>| -> Vec<u16> {
             lanes.filter(works).map(|lane| lane.worker).collect()
         };
@@ -471,8 +528,11 @@ impl PeerSession {
             Some(_) if self.notices => wrote,
             Some(first) => RailSet::only(first),
             None => {
-                let works = |lane: &&LanePlace| !lane.failed.load(Ordering::Acquire);
-                let pair = self.lanes.iter().find(works).map_or(0, |lane| lane.pair);
+                let pair = self
+                    .lanes
+                    .iter()
+                    .find(|lane| lane.works())
+                    .map_or(0, |lane| lane.pair);
                 RailSet::only(u16::try_from(pair).unwrap_or(0))
             }
         }
@@ -703,7 +763,7 @@ impl PeerSession {
         if gone {
             self.answer(worker, token);
         } else {
-            // Queue pairs cannot be rebuilt inside a session yet: it is set up anew.
+            // All that is posted must go, whatever lane it is on: the session is set up anew.
             self.fail(Cause::LaneReset);
             self.drop_lanes();
         }
@@ -721,9 +781,10 @@ impl PeerSession {
         }
     }
 
-    /// A worker has destroyed its queue pairs to the peer.
-    pub(crate) fn worker_drained(&self) {
-        if self.standing.workers.fetch_sub(1, Ordering::AcqRel) != 1 {
+    /// A worker has destroyed its queue pairs to the peer; or one on its way to a worker has come there, or is
+    /// destroyed.
+    pub(crate) fn part_drained(&self) {
+        if self.standing.parts.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let waiting = {

@@ -481,3 +481,39 @@ fn a_session_that_comes_after_a_loss_goes_over_the_others() {
     pull(0, (&producer, &consumer, &way), || {});
     push(1, (&producer, &consumer, &way), || {});
 }
+
+/// A queue pair that fails alone has a successor a moment later, and the session goes on all the while.
+#[test]
+fn a_queue_pair_that_fails_alone_is_rebuilt() {
+    let change = |config: &mut Config| {
+        config.num_worker_threads = 1;
+        config.qp_per_transfer = 4;
+    };
+    for (path, rails) in [(PathKind::Arena, 1), (PathKind::Arena, 2)] {
+        let all = 4 * rails;
+        let plan = "seed=1,qp-fatal=0.002";
+        let consumer = node_that(KvRole::Consumer, path, &vec![plan; rails], change);
+        let producer = node_that(KvRole::Producer, path, &vec![""; rails], change);
+        let (producer, consumer, way) = joined_by(producer, consumer);
+        let lanes = || way.lanes().expect("the session stands").0;
+        let end = Instant::now() + LONG;
+        let mut round = 0;
+        while lanes() == all {
+            assert!(Instant::now() < end, "none fails in {round} rounds");
+            pull(round, (&producer, &consumer, &way), || {});
+            round += 1;
+        }
+        let failed = lanes();
+        assert!(failed < all && failed > 0, "{failed} of {all}");
+        while lanes() != all {
+            assert!(Instant::now() < end, "{} of {all} are there", lanes());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(way.path().expect("the session stands").skipped, []);
+        let mut seen = Vec::new();
+        consumer.engine.poll_events(&mut seen);
+        let down = |event: &Event| matches!(event, Event::PeerDown { .. });
+        assert!(!seen.iter().any(down), "{seen:?}");
+        push(round, (&producer, &consumer, &way), || {});
+    }
+}

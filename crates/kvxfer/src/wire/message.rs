@@ -214,8 +214,9 @@ impl Refuse {
 pub struct QpOffer {
     /// The offering side's number for this set of queue pairs.
     pub offer: u32,
-    /// An earlier set that these replace.
-    pub replaces: Option<u32>,
+    /// The queue pair of the session whose number is to go to the one that is offered; `None`: it is the first
+    /// set.
+    pub replaces: Option<u16>,
     /// The path.
     pub path: PathKind,
     /// The paths looked at.

@@ -285,6 +285,7 @@ impl World {
                     }
                     let w = self.qps[qp].worker;
                     self.command(life, w, Cmd::LaneReset { peer, qp });
+                    self.lane_is_down(peer, usize::from(number));
                 }
             }
             Message::PushStart(PushStart { request, nonce }) => {

@@ -77,6 +77,8 @@ pub(crate) enum Bug {
     OneRailTells,
     /// Another lane speaks for a failed rail before the peer has taken its half down.
     SpeaksTooSoon,
+    /// A session counts as drained, and a successor of one of its queue pairs is there.
+    SuccessorForgotten,
     /// An offer's blocks are given back before its slot is turned over.
     FlipTooLate,
     /// A lease check says yes without looking.

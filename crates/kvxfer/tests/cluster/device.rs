@@ -206,6 +206,9 @@ impl World {
             self.qps[q].flow.clear();
             return Ok(true);
         }
+        if remote.waits {
+            return Ok(false);
+        }
         let moves = self.qps[q].path == PathKind::Rdma || !self.lives[there].stopped;
         if qp.loss == Loss::Requests || !moves || !self.passes(q) {
             return Ok(false);
@@ -496,7 +499,8 @@ impl World {
             let Some(remote) = qp.remote.map(|r| &self.qps[r]) else {
                 return false;
             };
-            let served = remote.life == life && remote.serving && self.lives[life].alive;
+            let serves = remote.serving && !remote.waits;
+            let served = remote.life == life && serves && self.lives[life].alive;
             let sends = qp.works() && self.lives[qp.life].alive;
             let waits = qp.sq.iter().skip((qp.sent - qp.head) as usize);
             served

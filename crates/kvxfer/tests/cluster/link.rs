@@ -27,6 +27,7 @@ const PATHS: [PathKind; 4] = [
 #[derive(Debug)]
 pub(crate) enum Order {
     Send(Box<Message>),
+    Rebuild(usize),
     Reset(Cause),
     Close(GoodbyeReason),
 }
@@ -60,6 +61,8 @@ pub(crate) struct LinkEnd {
     keeper: Option<usize>,
     key: PeerKey,
     pub(crate) qps: Vec<usize>,
+    /// Successors that were offered, by their offers: the lane's number, and the queue pair.
+    made: Vec<(u32, usize, usize)>,
     /// Engine, generation and whether it takes notices on the data plane.
     theirs: Option<(usize, Generation, bool)>,
     pub(crate) peer: Option<usize>,
@@ -101,6 +104,10 @@ fn cause_of(closed: &Closed) -> Cause {
         },
         _ => Cause::ShuttingDown,
     }
+}
+
+fn endpoint(q: usize) -> RailEndpoint {
+    RailEndpoint::first(Blob::pack("endpoint", &(q as u64)).unwrap_or_default())
 }
 
 impl World {
@@ -162,6 +169,7 @@ impl World {
                 keeper: (side == 0).then_some(k),
                 key: PeerKey(0),
                 qps: Vec::new(),
+                made: Vec::new(),
                 theirs: None,
                 peer: None,
             });
@@ -371,6 +379,7 @@ impl World {
         while let Some(order) = self.links[link].orders.pop_front() {
             match order {
                 Order::Send(message) => self.link_sends(link, &message),
+                Order::Rebuild(number) => self.link_rebuilds(link, number),
                 Order::Reset(cause) => {
                     let end = &mut self.links[link];
                     if !end.session.is_closed() {
@@ -463,6 +472,65 @@ impl World {
                     self.link_sends(link, &offer.into());
                 }
             }
+            Event::QpOffer(QpOffer {
+                offer,
+                replaces: Some(number),
+                endpoints,
+                ..
+            }) => {
+                let number = usize::from(number);
+                let (Some(peer), Some(end)) = (self.links[link].peer, endpoints.first()) else {
+                    ensure!(
+                        false,
+                        Session,
+                        "a successor in a session that does not stand"
+                    );
+                    return Ok(());
+                };
+                let lane = &self.peers[peer].lanes[number];
+                ensure!(
+                    lane.down_here && lane.down_there,
+                    Session,
+                    "a successor of a lane that stands"
+                );
+                let remote: u64 = end.endpoint.unpack("endpoint").unwrap_or(u64::MAX);
+                let none = self.peers[peer].dropping || self.rng.permille(100);
+                let mut endpoints = Vec::new();
+                if !none {
+                    let q = self.successor(lane.qp);
+                    self.qps[q].remote = Some(remote as usize);
+                    endpoints.push(endpoint(q));
+                    self.lane_is_back(peer, number, q);
+                }
+                let answer = QpAnswer {
+                    offer,
+                    path: (!none).then_some(PathKind::Rdma),
+                    candidates: Vec::new(),
+                    endpoints,
+                };
+                self.link_sends(link, &answer.into());
+            }
+            Event::QpAnswer(answer) if answer.offer > 1 => {
+                let of = |(offer, ..): &(u32, usize, usize)| *offer == answer.offer;
+                let at = self.links[link].made.iter().position(of);
+                let (Some(at), Some(peer)) = (at, self.links[link].peer) else {
+                    ensure!(false, Session, "an answer to no offer");
+                    return Ok(());
+                };
+                let (_, number, q) = self.links[link].made.swap_remove(at);
+                let dropping = self.peers[peer].dropping;
+                match answer.endpoints.first().filter(|_| !dropping) {
+                    Some(end) => {
+                        let remote: u64 = end.endpoint.unpack("endpoint").unwrap_or(u64::MAX);
+                        self.qps[q].remote = Some(remote as usize);
+                        self.lane_is_back(peer, number, q);
+                    }
+                    None => {
+                        self.sum.count("lane: not rebuilt");
+                        self.qp_destroys(q)?;
+                    }
+                }
+            }
             Event::QpOffer(offer) => {
                 let endpoints = self.make_qps(link, offer.endpoints.len(), offer.path);
                 self.join(link, &offer.endpoints);
@@ -501,6 +569,37 @@ impl World {
         Ok(())
     }
 
+    /// Offers a successor of a lane, on the side that dialled.
+    fn link_rebuilds(&mut self, link: usize, number: usize) {
+        let end = &self.links[link];
+        let Some(peer) = end.peer else { return };
+        if end.side != 0 || end.session.is_closed() || self.peers[peer].dropping {
+            return;
+        }
+        let q = self.successor(self.peers[peer].lanes[number].qp);
+        let offer = 2 + self.offers;
+        self.offers += 1;
+        self.links[link].made.push((offer, number, q));
+        let offer = QpOffer {
+            offer,
+            replaces: Some(number as u16),
+            path: self.qps[q].path,
+            candidates: Vec::new(),
+            endpoints: vec![endpoint(q)],
+        };
+        self.link_sends(link, &offer.into());
+    }
+
+    /// Another queue pair of the same worker, path and rail.
+    fn successor(&mut self, q: usize) -> usize {
+        let old = &self.qps[q];
+        let (life, worker, key) = (old.life, old.worker, old.key);
+        let (path, rail) = (old.path, old.rail);
+        let successor = self.new_qp(life, worker, key, path, rail);
+        self.qps[successor].waits = true;
+        successor
+    }
+
     fn make_qps(&mut self, link: usize, count: usize, path: PathKind) -> Vec<RailEndpoint> {
         let life = self.links[link].life;
         let key = PeerKey(self.keys);
@@ -513,10 +612,7 @@ impl World {
                 self.new_qp(life, worker, key, path, lane % 2)
             })
             .collect();
-        let end = |q: &usize| {
-            RailEndpoint::first(Blob::pack("endpoint", &(*q as u64)).unwrap_or_default())
-        };
-        let ends = qps.iter().map(end).collect();
+        let ends = qps.iter().map(|q| endpoint(*q)).collect();
         self.links[link].key = key;
         self.links[link].qps = qps;
         ends
@@ -551,9 +647,13 @@ impl World {
         let cause = end.cause.clone().unwrap_or(ended);
         self.conns[end.conn].open[end.side] = false;
         let (keeper, peer, qps) = (end.keeper, end.peer, std::mem::take(&mut end.qps));
+        let made = std::mem::take(&mut end.made);
         // The other side's thread finds out.
         for other in &mut self.links {
             other.awake = true;
+        }
+        for (.., q) in made {
+            self.qp_destroys(q)?;
         }
         match peer {
             Some(peer) => self.peer_down(peer, &cause)?,

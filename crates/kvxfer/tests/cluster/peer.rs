@@ -24,7 +24,7 @@ pub(crate) struct PeerM {
     /// By their numbers.
     pub(crate) lanes: Vec<LaneM>,
     pub(crate) lost: Option<Cause>,
-    dropping: bool,
+    pub(crate) dropping: bool,
     gone: bool,
     workers_left: usize,
     waiting: Vec<(usize, DrainToken)>,
@@ -36,6 +36,10 @@ pub(crate) struct LaneM {
     /// It has failed here; the peer has taken its half down.
     pub(crate) failed: bool,
     pub(crate) down_there: bool,
+    /// This side has destroyed its half.
+    pub(crate) down_here: bool,
+    /// How many successors it has had.
+    pub(crate) rebuilt: u32,
 }
 
 impl LaneM {
@@ -44,6 +48,8 @@ impl LaneM {
             qp,
             failed: false,
             down_there: false,
+            down_here: false,
+            rebuilt: 0,
         }
     }
 }
@@ -109,7 +115,8 @@ impl World {
         });
         for qp in qps {
             let w = self.qps[qp].worker;
-            self.command(life, w, Cmd::AddLane { peer, qp });
+            let replaces = None;
+            self.command(life, w, Cmd::AddLane { peer, qp, replaces });
         }
         self.links[link].peer = Some(peer);
         // peer_up
@@ -146,6 +153,35 @@ impl World {
             }
         }
         true
+    }
+
+    /// A lane is down on both sides: the one that dialled offers a successor, a few times.
+    pub(crate) fn lane_is_down(&mut self, peer: usize, number: usize) {
+        let lane = &mut self.peers[peer].lanes[number];
+        if lane.down_here && lane.down_there && lane.rebuilt < 3 {
+            lane.rebuilt += 1;
+            let link = self.peers[peer].link;
+            self.order(link, Order::Rebuild(number));
+        }
+    }
+
+    /// A successor of a lane is joined with the other side's: its worker takes it.
+    pub(crate) fn lane_is_back(&mut self, peer: usize, number: usize, qp: usize) {
+        let life = self.peers[peer].life;
+        // It is drained when this one is, too.
+        self.peers[peer].workers_left += 1;
+        self.qps[qp].waits = false;
+        let lane = &mut self.peers[peer].lanes[number];
+        let replaces = Some(lane.qp);
+        *lane = LaneM {
+            rebuilt: lane.rebuilt,
+            ..LaneM::new(qp)
+        };
+        let link = self.peers[peer].link;
+        self.links[link].qps[number] = qp;
+        self.sum.count("lane: rebuilt");
+        let w = self.qps[qp].worker;
+        self.command(life, w, Cmd::AddLane { peer, qp, replaces });
     }
 
     pub(crate) fn peer_of_qp(&self, q: usize) -> Option<usize> {

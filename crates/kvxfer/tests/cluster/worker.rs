@@ -25,6 +25,8 @@ pub(crate) enum Cmd {
     AddLane {
         peer: usize,
         qp: usize,
+        /// The queue pair whose number it has now.
+        replaces: Option<usize>,
     },
     PeerLost {
         peer: PeerKey,
@@ -260,8 +262,20 @@ impl World {
     fn worker_does(&mut self, life: usize, w: usize, command: Cmd) -> Step {
         let now = self.clock(life);
         match command {
-            Cmd::AddLane { peer, qp } => {
+            Cmd::AddLane { peer, qp, replaces } => {
                 let key = self.peers[peer].key;
+                let worker = &mut self.lives[life].workers[w];
+                let of = |(_, old, _): &(PeerKey, usize, LaneId)| Some(*old) == replaces;
+                while let Some(at) = worker.retired.iter().position(of) {
+                    let (.., lane) = worker.retired.swap_remove(at);
+                    worker.scheduler.remove_lane(lane);
+                }
+                if replaces.is_some() && self.peers[peer].dropping {
+                    if self.bug != Bug::SuccessorForgotten {
+                        self.qp_destroys(qp)?;
+                    }
+                    return self.worker_drained(peer);
+                }
                 let real = self.qps[qp].send_wr;
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
@@ -271,6 +285,9 @@ impl World {
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
                 self.qps[qp].lane = Some(lane);
+                if replaces.is_some() {
+                    self.worker_drained(peer)?;
+                }
             }
             Cmd::PeerLost { peer, cause } => {
                 self.reason_of_peer(life, w, peer, &cause);
@@ -363,6 +380,12 @@ impl World {
         }
         let qps = &self.links[self.peers[peer].link].qps;
         let several = qps.iter().any(|o| self.qps[*o].rail != self.qps[q].rail);
+        let works = {
+            let scheduler = &self.lives[life].workers[w].scheduler;
+            let mut lanes = scheduler.peer_lanes(self.peers[peer].key);
+            lanes.any(|lane| scheduler.lane_failure(lane).is_none())
+        };
+        let several = several || works;
         let worker = &mut self.lives[life].workers[w];
         if several && !worker.failing.contains(&lane) {
             worker.failing.push(lane);
@@ -397,11 +420,13 @@ impl World {
             let qps = &self.links[self.peers[peer].link].qps;
             if let Some(number) = qps.iter().position(|other| *other == q) {
                 self.sum.count("lane: taken down");
+                self.peers[peer].lanes[number].down_here = true;
                 let reset = QpReset {
                     lanes: vec![number as u16],
                     cause: Blob::default(),
                 };
                 self.send(peer, reset.into());
+                self.lane_is_down(peer, number);
             }
         }
         Ok(())

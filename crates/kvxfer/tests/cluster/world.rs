@@ -106,6 +106,8 @@ pub(crate) struct World {
     pub(crate) keepers: Vec<Keeper>,
     pub(crate) peers: Vec<PeerM>,
     pub(crate) keys: u64,
+    /// Successors of queue pairs that were offered.
+    pub(crate) offers: u32,
     pub(crate) qps: Vec<Qp>,
     /// What cards have acknowledged and not yet put in memory, oldest first.
     pub(crate) in_cards: VecDeque<InCard>,
@@ -168,6 +170,7 @@ impl World {
             keepers: Vec::new(),
             peers: Vec::new(),
             keys: 1,
+            offers: 0,
             qps: Vec::new(),
             in_cards: VecDeque::new(),
             seen: Vec::new(),

@@ -156,7 +156,7 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             .boxed(),
         MessageKind::QpOffer => (
             any::<u32>(),
-            any::<Option<u32>>(),
+            any::<Option<u16>>(),
             path(),
             candidates(),
             vec(rail_endpoint(), 0..5),

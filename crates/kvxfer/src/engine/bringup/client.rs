@@ -110,6 +110,9 @@ impl Bringup {
         engine: &Arc<Inner>,
         answer: QpAnswer,
     ) -> Result<Vec<Step>, Error> {
+        if let Some(successor) = self.rebuilding.answered(&answer) {
+            return self.rebuilt(engine, successor, &answer);
+        }
         let Some(path) = answer.path else {
             return Err(Error::NoPath {
                 forced: engine.config.path.forced(),

@@ -37,8 +37,12 @@ impl Bringup {
             };
             vec![Step::Send(answer.into())]
         };
+        let peer = self.peer.clone().filter(|_| self.end == End::Server);
+        if let (Some(peer), Some(number)) = (peer, offer.replaces) {
+            return self.answer_successor(engine, &peer, number, offer);
+        }
         if self.end == End::Client || self.taken {
-            // One set of queue pairs a session, offered by the client.
+            // One set of queue pairs a session, and their successors, offered by the client.
             return Ok(none(Vec::new()));
         }
         let mut candidates = offer.candidates.clone();

@@ -201,6 +201,8 @@ pub(crate) struct Joined {
     pub(crate) watched: Arc<Watched>,
     /// How long its requests are tried; `None`: for ever.
     pub(crate) tried: Option<Duration>,
+    /// Whether it succeeds another in a session that stands.
+    pub(crate) rebuilt: bool,
 }
 
 /// What a worker has of a rail.
@@ -411,11 +413,23 @@ impl Worker {
                     inbox,
                     watched,
                     tried,
+                    rebuilt,
                 } = *lane;
                 let limits = LaneLimits {
                     send_wr,
                     pair: u16::try_from(pair).unwrap_or(u16::MAX),
                 };
+                self.make_room(peer.key, number);
+                if rebuilt && peer.usable().is_err() {
+                    // The others are going, and are not added to.
+                    match qp.destroy() {
+                        Ok(()) => peer.part_drained(),
+                        Err(error) => {
+                            error!(%error, "queue pair not destroyed: its memory stays quarantined")
+                        }
+                    }
+                    return;
+                }
                 let lane = self.scheduler.add_lane(peer.key, limits);
                 self.lane_of.insert((rail, qp.qp_num()), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
@@ -432,6 +446,10 @@ impl Worker {
                     peer,
                 };
                 let key = at.peer.key;
+                if rebuilt {
+                    // It goes with this worker's others from here on.
+                    at.peer.part_drained();
+                }
                 self.lanes.insert(lane, at);
                 let by = self.port_that_holds_up(key);
                 self.transfers.held_up(key, by);
@@ -575,7 +593,7 @@ impl Worker {
             self.peers.remove(&peer.key);
             self.transfers.held_up(peer.key, None);
             if self.undead.values().all(|undead| undead.peer != peer.key) {
-                peer.worker_drained();
+                peer.part_drained();
             }
         }
     }

@@ -40,9 +40,6 @@ impl Worker {
             return;
         };
         peer.lane_failed(at.number);
-        if peer.rails.len() > 1 && !self.failing.contains(&lane) {
-            self.failing.push(lane);
-        }
         // Of what it takes down the peer says itself why.
         if cause.is_of_path()
             && cause != Cause::PeerReset
@@ -57,8 +54,13 @@ impl Worker {
             self.set_aside(&peer, pair, &cause);
         }
         let mut lanes = self.scheduler.peer_lanes(peer.key);
+        let last = lanes.all(|lane| self.scheduler.lane_failure(lane).is_some());
+        // With the session's end all go together.
+        if (peer.rails.len() > 1 || !last) && !self.failing.contains(&lane) {
+            self.failing.push(lane);
+        }
         // With the last of them: what has befallen the others was no reason to end.
-        if lanes.all(|lane| self.scheduler.lane_failure(lane).is_some()) {
+        if last {
             peer.fail(cause);
         }
     }
@@ -201,12 +203,15 @@ impl Worker {
                 lane,
                 told: told.into(),
             });
-            peer.lane_down(number);
+            let is_last_word = peer.lane_down(number);
             let reset = QpReset {
                 lanes: vec![number],
                 cause: pack_cause(&cause),
             };
             peer.link.send(reset.into());
+            if is_last_word {
+                peer.link.rebuild(number);
+            }
         }
         // A port that nothing waits for holds nothing up.
         self.tell_held_up();
@@ -243,6 +248,15 @@ impl Worker {
         self.scheduler.lane_settled(lane);
     }
 
+    /// A lane's number goes to a successor: both sides are done with the queue pair that had it.
+    pub(super) fn make_room(&mut self, peer: PeerKey, number: u16) {
+        let of = |retired: &Retired| retired.peer == peer && retired.number == number;
+        while let Some(at) = self.retired.iter().position(of) {
+            let gone = self.retired.swap_remove(at);
+            self.scheduler.remove_lane(gone.lane);
+        }
+    }
+
     fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<PushDone>) {
         if !told.is_empty() {
             warn!(peer = %peer.name.engine, notices = told.len(), "told again on other queue pairs");
@@ -262,11 +276,9 @@ impl Worker {
             let peer = Arc::clone(&at.peer);
             return self.tell_again(&peer, vec![done]);
         }
-        if at.peer.rails.len() > 1 {
-            if at.told.len() >= RECEIVES as usize {
-                at.told.pop_front();
-            }
-            at.told.push_back(done);
+        if at.told.len() >= RECEIVES as usize {
+            at.told.pop_front();
         }
+        at.told.push_back(done);
     }
 }

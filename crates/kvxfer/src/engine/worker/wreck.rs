@@ -107,7 +107,7 @@ impl Wreck {
     /// Says so to a peer, once.
     fn has_no_lanes(&mut self, peer: &PeerSession) {
         if self.drained.insert(peer.key) {
-            peer.worker_drained();
+            peer.part_drained();
         }
     }
 
@@ -169,7 +169,15 @@ impl Wreck {
                 self.end(spec.id, Vec::new(), MemoryState::Released);
             }
             Command::AddLane { peer, lane, .. } => {
-                drop(lane);
+                let rebuilt = lane.rebuilt;
+                match lane.qp.destroy() {
+                    Ok(()) if rebuilt => peer.part_drained(),
+                    Ok(()) => {}
+                    Err(error) => {
+                        error!(%error, "queue pair not destroyed: its memory stays quarantined");
+                        self.drained.insert(peer.key);
+                    }
+                }
                 give_up(&peer);
             }
             Command::DropLanes { peer } => self.has_no_lanes(&peer),
