@@ -10,7 +10,7 @@ use kvxfer_verbs::{Init, Link as QpLink, QpEndpoint, QueuePair, RtrAttr, Rts, Rt
 use super::async_events::Watched;
 use super::books::pack_cause;
 use super::notices::Inbox;
-use super::peer_session::LanePlace;
+use super::peer_lanes::LanePlace;
 use super::worker::{Joined, errno_of};
 use crate::error::{Error, chain};
 use crate::transfer::{Cause, LocalOperation};

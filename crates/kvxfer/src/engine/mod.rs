@@ -25,6 +25,7 @@ mod pairing;
 #[cfg(test)]
 mod panic_tests;
 mod peer;
+mod peer_lanes;
 mod peer_session;
 mod presence;
 mod rail;

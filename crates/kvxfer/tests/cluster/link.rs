@@ -47,7 +47,7 @@ pub(crate) struct Conn {
 pub(crate) struct LinkEnd {
     pub(crate) life: usize,
     conn: usize,
-    side: usize,
+    pub(crate) side: usize,
     pub(crate) session: Box<Session>,
     orders: VecDeque<Order>,
     awake: bool,
@@ -62,7 +62,7 @@ pub(crate) struct LinkEnd {
     key: PeerKey,
     pub(crate) qps: Vec<usize>,
     /// Successors that were offered, by their offers: the lane's number, and the queue pair.
-    made: Vec<(u32, usize, usize)>,
+    pub(crate) made: Vec<(u32, usize, usize)>,
     /// Engine, generation and whether it takes notices on the data plane.
     theirs: Option<(usize, Generation, bool)>,
     pub(crate) peer: Option<usize>,
@@ -106,7 +106,7 @@ fn cause_of(closed: &Closed) -> Cause {
     }
 }
 
-fn endpoint(q: usize) -> RailEndpoint {
+pub(crate) fn endpoint(q: usize) -> RailEndpoint {
     RailEndpoint::first(Blob::pack("endpoint", &(q as u64)).unwrap_or_default())
 }
 
@@ -397,7 +397,7 @@ impl World {
         }
     }
 
-    fn link_sends(&mut self, link: usize, message: &Message) {
+    pub(crate) fn link_sends(&mut self, link: usize, message: &Message) {
         let end = &mut self.links[link];
         if end.session.is_closed() {
             return;
@@ -472,64 +472,11 @@ impl World {
                     self.link_sends(link, &offer.into());
                 }
             }
-            Event::QpOffer(QpOffer {
-                offer,
-                replaces: Some(number),
-                endpoints,
-                ..
-            }) => {
-                let number = usize::from(number);
-                let (Some(peer), Some(end)) = (self.links[link].peer, endpoints.first()) else {
-                    ensure!(
-                        false,
-                        Session,
-                        "a successor in a session that does not stand"
-                    );
-                    return Ok(());
-                };
-                let lane = &self.peers[peer].lanes[number];
-                ensure!(
-                    lane.down_here && lane.down_there,
-                    Session,
-                    "a successor of a lane that stands"
-                );
-                let remote: u64 = end.endpoint.unpack("endpoint").unwrap_or(u64::MAX);
-                let none = self.peers[peer].dropping || self.rng.permille(100);
-                let mut endpoints = Vec::new();
-                if !none {
-                    let q = self.successor(lane.qp);
-                    self.qps[q].remote = Some(remote as usize);
-                    endpoints.push(endpoint(q));
-                    self.lane_is_back(peer, number, q);
-                }
-                let answer = QpAnswer {
-                    offer,
-                    path: (!none).then_some(PathKind::Rdma),
-                    candidates: Vec::new(),
-                    endpoints,
-                };
-                self.link_sends(link, &answer.into());
+            Event::QpOffer(offer) if offer.replaces.is_some() => {
+                self.answers_successor(link, offer)?
             }
             Event::QpAnswer(answer) if answer.offer > 1 => {
-                let of = |(offer, ..): &(u32, usize, usize)| *offer == answer.offer;
-                let at = self.links[link].made.iter().position(of);
-                let (Some(at), Some(peer)) = (at, self.links[link].peer) else {
-                    ensure!(false, Session, "an answer to no offer");
-                    return Ok(());
-                };
-                let (_, number, q) = self.links[link].made.swap_remove(at);
-                let dropping = self.peers[peer].dropping;
-                match answer.endpoints.first().filter(|_| !dropping) {
-                    Some(end) => {
-                        let remote: u64 = end.endpoint.unpack("endpoint").unwrap_or(u64::MAX);
-                        self.qps[q].remote = Some(remote as usize);
-                        self.lane_is_back(peer, number, q);
-                    }
-                    None => {
-                        self.sum.count("lane: not rebuilt");
-                        self.qp_destroys(q)?;
-                    }
-                }
+                self.successor_answered(link, &answer)?
             }
             Event::QpOffer(offer) => {
                 let endpoints = self.make_qps(link, offer.endpoints.len(), offer.path);
@@ -567,37 +514,6 @@ impl World {
             _ => {}
         }
         Ok(())
-    }
-
-    /// Offers a successor of a lane, on the side that dialled.
-    fn link_rebuilds(&mut self, link: usize, number: usize) {
-        let end = &self.links[link];
-        let Some(peer) = end.peer else { return };
-        if end.side != 0 || end.session.is_closed() || self.peers[peer].dropping {
-            return;
-        }
-        let q = self.successor(self.peers[peer].lanes[number].qp);
-        let offer = 2 + self.offers;
-        self.offers += 1;
-        self.links[link].made.push((offer, number, q));
-        let offer = QpOffer {
-            offer,
-            replaces: Some(number as u16),
-            path: self.qps[q].path,
-            candidates: Vec::new(),
-            endpoints: vec![endpoint(q)],
-        };
-        self.link_sends(link, &offer.into());
-    }
-
-    /// Another queue pair of the same worker, path and rail.
-    fn successor(&mut self, q: usize) -> usize {
-        let old = &self.qps[q];
-        let (life, worker, key) = (old.life, old.worker, old.key);
-        let (path, rail) = (old.path, old.rail);
-        let successor = self.new_qp(life, worker, key, path, rail);
-        self.qps[successor].waits = true;
-        successor
     }
 
     fn make_qps(&mut self, link: usize, count: usize, path: PathKind) -> Vec<RailEndpoint> {

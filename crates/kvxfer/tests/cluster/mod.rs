@@ -37,6 +37,7 @@ mod peer;
 mod posting;
 mod pushes;
 mod qp;
+mod rebuild;
 #[path = "../sim/rng.rs"]
 mod rng;
 mod source;

@@ -26,7 +26,7 @@ pub(crate) struct PeerM {
     pub(crate) lost: Option<Cause>,
     pub(crate) dropping: bool,
     gone: bool,
-    workers_left: usize,
+    pub(crate) workers_left: usize,
     waiting: Vec<(usize, DrainToken)>,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct LaneM {
 }
 
 impl LaneM {
-    fn new(qp: usize) -> Self {
+    pub(crate) fn new(qp: usize) -> Self {
         Self {
             qp,
             failed: false,
@@ -153,35 +153,6 @@ impl World {
             }
         }
         true
-    }
-
-    /// A lane is down on both sides: the one that dialled offers a successor, a few times.
-    pub(crate) fn lane_is_down(&mut self, peer: usize, number: usize) {
-        let lane = &mut self.peers[peer].lanes[number];
-        if lane.down_here && lane.down_there && lane.rebuilt < 3 {
-            lane.rebuilt += 1;
-            let link = self.peers[peer].link;
-            self.order(link, Order::Rebuild(number));
-        }
-    }
-
-    /// A successor of a lane is joined with the other side's: its worker takes it.
-    pub(crate) fn lane_is_back(&mut self, peer: usize, number: usize, qp: usize) {
-        let life = self.peers[peer].life;
-        // It is drained when this one is, too.
-        self.peers[peer].workers_left += 1;
-        self.qps[qp].waits = false;
-        let lane = &mut self.peers[peer].lanes[number];
-        let replaces = Some(lane.qp);
-        *lane = LaneM {
-            rebuilt: lane.rebuilt,
-            ..LaneM::new(qp)
-        };
-        let link = self.peers[peer].link;
-        self.links[link].qps[number] = qp;
-        self.sum.count("lane: rebuilt");
-        let w = self.qps[qp].worker;
-        self.command(life, w, Cmd::AddLane { peer, qp, replaces });
     }
 
     pub(crate) fn peer_of_qp(&self, q: usize) -> Option<usize> {

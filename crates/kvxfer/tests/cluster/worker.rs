@@ -13,7 +13,7 @@ use kvxfer::transfer::{
     Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, Notice, Output, PeerKey,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use kvxfer::wire::{Blob, Message, PushDone, QpReset};
+use kvxfer::wire::{Message, PushDone};
 
 use super::bug::{Bug, Step, ensure};
 use super::posting::Noticed;
@@ -119,8 +119,8 @@ pub(crate) struct Worker {
     dropping: Vec<(usize, Vec<LaneId>)>,
     /// Failed lanes of peers with two rails, until their queue pairs are destroyed; and those whose are, by
     /// peer and queue pair.
-    failing: Vec<LaneId>,
-    retired: Vec<(PeerKey, usize, LaneId)>,
+    pub(crate) failing: Vec<LaneId>,
+    pub(crate) retired: Vec<(PeerKey, usize, LaneId)>,
     /// Notices that have gone on a queue pair.
     pub(crate) told: BTreeMap<usize, Vec<PushDone>>,
     /// Ends of pushes that wait for a queue pair that may tell them.
@@ -362,103 +362,6 @@ impl World {
             }
             Cmd::LaneReset { peer, qp } => self.lane_reset(life, w, peer, qp)?,
         }
-        Ok(())
-    }
-
-    // ---- lanes that fail under a session -----------------------------------------------------
-
-    /// A lane has failed: it is taken down, if its peer has another rail.
-    pub(crate) fn lane_fails(&mut self, life: usize, w: usize, lane: LaneId) {
-        let Some(&q) = self.lives[life].workers[w].lanes.get(&lane) else {
-            return;
-        };
-        let Some(peer) = self.peer_of_qp(q) else {
-            return;
-        };
-        for lane in &mut self.peers[peer].lanes {
-            lane.failed |= lane.qp == q;
-        }
-        let qps = &self.links[self.peers[peer].link].qps;
-        let several = qps.iter().any(|o| self.qps[*o].rail != self.qps[q].rail);
-        let works = {
-            let scheduler = &self.lives[life].workers[w].scheduler;
-            let mut lanes = scheduler.peer_lanes(self.peers[peer].key);
-            lanes.any(|lane| scheduler.lane_failure(lane).is_none())
-        };
-        let several = several || works;
-        let worker = &mut self.lives[life].workers[w];
-        if several && !worker.failing.contains(&lane) {
-            worker.failing.push(lane);
-        }
-    }
-
-    /// Destroys the queue pairs of failed lanes that hold nothing any more, and tells the peer.
-    fn retire_lanes(&mut self, life: usize, w: usize) -> Step {
-        for lane in std::mem::take(&mut self.lives[life].workers[w].failing) {
-            let worker = &mut self.lives[life].workers[w];
-            if !worker.scheduler.lane_drained(lane) {
-                worker.failing.push(lane);
-                continue;
-            }
-            let Some(q) = worker.lanes.remove(&lane) else {
-                continue;
-            };
-            let key = self.qps[q].key;
-            worker.retired.push((key, q, lane));
-            if self.bug != Bug::DrainTooSoon {
-                self.qp_destroys(q)?;
-            }
-            let worker = &mut self.lives[life].workers[w];
-            worker.scheduler.lane_flushed(lane);
-            if matches!(self.bug, Bug::SettledTooSoon | Bug::DoubtIgnored) {
-                worker.scheduler.lane_settled(lane);
-            }
-            worker.busy = true;
-            let Some(peer) = self.peer_of_qp(q) else {
-                continue;
-            };
-            let qps = &self.links[self.peers[peer].link].qps;
-            if let Some(number) = qps.iter().position(|other| *other == q) {
-                self.sum.count("lane: taken down");
-                self.peers[peer].lanes[number].down_here = true;
-                let reset = QpReset {
-                    lanes: vec![number as u16],
-                    cause: Blob::default(),
-                };
-                self.send(peer, reset.into());
-                self.lane_is_down(peer, number);
-            }
-        }
-        Ok(())
-    }
-
-    /// The peer has taken its half down: nothing that was sent on it lands there any more, and what was
-    /// told on it may never have been seen.
-    fn lane_reset(&mut self, life: usize, w: usize, peer: usize, q: usize) -> Step {
-        let worker = &self.lives[life].workers[w];
-        let Some(lane) = self.qps[q].lane else {
-            return Ok(());
-        };
-        let stands = worker.lanes.get(&lane) == Some(&q);
-        let retired = worker.retired.iter().any(|(_, other, _)| *other == q);
-        if !stands && !retired {
-            return Ok(());
-        }
-        if stands && worker.scheduler.lane_failure(lane).is_none() {
-            self.qp_flush(q, None)?;
-            self.lives[life].workers[w]
-                .scheduler
-                .lane_failed(lane, Cause::PeerReset);
-            self.look_at_peer_of(life, w, lane);
-        }
-        self.lane_fails(life, w, lane);
-        let worker = &mut self.lives[life].workers[w];
-        for done in worker.told.remove(&q).unwrap_or_default() {
-            self.sum.count("notice: told again");
-            worker.waiting_notices.push_back((peer, done));
-        }
-        self.sum.count("lane: settled");
-        self.lives[life].workers[w].scheduler.lane_settled(lane);
         Ok(())
     }
 

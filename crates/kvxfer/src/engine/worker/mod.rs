@@ -3,6 +3,7 @@
 
 mod async_events;
 mod completions;
+mod drops;
 mod outputs;
 mod posting;
 mod rails;
@@ -38,11 +39,12 @@ use crate::plan::{OpSource, Plan};
 use crate::ticket::LeaseRef;
 use crate::time::Time;
 use crate::transfer::{
-    Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, LocalOperation, PeerKey,
-    Refusal, Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
+    Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
+    Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
 use crate::wire::PushDone;
 pub(crate) use completions::errno_of;
+use drops::Undead;
 use rails::Retired;
 use wreck::Wreck;
 
@@ -234,14 +236,6 @@ struct LaneQp {
     /// The peer has taken its half down: what it is told on it, it does not see.
     reset: bool,
     peer: Arc<PeerSession>,
-}
-
-/// What is left of a lane whose queue pair was not destroyed.
-#[derive(Debug)]
-struct Undead {
-    peer: PeerKey,
-    /// Where the peer's notices may land yet.
-    _inbox: Option<Inbox>,
 }
 
 /// A work request of the worker's own that is under way.
@@ -554,87 +548,6 @@ impl Worker {
         {
             peer.told();
         }
-    }
-
-    fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
-        let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
-        let of_port = self.port_that_holds_up(peer.key);
-        let cause = peer.ends_for().or(of_port).unwrap_or(Cause::LaneReset);
-        for lane in &lanes {
-            if let Some(at) = self.lanes.get(lane) {
-                at.qp.to_error();
-            }
-            self.scheduler.lane_failed(*lane, cause.clone());
-        }
-        // Their numbers may be those of others next.
-        self.failing.retain(|lane| !lanes.contains(lane));
-        self.dropping.push((peer, lanes));
-    }
-
-    fn finish_drops(&mut self) {
-        let mut at = 0;
-        while let Some((_, lanes)) = self.dropping.get(at) {
-            let ready = |lane: &LaneId| self.is_over(*lane) || self.undead.contains_key(lane);
-            if !lanes.iter().all(ready) {
-                at += 1;
-                continue;
-            }
-            // It stays in the list until all is done: after a panic, what is left of it is found there.
-            let lanes = lanes.clone();
-            for lane in lanes {
-                // Destroyed before the lane's work is reported as drained.
-                if !self.undead.contains_key(&lane) && self.destroy(lane).is_ok() {
-                    self.seen.forget(lane);
-                    self.scheduler.remove_lane(lane);
-                }
-            }
-            let (peer, _) = self.dropping.swap_remove(at);
-            self.retired.retain(|retired| retired.peer != peer.key);
-            self.peers.remove(&peer.key);
-            self.transfers.held_up(peer.key, None);
-            if self.undead.values().all(|undead| undead.peer != peer.key) {
-                peer.part_drained();
-            }
-        }
-    }
-
-    /// Destroys the queue pair of a lane, if it has one. The session of one that stays ends, and what it
-    /// may touch is never released: who moves there is for the device alone to say.
-    fn destroy(&mut self, lane: LaneId) -> Result<(), ()> {
-        let Some(gone) = self.lanes.remove(&lane) else {
-            return Ok(());
-        };
-        let LaneQp {
-            rail,
-            qp,
-            inbox,
-            peer,
-            ..
-        } = gone;
-        self.lane_of.remove(&(rail, qp.qp_num()));
-        let Err(error) = qp.destroy() else {
-            return Ok(());
-        };
-        error!(%error, peer = %peer.name.engine, "queue pair not destroyed: its memory stays quarantined");
-        let undead = Undead {
-            peer: peer.key,
-            _inbox: inbox,
-        };
-        self.undead.insert(lane, undead);
-        peer.fail(Cause::LocalDevice {
-            operation: LocalOperation::QueuePair,
-            errno: errno_of(&error),
-        });
-        Err(())
-    }
-
-    /// Whether a failed lane has nothing posted any more, or will never say so.
-    fn is_over(&self, lane: LaneId) -> bool {
-        if self.undead.contains_key(&lane) {
-            return false;
-        }
-        let mute = |at: &LaneQp| at.watched.is_mute();
-        self.scheduler.lane_drained(lane) || self.lanes.get(&lane).is_some_and(mute)
     }
 
     /// Whether a rail's device has failed and no lane here is on it: it has nothing more to tell, and its

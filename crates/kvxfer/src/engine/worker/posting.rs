@@ -8,7 +8,8 @@ use tracing::error;
 use kvxfer_verbs::{PostCause, Remote, SendChain, SendOp, Sge};
 
 use super::{Command, Single, Worker};
-use crate::engine::peer_session::{PeerSession, Speaker};
+use crate::engine::peer_lanes::Speaker;
+use crate::engine::peer_session::PeerSession;
 use crate::leases::SLOT_BYTES;
 use crate::plan::Piece;
 use crate::transfer::{
