@@ -29,6 +29,7 @@ fn describe() -> Describe {
         rails: vec![],
         facts: ConfigFacts::default(),
         fd_backed: false,
+        gpu: None,
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::layout::LayoutCommand;
+use crate::run::mem::Mem;
 use crate::size::{self, Address, Size};
 
 /// Moves KV-cache blocks between processes and says how fast, over which path, and why not faster.
@@ -91,6 +92,21 @@ pub(crate) struct BwArgs {
     #[arg(long, short = 'n', value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) iters: Option<u64>,
+
+    /// Where this side's blocks lie: in the host's memory, or a GPU's (the N-th that it sees). KVXFER_GPU
+    /// says by which runtime: hip, cuda, or host for a stand-in [default: host]
+    #[arg(long, value_name = "host|gpu[:N]")]
+    pub(crate) mem: Option<Mem>,
+
+    /// Where those of the target lie that is started where no host is named [default: as --mem, on the
+    /// next GPU]
+    #[arg(
+        long,
+        value_name = "host|gpu[:N]",
+        requires = "mem",
+        conflicts_with = "host"
+    )]
+    pub(crate) peer_mem: Option<Mem>,
 
     #[command(flatten)]
     pub(crate) tuning: Tuning,
@@ -293,6 +309,14 @@ pub(crate) struct Tuning {
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<u32>,
 
+    /// Fences around what GPUs read and write: on, off, or verify, which compares checksums as well
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) fence: Option<String>,
+
+    /// Most workgroups of a kernel that moves blocks; 0 chooses
+    #[arg(long, value_name = "N")]
+    pub(crate) gpu_workgroups: Option<u32>,
+
     /// An engine's kv-transfer-config: JSON, or @FILE
     #[arg(long, value_name = "JSON|@FILE")]
     pub(crate) kv_transfer_config: Option<String>,
@@ -323,6 +347,10 @@ pub(crate) struct ServeArgs {
 
     #[command(flatten)]
     pub(crate) pattern: ServePattern,
+
+    /// The GPU for clients whose blocks are a GPU's: the N-th that this process sees [default: gpu:0]
+    #[arg(long, value_name = "host|gpu[:N]")]
+    pub(crate) mem: Option<Mem>,
 
     /// The most memory to give to all clients together [default: 1G]
     #[arg(long, value_name = "SIZE")]
@@ -383,6 +411,8 @@ pub(crate) enum PathChoice {
     Tcp,
     /// A network card with RDMA
     Rdma,
+    /// GPU links, this machine
+    Ipc,
     /// The best that can be used
     Auto,
 }
@@ -404,6 +434,7 @@ impl fmt::Display for PathChoice {
             Self::ProcessVm => "process-vm",
             Self::Tcp => "tcp",
             Self::Rdma => "rdma",
+            Self::Ipc => "ipc",
             Self::Auto => "auto",
         })
     }

@@ -104,7 +104,11 @@ pub(crate) fn library(error: &Error) -> Problem {
             Problem::from_chain(Exit::Peer, error).with_fix(START_AGAIN)
         }
         Error::Verbs(_)
-        | Error::NotHostMemory { .. }
+        | Error::ForeignGpuMemory { .. }
+        | Error::MixedMemory { .. }
+        | Error::SeveralGpus { .. }
+        | Error::GpuOverRdma { .. }
+        | Error::TooManySteps
         | Error::Os { .. }
         | Error::Spawn { .. }
         | Error::PathNotHere { .. } => {

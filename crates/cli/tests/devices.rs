@@ -116,7 +116,7 @@ fn the_stand_in_is_listed_where_it_is_asked_for() {
 
 #[test]
 fn a_runtime_that_nobody_knows_is_refused() {
-    without_gpus(&[], "vulkan").failed(2, &["KVXFER_GPU", "vulkan", "auto, hip, cuda and host"]);
+    without_gpus(&[], "vulkan").failed(2, &["KVXFER_GPU", "vulkan", "auto, hip, cuda or host"]);
 }
 
 #[test]

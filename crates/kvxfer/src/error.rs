@@ -44,16 +44,69 @@ pub enum Error {
     /// The device did not take a receive.
     #[error(transparent)]
     Post(#[from] kvxfer_verbs::PostError),
-    /// An engine was given memory that is not the host's.
+    /// An engine was given a GPU's memory of another making than this crate's, which it cannot move.
     #[error(
-        "an engine moves host memory, and memory {index} of the placement is {kind}: nothing here orders what a NIC writes with what the GPU reads"
+        "memory {index} of the placement is {kind}, and not one of kvxfer::mem::gpu::GpuMemory: GpuMemory::from_raw_parts takes what an engine has allocated itself"
     )]
-    NotHostMemory {
+    ForeignGpuMemory {
         /// Which of the placement's memories.
         index: usize,
         /// Where it lives.
         kind: kvxfer_verbs::MemoryKind,
     },
+    /// Some of an engine's memories are the host's, and some a GPU's.
+    #[error(
+        "memory {host} of the placement is the host's and memory {gpu} a GPU's: an engine has all of its blocks on one side"
+    )]
+    MixedMemory {
+        /// One of the host's.
+        host: usize,
+        /// One of a GPU's.
+        gpu: usize,
+    },
+    /// An engine's memories are of several GPUs.
+    #[error("the placement has memory of GPU {first} and of GPU {other}: a rank has one")]
+    SeveralGpus {
+        /// The first memory's.
+        first: kvxfer_verbs::PciAddress,
+        /// Another memory's.
+        other: kvxfer_verbs::PciAddress,
+    },
+    /// An engine on RDMA devices was given a GPU's memory.
+    #[error(
+        "an engine on RDMA devices ({device}) moves host memory, and the placement's is of GPU {gpu}: nothing here orders yet what a NIC writes with what a GPU reads; without rdma_devices, peers on this node are reached by GPU links"
+    )]
+    GpuOverRdma {
+        /// The first of the devices.
+        device: String,
+        /// The GPU.
+        gpu: kvxfer_verbs::PciAddress,
+    },
+    /// A stream was given for memory that is the host's.
+    #[error("a stream to put the fence on, and the engine's memory is the host's")]
+    StreamWithoutGpu,
+    /// A peer's handles are not those of its memories.
+    #[error("{handles} handles for {memories} memories of a GPU")]
+    GpuHandles {
+        /// How many handles.
+        handles: usize,
+        /// How many memories.
+        memories: usize,
+    },
+    /// A peer's handle is of more or fewer bytes than its placement says.
+    #[error("a handle of {handle} bytes for a memory of {memory}")]
+    GpuHandleLen {
+        /// The handle's bytes.
+        handle: u64,
+        /// The memory's.
+        memory: u64,
+    },
+    /// A memory has more places where blocks begin than a GPU's kernel counts.
+    #[error("blocks begin at more than 2^32 places: a GPU's kernel cannot count them")]
+    TooManySteps,
+    /// A plan that was not made for this peer: a defect of this library.
+    #[error("the plan is of another pair of ranks")]
+    OtherPlan,
     /// Memory could not be had or was used out of bounds.
     #[error(transparent)]
     Memory(#[from] kvxfer_hipmem::Error),

@@ -756,6 +756,17 @@ impl Expects {
         writers.any(|w| w.peer == peer && w.state != Writer::Closed)
     }
 
+    /// Whether a peer may write for this try now: it stands, and the peer is bound and has not said that it has
+    /// written all.
+    #[must_use]
+    pub fn may_write(&self, request: &RequestId, nonce: Nonce, peer: PeerKey) -> bool {
+        let Some(expectation) = self.of_try(request, nonce) else {
+            return false;
+        };
+        let standing = matches!(expectation.phase, Phase::Standing(_));
+        standing && expectation.open_writers().any(|writer| writer == peer)
+    }
+
     /// The blocks of a try that stands, or whose memory has not been released.
     #[must_use]
     pub fn groups(&self, request: &RequestId, nonce: Nonce) -> Option<&[GroupBlocks]> {

@@ -89,8 +89,8 @@
 //!
 //! An engine stands on the software device (same host through shared memory or `process_vm_readv`, any
 //! host through TCP) or, where the configuration asks for it, on an RDMA device (InfiniBand or RoCE).
-//! RDMA has been run on soft-RoCE and on no card. Memory is host memory: GPU memory is not supported
-//! yet. 64-bit Linux only.
+//! RDMA has been run on soft-RoCE and on no card. Blocks lie in host memory or, between engines of one node, in
+//! the memory of GPUs ([`mem::gpu`]), which has been run on NVIDIA's and never on AMD's. 64-bit Linux only.
 #![forbid(unsafe_code)]
 
 pub mod bench;

@@ -115,7 +115,7 @@ impl Rig {
                 };
                 let push = self.instance.begin_push_with(&request, options);
                 let begun = push.and_then(|push| {
-                    push.all_layers(&wanted)?;
+                    push.all_layers(&wanted, None)?;
                     push.commit()
                 });
                 if begun.is_err() {

@@ -124,7 +124,7 @@ fn pushes(path: PathKind) {
         let push = to
             .begin_push_with(&RequestId::from(request.as_str()), options)
             .expect("a push");
-        push.all_layers(&table()).expect("fits");
+        push.all_layers(&table(), None).expect("fits");
         (end, push.commit().expect("committed"))
     };
     let transfers = all.into_iter().map(push).collect();

@@ -56,7 +56,7 @@ fn expect(consumer: &Engine, request: &str, block: u32) {
 fn push(to: &Peer, request: &str, dst: u32) {
     let push = to.begin_push(&RequestId::from(request)).expect("a push");
     let pairs = vec![BlockPair { src: 0, dst }];
-    push.all_layers(&[GroupPairs { group: 0, pairs }])
+    push.all_layers(&[GroupPairs { group: 0, pairs }], None)
         .expect("planned");
     drop(push.commit().expect("committed"));
 }

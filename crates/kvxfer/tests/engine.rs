@@ -166,14 +166,14 @@ fn write_mode(path: PathKind, notices: bool) {
     // The push begins before the consumer expects it.
     let push = to_consumer.begin_push(&request).expect("a push");
     let table = pairs((0..20).map(|i| (i, 40 - i)));
-    push.layer(0, &table).expect("layer 0");
+    push.layer(0, &table, None).expect("layer 0");
     let ticket = consumer
         .engine
         .expect(&request, &groups(21..=40), 1, LONG)
         .expect("an expectation");
     assert_eq!(ticket.blocks(), 20);
-    push.layer(1, &table).expect("layer 1");
-    push.layer(2, &table).expect("layer 2");
+    push.layer(1, &table, None).expect("layer 1");
+    push.layer(2, &table, None).expect("layer 2");
     let transfer = push.commit().expect("committed");
     assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
     // Over RDMA the completion of a receive alone says that the data is there.
@@ -261,7 +261,7 @@ fn many_notices_on_the_data_plane() {
                     .expect(&request, &groups([block]), 1, LONG)
                     .expect("expected");
                 let push = to_consumer.begin_push(&request).expect("a push");
-                push.all_layers(&pairs([(block, block)]))
+                push.all_layers(&pairs([(block, block)]), None)
                     .expect("its block");
                 push.commit().expect("committed")
             })

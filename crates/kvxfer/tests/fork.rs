@@ -98,8 +98,8 @@ fn try_all(of: Inherited) -> i32 {
         forked(instance.pull(&ticket, &wanted, PullOptions::default())),
         forked(instance.release(&ticket)),
         forked(instance.begin_push(&request)),
-        forked(push.all_layers(&wanted)),
-        forked(push.layer(0, &wanted)),
+        forked(push.all_layers(&wanted, None)),
+        forked(push.layer(0, &wanted, None)),
         forked(committed.commit()),
         matches!(transfer.wait(LONG), Some(Outcome::Failed(failure))
             if failure.first_cause == Cause::Forked),

@@ -142,7 +142,7 @@ fn calls_go_to_the_rank_that_is_meant() {
             };
             let push = push.expect("a push");
             let back = pairs((0..8).map(|b| (15 - b, b)));
-            push.all_layers(&back).expect("fits");
+            push.all_layers(&back, None).expect("fits");
             let push = push.commit().expect("committed");
             assert_eq!(push.wait(LONG), Some(Outcome::Done));
             // Until it has heard of it, the blocks are not the owner's.

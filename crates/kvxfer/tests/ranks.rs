@@ -180,7 +180,7 @@ impl Trio {
             let Ok(push) = begun.begin_push(&RequestId::from(request.as_str())) else {
                 return child.verdict(&request) == "good";
             };
-            let fits = push.all_layers(&home(dp, FEW));
+            let fits = push.all_layers(&home(dp, FEW), None);
             let done = push.commit().expect("its outcome tells").wait(LONG) == Some(Outcome::Done);
             let said = child.verdict(&request);
             // A rank that has not got it back would not be well for the next one that reads it.
@@ -439,7 +439,7 @@ fn struck_while_written(path: PathKind, fault: Fault) {
             .begin_push_with(&RequestId::from("w"), options)
             .expect("a push");
         for _ in 0..TIMES {
-            push.all_layers(&home(dp, BLOCKS)).expect("fits");
+            push.all_layers(&home(dp, BLOCKS), None).expect("fits");
         }
         push
     };

@@ -168,7 +168,7 @@ fn pushes(producer: Cut, consumer: Cut, senders: u32) {
         };
         let window = node.side.placement().desc().topology().layers;
         for layer in window.first..window.end {
-            push.layer(layer, &pair.src, None).expect("planned");
+            push.layer(layer, &pair.src, None, None).expect("planned");
         }
         let push = push.commit().expect("committed");
         assert_eq!(push.wait(LONG), Some(Outcome::Done));
@@ -393,7 +393,7 @@ fn as_many_senders_as_expected_but_not_the_right_ones() {
         let push = instance
             .begin_push_ranks(&request, &[], &PushOptions::default())
             .expect("a push");
-        push.all_layers(&pair.src, None).expect("planned");
+        push.all_layers(&pair.src, None, None).expect("planned");
         let push = push.commit().expect("committed");
         assert!(push.wait(LONG).is_some());
     }
@@ -515,25 +515,25 @@ fn a_push_in_chunks() {
         .expect("a push");
     for tokens in [0..48, 48..112] {
         for layer in 0..4 {
-            push.layer(layer, &pair.src, Some(tokens.clone()))
+            push.layer(layer, &pair.src, Some(tokens.clone()), None)
                 .expect("new tokens");
         }
     }
     let error = push
-        .layer(2, &pair.src, Some(96..128))
+        .layer(2, &pair.src, Some(96..128), None)
         .expect_err("written before");
     assert!(
         matches!(error, Error::WrittenTwice { layer: Some(2), .. }),
         "{error}"
     );
     let error = push
-        .all_layers(&pair.src, None)
+        .all_layers(&pair.src, None, None)
         .expect_err("written before");
     assert!(
         matches!(error, Error::WrittenTwice { layer: None, .. }),
         "{error}"
     );
-    push.all_layers(&pair.src, Some(112..192))
+    push.all_layers(&pair.src, Some(112..192), None)
         .expect("the rest");
     let push = push.commit().expect("committed");
     assert_eq!(push.wait(LONG), Some(Outcome::Done));
@@ -584,7 +584,7 @@ fn one_consumer_rank_gives_up() {
     let push = instance
         .begin_push_ranks(&request, &tickets, &PushOptions::default())
         .expect("a push");
-    push.layer(0, &pair.src, None).expect("planned");
+    push.layer(0, &pair.src, None, None).expect("planned");
     assert!(pair.consumers.nodes[1].engine.cancel_expect(&request));
     log.wait("the failure", |e| matches!(e, Event::Failed { .. }));
     let push = push.commit().expect("committed");

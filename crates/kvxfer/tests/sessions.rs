@@ -235,7 +235,7 @@ fn a_restart_is_seen_before_the_loss() {
         .expect(&expected, &groups(0..8), 1, LONG)
         .expect("an expectation");
     let filling = first_way.begin_push(&expected).expect("a push");
-    filling.all_layers(&pairs([(20, 0)])).expect("fits");
+    filling.all_layers(&pairs([(20, 0)]), None).expect("fits");
     let pushed = RequestId::from("pushed");
     let old = first
         .engine
@@ -246,7 +246,7 @@ fn a_restart_is_seen_before_the_loss() {
         ..PushOptions::default()
     };
     let pushing = back().begin_push_with(&pushed, options).expect("a push");
-    pushing.all_layers(&pairs([(30, 1)])).expect("fits");
+    pushing.all_layers(&pairs([(30, 1)]), None).expect("fits");
     until("bytes of both", || {
         survivor.first_word(0) != POISON && first.first_word(1) == POISON
     });

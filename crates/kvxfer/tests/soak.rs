@@ -295,7 +295,7 @@ impl Soak {
         self.others
             .insert(request.clone(), Instant::now() + deadline + SLACK);
         let table = pairs((0..blocks).map(|b| (b, b)));
-        let fits = push.all_layers(&table).is_ok();
+        let fits = push.all_layers(&table, None).is_ok();
         if !fits || self.rng.permille(100) {
             self.tell("push aborted");
             drop(push.abort());

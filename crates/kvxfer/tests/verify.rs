@@ -16,7 +16,14 @@ use support::{LONG, Log, Node, groups, pairs, recipe, until};
 
 const BLOCKS: u32 = 64;
 const BLOCK_BYTES: u64 = 4096;
-const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
+const PATHS: [PathKind; 4] = [
+    PathKind::Arena,
+    PathKind::ProcessVm,
+    PathKind::Tcp,
+    PathKind::Ipc,
+];
+/// Those that the software device carries blocks over, which can send them astray.
+const SOFT: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
 /// What each block of a producer is filled with: its number and this.
 const WORD: u64 = 0x1111_0000;
 
@@ -168,13 +175,13 @@ fn pushes_that_are_right_are_received() {
             };
             let push = to.begin_push_with(&request, options).expect("a push");
             let (first, rest) = table.split_at(5);
-            push.layer(0, &pairs(first.to_vec())).expect("fits");
-            push.layer(0, &pairs(rest.to_vec())).expect("fits");
+            push.layer(0, &pairs(first.to_vec()), None).expect("fits");
+            push.layer(0, &pairs(rest.to_vec()), None).expect("fits");
             let src = [GroupBlocks {
                 group: 0,
                 blocks: table.iter().map(|pair| pair.0).collect(),
             }];
-            push.layer_in_order(1, &src).expect("fits");
+            push.layer_in_order(1, &src, None).expect("fits");
             let push = push.commit().expect("committed");
             assert_eq!(push.wait(LONG), Some(Outcome::Done), "{path}");
             log.wait("the blocks", |e| matches!(e, Event::Received { .. }));
@@ -188,7 +195,7 @@ fn pushes_that_are_right_are_received() {
 /// What a device that puts bytes elsewhere, and says that all is well, does to a pull.
 #[test]
 fn a_pull_that_went_astray_is_found_out() {
-    for path in PATHS {
+    for path in SOFT {
         let producer = node(KvRole::Producer, path, |_| {});
         let consumer = node(KvRole::Consumer, path, |config| {
             config.faults = Some("seed=3,stray=0.2".parse().expect("a plan"));
@@ -257,7 +264,7 @@ fn corrupt(cause: &Cause) -> &Corrupt {
 
 #[test]
 fn a_push_that_went_astray_is_found_out_by_the_consumer() {
-    for path in PATHS {
+    for path in SOFT {
         let producer = node(KvRole::Producer, path, |config| {
             config.faults = Some("seed=3,stray=0.2".parse().expect("a plan"));
             config.verify = true;
@@ -274,7 +281,7 @@ fn a_push_that_went_astray_is_found_out_by_the_consumer() {
             .expect(&request, &expected, 1, LONG)
             .expect("room");
         let push = to.begin_push(&request).expect("a push");
-        push.all_layers(&pairs(table.clone())).expect("fits");
+        push.all_layers(&pairs(table.clone()), None).expect("fits");
         let push = push.commit().expect("committed");
         // Its card has said so.
         assert_eq!(push.wait(LONG), Some(Outcome::Done));
@@ -331,7 +338,7 @@ fn sums_in_several_messages() {
         ..PushOptions::default()
     };
     let push = to.begin_push_with(&request, options).expect("a push");
-    push.all_layers(&pairs((0..MANY).map(|b| (b, b))))
+    push.all_layers(&pairs((0..MANY).map(|b| (b, b))), None)
         .expect("fits");
     let push = push.commit().expect("committed");
     assert_eq!(push.wait(LONG), Some(Outcome::Done));

@@ -1,5 +1,6 @@
 //! The memory token: what a device needs to know of memory, without a borrow of its bytes.
 
+use std::any::Any;
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
@@ -126,7 +127,7 @@ pub enum NoDmaBuf {
 /// - no Rust reference to those bytes exists while the memory is registered with a device;
 /// - `addr()`, `len()`, `kind()` and `fd()` always answer the same;
 /// - where `fd()` or `dma_buf()` answers, the file's bytes from `offset` are the same memory as the span.
-pub unsafe trait Memory: Send + Sync + fmt::Debug + 'static {
+pub unsafe trait Memory: Any + Send + Sync + fmt::Debug {
     /// The address of the first byte: in this process, or of the device that [`kind`](Self::kind) names.
     fn addr(&self) -> u64;
 

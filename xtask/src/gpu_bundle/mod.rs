@@ -16,8 +16,38 @@ const MOST: u64 = 60 << 20;
 /// The newest symbols of glibc that a program may ask for.
 const GLIBC: (u32, u32) = (2, 34);
 
-/// The programs: their names for cargo, and in the folder.
-const PROGRAMS: [(&str, &str); 2] = [("gpu", "gpu-tests"), ("gpu_table", "gpu_table")];
+/// A program of the folder.
+struct Program {
+    /// What makes it: `cargo test` would make a test of an example.
+    cargo: &'static [&'static str],
+    /// Its name for cargo.
+    target: &'static str,
+    /// And in the folder.
+    file: &'static str,
+}
+
+const PROGRAMS: [Program; 4] = [
+    Program {
+        cargo: &["test", "--no-run", "-p", "kvxfer-hipmem", "--test", "gpu"],
+        target: "gpu",
+        file: "gpu-tests",
+    },
+    Program {
+        cargo: &["build", "-p", "kvxfer-hipmem", "--example", "gpu_table"],
+        target: "gpu_table",
+        file: "gpu_table",
+    },
+    Program {
+        cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "ipc"],
+        target: "ipc",
+        file: "engine-tests",
+    },
+    Program {
+        cargo: &["build", "-p", "kvxfer-cli", "--bin", "kvxfer"],
+        target: "kvxfer",
+        file: "kvxfer",
+    },
+];
 
 /// Builds the folder; `None` for arguments that the command does not have.
 pub(crate) fn by_hand(root: &Path, args: &[&str]) -> Option<anyhow::Result<bool>> {
@@ -30,11 +60,14 @@ pub(crate) fn by_hand(root: &Path, args: &[&str]) -> Option<anyhow::Result<bool>
 }
 
 fn bundle(root: &Path, to: &Path) -> anyhow::Result<()> {
-    let mut built = build(root, &["test", "--no-run", "--test", "gpu"])?;
-    // `cargo test` would make a test of it.
-    built.extend(build(root, &["build", "--example", "gpu_table"])?);
     fs::create_dir_all(to).with_context(|| format!("making {}", to.display()))?;
-    for (name, file) in PROGRAMS {
+    for Program {
+        cargo,
+        target: name,
+        file,
+    } in PROGRAMS
+    {
+        let built = build(root, cargo)?;
         let from = built
             .iter()
             .find(|(built, _)| built == name)
@@ -73,8 +106,7 @@ fn bundle(root: &Path, to: &Path) -> anyhow::Result<()> {
 fn build(root: &Path, args: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut command = Command::new(cargo());
     command.current_dir(root).args(args);
-    command.args(["--release", "-p", "kvxfer-hipmem"]);
-    command.args(["--message-format", "json-render-diagnostics"]);
+    command.args(["--release", "--message-format", "json-render-diagnostics"]);
     command.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
     command.env("CARGO_PROFILE_RELEASE_DEBUG", "none");
     command.stdin(Stdio::null()).stderr(Stdio::inherit());

@@ -3,7 +3,7 @@
 #
 #   run.sh [FOLDER]       results go there; `results` beside this file if none is named
 #
-# KVXFER_TEST_GPU names the runtime: cuda, hip, or auto (the default). Ends within four minutes, with 0 if
+# KVXFER_TEST_GPU names the runtime: cuda, hip, or auto (the default). Ends within eight minutes, with 0 if
 # all tests passed and everything could be measured.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -12,7 +12,7 @@ mkdir -p "$out" || exit 2
 KVXFER_TEST_GPU=${KVXFER_TEST_GPU:-auto}
 export KVXFER_TEST_GPU
 began=$(date +%s)
-last=230
+last=470
 left() { echo $((last - $(date +%s) + began)); }
 
 {
@@ -36,11 +36,24 @@ cat "$out/table.txt"
 [ $table -ne 0 ] && echo "gpu_table ended with $table"
 
 echo
+echo "== the command =="
+KVXFER_GPU=$KVXFER_TEST_GPU
+export KVXFER_GPU
+"$here/kvxfer" devices 2>&1 | tee "$out/devices.txt"
+# From process to process, each with a GPU of its own where there are two; every byte is verified once.
+timeout -k 5 200 "$here/kvxfer" bw --mem gpu --size 4K,16K,64K,4M --json >"$out/bw.json" 2>"$out/bw.txt"
+bw=$?
+cat "$out/bw.txt"
+sed 's/},{"op"/},\n{"op"/g' "$out/bw.json" | sed -n 's/.*"op":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*/\1 \2 \3/p'
+[ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
+
+echo
 echo "== tests =="
 : >"$out/tests.jsonl"
 passed=0
 failed=
-for name in $("$here/gpu-tests" --list --format terse 2>/dev/null | sed -n 's/: test$//p'); do
+for of in gpu-tests engine-tests; do
+for name in $("$here/$of" --list --format terse 2>/dev/null | sed -n 's/: test$//p'); do
     if [ "$(left)" -le 0 ]; then
         echo "not run, the time is over: $name"
         failed="$failed $name"
@@ -51,7 +64,7 @@ for name in $("$here/gpu-tests" --list --format terse 2>/dev/null | sed -n 's/: 
     limit=40
     [ "$(left)" -lt $limit ] && limit=$(left)
     start=$(date +%s%N)
-    timeout -k 2 "$limit" "$here/gpu-tests" --exact "$name" --include-ignored --nocapture --test-threads=1 \
+    timeout -k 2 "$limit" "$here/$of" --exact "$name" --include-ignored --nocapture --test-threads=1 \
         >"$out/last.txt" 2>&1
     code=$?
     ms=$((($(date +%s%N) - start) / 1000000))
@@ -68,6 +81,7 @@ for name in $("$here/gpu-tests" --list --format terse 2>/dev/null | sed -n 's/: 
     fi
     printf '{"test":"%s","result":"%s","ms":%s}\n' "$name" "$result" "$ms" >>"$out/tests.jsonl"
 done
+done
 rm -f "$out/last.txt"
 echo
 echo "$passed tests passed"
@@ -75,4 +89,4 @@ for name in $failed; do
     echo "FAILED OR NOT RUN: $name"
 done
 echo "$(($(date +%s) - began)) seconds; results in $out"
-[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] || exit 1
+[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] && [ $bw -eq 0 ] || exit 1

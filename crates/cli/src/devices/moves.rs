@@ -38,8 +38,9 @@ pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> 
         Some(_) => "no GPU, and ",
         None => "",
     };
+    let no_gpu = gpus.runtime.missing.as_ref().map(|_| "no GPU".to_owned());
+    let links = known([GPU, GPU], "ipc", "same host", no_gpu);
     let unbuilt = [
-        ([GPU, GPU], "ipc", "same host"),
         ([GPU, HOST], "ipc", "same host"),
         ([GPU, GPU], "rdma", "any host"),
         ([GPU, HOST], "rdma", "any host"),
@@ -47,10 +48,10 @@ pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> 
         ([GPU, HOST], "staged", "any host"),
     ];
     let unbuilt = unbuilt.map(|(between, path, reach)| {
-        let why_not = format!("{without}not built into transfers yet: engines move host memory");
+        let why_not = format!("{without}not built into transfers yet");
         known(between, path, reach, Some(why_not))
     });
-    paths.chain([network]).chain(unbuilt).collect()
+    paths.chain([network, links]).chain(unbuilt).collect()
 }
 
 fn known(

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::moves::Move;
 use super::report::{Chosen, Device, GidRow, Limits, Link, Port, Report, Soft};
 use crate::size::Size;
 
@@ -200,20 +201,22 @@ fn moves(out: &mut String, report: &Report) {
         };
         let _ = writeln!(out, "host to host over {:<10}  {state}", a_move.path);
     }
-    let gpus = report
+    let of_gpus = |a_move: &&Move| a_move.between[0] == "gpu";
+    let (links, others): (Vec<_>, Vec<_>) = report
         .moves
         .iter()
-        .filter(|a_move| a_move.between[0] == "gpu");
-    let mut paths: Vec<&str> = Vec::new();
-    let mut why_not = None;
-    for a_move in gpus {
-        if !paths.contains(&a_move.path) {
-            paths.push(a_move.path);
-        }
-        why_not = why_not.or(a_move.why_not.as_deref());
+        .filter(of_gpus)
+        .partition(|a_move| (a_move.between[1], a_move.path) == ("gpu", "ipc"));
+    for link in links {
+        let state = link.why_not.as_deref().unwrap_or(link.reach);
+        let _ = writeln!(out, "GPU to GPU over {:<12}  {state}", link.path);
     }
-    let why_not = why_not.unwrap_or("there");
-    let _ = writeln!(out, "memory of GPUs over {}: {why_not}", paths.join(", "));
+    if let Some(why_not) = others.iter().find_map(|a_move| a_move.why_not.as_deref()) {
+        let _ = writeln!(
+            out,
+            "memory of GPUs over rdma and staged, and over ipc to the host's: {why_not}"
+        );
+    }
 }
 
 fn choice(out: &mut String, report: &Report) {

@@ -1,6 +1,7 @@
 //! `kvxfer.bw/1`, as docs/json.md describes it. Fields may be added within the version; none is
 //! renamed, dropped or given another meaning.
 
+use std::fmt;
 use std::time::Duration;
 
 use kvxfer::{RdmaLink, SkippedRail};
@@ -73,6 +74,12 @@ pub(crate) struct BwConfig {
     pub(crate) authenticated: bool,
     /// Settings in which the server's differ from ours.
     pub(crate) differences: Vec<Difference>,
+    /// Where the blocks lie.
+    pub(crate) memory: MemoryConfig,
+    /// Fences around what GPUs read and write.
+    pub(crate) fence: String,
+    /// Most workgroups of a kernel that moves blocks; 0: chosen.
+    pub(crate) gpu_workgroups: u32,
     /// The pages of the memory on this side.
     pub(crate) pages: Pages,
     /// Processors that this process may use.
@@ -85,6 +92,41 @@ pub(crate) struct PatternConfig {
     pub(crate) tp: u32,
     pub(crate) block_size: u32,
     pub(crate) tokens: u32,
+}
+
+/// Where the blocks of a test lie.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct MemoryConfig {
+    /// `host` or `gpu`.
+    pub(crate) kind: &'static str,
+    /// This side's GPU; null if there is none.
+    pub(crate) gpu: Option<GpuConfig>,
+    /// That of the target that the command has started.
+    pub(crate) target_gpu: Option<GpuConfig>,
+}
+
+/// A GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct GpuConfig {
+    pub(crate) runtime: String,
+    /// Its place among those that the process sees.
+    pub(crate) ordinal: u32,
+    pub(crate) pci: String,
+    pub(crate) name: String,
+    pub(crate) arch: String,
+}
+
+impl fmt::Display for GpuConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            runtime,
+            ordinal,
+            pci,
+            name,
+            arch,
+        } = self;
+        write!(f, "GPU {ordinal} at {pci}, {name} ({arch}, {runtime})")
+    }
 }
 
 /// A setting that the two sides have differently.

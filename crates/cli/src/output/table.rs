@@ -143,6 +143,13 @@ fn notes(report: &BwReport, out: &mut String) {
         "{}, {} queue pairs, {} worker threads, seed {}",
         config.device, config.qp_per_transfer, config.num_worker_threads, config.seed
     ));
+    let memory = &config.memory;
+    if let Some(gpu) = &memory.gpu {
+        lines.push(format!("blocks on {gpu}; fences {}", config.fence));
+    }
+    if let Some(gpu) = &memory.target_gpu {
+        lines.push(format!("the target's on {gpu}"));
+    }
     for rdma in &config.rails {
         lines.push(rdma.to_string());
         lines.extend(rdma.queue_pairs.iter().map(|pair| {
@@ -164,7 +171,9 @@ fn notes(report: &BwReport, out: &mut String) {
         lines.push(format!("{key}: {here} here, {there} there; {used}"));
     }
     let pages = &config.pages;
-    lines.push(format!("{} pages of {} KiB", pages.how, pages.size >> 10));
+    if memory.gpu.is_none() {
+        lines.push(format!("{} pages of {} KiB", pages.how, pages.size >> 10));
+    }
     let mut said: Vec<&str> = Vec::new();
     for line in &lines {
         if !said.contains(&line.as_str()) {

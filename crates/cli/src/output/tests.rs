@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use super::schema::{BwConfig, Candidate, Difference, Measured, Op, Pages, Row};
+use super::schema::{BwConfig, Candidate, Difference, Measured, MemoryConfig, Op, Pages, Row};
 use super::*;
 
 fn report() -> BwReport {
@@ -83,6 +83,13 @@ fn report() -> BwReport {
             there: 8,
             used: Some(4),
         }],
+        memory: MemoryConfig {
+            kind: "host",
+            gpu: None,
+            target_gpu: None,
+        },
+        fence: "on".into(),
+        gpu_workgroups: 0,
         pages: Pages {
             size: 2 << 20,
             how: "transparent huge".into(),

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use kvxfer::bench::{BenchClient, BenchMemory};
-use kvxfer::config::{Config, PathKind};
+use kvxfer::bench::BenchClient;
+use kvxfer::config::Config;
 use kvxfer::{RdmaLink, SkippedRail};
 
 use super::case::{self, Case, Room};
 use super::limit::{Limit, Ways};
+use super::mem::{self, Gpus};
 use super::row::{Bench, Length};
 use super::settings::{Flag, SOFT_NAME as SOFT, Settings};
 use crate::args::{BwArgs, OpChoice};
@@ -55,13 +56,25 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         .seed
         // Short enough to be typed again.
         .unwrap_or_else(|| RandomState::new().hash_one(std::process::id()) & 0xffff_ffff);
-    let cases = cases(args, &settings.config, seed)?;
+    let gpus = Gpus::open(
+        args.mem,
+        args.peer_mem,
+        &settings.config,
+        args.host.is_none(),
+    )?;
+    let cases = cases(args, &settings.config, gpus.as_ref(), seed)?;
     let largest = cases.iter().map(|case| case.memory).max().unwrap_or(0);
 
     let timeout = args.timeout.unwrap_or(TIMEOUT);
     let target = match &args.host {
         Some(_) => None,
-        None => Some(start_target(args, &settings, largest, timeout)?),
+        None => Some(start_target(
+            args,
+            &settings,
+            gpus.as_ref(),
+            largest,
+            timeout,
+        )?),
     };
     let address = OwnTarget::or_host(target.as_ref(), args.host.as_ref());
     let mut run = Run {
@@ -71,6 +84,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         timeout,
         address: &address,
         target: target.as_ref(),
+        gpus: gpus.as_ref(),
         rows: Vec::new(),
         pages: None,
         way: Way::default(),
@@ -125,6 +139,9 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
             enable_notification: config.enable_notification,
             authenticated: config.secret_file.is_some(),
             differences,
+            memory: mem::shown(gpus.as_ref()),
+            fence: config.fence.to_string(),
+            gpu_workgroups: config.gpu_workgroups,
             pages: pages.unwrap_or_default(),
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
@@ -148,19 +165,25 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// What to measure.
-fn cases(args: &BwArgs, config: &Config, seed: u64) -> anyhow::Result<Vec<Case>> {
-    // Memory that any path could take, unless only process-vm may be taken: that is for memory that
-    // cannot be mapped.
-    let memory = match config.path.forced() {
-        Some(PathKind::ProcessVm) => BenchMemory::Anonymous,
-        _ => BenchMemory::Arena,
+fn cases(
+    args: &BwArgs,
+    config: &Config,
+    gpus: Option<&Gpus>,
+    seed: u64,
+) -> anyhow::Result<Vec<Case>> {
+    let (memory, most) = match gpus {
+        Some(gpus) if gpus.stands_in() => (gpus.memory(), case::ON_HOST),
+        Some(gpus) => (gpus.memory(), case::ON_GPU),
+        None => (mem::of_host(config), case::ON_HOST),
     };
     // Ours, the limit's, and that of a target of our own.
     let sides = if args.host.is_none() { 3 } else { 2 };
     let room = Room {
         memory,
+        most,
         sides,
-        available: available_memory(),
+        // A GPU says itself what it does not have.
+        available: available_memory().filter(|_| gpus.is_none_or(Gpus::stands_in)),
     };
     if let Some(pattern) = case::pattern(args) {
         return Ok(vec![Case::of_model(&pattern, seed, room)?]);
@@ -184,6 +207,7 @@ fn available_memory() -> Option<u64> {
 fn start_target(
     args: &BwArgs,
     settings: &Settings,
+    gpus: Option<&Gpus>,
     largest: u64,
     timeout: Duration,
 ) -> anyhow::Result<OwnTarget> {
@@ -201,6 +225,11 @@ fn start_target(
         Some(config.qp_per_transfer.to_string()),
     );
     add("--threads", Some(config.num_worker_threads.to_string()));
+    if let Some(target) = gpus.and_then(Gpus::target) {
+        add("--mem", Some(format!("gpu:{}", target.info().ordinal)));
+    }
+    add("--fence", Some(config.fence.to_string()));
+    add("--gpu-workgroups", Some(config.gpu_workgroups.to_string()));
     add(
         "--post-batch-size",
         args.tuning.post_batch_size.map(|n| n.to_string()),
@@ -287,6 +316,7 @@ struct Run<'a> {
     timeout: Duration,
     address: &'a str,
     target: Option<&'a OwnTarget>,
+    gpus: Option<&'a Gpus>,
     rows: Vec<Row>,
     pages: Option<Pages>,
     /// Of the last connection.
@@ -327,7 +357,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn ways(&self, client: &BenchClient, op: Op) -> Result<Ways, kvxfer::Error> {
+    fn ways(&self, client: &BenchClient, op: Op) -> Result<Ways<'_>, kvxfer::Error> {
         let peer = client.peer();
         let (lanes, workers) = peer.lanes()?;
         let facts = peer.facts()?;
@@ -342,6 +372,7 @@ impl Run<'_> {
             workers,
             same_host: facts.same_host,
             target,
+            target_gpu: self.gpus.and_then(Gpus::target),
         })
     }
 

@@ -12,16 +12,19 @@ use crate::problem::{Exit, Problem};
 
 /// Transfers under way at once, so that nobody waits for a wake-up.
 const SLOTS: u32 = 4;
-/// The most memory on a side where sizes are measured.
+/// The most memory on a side where sizes are measured, and the most blocks a transfer.
+pub(crate) const ON_HOST: (u64, u64) = (MEMORY, 4096);
 const MEMORY: u64 = 256 << 20;
-/// The most blocks a transfer, unless told.
-const BLOCKS: u64 = 4096;
+/// The same on a GPU, whose links take a gigabyte in some milliseconds.
+pub(crate) const ON_GPU: (u64, u64) = (2 << 30, 1 << 18);
 
 /// What a case may take.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Room {
     /// The kind of memory.
     pub(crate) memory: BenchMemory,
+    /// The most of it on a side where sizes are measured, unless told; and the most blocks a transfer.
+    pub(crate) most: (u64, u64),
     /// How often this machine holds the blocks: on this side, for the limit, in a target.
     pub(crate) sides: u64,
     /// Bytes that this machine has left, if it says.
@@ -81,10 +84,13 @@ impl Case {
         seed: u64,
         room: Room,
     ) -> anyhow::Result<Self> {
-        let auto = (MEMORY / u64::from(SLOTS) / size).clamp(1, BLOCKS);
+        let (memory, most) = room.most;
+        // On a GPU two transfers of a gigabyte are enough.
+        let slots = if memory > MEMORY { 2 } else { SLOTS };
+        let auto = (memory / u64::from(slots) / size).clamp(1, most);
         let blocks = blocks.unwrap_or(u32::try_from(auto).unwrap_or(u32::MAX));
         let transfer = size.saturating_mul(u64::from(blocks));
-        let slots = fitting(MEMORY, transfer, 2);
+        let slots = fitting(memory, transfer, 2);
         let pool = pool(blocks, slots)?;
         let format = KvFormat::opaque(size, 1).map_err(kvxfer::Error::from)?;
         let shape = BenchShape {
@@ -267,6 +273,7 @@ mod tests {
 
     const ROOM: Room = Room {
         memory: BenchMemory::Arena,
+        most: ON_HOST,
         sides: 3,
         available: Some(8 << 30),
     };

@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use kvxfer::bench::BenchSide;
+use kvxfer::bench::{BenchSide, BlockMemory};
 use kvxfer::config::PathKind;
 use kvxfer_hipmem::bare::{self, Piece, RemotePiece};
+use kvxfer_hipmem::gpu::Gpu;
 use kvxfer_hipmem::{CopyPair, HostArena, HostBuffer, HostMemory};
 
 use super::case::Case;
+use super::engine_limit::EngineLimit;
 use crate::output::schema::Op;
 
 /// Spans of one bare call at most.
@@ -22,7 +24,7 @@ const TAKE: u64 = 1 << 20;
 
 /// What the limit must know of the session.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ways {
+pub(crate) struct Ways<'a> {
     pub(crate) path: PathKind,
     pub(crate) op: Op,
     /// Queue pairs, which are streams over TCP.
@@ -32,6 +34,8 @@ pub(crate) struct Ways {
     pub(crate) same_host: bool,
     /// The target's process and the address of its memory, if it is our own child.
     pub(crate) target: Option<(i32, u64)>,
+    /// And its GPU.
+    pub(crate) target_gpu: Option<&'a Gpu>,
 }
 
 /// A stretch of bytes that is contiguous on both sides.
@@ -54,7 +58,16 @@ impl Stretch {
 
 /// A path's limit, ready to run.
 #[derive(Debug)]
-pub(crate) struct Limit {
+pub(crate) enum Limit {
+    /// Of a path between memories of the host.
+    Bare(Box<BareLimit>),
+    /// Of one between GPUs.
+    Engine(EngineLimit),
+}
+
+/// The bare copying of a path.
+#[derive(Debug)]
+pub(crate) struct BareLimit {
     how: How,
     op: Op,
     /// Our side's memory.
@@ -89,8 +102,36 @@ impl Limit {
     /// # Errors
     ///
     /// Memory or sockets that cannot be had.
-    pub(crate) fn new(ways: Ways, case: &Case, side: &BenchSide) -> anyhow::Result<Option<Self>> {
-        let Some(local) = side.memory().first() else {
+    pub(crate) fn new(
+        ways: Ways<'_>,
+        case: &Case,
+        side: &BenchSide,
+    ) -> anyhow::Result<Option<Self>> {
+        let own = side.memory().first().and_then(BlockMemory::gpu);
+        if let (PathKind::Ipc, Some(own), Some(other)) = (ways.path, own, ways.target_gpu) {
+            let limit = EngineLimit::new(own.gpu(), other, ways.op, case.bytes())?;
+            return Ok(Some(Self::Engine(limit)));
+        }
+        let limit = BareLimit::new(ways, case, side)?;
+        Ok(limit.map(|limit| Self::Bare(Box::new(limit))))
+    }
+
+    /// Moves what `transfers` transfers would. Returns the time.
+    ///
+    /// # Errors
+    ///
+    /// A bare call that fails.
+    pub(crate) fn run(&self, transfers: usize) -> anyhow::Result<Duration> {
+        match self {
+            Self::Bare(limit) => limit.run(transfers),
+            Self::Engine(limit) => limit.run(transfers),
+        }
+    }
+}
+
+impl BareLimit {
+    fn new(ways: Ways<'_>, case: &Case, side: &BenchSide) -> anyhow::Result<Option<Self>> {
+        let Some(local) = side.memory().first().and_then(BlockMemory::host) else {
             return Ok(None);
         };
         // A READ is copied by the workers that have queue pairs, a WRITE by the target's one
@@ -145,12 +186,8 @@ impl Limit {
         }))
     }
 
-    /// Copies what `transfers` transfers would, beginning with the first slot. Returns the time.
-    ///
-    /// # Errors
-    ///
-    /// A bare call that fails.
-    pub(crate) fn run(&self, transfers: usize) -> anyhow::Result<Duration> {
+    /// Copies what `transfers` transfers would, beginning with the first slot.
+    fn run(&self, transfers: usize) -> anyhow::Result<Duration> {
         let work: Vec<&[Stretch]> = (0..transfers)
             .filter_map(|i| self.slots.get(i % self.slots.len().max(1)))
             .flat_map(|slot| slot.chunks(self.take))

@@ -2,7 +2,9 @@
 
 mod bw;
 mod case;
+mod engine_limit;
 mod limit;
+pub(crate) mod mem;
 mod ping;
 mod row;
 mod serve;

@@ -299,7 +299,7 @@ impl Bench<'_> {
                     ..PushOptions::default()
                 };
                 let push = peer.begin_push_with(&request, options)?;
-                push.all_layers(pairs)?;
+                push.all_layers(pairs, None)?;
                 push.commit()
             }
         }

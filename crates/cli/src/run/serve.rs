@@ -7,6 +7,7 @@ use kvxfer::Engine;
 use kvxfer::bench::BenchSide;
 
 use super::case;
+use super::mem::Mem;
 use super::settings::Settings;
 use crate::args::ServeArgs;
 use crate::problem::{Exit, Problem};
@@ -37,6 +38,9 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(size) = args.max_memory {
         flags.push(("max_memory", "--max-memory", size.0.to_string()));
+    }
+    if let Some(Mem::Gpu(Some(number))) = args.mem {
+        flags.push(("gpu_device", "--mem", number.to_string()));
     }
     // A parent has warned of its own settings, which these are.
     let warn = args.exit_with_parent.is_none();

@@ -90,7 +90,7 @@ impl Settings {
         builder.from_process_env().map_err(kvxfer::Error::from)?;
         let number = |value: u32| value.to_string();
         let path = |path: &PathBuf| path.display().to_string();
-        let own: [Option<Flag<'_>>; 6] = [
+        let own: [Option<Flag<'_>>; 8] = [
             tuning
                 .qp_per_transfer
                 .map(|n| ("qp_per_transfer", "--qp-per-transfer", number(n))),
@@ -103,6 +103,13 @@ impl Settings {
             tuning
                 .threads
                 .map(|n| ("num_worker_threads", "--threads", number(n))),
+            tuning
+                .fence
+                .as_ref()
+                .map(|when| ("fence", "--fence", when.clone())),
+            tuning
+                .gpu_workgroups
+                .map(|n| ("gpu_workgroups", "--gpu-workgroups", number(n))),
             trust
                 .secret_file
                 .as_ref()

@@ -4,14 +4,14 @@
 //! memory lies, and who exported it, told by what all processes of a machine share: PCI address and UUID.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::PciAddress;
 
 use super::code::{INVALID_VALUE, NOT_SUPPORTED, Refused};
 use super::device::{Gpu, Uuid};
 use super::error::GpuFault;
-use super::memory::GpuMemory;
+use super::memory::{GpuMemory, Span};
 use super::runtime::RuntimeKind;
 use crate::error::{Error, Operation};
 
@@ -211,6 +211,13 @@ fn process() -> Result<[u8; 16], Error> {
     Ok(token)
 }
 
+/// What this process has exported, by the handles' bytes. In a forked child it is of no use: no handle there is
+/// its own.
+fn own_exports() -> &'static Mutex<HashMap<[u8; IpcHandle::BYTES], Weak<Span>>> {
+    static EXPORTED: OnceLock<Mutex<HashMap<[u8; IpcHandle::BYTES], Weak<Span>>>> = OnceLock::new();
+    EXPORTED.get_or_init(Mutex::default)
+}
+
 /// Which mapping a handle has in this process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
@@ -290,7 +297,7 @@ impl GpuMemory {
             INVALID_VALUE | NOT_SUPPORTED => refuse(Some(refused)).into(),
             _ => Error::from(refused),
         })?;
-        Ok(IpcHandle {
+        let handle = IpcHandle {
             runtime: gpu.runtime(),
             handle,
             size: allocation.size,
@@ -299,7 +306,22 @@ impl GpuMemory {
             pci: gpu.info().pci,
             uuid: gpu.info().uuid,
             process,
-        })
+        };
+        let mut exported = own_exports().lock().unwrap_or_else(PoisonError::into_inner);
+        exported.retain(|_, span| span.strong_count() > 0);
+        exported.insert(handle.to_bytes(), Arc::downgrade(&self.span));
+        Ok(handle)
+    }
+
+    /// The memory itself, if this process has exported it and has it still: what [`open`](Self::open) refuses.
+    #[must_use]
+    pub fn exported(handle: &IpcHandle) -> Option<Self> {
+        if process().ok()? != handle.process {
+            return None;
+        }
+        let exported = own_exports().lock().unwrap_or_else(PoisonError::into_inner);
+        let span = exported.get(&handle.to_bytes())?.upgrade()?;
+        Some(Self { span })
     }
 
     /// Opens memory that another process has exported, for use through `gpu`. What one process opens twice

@@ -33,7 +33,7 @@ pub struct Allocation {
     pub size: u64,
 }
 
-pub(super) struct Span {
+pub(crate) struct Span {
     pub(super) gpu: Gpu,
     pub(super) addr: u64,
     pub(super) len: u64,
@@ -97,6 +97,34 @@ unsafe impl Memory for Span {
 }
 
 impl Span {
+    /// Copies bytes out, to the host.
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        let len = into.len() as u64;
+        let src = self.range(Operation::Read, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let dst = into.as_mut_ptr().expose_provenance() as u64;
+        self.gpu.now(|api, stream| {
+            // SAFETY: the span is held, `into` is ours and as long, and `now` waits for the copy.
+            Ok(unsafe { api.copy(dst, src, len, Direction::DeviceToHost, stream) }?)
+        })
+    }
+
+    /// The one bounds check: the address of a range that is wholly inside.
+    fn range(&self, operation: Operation, offset: u64, len: u64) -> Result<u64, Error> {
+        let size = self.len;
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(self.addr + offset),
+            _ => Err(Error::OutOfBounds {
+                operation,
+                offset,
+                len,
+                size,
+            }),
+        }
+    }
+
     fn export(&self) -> Result<DmaBuf, Error> {
         let gpu = &self.gpu;
         let _current = gpu.enter()?;
@@ -298,6 +326,14 @@ impl GpuMemory {
         Ok(span.into())
     }
 
+    /// The memory behind a token, if it is a GPU's: what [`as_memory`](Self::as_memory) has given.
+    #[must_use]
+    pub fn of(memory: &Arc<dyn Memory>) -> Option<Self> {
+        let memory: Arc<dyn Any + Send + Sync> = Arc::clone(memory) as _;
+        let span = memory.downcast::<Span>().ok()?;
+        Some(Self { span })
+    }
+
     /// The token that devices register.
     #[must_use]
     pub fn as_memory(&self) -> Arc<dyn Memory> {
@@ -360,16 +396,7 @@ impl GpuMemory {
     ///
     /// [`Error::OutOfBounds`]; then nothing was copied. [`Error::Gpu`].
     pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        let len = into.len() as u64;
-        let src = self.range(Operation::Read, offset, len)?;
-        if len == 0 {
-            return Ok(());
-        }
-        let dst = into.as_mut_ptr().expose_provenance() as u64;
-        self.span.gpu.now(|api, stream| {
-            // SAFETY: the span is held, `into` is ours and as long, and `now` waits for the copy.
-            Ok(unsafe { api.copy(dst, src, len, Direction::DeviceToHost, stream) }?)
-        })
+        self.span.read(offset, into)
     }
 
     /// Copies bytes in, from the host.
@@ -440,18 +467,9 @@ impl GpuMemory {
         self.span.export()
     }
 
-    /// The one bounds check: the address of a range that is wholly inside.
+    /// The address of a range that is wholly inside.
     pub(super) fn range(&self, operation: Operation, offset: u64, len: u64) -> Result<u64, Error> {
-        let size = self.span.len;
-        match offset.checked_add(len) {
-            Some(end) if end <= size => Ok(self.span.addr + offset),
-            _ => Err(Error::OutOfBounds {
-                operation,
-                offset,
-                len,
-                size,
-            }),
-        }
+        self.span.range(operation, offset, len)
     }
 }
 

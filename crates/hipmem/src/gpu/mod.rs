@@ -40,6 +40,7 @@ pub use error::{GpuFault, NoGpu, Tried};
 pub use event::Event;
 pub use ipc::{IpcFormFault, IpcHandle};
 pub use kvxfer_verbs::DmaBuf;
+pub(crate) use memory::Span as GpuSpan;
 pub use memory::{Allocation, GpuMemory};
 pub use module::{Kernel, Module};
 pub use pinned::PinnedMemory;

@@ -2,8 +2,8 @@
 
 use kvxfer_hipmem::Error;
 use kvxfer_hipmem::gather::{
-    Gather, GatherEnd, GatherFault, GatherOptions, GatherSection, GatherTable, GpuKernels, Side,
-    TensorPlaces,
+    Gather, GatherEnd, GatherFault, GatherOptions, GatherPart, GatherSection, GatherTable,
+    GpuKernels, Side, TensorPlaces,
 };
 use kvxfer_hipmem::gpu::{GpuMemory, PinnedMemory, Place, Stream};
 use kvxfer_hipmem::kernels::{Pair, Piece, block_sum};
@@ -266,7 +266,46 @@ fn compare(
         assert_eq!(table.verify(stream, side, &pairs)?.wait(soon())?, sums);
     }
     assert!(sides.1.read()? == wanted, "the check wrote");
+    some_tensors((&table, stream), parts, sides, random)?;
     Ok(gather)
+}
+
+/// Gathers some tensors of each section, now and then of one in two parts, and compares every byte.
+fn some_tensors(
+    (table, stream): (&GatherTable, &Stream),
+    parts: &[Part],
+    sides: (&Memory, &Memory),
+    random: &mut Random,
+) -> Outcome {
+    let len = sides.1.read()?.len() as u64;
+    let (from, mut wanted) = (sides.0.read()?, random.bytes(len));
+    sides.1.write(&wanted)?;
+    let mut some = Vec::new();
+    for (section, part) in parts.iter().enumerate() {
+        let count = part.tensors.len() as u64;
+        let mut ends = [0; 3].map(|_| random.below(count + 1) as usize);
+        ends.sort_unstable();
+        let [first, middle, last] = ends;
+        for tensors in [first..middle, middle..last] {
+            let per_tensor = part.pairs.len();
+            let chosen = tensors.start * per_tensor..tensors.end * per_tensor;
+            for block in part.blocks().take(chosen.end).skip(chosen.start) {
+                for (src, dst, len) in block {
+                    let from = &from[src as usize..][..len as usize];
+                    wanted[dst as usize..][..len as usize].copy_from_slice(from);
+                }
+            }
+            let pairs = &part.pairs;
+            some.push(GatherPart {
+                section,
+                tensors,
+                pairs,
+            });
+        }
+    }
+    whole(table.gather_parts(stream, &some)?.wait(soon())?);
+    assert!(sides.1.read()? == wanted, "{some:?}");
+    Ok(())
 }
 
 #[test]
@@ -614,5 +653,27 @@ fn what_is_not_inside_is_refused_and_nothing_is_copied() -> Outcome {
     assert_eq!(dst.read()?, pattern(1000, 2));
     // The table is as good as before.
     whole(table.gather(&stream, &[all[0], &[]])?.wait(soon())?);
+    Ok(())
+}
+
+#[test]
+fn tensors_that_a_table_does_not_have_are_refused() -> Outcome {
+    let gpu = gpu();
+    let (kernels, stream) = (GpuKernels::load(&gpu)?, Stream::new(&gpu)?);
+    let (src, dst) = (memories(MIB)?, memories(MIB)?);
+    let part = shuffled(256, 8, &mut Random(3));
+    let sides = (&src[0].1, &dst[0].1);
+    let table = table(&kernels, &[part], sides, GatherOptions::default())?;
+    for (section, tensors) in [(0, 0..2), (0, 2..2), (1, 0..0), (0, 0..usize::MAX)] {
+        let (from, to) = (tensors.start, tensors.end);
+        let pairs = &[];
+        let part = GatherPart {
+            section,
+            tensors,
+            pairs,
+        };
+        let found = gather_fault(table.gather_parts(&stream, &[part]));
+        assert_eq!(found, GatherFault::NoSuchTensors { section, from, to });
+    }
     Ok(())
 }

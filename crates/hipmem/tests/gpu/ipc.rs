@@ -164,6 +164,42 @@ fn ones_own_handle_is_refused() -> Outcome {
 }
 
 #[test]
+fn ones_own_handle_leads_to_the_memory_while_it_is_there() -> Outcome {
+    let gpu = gpu();
+    let memory = GpuMemory::new(&gpu, LEN)?;
+    let (part, other) = (memory.slice(1, 2)?, memory.slice(1, 3)?);
+    let handle = part.export()?;
+    let again = IpcHandle::from_bytes(&handle.to_bytes())?;
+    let found = GpuMemory::exported(&again).ok_or("it is not found")?;
+    assert_eq!((found.addr(), found.len()), (memory.addr() + 1, 2));
+    assert_eq!(
+        GpuMemory::exported(&other.export()?).map(|m| m.len()),
+        Some(3)
+    );
+    drop((part, found));
+    assert!(GpuMemory::exported(&handle).is_none());
+    let theirs = Exporter::start()?;
+    assert!(GpuMemory::exported(&theirs.handle).is_none());
+    Ok(())
+}
+
+#[test]
+fn a_token_leads_back_to_the_memory() -> Outcome {
+    let memory = GpuMemory::new(&gpu(), LEN)?;
+    let part = memory.slice(5, 7)?;
+    let found = GpuMemory::of(&part.as_memory()).ok_or("it is not found")?;
+    assert_eq!((found.addr(), found.len()), (memory.addr() + 5, 7));
+    memory.write(5, b"written")?;
+    let mut bytes = [0; 7];
+    kvxfer_hipmem::read(&*part.as_memory(), 0, &mut bytes)?;
+    assert_eq!(&bytes, b"written");
+    assert!(kvxfer_hipmem::read(&*part.as_memory(), 1, &mut bytes).is_err());
+    let host = kvxfer_hipmem::HostBuffer::new(10)?;
+    assert!(GpuMemory::of(&host.memory().as_memory()).is_none());
+    Ok(())
+}
+
+#[test]
 fn a_handle_of_a_process_that_has_ended_is_refused() -> Outcome {
     let handle = Exporter::start()?.end()?;
     let gpu = gpu();

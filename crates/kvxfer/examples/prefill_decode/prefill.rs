@@ -185,14 +185,14 @@ impl Prefill {
                         let pairs = pairs.into_iter().map(|(src, dst)| BlockPair { src, dst });
                         let pairs = pairs.collect();
                         // A part without blocks of this group is an empty list, which is fine.
-                        push.layer(layer, &[GroupPairs { group, pairs }])
+                        push.layer(layer, &[GroupPairs { group, pairs }], None)
                     }
                     // Where the blocks go is not known yet: they wait for the consumer's ticket,
                     // which the consumer sends by itself as soon as it expects the request.
                     None => {
                         let mut blocks = table.blocks(&chunk);
                         blocks.retain(|blocks| blocks.group == group);
-                        push.layer_in_order(layer, &blocks)
+                        push.layer_in_order(layer, &blocks, None)
                     }
                 };
                 match pushed {

@@ -7,16 +7,18 @@
 //! [`Peer::begin_push`](crate::engine::Peer::begin_push).
 
 mod client;
+mod memory;
 mod message;
 mod pattern;
 mod server;
 mod side;
 
 pub use client::BenchClient;
+pub use memory::{BenchMemory, BlockMemory};
 pub use pattern::{Pattern, Plane, scattered_pairs};
 pub(crate) use server::BenchSeat;
 pub use server::hold_to_format;
-pub use side::{BenchMemory, BenchShape, BenchSide, WrongByte};
+pub use side::{BenchShape, BenchSide, WrongByte};
 
 /// For the fuzz targets, which see nothing that is not public.
 #[cfg(fuzzing)]

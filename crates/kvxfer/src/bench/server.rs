@@ -8,8 +8,9 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use tracing::{debug, info, warn};
 
+use super::memory::BenchMemory;
 use super::message::{Answer, Ask, pack};
-use super::side::{BenchMemory, BenchSide};
+use super::side::BenchSide;
 use crate::blocks::GroupBlocks;
 use crate::config::{Config, KvRole};
 use crate::engine::{Engine, Inner, PeerSession, spawn};
@@ -101,7 +102,12 @@ impl BenchSeat {
         placement: &PlacementDesc,
         bytes: u64,
     ) -> Result<Self, Error> {
-        let kind = if describe.fd_backed {
+        let kind = if describe.gpu.is_some() {
+            BenchMemory::Gpu {
+                runtime: host.config.gpu,
+                ordinal: host.config.gpu_device,
+            }
+        } else if describe.fd_backed {
             BenchMemory::Arena
         } else {
             BenchMemory::Anonymous

@@ -1,31 +1,27 @@
 //! One side's memory in a bandwidth test.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use kvxfer_hipmem::{Error as MemoryError, HostArena, HostBuffer, HostMemory, PageInfo};
+use kvxfer_hipmem::gpu::GpuMemory;
+use kvxfer_hipmem::{Error as MemoryError, HostMemory, PageInfo};
 use kvxfer_verbs::Memory;
 
+use super::memory::{BenchMemory, BlockMemory};
 use super::pattern::{Pattern, Plane};
-use crate::blocks::GroupPairs;
+use crate::blocks::{BlockPair, GroupPairs};
 use crate::error::Error;
 use crate::layout::{KvFormat, KvPlacement, Packing, PlacedTensor, PlacementDesc, Topology};
 
 /// Tensors begin at multiples of this.
 const ALIGN: u64 = 4096;
+/// Bytes that are written to a GPU, or read from it, at a time.
+const WINDOW: u64 = 16 << 20;
 /// Bytes that no pattern is likely to hold.
 const POISON: u8 = 0xa5;
-
-/// What kind of memory both sides take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum BenchMemory {
-    /// Arenas, which a peer on this host can map.
-    Arena,
-    /// Anonymous memory, registered by address.
-    Anonymous,
-}
 
 /// What a bandwidth test moves.
 #[derive(Debug, Clone)]
@@ -80,36 +76,12 @@ impl fmt::Display for WrongByte {
 pub struct BenchSide {
     format: KvFormat,
     placement: KvPlacement,
-    memory: Vec<HostMemory>,
-    /// The first memory as it was allocated, which can tell of its pages.
-    first: Option<Backing>,
+    memory: Vec<BlockMemory>,
 }
 
-#[derive(Debug, Clone)]
-enum Backing {
-    Arena(HostArena),
-    Buffer(HostBuffer),
-}
-
-impl Backing {
-    fn memory(&self) -> &HostMemory {
-        match self {
-            Backing::Arena(arena) => arena.memory(),
-            Backing::Buffer(buffer) => buffer.memory(),
-        }
-    }
-}
-
-fn allocate(bytes: &[u64], kind: BenchMemory) -> Result<(Vec<HostMemory>, Option<Backing>), Error> {
-    let one = |&bytes: &u64| -> Result<Backing, MemoryError> {
-        Ok(match kind {
-            BenchMemory::Arena => Backing::Arena(HostArena::new(bytes)?),
-            BenchMemory::Anonymous => Backing::Buffer(HostBuffer::new(bytes)?),
-        })
-    };
-    let all = bytes.iter().map(one).collect::<Result<Vec<_>, _>>()?;
-    let memory = all.iter().map(|backing| backing.memory().clone()).collect();
-    Ok((memory, all.into_iter().next()))
+fn allocate(bytes: &[u64], kind: BenchMemory) -> Result<Vec<BlockMemory>, Error> {
+    let one = |bytes: &u64| BlockMemory::new(kind, *bytes);
+    Ok(bytes.iter().map(one).collect::<Result<_, _>>()?)
 }
 
 impl BenchSide {
@@ -127,14 +99,13 @@ impl BenchSide {
             Packing::OneMemory,
             ALIGN,
         )?;
-        let (memory, first) = allocate(uniform.memory_bytes(), shape.memory)?;
-        let tokens: Vec<Arc<dyn Memory>> = memory.iter().map(HostMemory::as_memory).collect();
+        let memory = allocate(uniform.memory_bytes(), shape.memory)?;
+        let tokens: Vec<Arc<dyn Memory>> = memory.iter().map(BlockMemory::as_memory).collect();
         let placement = uniform.place(&format, tokens)?;
         Ok(Self {
             format,
             placement,
             memory,
-            first,
         })
     }
 
@@ -144,8 +115,8 @@ impl BenchSide {
         desc: &PlacementDesc,
         kind: BenchMemory,
     ) -> Result<Self, Error> {
-        let (memory, first) = allocate(desc.memory_len(), kind)?;
-        let tokens = memory.iter().map(HostMemory::as_memory).collect();
+        let memory = allocate(desc.memory_len(), kind)?;
+        let tokens = memory.iter().map(BlockMemory::as_memory).collect();
         let placement = KvPlacement::with_pools(
             format,
             *desc.topology(),
@@ -157,17 +128,13 @@ impl BenchSide {
             format: format.clone(),
             placement,
             memory,
-            first,
         })
     }
 
     /// Which pages the first memory has, and why no better ones. Not for a hot path.
     #[must_use]
     pub fn pages(&self) -> Option<PageInfo> {
-        Some(match self.first.as_ref()? {
-            Backing::Arena(arena) => arena.pages(),
-            Backing::Buffer(buffer) => buffer.pages(),
-        })
+        self.memory.first()?.pages()
     }
 
     /// The format.
@@ -184,13 +151,17 @@ impl BenchSide {
 
     /// The memories.
     #[must_use]
-    pub fn memory(&self) -> &[HostMemory] {
+    pub fn memory(&self) -> &[BlockMemory] {
         &self.memory
     }
 
-    /// Bytes of one block of a tensor; dense, so also the distance to the next.
-    fn at(&self, tensor: &PlacedTensor, block: u32) -> Option<(&HostMemory, u64, u64)> {
-        let memory = self.memory.get(usize::try_from(tensor.memory).ok()?)?;
+    /// A block of a tensor, if it lies in the host's memory: where it begins, and its bytes; they are dense, so
+    /// that is also the distance to the next.
+    fn on_host(&self, tensor: &PlacedTensor, block: u32) -> Option<(&HostMemory, u64, u64)> {
+        let memory = self
+            .memory
+            .get(usize::try_from(tensor.memory).ok()?)?
+            .host()?;
         let offset = u64::from(block)
             .checked_mul(tensor.block_stride)?
             .checked_add(tensor.offset)?;
@@ -204,8 +175,21 @@ impl BenchSide {
     /// A placement that leaves its memory, which its validation excludes.
     pub fn fill(&self, seed: u64) -> Result<(), Error> {
         for tensor in self.placement.desc().tensors() {
+            for Window {
+                memory,
+                offset,
+                blocks,
+            } in self.windows(tensor)
+            {
+                let stride = usize::try_from(tensor.block_stride).unwrap_or(usize::MAX);
+                let mut bytes = vec![0; stride.saturating_mul(blocks.len())];
+                for (block, bytes) in blocks.zip(bytes.chunks_mut(stride.max(1))) {
+                    Pattern::new(seed, block, plane(tensor)).fill(bytes, 0);
+                }
+                memory.write(offset, &bytes)?;
+            }
             for block in 0..tensor.num_blocks {
-                let Some((memory, offset, len)) = self.at(tensor, block) else {
+                let Some((memory, offset, len)) = self.on_host(tensor, block) else {
                     continue;
                 };
                 let pattern = Pattern::new(seed, block, plane(tensor));
@@ -237,28 +221,87 @@ impl BenchSide {
         let mut bytes = 0;
         for tensor in self.placement.desc().tensors() {
             let of_group = pairs.iter().filter(|group| group.group == tensor.group);
-            for pair in of_group.flat_map(|group| &group.pairs) {
-                let Some((memory, offset, len)) = self.at(tensor, pair.dst) else {
+            let of_group = of_group.flat_map(|group| &group.pairs);
+            let wrong = |pair: &BlockPair, offset| {
+                Error::BenchWrong(WrongByte {
+                    group: tensor.group,
+                    layer: tensor.layer,
+                    tensor: tensor.tensor,
+                    block: pair.dst,
+                    src: pair.src,
+                    offset,
+                })
+            };
+            let mut on_gpu: Vec<&BlockPair> = Vec::new();
+            for pair in of_group {
+                let Some((memory, offset, len)) = self.on_host(tensor, pair.dst) else {
+                    on_gpu.push(pair);
                     continue;
                 };
                 let pattern = Pattern::new(seed, pair.src, plane(tensor));
                 match memory.verify_words(offset, len, |word| pattern.word(word)) {
                     Ok(()) => bytes += len,
                     Err(MemoryError::Mismatch(first)) => {
-                        return Err(Error::BenchWrong(WrongByte {
-                            group: tensor.group,
-                            layer: tensor.layer,
-                            tensor: tensor.tensor,
-                            block: pair.dst,
-                            src: pair.src,
-                            offset: first.offset.saturating_sub(offset),
-                        }));
+                        return Err(wrong(pair, first.offset.saturating_sub(offset)));
                     }
                     Err(error) => return Err(error.into()),
                 }
             }
+            on_gpu.sort_unstable_by_key(|pair| pair.dst);
+            for Window {
+                memory,
+                offset,
+                blocks,
+            } in self.windows(tensor)
+            {
+                let first = on_gpu.partition_point(|pair| pair.dst < blocks.start);
+                let end = on_gpu.partition_point(|pair| pair.dst < blocks.end);
+                let pairs = on_gpu.get(first..end).unwrap_or_default();
+                if pairs.is_empty() {
+                    continue;
+                }
+                let stride = usize::try_from(tensor.block_stride).unwrap_or(usize::MAX);
+                let mut found = vec![0; stride.saturating_mul(blocks.len())];
+                memory.read(offset, &mut found)?;
+                for pair in pairs {
+                    let at = (pair.dst - blocks.start) as usize * stride;
+                    let block = found.get(at..at.saturating_add(stride)).unwrap_or_default();
+                    let pattern = Pattern::new(seed, pair.src, plane(tensor));
+                    if let Some(at) = pattern.first_difference(block, 0) {
+                        return Err(wrong(pair, at as u64));
+                    }
+                    bytes += block.len() as u64;
+                }
+            }
         }
         Ok(bytes)
+    }
+}
+
+/// Blocks of a tensor behind each other in a GPU's memory, as many as are written or read at a time: each call
+/// takes as long as a good many bytes.
+struct Window<'a> {
+    memory: &'a GpuMemory,
+    /// Where the first one begins.
+    offset: u64,
+    blocks: Range<u32>,
+}
+
+impl BenchSide {
+    /// All blocks of a tensor, if they lie in a GPU's memory.
+    fn windows(&self, tensor: &PlacedTensor) -> impl Iterator<Item = Window<'_>> {
+        let memory = usize::try_from(tensor.memory).ok();
+        let memory = memory.and_then(|at| self.memory.get(at)?.gpu());
+        let (offset, stride, count) = (tensor.offset, tensor.block_stride, tensor.num_blocks);
+        let each = u32::try_from((WINDOW / stride.max(1)).max(1)).unwrap_or(u32::MAX);
+        let firsts = (0..count).step_by(each as usize);
+        memory.into_iter().flat_map(move |memory| {
+            firsts.clone().map(move |first| Window {
+                memory,
+                offset: offset.saturating_add(u64::from(first).saturating_mul(stride)),
+                blocks: first..first.saturating_add(each).min(count),
+            })
+        })
     }
 }
 

@@ -5,11 +5,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvxfer_hipmem::gpu::RuntimeChoice;
 use kvxfer_verbs::FaultPlan;
 
 use crate::wire::KvRole;
 
-use super::value::{Any, Bytes, DeviceFilter, IfSet, Listen, Or, PathSet, Rule, Setting, Within};
+use super::value::{
+    Any, Bytes, DeviceFilter, FencePolicy, IfSet, Listen, Or, PathSet, Rule, Setting, Within,
+};
 
 /// One setting.
 #[derive(Debug)]
@@ -110,6 +113,16 @@ keys! {
     /// Whether checksums of what has moved are compared: of this side's pulls and pushes, where a call does
     /// not say otherwise.
     verify: bool = false, Any;
+    /// Fences around what GPUs read and write: as each kind of memory needs them (on), none (off, to find out
+    /// whether they are the cause of something), or with checksums compared as well (verify).
+    fence: FencePolicy = FencePolicy::On, Any;
+    /// Most workgroups of a kernel that moves blocks: an engine wants its compute units.
+    gpu_workgroups: u32 = 0, Or(0, "auto", 1, 1024);
+    /// The runtime by which this side has GPUs of its own accord, for bandwidth tests: HIP, else CUDA (auto),
+    /// one of the two, or a stand-in that is the host.
+    gpu: RuntimeChoice = RuntimeChoice::Auto, Any;
+    /// Which of the GPUs that it sees this side takes then.
+    gpu_device: u32 = 0, Any;
     /// Most bytes under way to one peer.
     max_inflight_bytes: Bytes = Bytes(64 << 20), Within(Bytes(1 << 16), Bytes(1 << 40));
     /// Requests that can be on offer at once.

@@ -16,7 +16,7 @@ pub use crate::wire::{KvRole, PathKind};
 pub use builder::{ConfigBuilder, Place, Row, Source, UnknownKeys};
 pub use error::ConfigError;
 pub use keys::{Config, KEYS, Key};
-pub use value::{Bytes, DeviceFilter, Listen, PathSet};
+pub use value::{Bytes, DeviceFilter, FencePolicy, Listen, PathSet};
 
 use std::fmt::Write;
 
@@ -26,6 +26,11 @@ pub const DEFAULT_PORT: u16 = 7301;
 pub const ENV_PREFIX: &str = "KVXFER_";
 
 impl Config {
+    /// Whether checksums are compared where a call does not say.
+    pub(crate) fn verifies(&self) -> bool {
+        self.verify || self.fence == FencePolicy::Verify
+    }
+
     /// Checks every setting against its rule, and those that must fit each other.
     ///
     /// # Errors

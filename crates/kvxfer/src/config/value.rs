@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use kvxfer_verbs::FaultPlan;
 
+use kvxfer_hipmem::gpu::{RuntimeChoice, RuntimeKind};
+
 use crate::wire::{KvRole, PathKind};
 
 /// A type that a setting can have. Every source (flag, environment, JSON) gives text.
@@ -232,12 +234,56 @@ macro_rules! words {
 words!(KvRole, "kv_producer, kv_consumer or kv_both",
     "kv_producer" => Producer, "kv_consumer" => Consumer, "kv_both" => Both);
 
+impl Setting for RuntimeChoice {
+    const SYNTAX: &'static str = "auto, hip, cuda or host";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+
+    fn show(&self) -> String {
+        match self {
+            Self::Auto => "auto",
+            Self::Only(RuntimeKind::Hip) => "hip",
+            Self::Only(RuntimeKind::Cuda) => "cuda",
+            Self::Only(RuntimeKind::Host) => "host",
+        }
+        .to_owned()
+    }
+}
+
+/// Which fences there are around what GPUs read and write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FencePolicy {
+    /// Those that the kind of memory needs.
+    On,
+    /// None. What is read may be stale.
+    Off,
+    /// Those that are needed, and checksums of everything that has moved are compared.
+    Verify,
+}
+
+impl fmt::Display for FencePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Verify => "verify",
+        })
+    }
+}
+
+words!(FencePolicy, "on, off or verify",
+    "on" => On, "off" => Off, "verify" => Verify);
+
 /// The paths that a configuration can name, in the order in which they are shown.
-const PATHS: [PathKind; 4] = [
+const PATHS: [PathKind; 5] = [
     PathKind::Arena,
     PathKind::ProcessVm,
     PathKind::Tcp,
     PathKind::Rdma,
+    PathKind::Ipc,
 ];
 
 fn path_named(name: &str) -> Option<PathKind> {
@@ -278,7 +324,7 @@ impl PathSet {
 }
 
 impl Setting for PathSet {
-    const SYNTAX: &'static str = "auto, or some of arena, process-vm, tcp, rdma";
+    const SYNTAX: &'static str = "auto, or some of arena, process-vm, tcp, rdma, ipc";
 
     fn read(text: &str) -> Option<Self> {
         if text == "auto" {

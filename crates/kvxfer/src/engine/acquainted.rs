@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use tracing::info;
 
+use super::gpu::GpuPeer;
 use super::lanes::Lanes;
 use super::link::Link;
 use super::pairing::{KnownRail, Pair};
@@ -34,6 +35,8 @@ pub(super) struct Acquainted {
     pub(super) key: PeerKey,
     pub(super) known: Known,
     pub(super) path: PathInfo,
+    /// What can be fetched out of the peer's GPU.
+    pub(super) gpu: Option<GpuPeer>,
     pub(super) notices: bool,
     /// The pairs of rails that both sides count, and the ways over them on RDMA devices.
     pub(super) pairs: Vec<Pair>,
@@ -88,6 +91,7 @@ impl Acquainted {
             generation: describe.generation,
             rails,
             path: self.path,
+            gpu: self.gpu,
             notices: self.notices,
             facts: describe.facts,
             same_host,

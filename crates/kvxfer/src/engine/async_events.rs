@@ -563,7 +563,7 @@ mod tests {
             group: 0,
             pairs: vec![BlockPair { src: 0, dst: 0 }],
         }];
-        push.all_layers(&pairs).expect("fits");
+        push.all_layers(&pairs, None).expect("fits");
         // It is posted by then, and completes later.
         std::thread::sleep(Duration::from_millis(100));
         producer.engine.inner().runtime.rails()[0]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, warn};
 
+use super::gpu::OpenTakes;
 use super::health::Health;
 use super::peer_session::PeerSession;
 use super::verify::{ArrivedSums, Next};
@@ -43,6 +44,8 @@ pub(crate) struct Ledgers {
     pub(crate) tickets: HashMap<RequestId, Ticket>,
     /// Checksums of what is being pushed here.
     pub(crate) sums: ArrivedSums,
+    /// What producers have asked to be fetched from their GPUs.
+    pub(crate) takes: OpenTakes,
     /// What producers asked for before.
     wanted: HashMap<PeerKey, HashSet<RequestId>>,
     stopping: bool,
@@ -83,6 +86,7 @@ impl Books {
                 offered: HashMap::new(),
                 tickets: HashMap::new(),
                 sums: ArrivedSums::default(),
+                takes: OpenTakes::default(),
                 wanted: HashMap::new(),
                 stopping: false,
                 #[cfg(test)]
@@ -388,6 +392,7 @@ impl Ledgers {
     /// A peer is gone: it asks for nothing any more, and tells no checksums.
     pub(crate) fn forget_peer(&mut self, now: Time, engine: &Inner, peer: PeerKey, cause: &Cause) {
         self.wanted.remove(&peer);
+        self.takes.forget_peer(peer);
         for (request, nonce) in self.sums.forget_peer(peer) {
             self.push_checked(now, engine, peer, (&request, nonce), Err(cause.clone()));
         }

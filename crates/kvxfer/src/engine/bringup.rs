@@ -18,6 +18,7 @@ pub(crate) use rebuild::is_rebuilt;
 
 use super::acquainted::{Acquainted, Known};
 use super::description::{consistent, plans};
+use super::gpu::GpuPeer;
 use super::lanes::{Joining, Lanes, Made};
 use super::link::Link;
 use super::observe::shown;
@@ -25,14 +26,14 @@ use super::pairing::{KnownRail, Pair};
 use super::peer_session::PeerSession;
 use crate::bench::BenchSeat;
 use crate::engine::Inner;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::event::PeerName;
 use crate::ids::{EngineId, Rank};
 use crate::layout::{KvFormat, PlacementDesc};
 use crate::ping::ProbeSeat;
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
-use crate::transport::{PathInfo, RdmaLink};
+use crate::transport::{OnGpu, PathInfo, RdmaLink};
 use crate::wire::{Describe, Message, Refusal, Role, SessionId, Side as End, StreamKey, limits};
 
 /// What the driver is to do, in this order.
@@ -66,6 +67,8 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
+    /// What can be fetched out of the peer's GPU.
+    gpu: Option<GpuPeer>,
     /// The rails that the peer is told of, as the runtime numbers them.
     rails: Vec<usize>,
     /// The pairs of rails that are joined, and the ways over them on RDMA devices.
@@ -122,6 +125,7 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
+            gpu: None,
             rails: Vec::new(),
             pairs: Vec::new(),
             links: Vec::new(),
@@ -272,6 +276,44 @@ impl Bringup {
         engine.runtime.is_rdma() || engine.config.enable_notification && theirs
     }
 
+    /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
+    /// cannot be.
+    fn reach_gpu(&mut self, engine: &Inner) -> Result<(), String> {
+        let Some(known) = &self.known else {
+            return Ok(());
+        };
+        let (Some(own), Some(theirs)) = (&engine.gpu, &known.describe.gpu) else {
+            return Ok(());
+        };
+        let own_device = self
+            .rails
+            .first()
+            .and_then(|at| engine.runtime.rail(*at).ok());
+        let devices = own_device.zip(known.rails.first());
+        if !devices.is_some_and(|(own, theirs)| own.context.shares_host(&theirs.device)) {
+            return Err("the peer is on another host".to_owned());
+        }
+        let lengths = known.layout.1.memory_len();
+        let open = |plans| GpuPeer::open(own, (theirs, lengths), plans);
+        match known.pull.as_ref().map(open).transpose() {
+            Ok(gpu) => {
+                self.gpu = gpu;
+                Ok(())
+            }
+            Err(error) => Err(chain(&error)),
+        }
+    }
+
+    /// Which of the two sides have their blocks on a GPU.
+    fn on_gpu(&self, engine: &Inner) -> OnGpu {
+        let there = self
+            .known
+            .as_ref()
+            .is_some_and(|k| k.describe.gpu.is_some());
+        let here = engine.gpu.is_some();
+        OnGpu { here, there }
+    }
+
     /// Joins the lanes of a pair of rails that the peer counts on.
     fn join_counted(
         &mut self,
@@ -315,6 +357,7 @@ impl Bringup {
             key: self.key,
             known,
             path,
+            gpu: self.gpu.take(),
             notices,
             pairs: std::mem::take(&mut self.pairs),
             links: std::mem::take(&mut self.links),

@@ -11,7 +11,9 @@ use tracing::error;
 
 use super::health::Health;
 use crate::blocks::GroupBlocks;
+use crate::error::Error;
 use crate::event::MemoryState;
+use crate::mem::gather::Fence;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::transfer::{Cause, TransferId};
 
@@ -86,6 +88,8 @@ struct State {
 pub(crate) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// The last fence that was put on the reader's stream.
+    fence: Mutex<Option<Arc<Fence>>>,
 }
 
 impl Shared {
@@ -114,6 +118,17 @@ impl Shared {
         drop(state);
         self.changed.notify_all();
         waker
+    }
+
+    /// Puts a fence on the reader's stream and keeps it. The parts of a transfer do so in turn, so that the one that
+    /// is kept is behind the others.
+    pub(crate) fn put_fence(
+        &self,
+        put: impl FnOnce() -> Result<Option<Fence>, Error>,
+    ) -> Result<(), Error> {
+        let mut fence = self.fence.lock().unwrap_or_else(PoisonError::into_inner);
+        *fence = put()?.map(Arc::new);
+        Ok(())
     }
 
     pub(crate) fn has_outcome(&self) -> bool {
@@ -194,6 +209,16 @@ impl Transfer {
     #[must_use]
     pub fn is_released(&self) -> bool {
         !self.health.is_forked() && self.shared.lock().released
+    }
+
+    /// The fence behind which a GPU finds what a pull has brought, if it was given a
+    /// [`stream`](super::PullOptions::stream) and is done: it stands on that stream, so what is put there next
+    /// comes after it; others wait for its [event](Fence::event). [`Fence::wait`] finds out whether it has
+    /// reached all of the GPU's caches.
+    #[must_use]
+    pub fn fence(&self) -> Option<Arc<Fence>> {
+        let fence = self.shared.fence.lock();
+        fence.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What the transfer consisted of and where its time went; zeros before the outcome.

@@ -373,6 +373,16 @@ pub(crate) enum Told {
     },
 }
 
+impl Told {
+    /// What the transfer's handles share.
+    pub(crate) fn shared(&self) -> &Shared {
+        match self {
+            Self::Owner(shared) => shared,
+            Self::Part { joint, .. } => joint.shared(),
+        }
+    }
+}
+
 impl Live {
     /// No worker has taken it. Of a transfer of its own whoever submitted it is told by the error.
     pub(crate) fn not_taken(mut self, cause: Cause) {

@@ -11,6 +11,7 @@ mod connect;
 mod description;
 mod dial;
 mod events;
+mod gpu;
 mod handle;
 mod health;
 mod joint;
@@ -18,6 +19,7 @@ mod lanes;
 mod link;
 #[cfg(test)]
 mod link_tests;
+mod moves;
 pub(crate) mod net;
 mod notices;
 mod observe;
@@ -52,7 +54,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use tracing::{debug, info};
 
-use kvxfer_verbs::{Access, MemoryKind};
+use kvxfer_verbs::{Access, Memory};
 
 pub use crate::transport::check_device;
 pub use api::Engine;
@@ -71,12 +73,13 @@ pub(crate) use wake::poll_timeout;
 
 use books::{Books, not_counted};
 use events::EventQueue;
+use gpu::GpuSide;
 use link::Link;
 use presence::{Met, Presence};
 use push::Pushes;
 use rail::RailMemory;
 use scratch::{Landings, LeaseTable};
-use worker::Live;
+use worker::{Command, Live};
 
 use crate::bench::BenchSeat;
 use crate::blocks::GroupBlocks;
@@ -91,10 +94,11 @@ use crate::plan::Cover;
 use crate::rails::RailSet;
 use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
-use crate::transfer::{Cause, Notice, PeerKey, TransferId};
+use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
-    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, limits,
+    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, Taken,
+    limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -137,6 +141,8 @@ pub(crate) struct Inner {
     pub(crate) format: KvFormat,
     fingerprint: [u8; 32],
     pub(crate) placement: KvPlacement,
+    /// The same memory, where it is a GPU's.
+    pub(crate) gpu: Option<Arc<GpuSide>>,
     /// The memory on each of the runtime's rails.
     pub(crate) rails: Vec<RailMemory>,
     pub(crate) scratch: Landings,
@@ -174,7 +180,14 @@ impl Inner {
         bench_inbox: Option<Sender<Vec<u8>>>,
     ) -> Result<Arc<Self>, Error> {
         placement.desc().validate(&format)?;
-        host_memory(&placement)?;
+        let gpu = GpuSide::of(placement.memory(), &config)?;
+        if let Some(gpu) = gpu.as_ref().filter(|_| runtime.is_rdma()) {
+            let device = runtime.rails().first();
+            return Err(Error::GpuOverRdma {
+                device: device.map_or_else(String::new, |d| d.context.device().name.clone()),
+                gpu: gpu.pci(),
+            });
+        }
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(Error::random)?;
         let generation = Generation(random);
@@ -184,10 +197,15 @@ impl Inner {
         };
         let access = remote_access(config.kv_role);
         let scratch = Landings::new(LANDINGS)?;
-        let scratch_region = u32::try_from(placement.memory().len()).unwrap_or(u32::MAX);
+        // A GPU's memory is moved by the GPU: queue pairs know nothing of it.
+        let registered = match gpu {
+            None => placement.memory(),
+            Some(_) => &[],
+        };
+        let scratch_region = u32::try_from(registered.len()).unwrap_or(u32::MAX);
         let lease_table = LeaseTable::new(config.lease_slots)?;
         let register = |rail: &rail::Rail| {
-            let own = (placement.memory(), access);
+            let own = (registered, access);
             RailMemory::register(&rail.pd, own, scratch.memory(), lease_table.memory())
         };
         let rails = runtime.rails().iter().map(register);
@@ -203,6 +221,7 @@ impl Inner {
             format,
             fingerprint,
             placement,
+            gpu,
             rails,
             scratch,
             scratch_region,
@@ -263,12 +282,10 @@ impl Inner {
         self.claims.claim(who, groups()).map(Some)
     }
 
-    /// Whether all memory has a file that a peer on this host could map.
+    /// Whether all memory that queue pairs reach has a file that a peer on this host could map.
     pub(crate) fn shareable(&self) -> bool {
-        self.placement
-            .memory()
-            .iter()
-            .all(|memory| memory.fd().is_some())
+        let mut memories = self.placement.memory().iter();
+        self.gpu.is_some() || memories.all(|memory| memory.fd().is_some())
     }
 
     /// What peers are told, with these rails.
@@ -278,7 +295,12 @@ impl Inner {
             len: region.len(),
             rkey: region.rkey(),
         };
-        let memories = self.placement.memory().len();
+        let on_gpu = |memory: &Arc<dyn Memory>| RemoteSpan {
+            addr: memory.addr(),
+            len: memory.len(),
+            rkey: 0,
+        };
+        let registered = usize::try_from(self.scratch_region).unwrap_or(usize::MAX);
         let describe = |at: &usize| {
             let rail = self.runtime.rail(*at)?;
             let memory = self.rails.get(*at).ok_or(Error::ShuttingDown)?;
@@ -286,7 +308,10 @@ impl Inner {
             Ok::<_, Error>(RailDesc {
                 place: rail.place,
                 device: Blob::pack("device address", &rail.context.address())?,
-                memories: regions.take(memories).map(span).collect(),
+                memories: match self.gpu {
+                    None => regions.take(registered).map(span).collect(),
+                    Some(_) => self.placement.memory().iter().map(on_gpu).collect(),
+                },
                 leases: memory.leases.regions().first().map(span),
                 scratch: None,
             })
@@ -315,6 +340,7 @@ impl Inner {
                     .map_or(0, |address| address.port()),
             },
             fd_backed: self.shareable(),
+            gpu: self.gpu.as_ref().map(|gpu| gpu.shown().clone()),
         })
     }
 
@@ -480,10 +506,22 @@ impl Inner {
                 return (self.books)
                     .with(self, |books, now| books.push_sums(now, self, peer, sums));
             }
+            Message::Take(take) => return self.take(peer, take),
+            Message::TakeStop(stop) => self.take_stop(peer, stop),
+            Message::Taken(Taken { number, failed }) => {
+                let job = JobId(number);
+                let failed = failed.map(|cause| cause.unpack::<Cause>("cause"));
+                let failed = failed.map(|cause| cause.unwrap_or(Cause::Revoked));
+                if let Some(worker) = self.runtime.worker(job.owner()) {
+                    let peer = Arc::clone(peer);
+                    worker.send(Command::Taken { peer, job, failed });
+                }
+            }
             Message::SumsWanted(wanted) => self.runtime.verifier.asked(self, peer, wanted),
             Message::Sums(sums) => return self.runtime.verifier.answered(self, peer, sums),
             Message::PushAborted(PushAborted { request, nonce, .. })
             | Message::PushClosed(PushClosed { request, nonce, .. }) => {
+                self.nothing_to_take(peer, &request, nonce)?;
                 let closed = self.books.with(self, |books, now| {
                     books.push_closed(now, self, peer.key, (&request, nonce))
                 });
@@ -544,6 +582,7 @@ impl Inner {
         if *sender != peer.name.rank {
             return Err(format!("push done by {sender} from {}", peer.name.rank));
         }
+        self.nothing_to_take(peer, request, nonce)?;
         let all = RailSet::first(peer.rails.len());
         if !rails.is_within(all) {
             return Err(format!("push done over rails {rails} of {all}"));
@@ -559,6 +598,23 @@ impl Inner {
                 Err(refusal) => not_counted(request, &refusal),
             }
         })
+    }
+
+    /// A producer that says that its push has ended must not have blocks fetched any more.
+    fn nothing_to_take(
+        self: &Arc<Self>,
+        peer: &PeerSession,
+        request: &RequestId,
+        nonce: Nonce,
+    ) -> Result<(), String> {
+        let of = (request.clone(), nonce);
+        match self
+            .books
+            .with(self, |books, _| books.takes.any(peer.key, &of))
+        {
+            true => Err("a push ended whose blocks are being fetched".to_owned()),
+            false => Ok(()),
+        }
     }
 
     /// What producers with these covers together do not give.
@@ -661,19 +717,6 @@ impl Inner {
             return Err(Error::RequestName { len });
         }
         Ok(())
-    }
-}
-
-/// A device might register a GPU's. Nobody here would wait for what a producer's kernels still write, nor let a
-/// consumer's see what has arrived.
-fn host_memory(placement: &KvPlacement) -> Result<(), Error> {
-    let mut kinds = placement.memory().iter().map(|memory| memory.kind());
-    match kinds.position(|kind| kind != MemoryKind::Host) {
-        Some(index) => Err(Error::NotHostMemory {
-            index,
-            kind: placement.memory()[index].kind(),
-        }),
-        None => Ok(()),
     }
 }
 

@@ -117,8 +117,9 @@ fn layout(describe: Describe, by_secret: bool) -> Result<PeerLayout, String> {
 /// What an observer is told of all that an engine tells its peers.
 pub(crate) fn shown(describe: Describe) -> Describe {
     Describe {
-        // They tell how a stranger could open a queue pair.
+        // They tell how a stranger could open a queue pair, or a GPU's memory.
         rails: Vec::new(),
+        gpu: None,
         facts: ConfigFacts::default(),
         fd_backed: false,
         ..describe

@@ -280,7 +280,7 @@ fn pushes_of_a_worker_that_panics() {
         let push = back.begin_push(&request).expect("a push");
         producer.fill(SENT);
         for _ in 0..32 {
-            push.all_layers(&all_blocks()).expect("fits");
+            push.all_layers(&all_blocks(), None).expect("fits");
         }
         // The consumer knows then who pushes, and ends what it expects of it.
         consumer.await_sent();
@@ -433,7 +433,7 @@ fn ledgers_over_which_a_thread_panics() {
             group: 0,
             pairs: vec![BlockPair { src: 0, dst: 0 }],
         }];
-        push.layer(0, &pairs).expect("fits");
+        push.layer(0, &pairs, None).expect("fits");
         consumer.await_sent();
         let inner = engine.inner().clone();
         if of_keeper {

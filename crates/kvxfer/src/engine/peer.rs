@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::Inner;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
+use super::moves::Moves;
 use super::net;
 use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
@@ -19,6 +20,7 @@ use crate::claims::{Claim, Claimant, Purpose};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{Nonce, Rank, RequestId};
+use crate::mem::gpu::{Event, Stream};
 use crate::plan::{Cover, LayerScope, Part, Plan, SideName};
 use crate::sums::Summed;
 use crate::ticket::{LeaseRef, Ticket, TicketKind};
@@ -97,6 +99,12 @@ pub struct PullOptions {
     /// pull with [`Cause::Corrupt`](crate::transfer::Cause::Corrupt). Both sides read the blocks once
     /// more for that.
     pub verify: Option<bool>,
+    /// A GPU's work that comes first, such as kernels that still read the destination blocks. It is waited for by
+    /// looking at it, so the transfer's deadline holds whatever becomes of it.
+    pub after: Option<Event>,
+    /// The stream of the kernels that are going to read the blocks: the [fence](Transfer::fence) that they need
+    /// is put there when all has come, before the outcome is told. For memory of a GPU.
+    pub stream: Option<Stream>,
 }
 
 impl Peer {
@@ -276,6 +284,7 @@ impl Peer {
             let src = || group.pairs.iter().map(|pair| pair.src);
             in_ticket(ticket, group.group, group.pairs.len(), src)?;
         }
+        engine.check_reader(&options)?;
         let limits = peer.limits(&plans.common, pairs);
         let plan = plans.common.plan(pairs, LayerScope::All, limits)?;
         let shared = Arc::new(Shared::default());
@@ -286,6 +295,7 @@ impl Peer {
             options.verify,
         )?;
         let mut pull = PlannedPull::new(&peer, ticket, plan, part, begun)?;
+        pull.comes_with(&options);
         let who = Claimant {
             request: &ticket.request,
             purpose: Purpose::Pull,
@@ -404,6 +414,8 @@ pub(crate) struct PlannedPull {
     /// Its destination blocks, unless it is a part of something that has them.
     claim: Option<Claim>,
     begun: Instant,
+    after: Option<Event>,
+    reader: Option<Stream>,
 }
 
 impl PlannedPull {
@@ -436,7 +448,15 @@ impl PlannedPull {
             lease: ticket.lease,
             claim: None,
             begun,
+            after: None,
+            reader: None,
         })
+    }
+
+    /// What it waits for on a GPU, and who waits for it there.
+    pub(crate) fn comes_with(&mut self, options: &PullOptions) {
+        self.after.clone_from(&options.after);
+        self.reader.clone_from(&options.stream);
     }
 
     pub(crate) fn peer(&self) -> &Arc<PeerSession> {
@@ -453,7 +473,7 @@ impl PlannedPull {
         let report = self.plan.report();
         let id = TransferId(engine.runtime.next_id());
         let owner = self.peer.owner(id);
-        let (source, verify) = (self.plan, self.verify);
+        let (plan, after, verify) = (self.plan, self.after, self.verify);
         let verifies = verify.is_some();
         let live = Box::new(Live {
             engine: Arc::clone(engine),
@@ -475,12 +495,13 @@ impl PlannedPull {
             },
             verify,
             claim: self.claim,
+            reader: self.reader,
         });
         let spec = Spec {
             id,
             peer: self.peer.key,
             kind: Kind::Pull {
-                source,
+                source: Arc::new(Moves { plan, after }),
                 check_lease: report.operations > 0,
                 release,
             },
@@ -525,7 +546,7 @@ pub(crate) fn verified(
     (own, part): (SideName, Part),
     wanted: Option<bool>,
 ) -> Result<Option<(Part, Arc<Summed>)>, Error> {
-    if !wanted.unwrap_or(engine.config.verify) {
+    if !wanted.unwrap_or(engine.config.verifies()) {
         return Ok(None);
     }
     let summed = peer.summed(engine, own, part)?;

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use super::gpu::GpuPeer;
 use super::link::Link;
 use super::peer_lanes::{LanePlace, PeerRail};
 use super::worker::{Command, Live, WorkerHandle};
@@ -160,6 +161,8 @@ pub(crate) struct PeerSession {
     /// never empty.
     pub(crate) rails: Vec<PeerRail>,
     pub(crate) path: PathInfo,
+    /// What this rank fetches out of its GPU.
+    pub(crate) gpu: Option<GpuPeer>,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
@@ -259,6 +262,12 @@ impl PeerSession {
     /// A question is done with.
     pub(crate) fn return_sums(&self, weight: u64) {
         self.summing.asked.fetch_sub(weight, Ordering::Relaxed);
+    }
+
+    /// Whether blocks go from GPU to GPU. Then one worker has a whole job, and the queue pairs carry lease checks
+    /// and notices.
+    pub(crate) fn is_ipc(&self) -> bool {
+        self.path.path == PathKind::Ipc
     }
 
     /// Whether the way to it goes over RDMA devices.
@@ -379,8 +388,11 @@ impl PeerSession {
         }
     }
 
-    /// How many workers have lanes.
+    /// How many workers have a part of each of its jobs.
     pub(crate) fn worker_count(&self) -> u16 {
+        if self.is_ipc() {
+            return 1;
+        }
         u16::try_from(self.workers.len()).unwrap_or(u16::MAX)
     }
 
@@ -390,6 +402,8 @@ impl PeerSession {
         match kind {
             MessageKind::PushStart
             | MessageKind::PushSums
+            | MessageKind::Take
+            | MessageKind::TakeStop
             | MessageKind::Sums
             | MessageKind::PushDone
             | MessageKind::PushAborted
@@ -397,6 +411,7 @@ impl PeerSession {
             | MessageKind::Retracted => self.pull.is_some(),
             MessageKind::Release
             | MessageKind::SumsWanted
+            | MessageKind::Taken
             | MessageKind::Announce
             | MessageKind::Revoke => self.push.is_some(),
             _ => true,

@@ -14,6 +14,7 @@ use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
+use super::moves::Moves;
 use super::peer::{in_ticket, sums_of, transfer, verified};
 use super::peer_session::{PeerSession, in_order};
 use super::verify::Verification;
@@ -24,6 +25,7 @@ use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::claims::{Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
+use crate::mem::gpu::Event;
 use crate::plan::{Compiled, LayerScope, Part, Plan, SideName};
 use crate::recent::Recent;
 use crate::sums::Summed;
@@ -48,7 +50,21 @@ pub struct PushOptions {
     pub verify: Option<bool>,
 }
 
-/// Blocks to write, that may have to wait for the ticket.
+/// Blocks to write, that may have to wait for the ticket; and the kernels' work that comes first.
+#[derive(Debug, Clone)]
+pub(crate) struct Layer {
+    pub(crate) blocks: Waiting,
+    pub(crate) after: Option<Event>,
+}
+
+impl Layer {
+    pub(crate) fn new(blocks: Waiting, after: Option<&Event>) -> Self {
+        let after = after.cloned();
+        Self { blocks, after }
+    }
+}
+
+/// What of the blocks, and which.
 #[derive(Debug, Clone)]
 pub(crate) enum Waiting {
     Pairs(LayerScope, Vec<GroupPairs>),
@@ -59,7 +75,7 @@ pub(crate) enum Waiting {
 enum Stage {
     /// The consumer has not sent the ticket.
     Asked {
-        waiting: Vec<Waiting>,
+        waiting: Vec<Layer>,
         committed: bool,
     },
     /// Layers go straight to the worker.
@@ -328,6 +344,7 @@ impl Pushing {
             report: TransferReport::default(),
             verify,
             claim: None,
+            reader: None,
         });
         if let Err(error) = peer.submit(owner, spec, live) {
             engine.pushes.ended(id);
@@ -464,16 +481,16 @@ impl Pushing {
             *stage = Stage::Ended { opened: true };
             return;
         }
-        for layer in waiting {
+        for Layer { blocks, after } in waiting {
             let begun = Instant::now();
-            let plan = match &layer {
+            let plan = match &blocks {
                 Waiting::Pairs(scope, pairs) => self.plan(ticket, *scope, pairs),
                 Waiting::InOrder(scope, src, tokens) => {
                     self.plan_in_order(ticket, *scope, src, tokens.as_ref())
                 }
             };
             match plan.and_then(|plan| self.count_sums(&plan).map(|()| plan)) {
-                Ok(plan) => self.add(plan, begun),
+                Ok(plan) => self.add(plan, after, begun),
                 Err(error) => {
                     debug!(request = %self.request, %error, "push does not fit its ticket");
                     let reason = match error {
@@ -540,11 +557,12 @@ impl Pushing {
     }
 
     /// Hands a plan to the worker; checking and planning began at `begun`.
-    fn add(&self, plan: Plan, begun: Instant) {
+    fn add(&self, plan: Plan, after: Option<Event>, begun: Instant) {
         let runs = plan.report().runs;
+        let plan = Arc::new(plan);
         self.send(Command::AddJob {
             id: self.id,
-            source: Arc::new(plan),
+            source: Moves { plan, after },
             runs,
             prepare: begun.elapsed(),
         });
@@ -572,10 +590,10 @@ impl Pushing {
         src.iter().map(of).collect()
     }
 
-    pub(crate) fn layer(&self, engine: &Inner, layer: Waiting) -> Result<(), Error> {
+    pub(crate) fn layer(&self, engine: &Inner, layer: Layer) -> Result<(), Error> {
         engine.runtime.health.check()?;
         let mut stage = self.stage();
-        let units = self.units(&layer);
+        let units = self.units(&layer.blocks);
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((place, _)) = units
             .iter()
@@ -597,10 +615,10 @@ impl Pushing {
             }),
             Stage::Asked { waiting, .. } => {
                 // What is wrong whatever the ticket says is said now.
-                if let Waiting::Pairs(scope, pairs) = &layer {
+                if let Waiting::Pairs(scope, pairs) = &layer.blocks {
                     self.compile(*scope, pairs)?;
                 }
-                self.claim(engine, &layer)?;
+                self.claim(engine, &layer.blocks)?;
                 waiting.push(layer);
                 written.take(units);
                 Ok(())
@@ -610,15 +628,15 @@ impl Pushing {
                 let begun = Instant::now();
                 // Planned under the lock: layers reach the worker in the order of the calls, and
                 // before the commit.
-                let plan = match &layer {
+                let plan = match &layer.blocks {
                     Waiting::Pairs(scope, pairs) => self.plan(&ticket, *scope, pairs)?,
                     Waiting::InOrder(scope, src, tokens) => {
                         self.plan_in_order(&ticket, *scope, src, tokens.as_ref())?
                     }
                 };
-                self.claim(engine, &layer)?;
+                self.claim(engine, &layer.blocks)?;
                 self.count_sums(&plan)?;
-                self.add(plan, begun);
+                self.add(plan, layer.after, begun);
                 written.take(units);
                 Ok(())
             }
@@ -665,18 +683,25 @@ impl Push {
     }
 
     /// Writes one layer's blocks; `layer` counts over the whole model. May be called several times
-    /// for a layer, with other blocks (chunked prefill).
+    /// for a layer, with other blocks (chunked prefill). They are read when `event` has been reached, which
+    /// stands behind the kernels that make them; without one they must be there now.
+    ///
+    /// The event is waited for by looking at it, so the push's deadline holds whatever becomes of it. Where the
+    /// blocks are a GPU's, the fence follows that other GPUs need to find them.
     ///
     /// # Errors
     ///
     /// [`Error::Plan`], [`Error::NotInTicket`], [`Error::PushEnded`], [`Error::TooManySums`]. What does not fit a ticket
     /// that has yet to come ends the push later, with
     /// [`Refusal::OutOfRange`](crate::transfer::Refusal::OutOfRange).
-    pub fn layer(&self, layer: u32, pairs: &[GroupPairs]) -> Result<(), Error> {
-        self.pushing.layer(
-            &self.engine,
-            Waiting::Pairs(LayerScope::Layer(layer), pairs.to_vec()),
-        )
+    pub fn layer(
+        &self,
+        layer: u32,
+        pairs: &[GroupPairs],
+        event: Option<&Event>,
+    ) -> Result<(), Error> {
+        let blocks = Waiting::Pairs(LayerScope::Layer(layer), pairs.to_vec());
+        self.pushing.layer(&self.engine, Layer::new(blocks, event))
     }
 
     /// The same for a producer that does not know the consumer's blocks: its own, as many as the
@@ -686,11 +711,14 @@ impl Push {
     ///
     /// As [`layer`](Self::layer); lists of unequal length are an [`Error::Plan`]; and
     /// [`Error::WrittenTwice`].
-    pub fn layer_in_order(&self, layer: u32, src: &[GroupBlocks]) -> Result<(), Error> {
-        self.pushing.layer(
-            &self.engine,
-            Waiting::InOrder(LayerScope::Layer(layer), src.to_vec(), None),
-        )
+    pub fn layer_in_order(
+        &self,
+        layer: u32,
+        src: &[GroupBlocks],
+        event: Option<&Event>,
+    ) -> Result<(), Error> {
+        let blocks = Waiting::InOrder(LayerScope::Layer(layer), src.to_vec(), None);
+        self.pushing.layer(&self.engine, Layer::new(blocks, event))
     }
 
     /// Writes all layers' blocks at once.
@@ -698,11 +726,9 @@ impl Push {
     /// # Errors
     ///
     /// As [`layer`](Self::layer).
-    pub fn all_layers(&self, pairs: &[GroupPairs]) -> Result<(), Error> {
-        self.pushing.layer(
-            &self.engine,
-            Waiting::Pairs(LayerScope::All, pairs.to_vec()),
-        )
+    pub fn all_layers(&self, pairs: &[GroupPairs], event: Option<&Event>) -> Result<(), Error> {
+        let blocks = Waiting::Pairs(LayerScope::All, pairs.to_vec());
+        self.pushing.layer(&self.engine, Layer::new(blocks, event))
     }
 
     /// Says that nothing follows. The transfer is done when every byte has been confirmed; the

@@ -180,8 +180,8 @@ fn push(
     let peer = from.engine.peer_of(&name).expect("a session");
     let push = peer.begin_push(&request);
     let push = push.expect("a push");
-    push.layer(0, &pairs()).expect("a layer");
-    push.layer(1, &pairs()).expect("a layer");
+    push.layer(0, &pairs(), None).expect("a layer");
+    push.layer(1, &pairs(), None).expect("a layer");
     let transfer = push.commit().expect("all of it");
     to.await_some(round);
     meanwhile();
@@ -337,7 +337,7 @@ fn loses_its_first_device(path: PathKind, plans: &[&str], kept: bool) -> (Cause,
     };
     let peer = producer.engine.peer_of(&name).expect("a session");
     let push = peer.begin_push(&request).expect("a push");
-    push.layer(0, &pairs()).expect("a layer");
+    push.layer(0, &pairs(), None).expect("a layer");
     consumer.await_some(0);
     consumer.device_fails(0);
     let mut seen = Vec::new();

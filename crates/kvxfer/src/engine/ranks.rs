@@ -12,12 +12,13 @@ use super::instance::Instance;
 use super::joint::{Joint, Told, Whole};
 use super::peer::{Peer, PlannedPull, PullOptions, verified};
 use super::peer_session::{PeerSession, in_order};
-use super::push::{PushOptions, Pushing, Waiting};
+use super::push::{Layer, PushOptions, Pushing, Waiting};
 use crate::block_set::BlockSet;
 use crate::blocks::GroupBlocks;
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::layout::Side;
+use crate::mem::gpu::Event;
 use crate::plan::{Compiled, Cover, LayerScope, Part, SideName, UnitPairs};
 use crate::sums::Summed;
 use crate::ticket::Ticket;
@@ -159,6 +160,7 @@ impl Instance {
                 .map(Peer::engine)
                 .ok_or(Error::NoRanks)?,
         );
+        engine.check_reader(&options)?;
         let mut sessions = Vec::with_capacity(tickets.len());
         let mut away = None;
         for ticket in tickets {
@@ -196,7 +198,9 @@ impl Instance {
             let plan = share.plan_units(&pairs, LayerScope::All, limits)?;
             let side = (SideName::Consumer, Part::Share);
             let summed = verified(&engine, session, side, options.verify)?;
-            parts.push(PlannedPull::new(session, ticket, plan, summed, begun)?);
+            let mut part = PlannedPull::new(session, ticket, plan, summed, begun)?;
+            part.comes_with(&options);
+            parts.push(part);
             if !options.hold {
                 let (request, nonce) = (ticket.request.clone(), ticket.nonce);
                 releases.push((Arc::clone(session), Release { request, nonce }));
@@ -369,7 +373,8 @@ impl RanksPush {
     /// model. `src` are this rank's blocks of the request in token order, from the token at which the
     /// consumers' tickets begin; `tokens` says which of them are to be written, counted from there
     /// (chunked prefill), and `None` all. Its start must lie on a boundary of blocks that both sides
-    /// have; its end is rounded up to one. Nothing is written twice, for nothing orders two writes: keep
+    /// have; its end is rounded up to one. They are read when `event` has been reached, as in
+    /// [`Push::layer`](super::Push::layer). Nothing is written twice, for nothing orders two writes: keep
     /// the tokens of a block that is not full for a later call. A slot of a recurrent state moves whole,
     /// so name its group in one call, when it has its last content.
     ///
@@ -383,12 +388,13 @@ impl RanksPush {
         layer: u32,
         src: &[GroupBlocks],
         tokens: Option<Range<u64>>,
+        event: Option<&Event>,
     ) -> Result<(), Error> {
         let window = self.engine.placement.desc().topology().layers;
         if !window.contains(layer) {
             return Err(crate::plan::PlanError::LayerNotHere { layer, window }.into());
         }
-        self.write(LayerScope::Layer(layer), src, tokens)
+        self.write(LayerScope::Layer(layer), src, tokens, event)
     }
 
     /// Writes all layers' blocks at once.
@@ -396,8 +402,13 @@ impl RanksPush {
     /// # Errors
     ///
     /// As [`layer`](Self::layer).
-    pub fn all_layers(&self, src: &[GroupBlocks], tokens: Option<Range<u64>>) -> Result<(), Error> {
-        self.write(LayerScope::All, src, tokens)
+    pub fn all_layers(
+        &self,
+        src: &[GroupBlocks],
+        tokens: Option<Range<u64>>,
+        event: Option<&Event>,
+    ) -> Result<(), Error> {
+        self.write(LayerScope::All, src, tokens, event)
     }
 
     fn write(
@@ -405,15 +416,16 @@ impl RanksPush {
         scope: LayerScope,
         src: &[GroupBlocks],
         tokens: Option<Range<u64>>,
+        event: Option<&Event>,
     ) -> Result<(), Error> {
-        let blocks = Waiting::InOrder(scope, src.to_vec(), tokens);
+        let layer = Layer::new(Waiting::InOrder(scope, src.to_vec(), tokens), event);
         for part in &self.parts {
-            if let LayerScope::Layer(layer) = scope
-                && !part.has_layer(layer)
+            if let LayerScope::Layer(number) = scope
+                && !part.has_layer(number)
             {
                 continue;
             }
-            part.layer(&self.engine, blocks.clone())?;
+            part.layer(&self.engine, layer.clone())?;
         }
         Ok(())
     }

@@ -15,7 +15,9 @@ use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{EngineId, Generation, Rank};
 use crate::session::{Event, Session};
-use crate::transport::{Choice, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path};
+use crate::transport::{
+    Choice, OnGpu, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path,
+};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer,
     RailDesc, RailEndpoint, Ready, Role, Secret, SessionId, StreamHalf, StreamKey,
@@ -367,6 +369,8 @@ impl Bringup<'_> {
             others: &[],
             local_shareable: true,
             peer_shareable: describe.fd_backed,
+            on_gpu: OnGpu::NONE,
+            unreachable: None,
             allowed: &self.config.path,
         }
         .choose()?;
@@ -518,6 +522,7 @@ fn describe(context: &Context) -> Result<Describe, Error> {
             listen_port: 0,
         },
         fd_backed: true,
+        gpu: None,
     })
 }
 

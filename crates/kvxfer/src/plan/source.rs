@@ -1,5 +1,6 @@
 //! What a transfer is made of: operations that are worked out while they are posted.
 
+use std::any::Any;
 use std::ops::Range;
 
 /// A contiguous part of local memory.
@@ -166,7 +167,7 @@ impl OpList {
 
 /// Operations by index, so that several workers can each claim a range and work it out when they
 /// have room to post it.
-pub trait OpSource: Send + Sync {
+pub trait OpSource: Any + Send + Sync {
     /// How many operations there are.
     fn ops(&self) -> u64;
 

@@ -62,14 +62,14 @@ impl<'a, const N: usize> From<&'a [u32; N]> for Listed<'a> {
 }
 
 /// Which unit of the producer goes to which unit of the consumer, in one group. Made by
-/// [`Compiled::pairs`].
+/// [`Compiled::pairs`] and [`Compiled::paired`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnitPairs {
     pub(super) group: u32,
     pub(super) units: Units,
     /// Unit `block * per_block + index in the block` of both sides; no destination twice.
     pub(super) pairs: Vec<BlockPair>,
-    /// The destination blocks that are written, in part or whole, in token order; none twice.
+    /// The destination blocks that are written, in part or whole; none twice. In token order, if it is known.
     pub(super) blocks: Vec<u32>,
 }
 
@@ -92,7 +92,7 @@ impl UnitPairs {
         self.pairs.is_empty()
     }
 
-    /// The destination blocks that are written, in part or whole, in token order.
+    /// The destination blocks that are written, in part or whole; in token order, if that is known.
     #[must_use]
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
@@ -145,6 +145,34 @@ impl Compiled {
             units,
             pairs: pairs.map(|(src, dst)| BlockPair { src, dst }).collect(),
             blocks: dst.blocks.to_vec(),
+        })
+    }
+}
+
+impl Compiled {
+    /// Units of one group that were paired elsewhere, such as by the other side: numbers as in
+    /// [`Plan::units`](super::Plan::units). That they are there is checked when they are planned.
+    ///
+    /// # Errors
+    ///
+    /// A group that is not there, a destination listed twice.
+    pub fn paired(&self, group: u32, pairs: Vec<BlockPair>) -> Result<UnitPairs, PlanError> {
+        let units = self.group(group)?.units;
+        let per_block = units.consumer.max(1);
+        if let Some(unit) = duplicate(pairs.iter().map(|pair| pair.dst)) {
+            let block = unit / per_block;
+            return Err(PlanError::DuplicateDestination { group, block });
+        }
+        let mut blocks: Vec<u32> = pairs.iter().map(|pair| pair.dst / per_block).collect();
+        if per_block > 1 {
+            blocks.sort_unstable();
+            blocks.dedup();
+        }
+        Ok(UnitPairs {
+            group,
+            units,
+            pairs,
+            blocks,
         })
     }
 }

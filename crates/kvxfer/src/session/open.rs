@@ -127,6 +127,9 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::Take
+            | MessageKind::TakeStop
+            | MessageKind::Taken
             | MessageKind::SumsWanted
             | MessageKind::Sums
             | MessageKind::Revoke
@@ -157,6 +160,9 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::Take
+            | MessageKind::TakeStop
+            | MessageKind::Taken
             | MessageKind::SumsWanted
             | MessageKind::Sums
             | MessageKind::Revoke

@@ -139,6 +139,14 @@ pub enum Cause {
         /// The errno.
         errno: i32,
     },
+    /// A GPU of whoever has the destination refused something or failed; the log there has its words.
+    #[error("{operation}: the GPU's code {code}")]
+    Gpu {
+        /// What was tried.
+        operation: GpuOperation,
+        /// The runtime's code; 0 where it has said nothing.
+        code: u32,
+    },
     /// The queue pair went to the error state and no request was named for it.
     #[error("queue pair failed")]
     LaneFailed,
@@ -269,6 +277,28 @@ pub enum LocalOperation {
     Map,
 }
 
+/// What was tried on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum GpuOperation {
+    /// Waiting for work of the engine's.
+    Wait,
+    /// The fence around what is read or has been written.
+    Fence,
+    /// Copying blocks.
+    Gather,
+}
+
+impl fmt::Display for GpuOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Wait => "waiting for the engine's work on a GPU",
+            Self::Fence => "a fence on a GPU",
+            Self::Gather => "copying blocks between GPUs",
+        })
+    }
+}
+
 impl Cause {
     /// What an engine can do about it.
     #[must_use]
@@ -315,6 +345,7 @@ impl Cause {
             Self::MissingPart { .. }
             | Self::Post { .. }
             | Self::LocalDevice { .. }
+            | Self::Gpu { .. }
             | Self::NoPath
             | Self::ShuttingDown
             | Self::LostWork { .. }

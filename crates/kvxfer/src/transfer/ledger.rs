@@ -91,7 +91,7 @@ impl Transfers {
             peers: HashMap::new(),
             out: VecDeque::new(),
             // Ids of different owners never meet.
-            next_job: u64::from(cfg.owner) << 48,
+            next_job: JobId::first_of(cfg.owner).0,
             last_token: 0,
             held_up: HashMap::new(),
         }

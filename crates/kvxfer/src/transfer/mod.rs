@@ -28,7 +28,9 @@ mod scheduler;
 mod testing;
 
 pub use batch::{Batch, WorkRequest};
-pub use cause::{Cause, Class, CompletionStatus, Corrupt, LocalOperation, QpEvent, Refusal};
+pub use cause::{
+    Cause, Class, CompletionStatus, Corrupt, GpuOperation, LocalOperation, QpEvent, Refusal,
+};
 pub use error::TransferError;
 pub use job::{Direction, Job, JobError, JobReport};
 pub use lane::{LaneId, LaneLimits};
@@ -55,6 +57,18 @@ pub struct TransferId(pub u64);
 )]
 #[serde(transparent)]
 pub struct JobId(pub u64);
+
+impl JobId {
+    /// The first job of a ledger.
+    pub(crate) const fn first_of(owner: u16) -> Self {
+        Self((owner as u64) << 48)
+    }
+
+    /// The tag of the ledger that has named it.
+    pub(crate) const fn owner(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+}
 
 /// One life of one remote rank. A peer that restarts gets a new key.
 #[derive(

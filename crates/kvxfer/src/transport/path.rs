@@ -10,8 +10,9 @@ use crate::config::PathSet;
 use crate::error::{Error, chain};
 use crate::wire::{Candidate, PathKind};
 
-/// The paths that are looked at, the preferred first.
-const PREFERENCE: [PathKind; 4] = [
+/// The paths that are looked at, the preferred first. The first is for memory of GPUs alone.
+const PREFERENCE: [PathKind; 5] = [
+    PathKind::Ipc,
     PathKind::Rdma,
     PathKind::Arena,
     PathKind::ProcessVm,
@@ -35,10 +36,11 @@ pub struct PathInfo {
     pub skipped: Vec<SkippedRail>,
 }
 
-/// The soft device's name for a path inside a host.
+/// The soft device's name for a path inside a host. Where blocks go from GPU to GPU, lease slots and notices go by
+/// shared memory.
 pub(crate) fn soft_path(path: PathKind) -> Option<SoftPath> {
     match path {
-        PathKind::Arena => Some(SoftPath::Arena),
+        PathKind::Arena | PathKind::Ipc => Some(SoftPath::Arena),
         PathKind::ProcessVm => Some(SoftPath::ProcessVm),
         _ => None,
     }
@@ -70,6 +72,40 @@ pub(crate) fn gid_towards(
     Ok(choice)
 }
 
+/// Which of two sides have their blocks on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OnGpu {
+    pub(crate) here: bool,
+    pub(crate) there: bool,
+}
+
+impl OnGpu {
+    pub(crate) const NONE: Self = Self {
+        here: false,
+        there: false,
+    };
+
+    /// The same in the words of the other side.
+    pub(crate) fn seen_from_there(self) -> Self {
+        Self {
+            here: self.there,
+            there: self.here,
+        }
+    }
+
+    /// Why a path does not carry the blocks of these two.
+    pub(crate) fn why_not(self, path: PathKind) -> Option<&'static str> {
+        let ipc = path == PathKind::Ipc;
+        match (self.here == ipc, self.there == ipc) {
+            (true, true) => None,
+            (false, _) if ipc => Some("this side's memory is the host's"),
+            (false, _) => Some("this side's memory is a GPU's"),
+            (true, false) if ipc => Some("the peer's memory is the host's"),
+            (true, false) => Some("the peer's memory is a GPU's"),
+        }
+    }
+}
+
 /// What one side knows of both when it chooses.
 #[derive(Debug)]
 pub(crate) struct Choice<'a> {
@@ -81,6 +117,9 @@ pub(crate) struct Choice<'a> {
     /// Whether all memory of this side, and of the peer, has a file that the other may map.
     pub(crate) local_shareable: bool,
     pub(crate) peer_shareable: bool,
+    pub(crate) on_gpu: OnGpu,
+    /// Why this side cannot fetch blocks out of the peer's GPU, if it has to.
+    pub(crate) unreachable: Option<String>,
     /// The paths that the configuration allows.
     pub(crate) allowed: &'a PathSet,
 }
@@ -92,8 +131,10 @@ impl Choice<'_> {
     ///
     /// [`Error::NoPath`] with every candidate's reason.
     pub(crate) fn choose(&self) -> Result<PathInfo, Error> {
+        let any_gpu = self.on_gpu != OnGpu::NONE;
         let candidates: Vec<Candidate> = PREFERENCE
             .into_iter()
+            .filter(|path| *path != PathKind::Ipc || any_gpu)
             .map(|path| Candidate {
                 path,
                 why_not: self.why_not(path),
@@ -110,6 +151,7 @@ impl Choice<'_> {
             PathKind::ProcessVm => "same host, memory registered by address".to_owned(),
             PathKind::Tcp => "no faster path leads to the peer".to_owned(),
             PathKind::Rdma => "both sides use RDMA devices".to_owned(),
+            PathKind::Ipc => "same node, and this side's GPU reaches the peer's memory".to_owned(),
             other => format!("{other} leads to the peer"),
         };
         Ok(PathInfo {
@@ -126,6 +168,10 @@ impl Choice<'_> {
             _ if !self.allowed.allows(path) => {
                 Some("the configuration does not allow it".to_owned())
             }
+            _ if self.on_gpu.why_not(path).is_some() => {
+                self.on_gpu.why_not(path).map(ToOwned::to_owned)
+            }
+            PathKind::Ipc if self.unreachable.is_some() => self.unreachable.clone(),
             PathKind::Rdma if !is_rdma(self.context.device().kind) => Some(
                 "this engine uses the software device: name RDMA devices, or this path alone"
                     .to_owned(),
@@ -149,13 +195,13 @@ impl Choice<'_> {
                 Some(format!("the peer uses its RDMA device {name}"))
             }
             PathKind::Tcp => None,
-            PathKind::Arena if !self.local_shareable => {
+            PathKind::Arena | PathKind::Ipc if !self.local_shareable => {
                 Some("this side's memory has no file that the peer could map".to_owned())
             }
-            PathKind::Arena if !self.peer_shareable => {
+            PathKind::Arena | PathKind::Ipc if !self.peer_shareable => {
                 Some("the peer's memory has no file that could be mapped".to_owned())
             }
-            PathKind::Arena | PathKind::ProcessVm => {
+            PathKind::Arena | PathKind::ProcessVm | PathKind::Ipc => {
                 let soft = soft_path(path)?;
                 self.context
                     .probe(self.peer, soft)

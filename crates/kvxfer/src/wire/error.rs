@@ -125,6 +125,12 @@ pub enum WireError {
         /// Those it should be one of.
         rails: RailSet,
     },
+    /// Bytes that should be pairs of units.
+    #[error("{len} bytes of pairs of units, which are 8 bytes each, and at least one")]
+    BadPairs {
+        /// How many there are.
+        len: usize,
+    },
     /// A text with control characters.
     #[error("{what} holds control characters")]
     BadText {

@@ -11,9 +11,9 @@ use crate::rails::RailSet;
 use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
 use super::parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, KvRole, PathKind, RailDesc, RailEndpoint,
-    Refusal, SumsOf, bounded, check_candidates, check_endpoints, check_sums, check_units, clean,
-    limits, text,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
+    RailEndpoint, Refusal, SumsOf, TakeOf, bounded, check_candidates, check_endpoints, check_sums,
+    check_units, clean, limits, text,
 };
 use super::{pack, unpack};
 
@@ -142,6 +142,12 @@ messages! {
     0x29 Sums LARGE;
     /// Checksums of a push.
     0x2a PushSums LARGE;
+    /// The producer asks the consumer to fetch blocks of a push from its GPU.
+    0x2b Take LARGE;
+    /// The producer wants blocks fetched no more.
+    0x2c TakeStop SMALL;
+    /// The consumer fetches no more of what it was asked to.
+    0x2d Taken SMALL;
     /// A benchmark's own message.
     0x30 Bench LARGE;
     /// The session ends in good order.
@@ -181,6 +187,9 @@ pub struct Describe {
     pub facts: ConfigFacts,
     /// Whether all of its memories are files that can be shared.
     pub fd_backed: bool,
+    /// By what other processes of the node open its memories, if they are a GPU's; the rails then have no keys
+    /// for them.
+    pub gpu: Option<GpuDesc>,
 }
 
 impl Describe {
@@ -192,7 +201,8 @@ impl Describe {
         bounded("format size", self.format.len(), limits::FORMAT)?;
         bounded("placement size", self.placement.len(), limits::PLACEMENT)?;
         bounded("number of rails", self.rails.len(), limits::RAILS)?;
-        self.rails.iter().try_for_each(RailDesc::check)
+        self.rails.iter().try_for_each(RailDesc::check)?;
+        self.gpu.iter().try_for_each(GpuDesc::check)
     }
 }
 
@@ -301,7 +311,7 @@ macro_rules! unchecked {
         }
     )*};
 }
-unchecked!(Ready Ping Pong Goodbye);
+unchecked!(Ready Ping Pong TakeStop Goodbye);
 
 /// The reader has finished with an offer, whether it read or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -513,6 +523,61 @@ impl PushSums {
         match len > 0 && (len / 8).is_multiple_of(self.of.units.len()) {
             true => Ok(()),
             false => Err(WireError::BadSums { len }),
+        }
+    }
+}
+
+/// Asks the consumer to fetch blocks of a push out of the producer's GPU, which has finished them. Answered with
+/// [`Taken`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Take {
+    /// The producer's number for this.
+    pub number: u64,
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// The layer; `None`: all layers that the two ranks exchange.
+    pub layer: Option<u32>,
+    /// The blocks, by group.
+    pub of: Vec<TakeOf>,
+    /// The bytes that the producer finds them to be.
+    pub bytes: u64,
+}
+
+impl Take {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        bounded("number of unit lists", self.of.len(), limits::UNIT_LISTS)?;
+        let mut units = 0_usize;
+        for of in &self.of {
+            units = units.saturating_add(of.check()?);
+        }
+        bounded("number of units", units, limits::UNITS)
+    }
+}
+
+/// The producer wants the blocks of a [`Take`] fetched no more. That is answered all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeStop {
+    /// The number of it.
+    pub number: u64,
+}
+
+/// Nothing more of a [`Take`] is fetched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// The number of it.
+    pub number: u64,
+    /// The encoded cause why not all has been fetched; `None`: all has.
+    pub failed: Option<Blob>,
+}
+
+impl Taken {
+    fn check(&self) -> Result<(), WireError> {
+        match &self.failed {
+            Some(cause) => bounded("cause size", cause.len(), limits::CAUSE),
+            None => Ok(()),
         }
     }
 }

@@ -33,6 +33,8 @@ pub mod limits {
     pub const ENDPOINT: usize = 1024;
     /// Bytes of a ticket.
     pub const TICKET: usize = 8 << 20;
+    /// Bytes of a handle of a GPU's memory.
+    pub const HANDLE: usize = 512;
     /// Bytes of an encoded cause.
     pub const CAUSE: usize = 4096;
     /// Units that checksums are asked for at once.
@@ -145,6 +147,45 @@ pub(crate) fn check_units<'a>(
     }
     bounded("number of unit lists", count, limits::UNIT_LISTS)?;
     bounded("number of units", units, limits::UNITS)
+}
+
+/// Units of one group that a consumer is to fetch, with what they are at the producer and at the consumer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeOf {
+    /// Index of the cache group.
+    pub group: u32,
+    /// The producer's unit, then the consumer's, 4 bytes each, the lowest first; and so on.
+    pub pairs: Blob,
+}
+
+impl TakeOf {
+    /// Packs pairs of units.
+    pub(crate) fn new(group: u32, pairs: impl Iterator<Item = (u32, u32)>) -> Self {
+        let bytes = pairs.flat_map(|(src, dst)| {
+            let pair = u64::from(dst) << 32 | u64::from(src);
+            pair.to_le_bytes()
+        });
+        let pairs = Blob(bytes.collect());
+        Self { group, pairs }
+    }
+
+    /// The pairs: the producer's unit and the consumer's.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the halves are what is wanted"
+    )]
+    pub(crate) fn pairs(&self) -> impl ExactSizeIterator<Item = (u32, u32)> + '_ {
+        unpack_sums(&self.pairs).map(|pair| (pair as u32, (pair >> 32) as u32))
+    }
+
+    /// How many pairs there are.
+    pub(crate) fn check(&self) -> Result<usize, WireError> {
+        let len = self.pairs.len();
+        match len > 0 && len.is_multiple_of(8) {
+            true => Ok(len / 8),
+            false => Err(WireError::BadPairs { len }),
+        }
+    }
 }
 
 /// Checksums as they travel: 8 bytes each, the lowest first.
@@ -321,6 +362,29 @@ impl RailDesc {
         self.memories.iter().try_for_each(|m| m.check("memory"))?;
         (self.leases.iter()).try_for_each(|m| m.check("lease table"))?;
         (self.scratch.iter()).try_for_each(|m| m.check("scratch region"))
+    }
+}
+
+/// By what other processes of the node open a rank's memories on its GPU.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuDesc {
+    /// A handle for each memory, in the order of the placement's indices, as
+    /// [`IpcHandle::to_bytes`](crate::mem::gpu::IpcHandle::to_bytes) makes them.
+    pub handles: Vec<Blob>,
+}
+
+impl GpuDesc {
+    pub(crate) fn check(&self) -> Result<(), WireError> {
+        bounded("number of memories", self.handles.len(), limits::MEMORIES)?;
+        let mut sizes = self.handles.iter().map(Blob::len);
+        sizes.try_for_each(|len| bounded("size of a memory's handle", len, limits::HANDLE))
+    }
+}
+
+impl fmt::Debug for GpuDesc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Who has one can read and write the memory: like keys, they are never logged.
+        write!(f, "GpuDesc({} handles)", self.handles.len())
     }
 }
 

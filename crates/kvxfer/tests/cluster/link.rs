@@ -429,6 +429,7 @@ impl World {
                 listen_port: 0,
             },
             fd_backed: true,
+            gpu: None,
         }
     }
 

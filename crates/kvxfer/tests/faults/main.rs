@@ -222,7 +222,7 @@ pub(crate) fn pushes_to(instance: &Instance, child: &mut Child, request: &str) {
         let Ok(push) = instance.begin_push(&RequestId::from(request.as_str())) else {
             return false;
         };
-        let fits = push.all_layers(&pairs((0..8).map(|b| (b, b))));
+        let fits = push.all_layers(&pairs((0..8).map(|b| (b, b))), None);
         let transfer = push.commit().expect("its outcome tells");
         let done = transfer.wait(LONG) == Some(Outcome::Done);
         let said = child.outcome(&request);

@@ -27,7 +27,7 @@ fn consumer_struck_while_pushed_to(path: PathKind, fault: Fault) {
     };
     let push = instance.begin_push_with(&request, options).expect("a push");
     for _ in 0..TIMES {
-        push.all_layers(&all_blocks()).expect("fits");
+        push.all_layers(&all_blocks(), None).expect("fits");
     }
     let transfers = [push.commit().expect("committed")];
     std::thread::sleep(Duration::from_millis(20));
@@ -80,6 +80,16 @@ fn tcp_write_consumer_killed() {
 #[test]
 fn tcp_write_consumer_stopped() {
     consumer_struck_while_pushed_to(PathKind::Tcp, Fault::Stop);
+}
+
+#[test]
+fn ipc_write_consumer_killed() {
+    consumer_struck_while_pushed_to(PathKind::Ipc, Fault::Kill);
+}
+
+#[test]
+fn ipc_write_consumer_stopped() {
+    consumer_struck_while_pushed_to(PathKind::Ipc, Fault::Stop);
 }
 
 #[test]

@@ -178,7 +178,7 @@ fn a_peer_that_restarts_again_and_again() {
             );
             let to = RequestId::from(format!("to-{life}"));
             let pushing = instance.begin_push(&to).expect("a push");
-            pushing.all_layers(&pairs([(0, 16)])).expect("fits");
+            pushing.all_layers(&pairs([(0, 16)]), None).expect("fits");
             // Begun, and never committed.
             node.fill_blocks(8..16, POISON);
             child.begin_at(&node.name(), &request.0, 8..16);

@@ -126,7 +126,7 @@ fn notices_that_are_lies() {
         .expect(&request, &groups(24..28), 1, LONG)
         .expect("room");
     let push = world.instance.begin_push(&request).expect("a push");
-    push.layer(0, &pairs((0..4).map(|b| (b, b + 24))))
+    push.layer(0, &pairs((0..4).map(|b| (b, b + 24))), None)
         .expect("fits");
     let notice = |liar: &Liar, change: fn(&mut PushDone)| {
         let mut done = PushDone {
@@ -195,7 +195,7 @@ fn notices_that_are_lies() {
         assert_eq!(liar.notify(&bytes).status, WcStatus::Success);
     }
     drop((first, liar));
-    push.layer(1, &pairs((0..4).map(|b| (b, b + 24))))
+    push.layer(1, &pairs((0..4).map(|b| (b, b + 24))), None)
         .expect("fits");
     assert_eq!(
         push.commit().expect("not ended").wait(LONG),

@@ -194,6 +194,7 @@ impl Liar {
                 ..ConfigFacts::default()
             },
             fd_backed: true,
+            gpu: None,
         }
     }
 

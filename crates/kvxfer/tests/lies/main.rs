@@ -17,5 +17,6 @@ mod queue_pairs;
 mod reasons;
 mod strangers;
 mod sums;
+mod takes;
 mod wire;
 mod world;

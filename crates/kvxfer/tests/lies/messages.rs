@@ -137,7 +137,7 @@ fn pushes_of_another() {
             .expect(&request, &groups(24..28), 1, LONG)
             .expect("room");
         let push = world.instance.begin_push(&request).expect("a push");
-        push.layer(0, &pairs((0..4).map(|b| (b, b + 24))))
+        push.layer(0, &pairs((0..4).map(|b| (b, b + 24))), None)
             .expect("fits");
         let mut liar = liar(&world);
         let nonce = ticket.nonce;
@@ -215,7 +215,7 @@ fn pushes_of_another() {
                 }
             }
         }
-        push.layer(1, &pairs((0..4).map(|b| (b, b + 24))))
+        push.layer(1, &pairs((0..4).map(|b| (b, b + 24))), None)
             .expect("fits");
         let sent = push.commit().expect("not ended").wait(LONG);
         assert_eq!(sent, Some(Outcome::Done), "lie {lie}");
@@ -264,7 +264,7 @@ fn a_flood_of_pushes() {
     }
     assert_eq!(refused, 2 * (asked - 1024));
     let push = world.instance.begin_push(&request).expect("a push");
-    push.all_layers(&pairs((0..4).map(|b| (b, b + 24))))
+    push.all_layers(&pairs((0..4).map(|b| (b, b + 24))), None)
         .expect("fits");
     let sent = push.commit().expect("not ended");
     // It waits for its expectation and is not refused.
@@ -325,7 +325,7 @@ fn announcements_of_another() {
     assert!(matches!(answer, Some(Message::PushClosed(_))), "{answer:?}");
     world.target.fill_blocks(0..4, 0x7171);
     let push = back.begin_push(&request).expect("a push");
-    push.all_layers(&pairs((0..4).map(|b| (b, b))))
+    push.all_layers(&pairs((0..4).map(|b| (b, b))), None)
         .expect("fits");
     let sent = push.commit().expect("not ended").wait(LONG);
     assert_eq!(
@@ -443,7 +443,8 @@ fn a_ticket_that_does_not_fit() {
         until("the liar is up", || engine.peer_of(&liar.name).is_some());
         let instance = engine.peer_of(&liar.name).expect("up");
         let push = instance.begin_push(&request).expect("a push");
-        push.layer_in_order(0, &groups(0..2)).expect("who knows");
+        push.layer_in_order(0, &groups(0..2), None)
+            .expect("who knows");
         let Message::PushStart(start) = liar.wire.hear_kind(MessageKind::PushStart) else {
             unreachable!("that kind");
         };

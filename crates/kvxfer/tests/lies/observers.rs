@@ -39,6 +39,7 @@ fn an_observer_is_told_nothing_to_reach_memory_by() {
         rails: Vec::new(),
         facts: ConfigFacts::default(),
         fd_backed: false,
+        gpu: None,
         ..all.clone()
     };
     assert_eq!(shown, wanted);

@@ -56,8 +56,13 @@ impl World {
         let name = format!("kvxfer-lies-{}", std::process::id());
         let file = SecretFile(std::env::temp_dir().join(name));
         std::fs::write(&file.0, WORDS).expect("a secret");
+        // Both have memory of the kind that the path wants.
+        let memory = match path {
+            PathKind::Ipc => PathKind::Ipc,
+            _ => PathKind::Arena,
+        };
         let side = |path: Option<PathKind>| -> Recipe {
-            let either = recipe(KvRole::Both, PathKind::Arena, BLOCK, BLOCKS);
+            let either = recipe(KvRole::Both, memory, BLOCK, BLOCKS);
             either.with(|config| {
                 config.path = path.map_or_else(|| Config::default().path, PathSet::only);
                 config.secret_file = Some(file.0.clone());
@@ -119,7 +124,7 @@ impl World {
         let request = RequestId::from(format!("push-{word:x}"));
         let push = self.instance.begin_push(&request).expect("a push");
         let written = pairs((16..24).map(|b| (b, b + 8)));
-        push.all_layers(&written).expect("in range");
+        push.all_layers(&written, None).expect("in range");
         let expected = target.engine.expect(&request, &groups(24..32), 1, LONG);
         expected.expect("an expectation");
         let sent = push.commit().expect("not ended").wait(LONG);

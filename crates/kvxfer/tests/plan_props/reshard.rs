@@ -23,14 +23,46 @@ fn limits(tape: &mut Tape) -> PlanLimits {
     }
 }
 
-/// Carries a plan out. Each operation must name the blocks that it writes, once each.
+/// The bytes that a plan copies, by destination and source, told as a kernel is told them.
+fn scattered(compiled: &Compiled, plan: &Plan, role: Role) -> Vec<(u64, u64)> {
+    assert!(plan.is_of(compiled));
+    let classes = compiled.scattered().expect("few blocks");
+    let mut bytes = Vec::new();
+    for part in plan.scattered().expect("few blocks") {
+        let class = &classes[part.class];
+        let tensors: Vec<_> = class.tensors().collect();
+        for (remote_at, local_at) in &tensors[part.tensors] {
+            assert_eq!((remote_at.0, local_at.0), (0, 0), "one memory a rank");
+            for (remote, local) in &part.pairs {
+                assert!(*remote < class.remote_steps && *local < class.local_steps);
+                let remote = remote_at.1 + u64::from(*remote) * class.remote_step;
+                let local = local_at.1 + u64::from(*local) * class.local_step;
+                for (of_remote, of_local, len) in class.pieces() {
+                    bytes.extend((0..len).map(|i| {
+                        let (there, here) = (remote + of_remote + i, local + of_local + i);
+                        match role {
+                            Role::Pull => (here, there),
+                            Role::Push => (there, here),
+                        }
+                    }));
+                }
+            }
+        }
+    }
+    bytes.sort_unstable();
+    bytes
+}
+
+/// Carries a plan out. Each operation must name the blocks that it writes, once each; and a kernel that copies
+/// blocks must be told of the same bytes.
 fn run(
-    plan: &Plan,
+    (compiled, plan): (&Compiled, &Plan),
     (from, role): (usize, Role),
     tape: &mut Tape,
     consumer: &BTreeMap<u64, (crate::cluster::Meaning, (u32, u32))>,
     arrived: &mut Arrived,
 ) {
+    let mut copied = Vec::new();
     for batch in batches(tape, plan.ops()) {
         let mut index = batch.start;
         plan.emit(batch, &mut |op| {
@@ -46,6 +78,7 @@ fn run(
                     let (_, block) = consumer.get(&dst).expect("a byte nobody asked for");
                     blocks.insert(*block);
                     arrived.entry(dst).or_default().push((from, src));
+                    copied.push((dst, src));
                 }
                 remote += u64::from(piece.len);
             }
@@ -56,6 +89,8 @@ fn run(
             index += 1;
         });
     }
+    copied.sort_unstable();
+    assert_eq!(copied, scattered(compiled, plan, role));
 }
 
 pub(crate) fn pairs(compiled: &Compiled, cluster: &Cluster) -> Vec<UnitPairs> {
@@ -120,7 +155,7 @@ proptest! {
                     match one.plan_units(&pairs, scope, limits) {
                         Ok(plan) => {
                             prop_assert!(!one.is_empty() || plan.ops() == 0);
-                            run(&plan, (from, role), &mut tape, &needed, &mut arrived);
+                            run((&one, &plan), (from, role), &mut tape, &needed, &mut arrived);
                         }
                         // Only where no group that has this layer was asked for.
                         Err(error) => {

@@ -123,7 +123,7 @@ impl Pair {
             .expect(&request, &blocks, 1, deadline + LONG)
             .expect("nothing of an earlier push is left");
         for _ in 0..times {
-            push.all_layers(table)?;
+            push.all_layers(table, None)?;
         }
         Ok((request, push.commit()?))
     }

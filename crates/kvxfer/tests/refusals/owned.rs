@@ -128,7 +128,7 @@ fn what_is_read_is_not_written() {
     let push = instance
         .begin_push(&RequestId::from("p"))
         .expect("it begins");
-    let refused = in_use(push.all_layers(&pairs([(5, 20)])));
+    let refused = in_use(push.all_layers(&pairs([(5, 20)]), None));
     names(&refused, 5, "p", "a", Purpose::Pull);
     assert_eq!(
         pulling.outcome(),
@@ -139,7 +139,7 @@ fn what_is_read_is_not_written() {
     offered(&second, "o", 5).expect("an offer");
     // Two that read go together.
     offered(&second, "o2", 5).expect("an offer");
-    push.all_layers(&pairs([(5, 20)]))
+    push.all_layers(&pairs([(5, 20)]), None)
         .expect("its outcome is out");
 
     let again = offer(&first, "b", 9);
@@ -178,7 +178,7 @@ fn an_expected_block_is_not_pulled_into() {
     );
     let push = back(&producer, &consumer).begin_push(&request);
     let push = push.expect("it begins");
-    push.all_layers(&pairs([(3, 5)])).expect("planned");
+    push.all_layers(&pairs([(3, 5)]), None).expect("planned");
     let push = push.commit().expect("committed");
     assert_eq!(push.wait(LONG), Some(Outcome::Done));
     Log::new(&consumer.engine).wait(

@@ -23,27 +23,41 @@ fn pushes_that_do_not_fit() {
         .expect("an expectation");
     let push = back.begin_push(&request).expect("a push");
     let text = |error: Error| chain(&error);
-    let beyond = text(push.layer(0, &pairs([(BLOCKS, 4)])).expect_err("beyond"));
+    let beyond = text(
+        push.layer(0, &pairs([(BLOCKS, 4)]), None)
+            .expect_err("beyond"),
+    );
     assert!(
         beyond.contains(&format!("producer block {BLOCKS}")),
         "{beyond}"
     );
-    let beyond = text(push.layer(0, &pairs([(0, BLOCKS)])).expect_err("beyond"));
+    let beyond = text(
+        push.layer(0, &pairs([(0, BLOCKS)]), None)
+            .expect_err("beyond"),
+    );
     assert!(beyond.contains(&BLOCKS.to_string()), "{beyond}");
-    let twice = text(push.layer(0, &pairs([(0, 4), (1, 4)])).expect_err("twice"));
+    let twice = text(
+        push.layer(0, &pairs([(0, 4), (1, 4)]), None)
+            .expect_err("twice"),
+    );
     assert!(twice.contains("block 4"), "{twice}");
-    let layer = text(push.layer(9, &pairs([(0, 4)])).expect_err("no such layer"));
+    let layer = text(
+        push.layer(9, &pairs([(0, 4)]), None)
+            .expect_err("no such layer"),
+    );
     assert!(layer.contains("layer 9"), "{layer}");
-    push.layer(0, &pairs([(0, 4)])).expect("fits");
+    push.layer(0, &pairs([(0, 4)]), None).expect("fits");
     // The ticket has come when the bytes have.
     until("bytes", || consumer.first_word(4) != POISON);
-    let error = push.layer(1, &pairs([(0, 7)])).expect_err("not expected");
+    let error = push
+        .layer(1, &pairs([(0, 7)]), None)
+        .expect_err("not expected");
     assert!(
         matches!(error, Error::NotInTicket { block: 7, .. }),
         "{error}"
     );
     let error = push
-        .layer_in_order(1, &groups([0, 1]))
+        .layer_in_order(1, &groups([0, 1]), None)
         .expect_err("two for three");
     let Error::Plan(PlanError::Lengths {
         producer_blocks: 2,
@@ -53,8 +67,9 @@ fn pushes_that_do_not_fit() {
     else {
         panic!("{error}");
     };
-    push.layer_in_order(1, &groups([0, 1, 2])).expect("fits");
-    push.layer(0, &pairs([(1, 5), (2, 6)])).expect("fits");
+    push.layer_in_order(1, &groups([0, 1, 2]), None)
+        .expect("fits");
+    push.layer(0, &pairs([(1, 5), (2, 6)]), None).expect("fits");
     let transfer = push.commit().expect("committed");
     assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
     let mut log = Log::new(&consumer.engine);
@@ -70,9 +85,10 @@ fn pushes_that_do_not_fit() {
         let request = RequestId::from(format!("late-{early}"));
         let push = back.begin_push(&request).expect("a push");
         if early {
-            push.layer(0, &pairs([(0, 9)])).expect("who knows");
+            push.layer(0, &pairs([(0, 9)]), None).expect("who knows");
         } else {
-            push.layer_in_order(0, &groups([0, 1])).expect("who knows");
+            push.layer_in_order(0, &groups([0, 1]), None)
+                .expect("who knows");
         }
         consumer
             .engine
@@ -116,7 +132,8 @@ fn a_push_that_comes_too_late() {
             .expect(&request, &groups(0..8), 1, Duration::from_secs(1))
             .expect("an expectation");
         let push = back.begin_push(&request).expect("a push");
-        push.layer(0, &pairs((0..8).map(|b| (b, b)))).expect("fits");
+        push.layer(0, &pairs((0..8).map(|b| (b, b))), None)
+            .expect("fits");
         until("bytes", || consumer.first_word(7) != POISON);
         // No commit comes: the consumer's deadline does.
         let failed = log.wait("failure", |event| matches!(event, Event::Failed { .. }));
@@ -143,7 +160,7 @@ fn a_push_that_comes_too_late() {
         });
         consumer.fill_blocks(0..BLOCKS, RECYCLED);
         // The producer hears why, and can write no more.
-        let more = push.layer(1, &pairs((0..8).map(|b| (b, b))));
+        let more = push.layer(1, &pairs((0..8).map(|b| (b, b))), None);
         let transfer = push.commit().expect("its outcome tells");
         fails_with(&transfer, Cause::Revoked);
         if let Err(error) = more {
@@ -157,7 +174,7 @@ fn a_push_that_comes_too_late() {
         };
         let push = back.begin_push_with(&request, options).expect("a push");
         // Refused by now, if the consumer was quick.
-        if let Err(error) = push.all_layers(&pairs([(0, 0)])) {
+        if let Err(error) = push.all_layers(&pairs([(0, 0)]), None) {
             assert!(matches!(error, Error::PushEnded { .. }), "{error}");
         }
         let cause = Cause::Refused {
@@ -183,7 +200,7 @@ fn a_push_that_nobody_expects() {
     let push = back
         .begin_push_with(&RequestId::from("w"), options)
         .expect("a push");
-    push.all_layers(&pairs([(0, 0)])).expect("fits");
+    push.all_layers(&pairs([(0, 0)]), None).expect("fits");
     let transfer = push.commit().expect("committed");
     assert_eq!(
         fails_with(&transfer, Cause::DeadlinePassed),
@@ -209,8 +226,8 @@ fn aborted_and_cancelled_pushes() {
                 .expect("an expectation");
             let push = back.begin_push(&request).expect("a push");
             let table = pairs((0..500).map(|b| (b, 499 - b)));
-            push.all_layers(&table).expect("fits");
-            push.all_layers(&table).expect("fits");
+            push.all_layers(&table, None).expect("fits");
+            push.all_layers(&table, None).expect("fits");
             match how {
                 "abort" => {
                     fails_with(&push.abort(), Cause::Cancelled);
@@ -277,7 +294,7 @@ fn pushes_given_up_before_they_were_expected() {
                 push => push.expect("a push"),
             };
             let second = back.begin_push(&request).map(drop);
-            push.all_layers(&pairs([(1, 2)])).expect("fits");
+            push.all_layers(&pairs([(1, 2)]), None).expect("fits");
             let transfer = push.commit().expect("committed");
             if !expected {
                 // The producer's question is there before the expectation is.
@@ -337,7 +354,7 @@ fn a_retry_that_meets_the_ticket_of_the_first_try() {
             let table = pairs((0..4).map(|b| (b, b)));
             let of = |event: &Event| event.request().is_some_and(|(r, _)| *r == request);
             // Refused by now, if the consumer has heard of the first one's end before.
-            let written = again.all_layers(&table).is_ok();
+            let written = again.all_layers(&table, None).is_ok();
             std::thread::sleep(Duration::from_millis(2));
             if log.count(of) == 0 {
                 let transfer = again.commit().expect("its outcome tells");
@@ -356,7 +373,7 @@ fn a_retry_that_meets_the_ticket_of_the_first_try() {
             consumer.fill_blocks(0..4, RECYCLED);
             // It may not know yet, but what it writes does not land.
             for _ in 0..8 {
-                if again.all_layers(&table).is_err() {
+                if again.all_layers(&table, None).is_err() {
                     break;
                 }
             }

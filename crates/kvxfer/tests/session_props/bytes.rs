@@ -105,9 +105,10 @@ fn the_encoding_is_the_documented_one() {
         }],
         facts: ConfigFacts::default(),
         fd_backed: true,
+        gpu: None,
     };
     let want = format!(
-        "9ba165dc0010{}93000000a4{}c0{n32}c400c400919500c400919301020393010203c09700000000c20000c3",
+        "9ca165dc0010{}93000000a4{}c0{n32}c400c400919500c400919301020393010203c09700000000c20000c3c0",
         "01".repeat(16),
         hex(b"Both"),
     );

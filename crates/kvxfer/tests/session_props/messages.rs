@@ -59,6 +59,7 @@ fn describe() -> impl Strategy<Value = Describe> {
             listen_port,
         },
     );
+    let gpu = prop::option::of(vec(blob(), 0..4).prop_map(|handles| GpuDesc { handles }));
     (
         (
             text(),
@@ -69,7 +70,7 @@ fn describe() -> impl Strategy<Value = Describe> {
             any::<[u8; 32]>(),
         ),
         (blob(), blob(), vec(rail_desc(), 0..4)),
-        (facts, any::<bool>()),
+        (facts, any::<bool>(), gpu),
     )
         .prop_map(
             |((engine, g, rank, kv_role, wanted, f), (format, placement, rails), d)| Describe {
@@ -84,6 +85,7 @@ fn describe() -> impl Strategy<Value = Describe> {
                 rails,
                 facts: d.0,
                 fd_backed: d.1,
+                gpu: d.2,
             },
         )
 }
@@ -127,6 +129,14 @@ fn refusal() -> impl Strategy<Value = Refusal> {
         text().prop_map(|detail| Refusal::BadDescription { detail }),
         (text(), any::<u64>()).prop_map(|(what, limit)| Refusal::Full { what, limit }),
     ]
+}
+
+fn take_of() -> impl Strategy<Value = TakeOf> {
+    let pairs = vec(any::<[u8; 8]>(), 1..9);
+    (any::<u32>(), pairs).prop_map(|(group, pairs)| TakeOf {
+        group,
+        pairs: Blob(pairs.concat()),
+    })
 }
 
 fn sums_of() -> impl Strategy<Value = SumsOf> {
@@ -246,6 +256,28 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 }
                 .into()
             })
+            .boxed(),
+        MessageKind::Take => (
+            (any::<[u64; 2]>(), request()),
+            (any::<Option<u32>>(), vec(take_of(), 0..4)),
+        )
+            .prop_map(|(([number, bytes], (request, nonce)), (layer, of))| {
+                Take {
+                    number,
+                    request,
+                    nonce,
+                    layer,
+                    of,
+                    bytes,
+                }
+                .into()
+            })
+            .boxed(),
+        MessageKind::TakeStop => any::<u64>()
+            .prop_map(|number| TakeStop { number }.into())
+            .boxed(),
+        MessageKind::Taken => (any::<u64>(), prop::option::of(blob()))
+            .prop_map(|(number, failed)| Taken { number, failed }.into())
             .boxed(),
         MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>(), [0..16_u16, 0..16])
             .prop_map(|((request, nonce), sender, [bytes, sums], [rail, other])| {

@@ -61,6 +61,7 @@ pub(crate) fn plain_describe(engine: &str) -> Describe {
             ..ConfigFacts::default()
         },
         fd_backed: true,
+        gpu: None,
     }
 }
 

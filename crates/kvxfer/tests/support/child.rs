@@ -318,6 +318,7 @@ fn build(text: &str) -> (Node, u64) {
         PathKind::ProcessVm,
         PathKind::Tcp,
         PathKind::Rdma,
+        PathKind::Ipc,
     ]
     .into_iter()
     .find(|p| p.name() == path)
@@ -391,7 +392,7 @@ fn try_push(node: &Node, peer: &str, request: &str, how: &str, to: &str) -> Opti
     let way = node.engine.peer_of(&name)?;
     let push = way.begin_push(&RequestId::from(request)).ok()?;
     let to = to.split(',').map(|b| b.parse().expect("a block"));
-    push.all_layers(&pairs((0..).zip(to))).ok()?;
+    push.all_layers(&pairs((0..).zip(to)), None).ok()?;
     Some(match how {
         "commit" => {
             drop(push.commit().ok()?);
@@ -466,7 +467,7 @@ fn serve(node: &Node, seed: u64) {
                 let push = begin(node, peer, request);
                 let blocks = number(blocks);
                 for _ in 0..number(times) {
-                    push.all_layers(&pairs((0..blocks).map(|b| (b, b))))
+                    push.all_layers(&pairs((0..blocks).map(|b| (b, b))), None)
                         .expect("pushed");
                 }
                 let transfer = push.commit().expect("committed");
@@ -477,7 +478,7 @@ fn serve(node: &Node, seed: u64) {
             ["begin", request, blocks, peer] => {
                 let push = begin(node, peer, request);
                 let blocks = number(blocks);
-                push.all_layers(&pairs((0..blocks).map(|b| (b, b))))
+                push.all_layers(&pairs((0..blocks).map(|b| (b, b))), None)
                     .expect("pushed");
                 begun.push(push);
                 say("begun");
@@ -485,7 +486,7 @@ fn serve(node: &Node, seed: u64) {
             ["begin-at", request, start, end, peer] => {
                 let push = begin(node, peer, request);
                 let blocks = number(start)..number(end);
-                push.all_layers(&pairs(blocks.map(|b| (b, b))))
+                push.all_layers(&pairs(blocks.map(|b| (b, b))), None)
                     .expect("pushed");
                 begun.push(push);
                 say("begun");
@@ -504,7 +505,7 @@ fn serve(node: &Node, seed: u64) {
                     push.is_some()
                 });
                 let push = push.expect("a push");
-                let fits = push.all_layers(&pairs([(0, 0)]));
+                let fits = push.all_layers(&pairs([(0, 0)]), None);
                 let outcome = push.commit().expect("its outcome tells").wait(LONG);
                 say(&format!("late {outcome:?} {fits:?}").replace('\n', " "));
             }

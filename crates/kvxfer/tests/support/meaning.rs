@@ -216,7 +216,7 @@ impl Element<'_> {
     }
 }
 
-fn each_element(node: &Node, mut act: impl FnMut(&kvxfer::mem::HostMemory, u64, &Element<'_>)) {
+fn each_element(node: &Node, mut act: impl FnMut(&kvxfer::bench::BlockMemory, u64, &Element<'_>)) {
     let format = node.side.format();
     for placed in node.side.placement().desc().tensors() {
         let tensor = format

@@ -19,6 +19,7 @@ use kvxfer::engine::Engine;
 use kvxfer::event::{Event, MemoryState, PeerName, ReleaseReason};
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::layout::{KvFormat, LayerWindow, Topology};
+use kvxfer::mem::gpu::GpuRuntime;
 
 /// Longer than anything takes on a busy machine; only a hang waits for so long.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -67,6 +68,19 @@ pub(crate) fn take(config: &mut Config, path: PathKind) {
     config.rdma_devices = given.expect("names of devices").rdma_devices;
 }
 
+/// Memory of a GPU: of the runtime that `KVXFER_TEST_GPU` names, or of the stand-in. Consumers take the last
+/// of the devices there are, and producers the first.
+pub(crate) fn gpu_memory(role: KvRole) -> BenchMemory {
+    let name = std::env::var("KVXFER_TEST_GPU").unwrap_or_else(|_| "host".to_owned());
+    let runtime = name.parse().expect("KVXFER_TEST_GPU names a runtime");
+    let found = GpuRuntime::open(runtime).unwrap_or_else(|e| panic!("KVXFER_TEST_GPU={name}: {e}"));
+    let ordinal = match role {
+        KvRole::Consumer => u32::try_from(found.gpus().len() - 1).expect("few devices"),
+        _ => 0,
+    };
+    BenchMemory::Gpu { runtime, ordinal }
+}
+
 /// A side over one path; its memory is of the kind that the path wants.
 pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32) -> Recipe {
     let mut config = Config::default();
@@ -82,6 +96,7 @@ pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32
         blocks,
         memory: match path {
             PathKind::ProcessVm => BenchMemory::Anonymous,
+            PathKind::Ipc => gpu_memory(role),
             _ => BenchMemory::Arena,
         },
         dp: (0, 1),
@@ -158,7 +173,7 @@ impl Node {
     fn each_block(
         &self,
         blocks: impl Iterator<Item = u32> + Clone,
-        act: impl Fn(&kvxfer::mem::HostMemory, u64, u64) -> Result<(), kvxfer::mem::Error>,
+        act: impl Fn(&kvxfer::bench::BlockMemory, u64, u64) -> Result<(), kvxfer::mem::Error>,
     ) {
         for tensor in self.side.placement().desc().tensors() {
             let memory = &self.side.memory()[tensor.memory as usize];

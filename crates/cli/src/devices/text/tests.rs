@@ -149,7 +149,10 @@ host to host over rdma        {rdma}
     )
 }
 
-const GPU_MOVES: &str = "memory of GPUs over ipc, rdma, staged: no GPU, and not built into transfers yet: engines move host memory\n";
+const GPU_MOVES: &str = "\
+GPU to GPU over ipc           no GPU
+memory of GPUs over rdma and staged, and over ipc to the host's: no GPU, and not built into transfers yet
+";
 
 const SOFTWARE: &str = "\
 soft  the software device, in every process
@@ -342,7 +345,8 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
 {first}{nics}  to GPU 1  P2P, IPC
 {second}{nics}  to GPU 0  no P2P, no IPC: no link
 
-{moves}memory of GPUs over ipc, rdma, staged: not built into transfers yet: engines move host memory
+{moves}GPU to GPU over ipc           same host
+memory of GPUs over rdma and staged, and over ipc to the host's: not built into transfers yet
 "
     );
     assert_eq!(told, wanted);

@@ -66,6 +66,16 @@ pub enum GatherFault {
         /// How many sections.
         sections: usize,
     },
+    /// A section, or tensors of one, that a table does not have.
+    #[error("section {section}: there are no tensors {from} to {to}")]
+    NoSuchTensors {
+        /// Which section.
+        section: usize,
+        /// The first tensor that was named.
+        from: usize,
+        /// What follows the last one.
+        to: usize,
+    },
     /// A block that a section does not have.
     #[error("section {section}, pair {pair}: block {block} at the {side}, which has {blocks}")]
     NoSuchBlock {

@@ -1,6 +1,7 @@
 //! A transfer that is on its way: its launch, its end, and how it is stopped.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use super::GpuKernels;
 use super::error::GatherFault;
 use super::request::{Run, runs};
 use super::scratch::{MAX_WORKGROUPS, SLOT, Scratch, TABLES};
-use super::table::{GatherTable, Inner, Section};
+use super::table::{GatherTable, Section, Tensors};
 use crate::error::{Error, Operation};
 use crate::gpu::{Event, Pending, Stream};
 use crate::kernels::{
@@ -64,60 +65,82 @@ pub struct Gather {
     since: Instant,
 }
 
+/// What a transfer copies of one section.
+#[derive(Debug, Clone)]
+pub struct GatherPart<'a> {
+    /// The section's place in the table.
+    pub section: usize,
+    /// Those of its tensors that are meant.
+    pub tensors: Range<usize>,
+    /// The blocks.
+    pub pairs: &'a [Pair],
+}
+
+/// A part as a kernel is told of it.
+pub(super) struct Part<'a> {
+    pub(super) section: &'a Section,
+    /// The tensors' table.
+    pub(super) tensors: Table,
+    pub(super) pairs: Cow<'a, [Pair]>,
+}
+
 /// A request, cut into what the kernel does and what the copy engine does.
 struct Cut<'a> {
-    /// What the kernel copies of each section.
-    pairs: Vec<Cow<'a, [Pair]>>,
+    /// What the kernel copies.
+    parts: Vec<Part<'a>>,
     launched: u64,
     copies: Vec<CopySpan>,
     copied: u64,
 }
 
 impl<'a> Cut<'a> {
-    fn new(table: &Inner, pairs: &[&'a [Pair]]) -> Result<Self, Error> {
+    fn new(parts: impl Iterator<Item = (Part<'a>, &'a [Tensors])>) -> Result<Self, Error> {
         let mut cut = Self {
-            pairs: Vec::with_capacity(pairs.len()),
+            parts: Vec::with_capacity(parts.size_hint().0),
             launched: 0,
             copies: Vec::new(),
             copied: 0,
         };
-        for (section, pairs) in table.sections.iter().zip(pairs) {
-            let rest = match &section.engine.merge {
-                Some((piece, at_least)) => {
-                    let (found, rest) = runs(pairs, *at_least);
-                    for run in &found {
-                        cut.copy(section, piece, run)?;
-                    }
-                    rest
-                }
-                None => Cow::Borrowed(*pairs),
-            };
+        for (mut part, of_engine) in parts {
+            let section = part.section;
             for piece in &section.engine.large {
-                for first in *pairs {
+                for first in &*part.pairs {
                     let first = *first;
-                    cut.copy(section, piece, &Run { first, blocks: 1 })?;
+                    cut.copy((section, of_engine), piece, &Run { first, blocks: 1 })?;
                 }
             }
-            let blocks = u64::from(section.tensors.len).saturating_mul(rest.len() as u64);
+            if let Some((piece, at_least)) = &section.engine.merge {
+                let (found, rest) = runs(part.pairs, *at_least);
+                for run in &found {
+                    cut.copy((section, of_engine), piece, run)?;
+                }
+                part.pairs = rest;
+            }
+            let blocks = u64::from(part.tensors.len).saturating_mul(part.pairs.len() as u64);
             let bytes = blocks.saturating_mul(section.small_bytes);
             cut.launched = cut.launched.saturating_add(bytes);
-            cut.pairs.push(match section.small_bytes {
-                0 => Cow::Borrowed(&[]),
-                _ => rest,
-            });
+            if section.small_bytes == 0 {
+                part.pairs = Cow::Borrowed(&[]);
+            }
+            cut.parts.push(part);
         }
         Ok(cut)
     }
 
-    /// A run of every tensor. The range check is one more than is needed.
-    fn copy(&mut self, section: &Section, piece: &Piece, run: &Run) -> Result<(), Error> {
+    /// A run of each tensor. The range check is one more than is needed.
+    fn copy(
+        &mut self,
+        (section, tensors): (&Section, &[Tensors]),
+        piece: &Piece,
+        run: &Run,
+    ) -> Result<(), Error> {
         let len = piece.len.saturating_mul(run.blocks);
         let at = |block: u32, stride: u64, by: u64| {
             u64::from(block).saturating_mul(stride).saturating_add(by)
         };
         let from = at(run.first.src, section.strides.0, piece.src);
         let to = at(run.first.dst, section.strides.1, piece.dst);
-        for (src, dst) in &section.engine.tensors {
+        for (src, dst) in tensors {
             let (src, dst) = (src.at(from), dst.at(to));
             let Some(way) = way(dst, src) else {
                 continue;
@@ -134,25 +157,24 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// Puts sections with these pairs into the staging memory, as a kernel reads them: sections, then pairs, from
-/// `base` on.
+/// Puts parts into the staging memory, as a kernel reads them: sections, then pairs, from `base` on.
 pub(super) fn stage_tables(
     scratch: &Scratch,
-    table: &Inner,
-    pairs: &[Cow<'_, [Pair]>],
+    parts: &[Part<'_>],
     base: u64,
     of: impl Fn(&Section) -> (Table, u64),
     shape: (u32, u32),
 ) -> Result<(), Error> {
     let (chunk, warps) = shape;
-    let mut at = base + size_of::<kernels::Section>() as u64 * pairs.len() as u64;
-    let mut sections = Vec::with_capacity(pairs.len());
-    for (section, pairs) in table.sections.iter().zip(pairs) {
+    let mut at = base + size_of::<kernels::Section>() as u64 * parts.len() as u64;
+    let mut sections = Vec::with_capacity(parts.len());
+    for part in parts {
+        let (section, pairs) = (part.section, &part.pairs);
         let (pieces, longest) = of(section);
         let len = u32::try_from(pairs.len()).unwrap_or(u32::MAX);
         let pairs_at = Table { addr: at, len };
         sections.push(kernels::Section::new(
-            section.tensors,
+            part.tensors,
             pairs_at,
             pieces,
             section.strides,
@@ -166,8 +188,8 @@ pub(super) fn stage_tables(
     let sections = bytes_of(&sections);
     staging.write(TABLES, sections)?;
     let mut at = TABLES + sections.len() as u64;
-    for pairs in pairs {
-        let pairs = bytes_of(pairs);
+    for part in parts {
+        let pairs = bytes_of(&part.pairs);
         staging.write(at, pairs)?;
         at += pairs.len() as u64;
     }
@@ -175,9 +197,9 @@ pub(super) fn stage_tables(
 }
 
 /// The bytes that [`stage_tables`] puts there.
-pub(super) fn tables_len(pairs: &[Cow<'_, [Pair]>]) -> u64 {
-    let of = |pairs: &Cow<'_, [Pair]>| size_of::<kernels::Section>() + size_of_val::<[Pair]>(pairs);
-    pairs.iter().map(of).sum::<usize>() as u64
+pub(super) fn tables_len(parts: &[Part<'_>]) -> u64 {
+    let of = |part: &Part<'_>| size_of::<kernels::Section>() + size_of_val::<[Pair]>(&part.pairs);
+    parts.iter().map(of).sum::<usize>() as u64
 }
 
 /// Puts the abort word right and the tables into the GPU's memory, in a stream's order.
@@ -221,15 +243,27 @@ impl GatherTable {
     /// [`GpuFault::OtherStreamDevice`](crate::gpu::GpuFault::OtherStreamDevice); then nothing was put.
     /// [`Error::Gpu`]; then some of it may have been.
     pub fn gather(&self, stream: &Stream, pairs: &[&[Pair]]) -> Result<Gather, Error> {
+        self.check_lists(pairs)?;
+        let parts: Vec<GatherPart<'_>> = self.all_of(pairs).collect();
+        self.gather_parts(stream, &parts)
+    }
+
+    /// The same of some tensors, such as those of one layer. A section may be named more than once.
+    ///
+    /// # Errors
+    ///
+    /// [`GatherFault::NoSuchTensors`], [`GatherFault::NoSuchBlock`], [`GatherFault::TooMany`],
+    /// [`GpuFault::OtherStreamDevice`](crate::gpu::GpuFault::OtherStreamDevice); then nothing was put.
+    /// [`Error::Gpu`]; then some of it may have been.
+    pub fn gather_parts(&self, stream: &Stream, of: &[GatherPart<'_>]) -> Result<Gather, Error> {
         let kernels = &self.0.kernels;
         same("the table", kernels.gpu(), stream.gpu())?;
-        self.check(pairs)?;
-        let cut = Cut::new(&self.0, pairs)?;
+        let cut = Cut::new(self.check(of)?.into_iter())?;
         let warp = kernels.0.warp;
         let grid = self.0.grid;
         let most = grid.workgroups.min(MAX_WORKGROUPS);
         let shape = GatherShape::new(cut.launched, warp, most, grid.threads);
-        let len = tables_len(&cut.pairs);
+        let len = tables_len(&cut.parts);
         let scratch = kernels.scratch(len)?;
         let over_bus = cut.launched <= READ_OVER_BUS && len <= BUS_TABLES;
         let base = match over_bus {
@@ -243,7 +277,7 @@ impl GatherTable {
         if workgroups > 0 {
             let small = |section: &Section| (section.small, section.longest);
             let shape = (shape.chunk, shape.warps(warp));
-            stage_tables(&scratch, &self.0, &cut.pairs, base + TABLES, small, shape)?;
+            stage_tables(&scratch, &cut.parts, base + TABLES, small, shape)?;
         }
         let sequence = kernels.sequence();
         let args = GatherArgs {
@@ -251,7 +285,7 @@ impl GatherTable {
             slots: scratch.slots().device_addr(),
             abort: scratch.device().addr(),
             sequence,
-            sections_len: u32::try_from(pairs.len()).unwrap_or(0),
+            sections_len: u32::try_from(cut.parts.len()).unwrap_or(0),
             poll_bytes: shape.poll_bytes,
         };
         let keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];

@@ -32,7 +32,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use self::error::{GatherFault, Side};
 pub use self::fence::Fence;
-pub use self::launch::{Gather, GatherEnd};
+pub use self::launch::{Gather, GatherEnd, GatherPart};
 pub use self::table::{GatherOptions, GatherSection, GatherTable, TensorPlaces};
 pub use self::verify::Verify;
 

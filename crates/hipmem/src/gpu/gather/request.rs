@@ -12,7 +12,7 @@ pub(super) struct Run {
 }
 
 /// Takes the runs of `at_least` pairs and more out of a list. What is left is in its order.
-pub(super) fn runs(pairs: &[Pair], at_least: u64) -> (Vec<Run>, Cow<'_, [Pair]>) {
+pub(super) fn runs(pairs: Cow<'_, [Pair]>, at_least: u64) -> (Vec<Run>, Cow<'_, [Pair]>) {
     let mut runs = Vec::new();
     let mut rest = Vec::new();
     // Where what has not been put into `rest` begins.
@@ -21,7 +21,7 @@ pub(super) fn runs(pairs: &[Pair], at_least: u64) -> (Vec<Run>, Cow<'_, [Pair]>)
     let follows = |a: &Pair, b: &Pair| {
         a.src.checked_add(1) == Some(b.src) && a.dst.checked_add(1) == Some(b.dst)
     };
-    for (end, pair) in (1..).zip(pairs) {
+    for (end, pair) in (1..).zip(&*pairs) {
         if pairs.get(end).is_some_and(|next| follows(pair, next)) {
             continue;
         }
@@ -35,7 +35,7 @@ pub(super) fn runs(pairs: &[Pair], at_least: u64) -> (Vec<Run>, Cow<'_, [Pair]>)
         start = end;
     }
     if runs.is_empty() {
-        return (runs, Cow::Borrowed(pairs));
+        return (runs, pairs);
     }
     rest.extend_from_slice(pairs.get(kept..).unwrap_or_default());
     (runs, Cow::Owned(rest))
@@ -63,18 +63,21 @@ mod tests {
             (u32::MAX, 11),
             (0, 12),
         ]);
-        let (found, rest) = runs(&pairs, 3);
+        let (found, rest) = runs(Cow::Borrowed(&pairs), 3);
         let first = Pair { src: 0, dst: 5 };
         assert_eq!(found, [Run { first, blocks: 3 }]);
         assert_eq!(
             *rest,
             list(&[(9, 1), (3, 9), (4, 10), (u32::MAX, 11), (0, 12)])
         );
-        let (found, rest) = runs(&pairs, 4);
+        let (found, rest) = runs(Cow::Borrowed(&pairs), 4);
         assert!(found.is_empty() && matches!(rest, Cow::Borrowed(_)));
         assert_eq!(*rest, pairs);
-        assert_eq!(runs(&[], 1), (Vec::new(), Cow::Owned(Vec::new())));
-        let (found, rest) = runs(&pairs, 1);
+        assert_eq!(
+            runs(Cow::Borrowed(&[]), 1),
+            (Vec::new(), Cow::Owned(Vec::new()))
+        );
+        let (found, rest) = runs(Cow::Borrowed(&pairs), 1);
         assert_eq!(found.iter().map(|run| run.blocks).sum::<u64>(), 8);
         assert!(rest.is_empty());
     }
@@ -92,7 +95,7 @@ mod tests {
                     at
                 })
                 .collect();
-            let (found, rest) = runs(&pairs, at_least);
+            let (found, rest) = runs(Cow::Borrowed(&pairs), at_least);
             let mut all = rest.to_vec();
             for run in &found {
                 prop_assert!(run.blocks >= at_least);

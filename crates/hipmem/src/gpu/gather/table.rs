@@ -1,5 +1,6 @@
 //! What stays the same for all transfers with a peer: tensors, pieces, strides, and how many blocks there are.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use super::super::device::same_runtime;
 use super::super::stream::{Keep, way};
 use super::GpuKernels;
 use super::error::{GatherFault, Side};
+use super::launch::{GatherPart, Part};
 use super::route::{Grid, Route};
 use crate::error::Error;
 use crate::gpu::{Gpu, GpuMemory, PinnedMemory, Place};
@@ -79,13 +81,16 @@ pub(super) struct Section {
 /// What the copy engine takes of a section.
 pub(super) struct Engine {
     /// Empty where it never takes anything.
-    pub(super) tensors: Vec<(Owned, Owned)>,
+    pub(super) tensors: Vec<Tensors>,
     /// Pieces that are its own.
     pub(super) large: Vec<Piece>,
     /// The only piece, if blocks lie behind each other on both sides, and how many of them in turn are the
     /// copy engine's.
     pub(super) merge: Option<(Piece, u64)>,
 }
+
+/// Block 0 of one tensor at the source and at the destination.
+pub(super) type Tensors = (Owned, Owned);
 
 /// A place that holds its memory.
 pub(super) enum Owned {
@@ -328,17 +333,47 @@ impl GatherTable {
         &self.0.kernels
     }
 
-    /// Checks a request: one list of pairs for each section, of blocks that there are.
-    pub(super) fn check(&self, pairs: &[&[Pair]]) -> Result<(), Error> {
-        let sections = &self.0.sections;
-        if pairs.len() != sections.len() {
-            return Err(GatherFault::Lists {
-                given: pairs.len(),
-                sections: sections.len(),
-            }
-            .into());
+    /// Checks that there is a list for each section.
+    pub(super) fn check_lists(&self, pairs: &[&[Pair]]) -> Result<(), Error> {
+        let (given, sections) = (pairs.len(), self.0.sections.len());
+        match given == sections {
+            true => Ok(()),
+            false => Err(GatherFault::Lists { given, sections }.into()),
         }
-        for (section, (pairs, of)) in pairs.iter().zip(sections).enumerate() {
+    }
+
+    /// All tensors of each section, with its list of pairs.
+    pub(super) fn all_of<'a>(
+        &self,
+        pairs: &'a [&'a [Pair]],
+    ) -> impl Iterator<Item = GatherPart<'a>> {
+        let sections = self.0.sections.iter().zip(pairs).enumerate();
+        sections.map(|(at, (section, pairs))| GatherPart {
+            section: at,
+            tensors: 0..section.tensors.len as usize,
+            pairs,
+        })
+    }
+
+    /// Checks a request: tensors and blocks that there are. Gives each part as a kernel is told of it, and what
+    /// of it the copy engine may take.
+    pub(super) fn check<'a>(
+        &'a self,
+        parts: &[GatherPart<'a>],
+    ) -> Result<Vec<(Part<'a>, &'a [Tensors])>, Error> {
+        let mut out = Vec::with_capacity(parts.len());
+        for part in parts {
+            let (section, pairs, tensors) = (part.section, part.pairs, part.tensors.clone());
+            let unknown = || GatherFault::NoSuchTensors {
+                section,
+                from: tensors.start,
+                to: tensors.end,
+            };
+            let of = self.0.sections.get(section).ok_or_else(unknown)?;
+            let there = of.tensors.len as usize;
+            if tensors.start > tensors.end || tensors.end > there {
+                return Err(unknown().into());
+            }
             count(section, "pairs", pairs.len())?;
             let refuse = |pair, side, block, blocks| GatherFault::NoSuchBlock {
                 section,
@@ -355,8 +390,19 @@ impl GatherTable {
                     return Err(refuse(i, Side::Destination, pair.dst, of.blocks.1).into());
                 }
             }
+            let part = Part {
+                section: of,
+                tensors: Table {
+                    addr: of.tensors.addr + (tensors.start * size_of::<Tensor>()) as u64,
+                    len: count(section, "tensors", tensors.len())?,
+                },
+                pairs: Cow::Borrowed(pairs),
+            };
+            // Empty where it never takes anything.
+            let of_engine = of.engine.tensors.get(tensors).unwrap_or_default();
+            out.push((part, of_engine));
         }
-        Ok(())
+        Ok(out)
     }
 }
 

@@ -1,13 +1,12 @@
 //! Checksums of blocks, made on the GPU.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::device::same;
 use super::super::stream::Keep;
 use super::error::Side;
-use super::launch::{put_tables, stage_tables, tables_len};
+use super::launch::{GatherPart, Part, put_tables, stage_tables, tables_len};
 use super::scratch::TABLES;
 use super::table::{GatherTable, Section};
 use crate::error::Error;
@@ -41,10 +40,12 @@ impl GatherTable {
         let kernels = &self.0.kernels;
         let gpu = kernels.gpu();
         same("the table", gpu, stream.gpu())?;
-        self.check(pairs)?;
-        let sections = self.0.sections.iter().zip(pairs);
-        let lens: Vec<usize> = sections
-            .map(|(section, pairs)| (section.tensors.len as usize).saturating_mul(pairs.len()))
+        self.check_lists(pairs)?;
+        let parts: Vec<GatherPart<'_>> = self.all_of(pairs).collect();
+        let parts = self.check(&parts)?.into_iter().map(|(part, _)| part);
+        let parts: Vec<Part<'_>> = parts.collect();
+        let lens: Vec<usize> = (parts.iter())
+            .map(|part| (part.tensors.len as usize).saturating_mul(part.pairs.len()))
             .collect();
         let blocks = lens
             .iter()
@@ -53,13 +54,12 @@ impl GatherTable {
             0 => None,
             _ => Some(PinnedMemory::new(gpu, blocks.saturating_mul(8))?),
         };
-        let pairs: Vec<Cow<'_, [Pair]>> = pairs.iter().map(|pairs| Cow::Borrowed(*pairs)).collect();
-        let len = tables_len(&pairs);
+        let len = tables_len(&parts);
         let scratch = kernels.scratch(len)?;
         let base = scratch.device().addr() + TABLES;
         // The longest piece is not looked at.
         let all = |section: &Section| (section.pieces, 0);
-        stage_tables(&scratch, &self.0, &pairs, base, all, (CHUNK, 1))?;
+        stage_tables(&scratch, &parts, base, all, (CHUNK, 1))?;
         let (most, threads) = match gpu.runtime() {
             RuntimeKind::Host => (1, kernels.0.warp),
             RuntimeKind::Cuda | RuntimeKind::Hip => (
@@ -72,7 +72,7 @@ impl GatherTable {
             sections: base,
             sums: sums.as_ref().map_or(0, PinnedMemory::device_addr),
             abort: scratch.device().addr(),
-            sections_len: u32::try_from(pairs.len()).unwrap_or(0),
+            sections_len: u32::try_from(parts.len()).unwrap_or(0),
             side: match side {
                 Side::Source => SOURCE,
                 Side::Destination => DESTINATION,

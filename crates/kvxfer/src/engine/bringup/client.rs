@@ -78,7 +78,12 @@ impl Bringup {
         Ok(Step::Send(offer.into()))
     }
 
-    fn choose(&self, engine: &Inner) -> Result<PathInfo, Error> {
+    fn choose(&mut self, engine: &Inner) -> Result<PathInfo, Error> {
+        let unreachable = match engine.config.path.allows(PathKind::Ipc) {
+            true => self.reach_gpu(engine).err(),
+            false => None,
+        };
+        let on_gpu = self.on_gpu(engine);
         let Some(known) = &self.known else {
             return Err(Error::ShuttingDown);
         };
@@ -99,6 +104,8 @@ impl Bringup {
             others,
             local_shareable: engine.shareable(),
             peer_shareable: known.describe.fd_backed,
+            on_gpu,
+            unreachable,
             allowed: &engine.config.path,
         }
         .choose()

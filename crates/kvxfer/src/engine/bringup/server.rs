@@ -11,7 +11,7 @@ use crate::engine::lanes::{Joining, Made};
 use crate::engine::pairing::{self, Ends, Pair, left_out, rdma_link};
 use crate::error::Error;
 use crate::transfer::PeerKey;
-use crate::transport::{PathInfo, SkippedRail, gid_towards, soft_path};
+use crate::transport::{OnGpu, PathInfo, SkippedRail, gid_towards, soft_path};
 use crate::wire::{PathKind, QpAnswer, QpOffer, Ready, Refusal, StreamHalf, StreamOpening};
 
 /// Queue pairs of one pair of rails: the most that `qp_per_transfer` can ask for.
@@ -47,16 +47,29 @@ impl Bringup {
         }
         let mut candidates = offer.candidates.clone();
         let soft = soft_path(offer.path);
+        let memory = match self.probe {
+            // It has nothing to do with the engine's memory.
+            Some(_) => OnGpu::NONE,
+            None => self.on_gpu(engine).seen_from_there(),
+        };
         let why_not = if !engine.config.path.allows(offer.path) {
-            Some("the peer's configuration does not allow it")
+            Some("the peer's configuration does not allow it".to_owned())
         } else if engine.runtime.is_rdma() != (offer.path == PathKind::Rdma) {
-            Some("the peer uses another kind of device")
+            Some("the peer uses another kind of device".to_owned())
+        } else if let Some(why_not) = memory.why_not(offer.path) {
+            Some(why_not.to_owned())
         } else {
-            None
+            let reached = match offer.path {
+                PathKind::Ipc => self.reach_gpu(engine),
+                _ => Ok(()),
+            };
+            reached
+                .err()
+                .map(|error| cut(format!("at the peer: {error}")))
         };
         if let Some(why_not) = why_not {
             for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
-                candidate.why_not = Some(why_not.to_owned());
+                candidate.why_not = Some(why_not.clone());
             }
             return Ok(none(candidates));
         }

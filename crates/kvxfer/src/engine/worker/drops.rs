@@ -30,6 +30,7 @@ impl Worker {
             }
             self.scheduler.lane_failed(*lane, cause.clone());
         }
+        self.gathers.stop_peer(peer.key);
         // Their numbers may be those of others next.
         self.failing.retain(|lane| !lanes.contains(lane));
         self.dropping.push((peer, lanes));
@@ -37,9 +38,10 @@ impl Worker {
 
     pub(super) fn finish_drops(&mut self) {
         let mut at = 0;
-        while let Some((_, lanes)) = self.dropping.get(at) {
+        while let Some((peer, lanes)) = self.dropping.get(at) {
+            let touched = self.gathers.touch(peer.key);
             let ready = |lane: &LaneId| self.is_over(*lane) || self.undead.contains_key(lane);
-            if !lanes.iter().all(ready) {
+            if touched || !lanes.iter().all(ready) {
                 at += 1;
                 continue;
             }
@@ -56,6 +58,7 @@ impl Worker {
             self.retired.retain(|retired| retired.peer != peer.key);
             self.peers.remove(&peer.key);
             self.transfers.held_up(peer.key, None);
+            self.gathers.forget_peer(peer.key);
             if self.undead.values().all(|undead| undead.peer != peer.key) {
                 peer.part_drained();
             }

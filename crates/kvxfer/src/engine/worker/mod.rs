@@ -4,6 +4,7 @@
 mod async_events;
 mod completions;
 mod drops;
+mod gathers;
 mod outputs;
 mod posting;
 mod rails;
@@ -21,9 +22,11 @@ use tracing::{debug, error, warn};
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
 use super::async_events::{AsyncEvents, Port, Watched};
+use super::gpu::Taking;
 use super::handle::{Failure, Outcome, TransferReport};
 use super::health::Health;
 use super::joint::Told;
+use super::moves::Moves;
 use super::notices::{Inbox, Outbox};
 use super::peer_session::PeerSession;
 use super::push::close;
@@ -35,7 +38,8 @@ use crate::claims::Claim;
 use crate::error::Error;
 use crate::event::MemoryState;
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{OpSource, Plan};
+use crate::mem::gpu::Stream;
+use crate::plan::OpSource;
 use crate::ticket::LeaseRef;
 use crate::time::Time;
 use crate::transfer::{
@@ -45,6 +49,7 @@ use crate::transfer::{
 use crate::wire::PushDone;
 pub(crate) use completions::errno_of;
 use drops::Undead;
+use gathers::Gathers;
 use rails::Retired;
 use wreck::Wreck;
 
@@ -71,6 +76,8 @@ pub(crate) struct Live {
     pub(crate) verify: Option<Verification>,
     /// A pull's destination blocks, until they are the owner's again.
     pub(crate) claim: Option<Claim>,
+    /// The stream that the fence goes on, of who reads what a pull has brought.
+    pub(crate) reader: Option<Stream>,
 }
 
 /// What other threads ask of a worker.
@@ -96,7 +103,7 @@ pub(crate) enum Command {
     /// More operations of a push.
     AddJob {
         id: TransferId,
-        source: Arc<Plan>,
+        source: Moves,
         runs: u64,
         prepare: Duration,
     },
@@ -136,6 +143,19 @@ pub(crate) enum Command {
     },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
+    /// A producer wants blocks of its push fetched out of its GPU.
+    Take {
+        peer: Arc<PeerSession>,
+        taking: Box<Taking>,
+    },
+    /// And no more of them.
+    TakeStop { peer: Arc<PeerSession>, number: u64 },
+    /// A consumer has fetched the blocks of a job, or why not.
+    Taken {
+        peer: Arc<PeerSession>,
+        job: JobId,
+        failed: Option<Cause>,
+    },
     /// The device has told something that matters: look what it is.
     AsyncEvents,
     /// End the thread.
@@ -290,6 +310,7 @@ pub(crate) struct Worker {
     /// Ends of pushes over RDMA that wait for a queue pair that may tell them.
     waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
+    gathers: Gathers,
     outbox: Outbox,
     next_token: u64,
     batch: Batch,
@@ -341,6 +362,7 @@ impl Worker {
             waiting_checks: VecDeque::new(),
             waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
+            gathers: Gathers::default(),
             outbox,
             next_token: 0,
             batch: Batch::new(),
@@ -358,6 +380,7 @@ impl Worker {
         if catch_unwind(AssertUnwindSafe(|| self.work())).is_err() {
             return Wreck::run(self);
         }
+        self.gathers.end();
         self.lanes.clear();
         self.live.drain().map(|(_, live)| *live).collect()
     }
@@ -369,6 +392,7 @@ impl Worker {
             busy |= self.post();
             busy |= self.poll();
             busy |= self.let_go();
+            busy |= self.look_at_gpus();
             self.leave_ports();
             self.retire_lanes();
             self.finish_drops();
@@ -469,11 +493,11 @@ impl Worker {
                     live.report.merged_runs += runs;
                     live.report.prepare += prepare;
                     if let Some(verify) = &mut live.verify {
-                        verify.plans.push(Arc::clone(&source));
+                        verify.plans.push(Arc::clone(&source.plan));
                     }
                 }
                 // The transfer may have ended meanwhile: its outcome has said so.
-                if let Err(error) = self.transfers.add_job(now, id, source) {
+                if let Err(error) = self.transfers.add_job(now, id, Arc::new(source)) {
                     debug!(?id, %error, "operations of a push that has ended");
                 }
             }
@@ -514,6 +538,9 @@ impl Worker {
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
+            Command::Take { peer, taking } => self.take(peer, taking),
+            Command::TakeStop { peer, number } => self.take_stop(&peer, number),
+            Command::Taken { peer, job, failed } => self.taken(&peer, job, failed),
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]
@@ -578,6 +605,11 @@ impl Worker {
             .chain(self.next_leaving());
         let due = due.min();
         let mut timeout = due.map(|at| at.since(now));
+        match self.gathers.rest() {
+            Some(Duration::ZERO) => return,
+            Some(rest) => timeout = Some(timeout.map_or(rest, |t| t.min(rest))),
+            None => {}
+        }
         if !self.waiting_checks.is_empty() || !self.waiting_notices.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));
         }

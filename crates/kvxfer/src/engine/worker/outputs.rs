@@ -4,15 +4,17 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use super::posting::Noticed;
-use super::{Command, Worker};
+use super::{Command, Live, Worker};
 use crate::blocks::GroupBlocks;
+use crate::engine::gpu::cause;
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::peer_session::PeerSession;
 use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
 use crate::time::Time;
 use crate::transfer::{
-    self, Cause, DrainToken, Incomplete, Job, JobId, Notice, Output, PeerKey, TransferId,
+    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, Notice, Output, PeerKey,
+    TransferId,
 };
 use crate::wire::{Message, PushDone};
 
@@ -60,7 +62,18 @@ impl Worker {
             }
             live.jobs.push(Arc::clone(&job));
         }
-        self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job)));
+        if !self.hold(&job) {
+            self.begin(job);
+        }
+    }
+
+    /// A job's bytes may move.
+    pub(super) fn begin(&mut self, job: Arc<Job>) {
+        let peer = self.live.get(&job.transfer).map(|live| &live.peer);
+        match peer.filter(|peer| peer.is_ipc()).map(Arc::clone) {
+            Some(peer) => self.begin_gather(peer, job),
+            None => self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job))),
+        }
     }
 
     /// Gives a command to every worker that has lanes of the transfer's peer.
@@ -73,6 +86,9 @@ impl Worker {
     }
 
     fn stop_job(&mut self, key: PeerKey, job: JobId) {
+        if self.stop_gather(job) {
+            return;
+        }
         if let Some(peer) = self.peer(key) {
             self.broadcast(&peer, || Command::Stop(job));
         }
@@ -177,7 +193,7 @@ impl Worker {
             _ => by_group(&incomplete.blocks()),
         };
         let outcome = match outcome {
-            transfer::Outcome::Done { .. } => Outcome::Done,
+            transfer::Outcome::Done { .. } => live.fenced(),
             transfer::Outcome::Failed {
                 cause,
                 incomplete,
@@ -245,6 +261,34 @@ impl Worker {
         }
         self.live.remove(&id);
     }
+}
+
+impl Live {
+    /// The outcome of a transfer that is done: with the fence on the stream of who reads what has come.
+    fn fenced(&self) -> Outcome {
+        let (Some(stream), Some(gpu)) = (&self.reader, &self.engine.gpu) else {
+            return Outcome::Done;
+        };
+        match self.told.shared().put_fence(|| gpu.acquire(stream)) {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed(Failure {
+                first_cause: cause(GpuOperation::Fence, &error),
+                invalid_blocks: self.jobs.iter().flat_map(|job| all_blocks(job)).collect(),
+                memory: MemoryState::Released,
+            }),
+        }
+    }
+}
+
+/// All destination blocks of a job.
+fn all_blocks(job: &Job) -> Vec<GroupBlocks> {
+    let mut blocks = Vec::new();
+    for op in 0..job.ops() {
+        job.source.blocks_of(op, &mut blocks);
+    }
+    blocks.sort_unstable();
+    blocks.dedup();
+    by_group(&blocks)
 }
 
 /// Sorted (group, block) pairs as one list a group.

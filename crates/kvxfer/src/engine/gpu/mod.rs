@@ -1,0 +1,291 @@
+//! An engine's memory on a GPU: what peers of this node are given of it, and what it fetches from theirs.
+//!
+//! Who has the destination moves the bytes, by its own GPU, in pulls and in pushes: no process writes into
+//! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
+//! and a consumer that is stopped or dead writes nothing.
+
+mod takes;
+mod taking;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvxfer_verbs::{Memory, MemoryKind, PciAddress};
+
+pub(crate) use takes::OpenTakes;
+pub(crate) use taking::Taking;
+
+use super::peer::PullOptions;
+use super::peer_session::Plans;
+use crate::config::{Config, FencePolicy};
+use crate::engine::Inner;
+use crate::error::Error;
+use crate::mem::gather::{
+    Fence, Gather, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels, TensorPlaces,
+};
+use crate::mem::gpu::{GpuFault, GpuMemory, IpcHandle, Place, Stream};
+use crate::mem::kernels::{Pair, Piece};
+use crate::plan::{Compiled, Plan};
+use crate::transfer::{Cause, GpuOperation};
+use crate::wire::{Blob, GpuDesc};
+
+/// Streams that gathers are spread over, so that a short one need not wait for a long one.
+const STREAMS: usize = 4;
+
+/// This rank's memory, where it is a GPU's.
+#[derive(Debug)]
+pub(crate) struct GpuSide {
+    kernels: GpuKernels,
+    /// In the order of the placement.
+    memories: Vec<GpuMemory>,
+    shown: GpuDesc,
+    streams: Vec<Stream>,
+    next: AtomicUsize,
+    options: GatherOptions,
+    fence: FencePolicy,
+}
+
+impl GpuSide {
+    /// `None` where the memory is the host's. What can be known to be wrong with it is said now, not when a peer
+    /// comes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForeignGpuMemory`], [`Error::MixedMemory`], [`Error::SeveralGpus`]; [`Error::Memory`] for what
+    /// cannot be exported, and for a GPU that the kernels do not run on.
+    pub(crate) fn of(
+        memories: &[Arc<dyn Memory>],
+        config: &Config,
+    ) -> Result<Option<Arc<Self>>, Error> {
+        let on_host = |memory: &Arc<dyn Memory>| memory.kind() == MemoryKind::Host;
+        let Some(first) = memories.iter().position(|memory| !on_host(memory)) else {
+            return Ok(None);
+        };
+        if let Some(host) = memories.iter().position(on_host) {
+            return Err(Error::MixedMemory { host, gpu: first });
+        }
+        let known = |(index, memory): (usize, &Arc<dyn Memory>)| {
+            let kind = memory.kind();
+            GpuMemory::of(memory).ok_or(Error::ForeignGpuMemory { index, kind })
+        };
+        let memories = memories.iter().enumerate().map(known);
+        let memories = memories.collect::<Result<Vec<_>, _>>()?;
+        let Some(gpu) = memories.first().map(|memory| memory.gpu().clone()) else {
+            return Ok(None);
+        };
+        if let Some(other) = memories.iter().find(|memory| *memory.gpu() != gpu) {
+            return Err(Error::SeveralGpus {
+                first: gpu.info().pci,
+                other: other.gpu().info().pci,
+            });
+        }
+        let handle = |memory: &GpuMemory| Ok(Blob(memory.export()?.to_bytes().to_vec()));
+        let handles = memories.iter().map(handle).collect::<Result<_, Error>>()?;
+        let stream = |_| Stream::new(&gpu);
+        let most = config.gpu_workgroups;
+        Ok(Some(Arc::new(Self {
+            kernels: GpuKernels::load(&gpu)?,
+            memories,
+            shown: GpuDesc { handles },
+            streams: (0..STREAMS).map(stream).collect::<Result<_, _>>()?,
+            next: AtomicUsize::new(0),
+            options: GatherOptions {
+                max_workgroups: (most > 0).then_some(most),
+                ..GatherOptions::default()
+            },
+            fence: config.fence,
+        })))
+    }
+
+    /// Where the GPU is.
+    pub(crate) fn pci(&self) -> PciAddress {
+        self.kernels.gpu().info().pci
+    }
+
+    /// What peers are shown.
+    pub(crate) fn shown(&self) -> &GpuDesc {
+        &self.shown
+    }
+
+    fn stream(&self) -> Option<&Stream> {
+        let at = self.next.fetch_add(1, Ordering::Relaxed);
+        self.streams.get(at % self.streams.len().max(1))
+    }
+
+    /// The fence behind a producer's last kernel, before anybody else reads what that wrote; `None`: the
+    /// configuration does without.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub(crate) fn release(&self) -> Result<Option<Fence>, Error> {
+        match (self.fence, self.stream()) {
+            (FencePolicy::Off, _) | (_, None) => Ok(None),
+            (FencePolicy::On | FencePolicy::Verify, Some(stream)) => {
+                Ok(Some(self.kernels.release(stream)?))
+            }
+        }
+    }
+
+    /// The fence on a consumer's stream, before its first kernel that reads what has come.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub(crate) fn acquire(&self, stream: &Stream) -> Result<Option<Fence>, Error> {
+        match self.fence {
+            FencePolicy::Off => Ok(None),
+            FencePolicy::On | FencePolicy::Verify => Ok(Some(self.kernels.acquire(stream)?)),
+        }
+    }
+}
+
+/// What this rank can fetch out of a peer's GPU.
+#[derive(Debug)]
+pub(crate) struct GpuPeer {
+    own: Arc<GpuSide>,
+    /// For each of the two kinds of plans, which are one kind mostly.
+    tables: Vec<(Compiled, GatherTable)>,
+}
+
+impl GpuPeer {
+    /// Opens a peer's memories, whose lengths its placement says.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] for what cannot be opened or reached, [`Error::GpuHandles`] for a description that does
+    /// not agree with itself, [`Error::TooManySteps`].
+    pub(crate) fn open(
+        own: &Arc<GpuSide>,
+        (theirs, lengths): (&GpuDesc, &[u64]),
+        plans: &Plans,
+    ) -> Result<Self, Error> {
+        let (handles, memories) = (theirs.handles.len(), lengths.len());
+        if handles != memories {
+            return Err(Error::GpuHandles { handles, memories });
+        }
+        let open = |(bytes, len): (&Blob, &u64)| {
+            let handle = IpcHandle::from_bytes(&bytes.0)?;
+            if handle.len() != *len {
+                return Err(Error::GpuHandleLen {
+                    handle: handle.len(),
+                    memory: *len,
+                });
+            }
+            Ok(match GpuMemory::exported(&handle) {
+                Some(memory) => memory,
+                None => GpuMemory::open(own.kernels.gpu(), &handle)?,
+            })
+        };
+        let theirs = theirs.handles.iter().zip(lengths).map(open);
+        let theirs = theirs.collect::<Result<Vec<_>, Error>>()?;
+        let table = |plans: &Compiled| {
+            own.table(&theirs, plans)
+                .map(|table| (plans.clone(), table))
+        };
+        let mut tables = vec![table(&plans.common)?];
+        if !plans.share.is_same(&plans.common) {
+            tables.push(table(&plans.share)?);
+        }
+        let own = Arc::clone(own);
+        Ok(Self { own, tables })
+    }
+
+    /// Puts what a plan copies on a stream.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::OtherPlan`].
+    pub(crate) fn gather(&self, plan: &Plan) -> Result<Gather, Error> {
+        let table = self.tables.iter().find(|(of, _)| plan.is_of(of));
+        let (Some((_, table)), Some(stream)) = (table, self.own.stream()) else {
+            return Err(Error::OtherPlan);
+        };
+        let wanted = plan.scattered().ok_or(Error::TooManySteps)?;
+        let pairs: Vec<Vec<Pair>> = wanted
+            .iter()
+            .map(|part| {
+                let pairs = part.pairs.iter();
+                pairs.map(|&(src, dst)| Pair { src, dst }).collect()
+            })
+            .collect();
+        let parts: Vec<GatherPart<'_>> = wanted
+            .into_iter()
+            .zip(&pairs)
+            .map(|(part, pairs)| GatherPart {
+                section: part.class,
+                tensors: part.tensors,
+                pairs,
+            })
+            .collect();
+        Ok(table.gather_parts(stream, &parts)?)
+    }
+}
+
+impl GpuSide {
+    /// What this rank reads of a peer's memories by these plans.
+    fn table(&self, theirs: &[GpuMemory], plans: &Compiled) -> Result<GatherTable, Error> {
+        let classes = plans.scattered().ok_or(Error::TooManySteps)?;
+        fn place((memory, offset): (u32, u64), of: &[GpuMemory]) -> Result<Place<'_>, Error> {
+            let memory = usize::try_from(memory).ok().and_then(|at| of.get(at));
+            Ok(Place::Gpu(memory.ok_or(Error::OtherPlan)?, offset))
+        }
+        let mut pieces: Vec<Vec<Piece>> = Vec::with_capacity(classes.len());
+        let mut tensors = Vec::with_capacity(classes.len());
+        for class in &classes {
+            let piece = |(src, dst, len)| Piece { src, dst, len };
+            pieces.push(class.pieces().map(piece).collect());
+            let places = class.tensors().map(|(remote, local)| {
+                Ok(TensorPlaces {
+                    src: place(remote, theirs)?,
+                    dst: place(local, &self.memories)?,
+                })
+            });
+            tensors.push(places.collect::<Result<Vec<_>, Error>>()?);
+        }
+        let sections: Vec<GatherSection<'_>> = classes
+            .iter()
+            .zip(tensors.iter().zip(&pieces))
+            .map(|(class, (tensors, pieces))| GatherSection {
+                tensors,
+                pieces,
+                strides: (class.remote_step, class.local_step),
+                blocks: (class.remote_steps, class.local_steps),
+            })
+            .collect();
+        Ok(self.kernels.table(&sections, self.options)?)
+    }
+}
+
+impl Inner {
+    /// Whether there can be a fence for who reads what a pull brings.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamWithoutGpu`]; [`Error::Memory`] for the stream of another GPU.
+    pub(crate) fn check_reader(&self, options: &PullOptions) -> Result<(), Error> {
+        match (&self.gpu, &options.stream) {
+            (_, None) => Ok(()),
+            (None, Some(_)) => Err(Error::StreamWithoutGpu),
+            (Some(gpu), Some(stream)) if gpu.kernels.gpu() == stream.gpu() => Ok(()),
+            (Some(gpu), Some(stream)) => {
+                let other = GpuFault::OtherStreamDevice {
+                    what: "the engine's memory",
+                    is: gpu.pci(),
+                    stream: stream.gpu().info().pci,
+                };
+                Err(Error::Memory(other.into()))
+            }
+        }
+    }
+}
+
+/// What a transfer is told of a GPU that has refused or lost something; the log has its words.
+pub(crate) fn cause(operation: GpuOperation, error: &Error) -> Cause {
+    tracing::error!(error = crate::error::chain(error), "{operation}");
+    let code = match error {
+        Error::Memory(crate::mem::Error::Gpu(fault)) => fault.code().map_or(0, |code| code.number),
+        _ => 0,
+    };
+    Cause::Gpu { operation, code }
+}

@@ -1,0 +1,45 @@
+//! What a job moves, and what it waits for.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::mem::gpu::Event;
+use crate::plan::{Op, OpList, OpSource, Plan};
+
+/// The blocks of one submission.
+#[derive(Debug, Clone)]
+pub(crate) struct Moves {
+    pub(crate) plan: Arc<Plan>,
+    /// A GPU's work that comes first: what is read has to be written, or what is written to has to be read.
+    pub(crate) after: Option<Event>,
+}
+
+impl Moves {
+    /// What a job of an engine is made of.
+    pub(crate) fn of(source: &dyn OpSource) -> Option<&Self> {
+        (source as &dyn Any).downcast_ref()
+    }
+}
+
+impl OpSource for Moves {
+    fn ops(&self) -> u64 {
+        self.plan.ops()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.plan.bytes()
+    }
+
+    fn emit(&self, range: Range<u64>, sink: &mut dyn FnMut(&Op<'_>)) {
+        self.plan.emit(range, sink);
+    }
+
+    fn list(&self, range: Range<u64>, list: &mut OpList) {
+        self.plan.list(range, list);
+    }
+
+    fn blocks_of(&self, op: u64, out: &mut Vec<(u32, u32)>) {
+        self.plan.blocks_of(op, out);
+    }
+}

@@ -1,0 +1,434 @@
+//! What a worker has to do with GPUs: jobs that wait for a kernel's end, blocks that a GPU copies, and blocks that
+//! consumers have been asked to fetch.
+//!
+//! A GPU tells nobody that it has ended something, so it is looked at: all the time while what was begun is young,
+//! then every few dozen microseconds.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, error};
+
+use super::Worker;
+use crate::engine::Inner;
+use crate::engine::gpu::{Taking, cause};
+use crate::engine::moves::Moves;
+use crate::engine::peer_session::PeerSession;
+use crate::error::Error;
+use crate::mem::gather::{Fence, Gather, GatherEnd};
+use crate::mem::gpu::Event;
+use crate::plan::{LayerScope, Plan};
+use crate::rails::RailSet;
+use crate::transfer::{Cause, Direction, GpuOperation, Job, JobError, JobId, JobReport, PeerKey};
+use crate::wire::{Take, TakeOf, TakeStop};
+
+/// Gathers of one worker that a GPU has at a time; others wait in order.
+const MOST_RUNNING: usize = 8;
+/// What is younger is looked at without a rest.
+const YOUNG: Duration = Duration::from_micros(300);
+/// And then the rests between two looks.
+const REST: Duration = Duration::from_micros(30);
+/// How long a worker that ends waits for what runs.
+const LAST_WAIT: Duration = Duration::from_secs(2);
+
+/// What a job waits for before its bytes may move.
+#[derive(Debug)]
+enum Until {
+    /// The engine's work that comes first.
+    Event(Event),
+    /// The producer's fence behind it.
+    Released(Fence),
+}
+
+#[derive(Debug)]
+struct Held {
+    job: Arc<Job>,
+    until: Until,
+}
+
+/// Who wants blocks copied.
+#[derive(Debug)]
+enum For {
+    /// A pull of this worker's.
+    Job(Arc<Job>),
+    /// A producer, of its push.
+    Producer(Box<Taking>),
+}
+
+#[derive(Debug)]
+struct Wanted {
+    peer: Arc<PeerSession>,
+    by: For,
+}
+
+impl Wanted {
+    fn plan(&self) -> Option<&Arc<Plan>> {
+        match &self.by {
+            For::Job(job) => Moves::of(&*job.source).map(|moves| &moves.plan),
+            For::Producer(taking) => Some(&taking.plan),
+        }
+    }
+
+    fn is_job(&self, id: JobId) -> bool {
+        matches!(&self.by, For::Job(job) if job.id == id)
+    }
+
+    fn is_taking(&self, peer: PeerKey, number: u64) -> bool {
+        let of_peer = self.peer.key == peer;
+        of_peer && matches!(&self.by, For::Producer(taking) if taking.number == number)
+    }
+}
+
+#[derive(Debug)]
+struct Running {
+    wanted: Wanted,
+    gather: Gather,
+    stopped: bool,
+}
+
+impl Running {
+    fn stop(&mut self) {
+        if std::mem::replace(&mut self.stopped, true) {
+            return;
+        }
+        if let Err(error) = self.gather.abort() {
+            error!(%error, "a gather cannot be told to stop");
+        }
+    }
+}
+
+/// A job whose blocks the consumer has been asked to fetch.
+#[derive(Debug)]
+struct Asked {
+    job: Arc<Job>,
+    peer: Arc<PeerSession>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Gathers {
+    held: Vec<Held>,
+    waiting: VecDeque<Wanted>,
+    running: Vec<Running>,
+    asked: HashMap<JobId, Asked>,
+    /// When something was last begun.
+    begun: Option<Instant>,
+}
+
+impl Gathers {
+    /// How long the worker may rest before it has to look again; `None`: there is nothing to look at.
+    pub(super) fn rest(&self) -> Option<Duration> {
+        if self.held.is_empty() && self.running.is_empty() {
+            return None;
+        }
+        let young = self.begun.is_some_and(|begun| begun.elapsed() < YOUNG);
+        Some(if young { Duration::ZERO } else { REST })
+    }
+
+    /// Whether a peer's memory may be read here, or this rank's written for it.
+    pub(super) fn touch(&self, peer: PeerKey) -> bool {
+        self.running.iter().any(|run| run.wanted.peer.key == peer)
+    }
+
+    /// A peer's queue pairs are taken down: nothing more is copied from it.
+    pub(super) fn stop_peer(&mut self, peer: PeerKey) {
+        self.waiting
+            .retain(|wanted| wanted.peer.key != peer || matches!(wanted.by, For::Job(_)));
+        let of_peer = |run: &&mut Running| run.wanted.peer.key == peer;
+        self.running
+            .iter_mut()
+            .filter(of_peer)
+            .for_each(Running::stop);
+    }
+
+    /// Nothing is known of a peer any more.
+    pub(super) fn forget_peer(&mut self, peer: PeerKey) {
+        self.asked.retain(|_, asked| asked.peer.key != peer);
+        self.held.retain(|held| held.job.peer != peer);
+        self.waiting.retain(|wanted| wanted.peer.key != peer);
+    }
+
+    /// Tells everything to stop and waits for the ends, for a while. The peers whose memory is being read all the
+    /// same.
+    pub(super) fn end(&mut self) -> Vec<PeerKey> {
+        self.held.clear();
+        self.waiting.clear();
+        self.running.iter_mut().for_each(Running::stop);
+        let deadline = Instant::now() + LAST_WAIT;
+        let mut left = Vec::new();
+        for run in &mut self.running {
+            if let Err(error) = run.gather.wait(deadline) {
+                error!(%error, "a gather goes on after its worker's end");
+                left.push(run.wanted.peer.key);
+            }
+        }
+        self.running.clear();
+        left
+    }
+}
+
+/// The last word of a job, in one report.
+fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
+    let (ops_done, bytes_done) = match whole {
+        true => (job.ops(), job.bytes()),
+        false => (0, 0),
+    };
+    JobReport {
+        job: job.id,
+        transfer: job.transfer,
+        owner: job.owner,
+        ops_done,
+        bytes_done,
+        wrote: RailSet::EMPTY,
+        error: error.map(|cause| JobError { op: 0, cause }),
+        in_doubt: false,
+        doubts: 0,
+        quiescent: true,
+    }
+}
+
+impl Worker {
+    /// Holds a job until the work that it comes after has ended; false: there is none.
+    pub(super) fn hold(&mut self, job: &Arc<Job>) -> bool {
+        let Some(event) = Moves::of(&*job.source).and_then(|moves| moves.after.clone()) else {
+            return false;
+        };
+        self.hold_until(job, Until::Event(event));
+        true
+    }
+
+    fn hold_until(&mut self, job: &Arc<Job>, until: Until) {
+        self.gathers.begun = Some(Instant::now());
+        let job = Arc::clone(job);
+        self.gathers.held.push(Held { job, until });
+    }
+
+    /// Begins a job of a peer whose blocks go from GPU to GPU.
+    pub(super) fn begin_gather(&mut self, peer: Arc<PeerSession>, job: Arc<Job>) {
+        match job.dir {
+            Direction::Read => {
+                let by = For::Job(job);
+                self.gathers.waiting.push_back(Wanted { peer, by });
+            }
+            Direction::Write => {
+                let engine = self
+                    .live
+                    .get(&job.transfer)
+                    .map(|live| Arc::clone(&live.engine));
+                let fence = engine.as_ref().and_then(|engine| engine.gpu.as_ref());
+                match fence.map_or(Ok(None), |gpu| gpu.release()) {
+                    Ok(Some(fence)) => self.hold_until(&job, Until::Released(fence)),
+                    Ok(None) => self.ask(peer, job),
+                    Err(error) => {
+                        let cause = cause(GpuOperation::Fence, &error);
+                        self.job_over(&job, Some(cause), false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks the consumer to fetch a job's blocks.
+    fn ask(&mut self, peer: Arc<PeerSession>, job: Arc<Job>) {
+        let (Some(moves), Some(live)) = (Moves::of(&*job.source), self.live.get(&job.transfer))
+        else {
+            return;
+        };
+        let take = Take {
+            number: job.id.0,
+            request: live.request.clone(),
+            nonce: live.nonce,
+            layer: match moves.plan.scope() {
+                LayerScope::All => None,
+                LayerScope::Layer(layer) => Some(layer),
+            },
+            of: (moves.plan.units())
+                .map(|(group, pairs)| TakeOf::new(group, pairs))
+                .collect(),
+            bytes: job.bytes(),
+        };
+        job.note_posted(self.clock.now());
+        peer.link.send(take.into());
+        self.gathers.asked.insert(job.id, Asked { job, peer });
+    }
+
+    fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
+        let report = report(job, error, whole);
+        self.transfers.job_report(self.clock.now(), &report);
+    }
+
+    /// A consumer has fetched a job's blocks, or why not.
+    pub(super) fn taken(&mut self, peer: &PeerSession, job: JobId, failed: Option<Cause>) {
+        let asked = &mut self.gathers.asked;
+        if asked
+            .get(&job)
+            .is_none_or(|asked| asked.peer.key != peer.key)
+        {
+            return debug!(?job, "blocks were fetched that nobody has asked for");
+        }
+        if let Some(Asked { job, .. }) = asked.remove(&job) {
+            let whole = failed.is_none();
+            self.job_over(&job, failed, whole);
+        }
+    }
+
+    /// Stops a job that is held, copied or asked for; false: it is not.
+    pub(super) fn stop_gather(&mut self, id: JobId) -> bool {
+        let gathers = &mut self.gathers;
+        if let Some(run) = gathers.running.iter_mut().find(|run| run.wanted.is_job(id)) {
+            run.stop();
+            return true;
+        }
+        if let Some(asked) = gathers.asked.get(&id) {
+            asked.peer.link.send(TakeStop { number: id.0 }.into());
+            return true;
+        }
+        let held = gathers.held.iter().position(|held| held.job.id == id);
+        let waiting = gathers.waiting.iter().position(|wanted| wanted.is_job(id));
+        let job = match (held, waiting) {
+            (Some(at), _) => Some(gathers.held.swap_remove(at).job),
+            (None, Some(at)) => match gathers.waiting.remove(at).map(|wanted| wanted.by) {
+                Some(For::Job(job)) => Some(job),
+                _ => None,
+            },
+            (None, None) => None,
+        };
+        let Some(job) = job else {
+            return false;
+        };
+        self.job_over(&job, None, false);
+        true
+    }
+
+    /// A producer wants blocks of its push fetched.
+    pub(super) fn take(&mut self, peer: Arc<PeerSession>, taking: Box<Taking>) {
+        // What would write after the drain would write into blocks that are free.
+        if peer.usable().is_err() {
+            return;
+        }
+        let by = For::Producer(taking);
+        self.gathers.waiting.push_back(Wanted { peer, by });
+    }
+
+    /// And no more.
+    pub(super) fn take_stop(&mut self, peer: &PeerSession, number: u64) {
+        let gathers = &mut self.gathers;
+        let is_it = |wanted: &Wanted| wanted.is_taking(peer.key, number);
+        if let Some(run) = gathers.running.iter_mut().find(|run| is_it(&run.wanted)) {
+            return run.stop();
+        }
+        if let Some(at) = gathers.waiting.iter().position(is_it)
+            && let Some(wanted) = gathers.waiting.remove(at)
+        {
+            self.over(wanted, Err(Cause::Cancelled));
+        }
+    }
+
+    /// Nothing more is copied.
+    fn over(&mut self, wanted: Wanted, end: Result<(), Cause>) {
+        let Wanted { peer, by } = wanted;
+        match by {
+            For::Job(job) => {
+                // One that was stopped has its cause already.
+                let error = end
+                    .as_ref()
+                    .err()
+                    .filter(|cause| **cause != Cause::Cancelled);
+                self.job_over(&job, error.cloned(), end.is_ok());
+            }
+            For::Producer(taking) => {
+                if let Some(engine) = peer.engine.upgrade() {
+                    Inner::take_ended(&engine, &peer, &taking, end.err());
+                }
+            }
+        }
+    }
+
+    /// Looks at everything that a GPU has to end; whether something has.
+    pub(super) fn look_at_gpus(&mut self) -> bool {
+        let mut any = self.look_at_held();
+        while self.gathers.running.len() < MOST_RUNNING
+            && let Some(wanted) = self.gathers.waiting.pop_front()
+        {
+            any = true;
+            self.launch(wanted);
+        }
+        let mut at = 0;
+        while let Some(run) = self.gathers.running.get_mut(at) {
+            let Some(end) = run.gather.poll() else {
+                at += 1;
+                continue;
+            };
+            any = true;
+            let run = self.gathers.running.swap_remove(at);
+            let end = match end {
+                GatherEnd::Whole => Ok(()),
+                GatherEnd::Failed(error) => Err(cause(GpuOperation::Gather, &Error::Memory(error))),
+                // Nobody else tells it to stop.
+                _ => Err(Cause::Cancelled),
+            };
+            self.over(run.wanted, end);
+        }
+        any
+    }
+
+    fn launch(&mut self, wanted: Wanted) {
+        let gather = match (&wanted.peer.gpu, wanted.plan()) {
+            (Some(gpu), Some(plan)) => gpu.gather(plan),
+            _ => Err(Error::OtherPlan),
+        };
+        match gather {
+            Ok(gather) => {
+                if let For::Job(job) = &wanted.by {
+                    job.note_posted(self.clock.now());
+                }
+                self.gathers.begun = Some(Instant::now());
+                self.gathers.running.push(Running {
+                    wanted,
+                    gather,
+                    stopped: false,
+                });
+            }
+            Err(error) => {
+                let cause = cause(GpuOperation::Gather, &error);
+                self.over(wanted, Err(cause));
+            }
+        }
+    }
+
+    fn look_at_held(&mut self) -> bool {
+        let mut any = false;
+        let mut at = 0;
+        while let Some(held) = self.gathers.held.get(at) {
+            let (operation, done) = match &held.until {
+                Until::Event(event) => (GpuOperation::Wait, event.is_done()),
+                Until::Released(fence) => (GpuOperation::Fence, fence.event().is_done()),
+            };
+            if let Ok(false) = done {
+                at += 1;
+                continue;
+            }
+            any = true;
+            let Held { job, until } = self.gathers.held.swap_remove(at);
+            let ended = done.map(drop).and_then(|()| match &until {
+                Until::Event(_) => Ok(()),
+                // It has ended: where it has run is looked at.
+                Until::Released(fence) => fence.wait(Instant::now()),
+            });
+            let peer = self
+                .live
+                .get(&job.transfer)
+                .map(|live| Arc::clone(&live.peer));
+            match (ended, until, peer) {
+                (Err(error), ..) => {
+                    let cause = cause(operation, &Error::Memory(error));
+                    self.job_over(&job, Some(cause), false);
+                }
+                (Ok(()), Until::Event(_), _) => self.begin(job),
+                (Ok(()), Until::Released(_), Some(peer)) => self.ask(peer, job),
+                (Ok(()), Until::Released(_), None) => {}
+            }
+        }
+        any
+    }
+}

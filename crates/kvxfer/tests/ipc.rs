@@ -1,0 +1,500 @@
+//! Blocks that go from GPU to GPU: on the stand-in, or on the runtime that `KVXFER_TEST_GPU` names, where a test
+//! fails if there is no GPU. (Checksums, lives of a peer and its deaths over this path: tests/verify.rs,
+//! tests/cycles.rs, tests/faults.)
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use kvxfer::config::{Config, FencePolicy, KvRole, PathKind};
+use kvxfer::engine::{Engine, Instance, Outcome, Peer, PullOptions, PushOptions, Transfer};
+use kvxfer::event::{Event as Told, MemoryState};
+use kvxfer::ids::RequestId;
+use kvxfer::mem::gpu::{Copy, Event, GpuMemory, PinnedMemory, Place, Stream};
+use kvxfer::ticket::Ticket;
+use kvxfer::transfer::Cause;
+use support::child::{self, Child, Spec};
+use support::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
+
+const BLOCK: u64 = 16 << 10;
+const BLOCKS: u32 = 64;
+const SEED: u64 = 11;
+/// What a stream is kept busy with: long enough that who does not wait for it is found out.
+const BUSY: u64 = 1 << 30;
+
+fn node_of(role: KvRole, (block, blocks): (u64, u32), change: impl FnOnce(&mut Config)) -> Node {
+    let node = recipe(role, PathKind::Ipc, block, blocks)
+        .with(change)
+        .node();
+    match role {
+        KvRole::Producer => node.side.fill(SEED).expect("filled"),
+        _ => node.side.poison().expect("poisoned"),
+    }
+    node
+}
+
+fn node(role: KvRole) -> Node {
+    node_of(role, (BLOCK, BLOCKS), |_| {})
+}
+
+fn meet(producer: &Node, consumer: &Node) -> Instance {
+    let address = producer.engine.listen("127.0.0.1:0").expect("a free port");
+    let address = address.to_string();
+    consumer.engine.connect(&address, LONG).expect("a session")
+}
+
+/// The consumer, as the producer pushes to it.
+fn way_back(producer: &Node, consumer: &Node) -> Peer {
+    let name = consumer.name();
+    until("the session is up", || {
+        producer.engine.peer_of(&name).is_some()
+    });
+    producer.engine.peer_of(&name).expect("up")
+}
+
+fn offer(producer: &Node, request: &str, blocks: u32) -> Ticket {
+    let engine: &Engine = &producer.engine;
+    let offered = engine.offer(&RequestId::from(request), &groups(0..blocks), 1, LONG);
+    offered.expect("room")
+}
+
+fn memory(node: &Node) -> &GpuMemory {
+    node.side.memory()[0].gpu().expect("memory of a GPU")
+}
+
+/// Where a block's tensor of layer 0 is in the memory.
+fn place(node: &Node, block: u32) -> u64 {
+    let tensor = &node.side.placement().desc().tensors()[0];
+    tensor.offset + u64::from(block) * tensor.block_stride
+}
+
+/// A stream on which much is to be done before what is put there next.
+fn busy_stream(node: &Node) -> (Stream, GpuMemory) {
+    let gpu = memory(node).gpu();
+    let stream = Stream::new(gpu).expect("a stream");
+    let room = GpuMemory::new(gpu, BUSY).expect("memory");
+    for round in 0..8 {
+        drop(stream.fill(&room, 0, BUSY, round).expect("a fill"));
+    }
+    (stream, room)
+}
+
+fn mark(stream: &Stream) -> Event {
+    let event = Event::new(stream.gpu()).expect("an event");
+    event.record(stream).expect("recorded");
+    event
+}
+
+/// Puts a copy on a stream between pinned memory and a block.
+fn copy(stream: &Stream, dst: Place<'_>, src: Place<'_>) {
+    let copy = Copy {
+        dst,
+        src,
+        len: BLOCK,
+    };
+    drop(stream.copy(&[copy]).expect("a copy"));
+}
+
+#[test]
+fn two_processes_exchange_blocks_both_ways() {
+    let spec = |role| Spec {
+        role,
+        path: PathKind::Ipc,
+        block_bytes: BLOCK,
+        blocks: BLOCKS,
+        listen: "127.0.0.1:0".to_owned(),
+        engine_id: None,
+        seed: SEED,
+        namespace: None,
+    };
+    let table = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
+    let mut producer = Child::start(&spec(KvRole::Producer));
+    let consumer = node(KvRole::Consumer);
+    let instance = consumer
+        .engine
+        .connect(&producer.address, LONG)
+        .expect("a session");
+    let way = instance.path().expect("up");
+    assert_eq!(way.path, PathKind::Ipc);
+    let ticket = producer.offer("r", BLOCKS, LONG);
+    let pull = instance
+        .pull(&ticket, &table, PullOptions::default())
+        .expect("a pull");
+    assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+    consumer.side.verify(SEED, &table).expect("every byte");
+    let report = pull.report();
+    assert_eq!(report.bytes, BLOCK * u64::from(BLOCKS) * 2);
+
+    let mut log = Log::new(&consumer.engine);
+    consumer.side.poison().expect("poisoned");
+    let request = RequestId::from("w");
+    consumer
+        .engine
+        .expect(&request, &groups(0..BLOCKS), 1, LONG)
+        .expect("room");
+    let to: Vec<u32> = (0..7).collect();
+    assert!(producer.try_push(&consumer.name(), "w", "commit", &to));
+    log.wait(
+        "received",
+        |event| matches!(event, Told::Received { request: r, .. } if *r == request),
+    );
+    let pushed = pairs((0..7).map(|b| (b, b)));
+    consumer.side.verify(SEED, &pushed).expect("every byte");
+    consumer.assert_untouched_but(0..7);
+
+    let mut other = Child::start(&spec(KvRole::Consumer));
+    let source = node(KvRole::Producer);
+    let instance = source
+        .engine
+        .connect(&other.address, LONG)
+        .expect("a session");
+    other.receive("x", 9, LONG);
+    let push = instance.begin_push(&RequestId::from("x")).expect("a push");
+    for layer in [1, 0] {
+        let part = pairs((0..9).map(|b| (b, b)));
+        push.layer(layer, &part, None).expect("fits");
+    }
+    let sent = push.commit().expect("committed");
+    assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    assert_eq!(other.verdict("x"), "good");
+}
+
+#[test]
+fn a_pushed_layer_is_read_after_its_event() {
+    let (producer, consumer) = (node(KvRole::Producer), node(KvRole::Consumer));
+    let _instance = meet(&producer, &consumer);
+    let way = way_back(&producer, &consumer);
+    let mut log = Log::new(&consumer.engine);
+    let (stream, _room) = busy_stream(&producer);
+    let fresh = PinnedMemory::new(stream.gpu(), BLOCK).expect("memory");
+    fresh.host().fill(0, BLOCK, 0x77).expect("inside");
+    let at = place(&producer, 3);
+    copy(
+        &stream,
+        Place::Gpu(memory(&producer), at),
+        Place::Pinned(&fresh, 0),
+    );
+    let event = mark(&stream);
+    let request = RequestId::from("w");
+    consumer
+        .engine
+        .expect(&request, &groups(0..2), 1, LONG)
+        .expect("room");
+    let push = way.begin_push(&request).expect("a push");
+    push.layer(0, &pairs([(3, 1)]), Some(&event)).expect("fits");
+    push.layer(1, &pairs([(4, 0)]), None).expect("fits");
+    assert_eq!(
+        event.is_done().ok(),
+        Some(false),
+        "the stream was not busy enough"
+    );
+    let sent = push.commit().expect("committed");
+    assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    assert_eq!(event.is_done().ok(), Some(true), "sent before it was there");
+    log.wait("received", |event| matches!(event, Told::Received { .. }));
+    let mut got = vec![0; BLOCK as usize];
+    memory(&consumer)
+        .read(place(&consumer, 1), &mut got)
+        .expect("inside");
+    assert!(
+        got.iter().all(|byte| *byte == 0x77),
+        "what was there before"
+    );
+}
+
+#[test]
+fn a_pull_writes_after_its_event_and_is_fenced_for_its_reader() {
+    for fence in [FencePolicy::On, FencePolicy::Off, FencePolicy::Verify] {
+        let producer = node(KvRole::Producer);
+        let sides = (BLOCK, BLOCKS);
+        let consumer = node_of(KvRole::Consumer, sides, |config| config.fence = fence);
+        let instance = meet(&producer, &consumer);
+        let (stream, _room) = busy_stream(&consumer);
+        let kept = PinnedMemory::new(stream.gpu(), BLOCK).expect("memory");
+        let block = Place::Gpu(memory(&consumer), place(&consumer, 5));
+        // The kernels that still read the block.
+        copy(&stream, Place::Pinned(&kept, 0), block);
+        let after = mark(&stream);
+        let reader = Stream::new(stream.gpu()).expect("a stream");
+        let options = PullOptions {
+            after: Some(after.clone()),
+            stream: Some(reader.clone()),
+            ..PullOptions::default()
+        };
+        let table = pairs([(9, 5)]);
+        let pull = instance.pull(&offer(&producer, "r", BLOCKS), &table, options);
+        let pull = pull.expect("a pull");
+        assert_eq!(
+            after.is_done().ok(),
+            Some(false),
+            "the stream was not busy enough"
+        );
+        assert!(pull.fence().is_none());
+        assert_eq!(pull.wait(LONG), Some(Outcome::Done));
+        assert_eq!(
+            after.is_done().ok(),
+            Some(true),
+            "written before it was read"
+        );
+        assert_eq!(kept.host().load_u64(0).ok(), Some(POISON));
+        assert_eq!(kept.host().load_u64(BLOCK - 8).ok(), Some(POISON));
+        match pull.fence() {
+            Some(put) => put.wait(Instant::now() + LONG).expect("everywhere"),
+            None => assert_eq!(fence, FencePolicy::Off),
+        }
+        copy(&reader, Place::Pinned(&kept, 0), block);
+        reader.wait(Instant::now() + LONG).expect("it ends");
+        assert_ne!(kept.host().load_u64(0).ok(), Some(POISON));
+        consumer.side.verify(SEED, &table).expect("every byte");
+    }
+}
+
+#[test]
+fn what_waits_for_a_gpu_ends_when_it_is_told_to() {
+    let (producer, consumer) = (node(KvRole::Producer), node(KvRole::Consumer));
+    let instance = meet(&producer, &consumer);
+    let way = way_back(&producer, &consumer);
+    let mut log = Log::new(&consumer.engine);
+    let (stream, _room) = busy_stream(&consumer);
+    let after = Some(mark(&stream));
+    let ticket = offer(&producer, "r", BLOCKS);
+    let pull = |deadline, block: u32| {
+        let options = PullOptions {
+            tag: block.into(),
+            after: after.clone(),
+            deadline,
+            hold: true,
+            ..PullOptions::default()
+        };
+        instance
+            .pull(&ticket, &pairs([(0, block)]), options)
+            .expect("a pull")
+    };
+    let cause = |transfer: &Transfer| match transfer.wait(LONG) {
+        Some(Outcome::Failed(failure)) => {
+            assert!(transfer.wait_released(LONG), "memory comes back");
+            failure.first_cause
+        }
+        other => panic!("{other:?}"),
+    };
+    let late = pull(Some(Duration::from_millis(20)), 0);
+    let unwanted = pull(None, 1);
+    unwanted.cancel();
+    assert_eq!(cause(&unwanted), Cause::Cancelled);
+    assert_eq!(cause(&late), Cause::DeadlinePassed);
+    let request = RequestId::from("w");
+    consumer
+        .engine
+        .expect(&request, &groups(2..3), 1, LONG)
+        .expect("room");
+    let push = way.begin_push(&request).expect("a push");
+    push.all_layers(&pairs([(0, 2)]), after.as_ref())
+        .expect("fits");
+    let aborted = push.abort();
+    assert_eq!(cause(&aborted), Cause::Cancelled);
+    log.wait(
+        "failure",
+        |event| matches!(event, Told::Failed { request: r, .. } if *r == request),
+    );
+    log.assert_told_once();
+    assert_eq!(
+        after.map(|event| event.is_done().expect("it is there")),
+        Some(false),
+        "the stream was not busy enough"
+    );
+    stream.wait(Instant::now() + LONG).expect("it ends");
+    consumer.assert_untouched_but([]);
+}
+
+/// Blocks so many that a GPU takes a while.
+fn large() -> (u64, u32) {
+    (1 << 20, if on_stand_in() { 256 } else { 8192 })
+}
+
+fn on_stand_in() -> bool {
+    std::env::var("KVXFER_TEST_GPU").is_err()
+}
+
+#[test]
+fn a_copy_that_is_cancelled_lets_go_of_its_memory() {
+    let (size, slow) = (large(), |config: &mut Config| config.gpu_workgroups = 1);
+    let producer = node_of(KvRole::Producer, size, |_| {});
+    let consumer = node_of(KvRole::Consumer, size, slow);
+    let instance = meet(&producer, &consumer);
+    let ticket = offer(&producer, "r", size.1);
+    let mut log = Log::new(&consumer.engine);
+    let table = pairs((0..size.1).map(|b| (b, size.1 - 1 - b)));
+    let mut stopped = 0;
+    for tag in 0..5 {
+        let options = PullOptions {
+            tag,
+            hold: true,
+            ..PullOptions::default()
+        };
+        let pull = instance.pull(&ticket, &table, options).expect("a pull");
+        std::thread::sleep(Duration::from_millis(3));
+        pull.cancel();
+        let outcome = pull.wait(LONG).expect("an outcome");
+        assert!(pull.wait_released(LONG), "memory comes back");
+        stopped += u32::from(!outcome.is_done());
+        // What is the owner's again is not written any more.
+        consumer.side.poison().expect("poisoned");
+        std::thread::sleep(Duration::from_millis(50));
+        consumer.assert_untouched_but([]);
+    }
+    assert!(stopped > 0, "all were done too soon");
+    log.assert_told_once();
+    // And a push.
+    let way = way_back(&producer, &consumer);
+    for round in 0..5 {
+        let request = RequestId::from(format!("w{round}").as_str());
+        consumer
+            .engine
+            .expect(&request, &groups(0..size.1), 1, LONG)
+            .expect("room");
+        let push = way.begin_push(&request).expect("a push");
+        push.all_layers(&table, None).expect("fits");
+        std::thread::sleep(Duration::from_millis(3));
+        let aborted = push.abort();
+        assert!(aborted.wait(LONG).is_some_and(|outcome| !outcome.is_done()));
+        assert!(aborted.wait_released(LONG));
+        let of = |event: &Told| event.request().is_some_and(|(r, _)| *r == request);
+        let Told::Failed { memory, .. } = log.wait("failure", of) else {
+            panic!("a push that was aborted has arrived");
+        };
+        if memory == MemoryState::Quarantined {
+            log.wait(
+                "release",
+                |event| matches!(event, Told::Released { request: r, .. } if *r == request),
+            );
+        }
+        consumer.side.poison().expect("poisoned");
+        std::thread::sleep(Duration::from_millis(50));
+        consumer.assert_untouched_but([]);
+    }
+}
+
+#[test]
+fn a_producer_that_dies_while_it_is_read() {
+    let size = large();
+    let mut producer = Child::start(&Spec {
+        role: KvRole::Producer,
+        path: PathKind::Ipc,
+        block_bytes: size.0,
+        blocks: size.1,
+        listen: "127.0.0.1:0".to_owned(),
+        engine_id: None,
+        seed: SEED,
+        namespace: None,
+    });
+    let consumer = node_of(KvRole::Consumer, size, |config| config.gpu_workgroups = 1);
+    let mut log = Log::new(&consumer.engine);
+    let instance = consumer
+        .engine
+        .connect(&producer.address, LONG)
+        .expect("a session");
+    let ticket = producer.offer("r", size.1, LONG);
+    let table = pairs((0..size.1).map(|b| (b, size.1 - 1 - b)));
+    let pull = instance
+        .pull(&ticket, &table, PullOptions::default())
+        .expect("a pull");
+    std::thread::sleep(Duration::from_millis(3));
+    let running = pull.outcome().is_none();
+    producer.die();
+    assert!(running, "struck too late");
+    let outcome = pull.wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("its lease cannot be confirmed");
+    assert_eq!(failure.first_cause, Cause::PeerDead);
+    assert!(pull.wait_released(LONG), "memory comes back");
+    consumer.side.poison().expect("poisoned");
+    std::thread::sleep(Duration::from_millis(100));
+    consumer.assert_untouched_but([]);
+    log.assert_told_once();
+}
+
+#[test]
+fn a_gpus_memory_and_the_hosts_do_not_meet_yet_and_say_so() {
+    let gpu = node(KvRole::Producer);
+    let host = recipe(KvRole::Consumer, PathKind::Arena, BLOCK, BLOCKS);
+    let host = host
+        .with(|config| config.path = Config::default().path)
+        .node();
+    let address = gpu.engine.listen("127.0.0.1:0").expect("a free port");
+    let refused = host.engine.connect(&address.to_string(), LONG);
+    let kvxfer::Error::NoPath { candidates, .. } = refused.expect_err("no way") else {
+        panic!("another error");
+    };
+    let why = |path| {
+        let candidate = candidates.iter().find(|c| c.path == path);
+        candidate.and_then(|c| c.why_not.clone()).expect("a reason")
+    };
+    assert_eq!(why(PathKind::Ipc), "this side's memory is the host's");
+    // The GPU's engine allows no other path, which is not asked before this side knows of none.
+    assert_eq!(why(PathKind::Arena), "the peer's memory is a GPU's");
+}
+
+#[test]
+fn a_stream_is_for_memory_of_its_gpu() {
+    let consumer = recipe(KvRole::Consumer, PathKind::Arena, BLOCK, BLOCKS).node();
+    let producer = recipe(KvRole::Producer, PathKind::Arena, BLOCK, BLOCKS).node();
+    let instance = meet(&producer, &consumer);
+    let stranger = node(KvRole::Consumer);
+    let stream = Some(Stream::new(memory(&stranger).gpu()).expect("a stream"));
+    let options = PullOptions {
+        stream,
+        ..PullOptions::default()
+    };
+    let refused = instance.pull(&offer(&producer, "r", 1), &pairs([(0, 0)]), options);
+    let refused = refused.expect_err("no GPU");
+    assert!(
+        matches!(refused, kvxfer::Error::StreamWithoutGpu),
+        "{refused}"
+    );
+}
+
+#[test]
+fn an_expectation_that_ends_has_nothing_fetched_any_more() {
+    let size = large();
+    let producer = node_of(KvRole::Producer, size, |_| {});
+    let consumer = node_of(KvRole::Consumer, size, |config| config.gpu_workgroups = 1);
+    let _instance = meet(&producer, &consumer);
+    let way = way_back(&producer, &consumer);
+    let mut log = Log::new(&consumer.engine);
+    let request = RequestId::from("w");
+    let soon = Duration::from_millis(60);
+    consumer
+        .engine
+        .expect(&request, &groups(0..size.1), 1, soon)
+        .expect("room");
+    let push = way
+        .begin_push_with(&request, PushOptions::default())
+        .expect("a push");
+    let table = pairs((0..size.1).map(|b| (b, size.1 - 1 - b)));
+    let mut pushed = 0;
+    while pushed < 200 && push.all_layers(&table, None).is_ok() {
+        pushed += 1;
+    }
+    let Told::Failed {
+        memory,
+        first_cause,
+        ..
+    } = log.wait("failure", |event| matches!(event, Told::Failed { .. }))
+    else {
+        panic!("not a failure");
+    };
+    assert_eq!(first_cause, Cause::DeadlinePassed);
+    if memory == MemoryState::Quarantined {
+        log.wait("release", |event| matches!(event, Told::Released { .. }));
+    }
+    consumer.side.poison().expect("poisoned");
+    std::thread::sleep(Duration::from_millis(100));
+    consumer.assert_untouched_but([]);
+    drop(push);
+    log.assert_told_once();
+}
+
+/// Not a test: what children run.
+#[test]
+fn child_entry() {
+    child::entry();
+}
