@@ -115,7 +115,7 @@ fn rig() -> Rig {
                     PeerKey(1),
                     LaneLimits {
                         send_wr: 1024,
-                        rail: 0,
+                        pair: 0,
                     },
                 ),
                 qp,

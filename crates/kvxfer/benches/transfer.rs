@@ -92,7 +92,7 @@ fn scheduler(lanes: u32) -> Scheduler {
             PEER,
             LaneLimits {
                 send_wr: 1024,
-                rail: 0,
+                pair: 0,
             },
         );
     }

@@ -34,6 +34,7 @@ use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::event::{MemoryState, PeerName};
 use crate::ids::{Nonce, RequestId};
 use crate::plan::Cover;
+use crate::rails::RailSet;
 use crate::recent::Recent;
 use crate::ticket::MAX_PARTIES;
 use crate::time::Time;
@@ -196,6 +197,14 @@ pub enum PushRefusal {
         /// Its number of senders.
         senders: u32,
     },
+    /// The sender has said before that it wrote over other rails, or speaks for one that it does not name.
+    #[error("the sender wrote over the rails {before}, and now says {rails}")]
+    OtherRails {
+        /// What it said first.
+        before: RailSet,
+        /// What it says now.
+        rails: RailSet,
+    },
     /// The peer is not one of the senders.
     #[error("the peer is not a sender of this request")]
     NotASender,
@@ -244,6 +253,10 @@ struct Bound {
     /// What of each block it writes.
     cover: Cover,
     state: Writer,
+    /// The pairs of rails that it has written over, once it has said so; and those of them of which it has
+    /// said that all is in memory.
+    rails: RailSet,
+    spoken: RailSet,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -475,10 +488,38 @@ impl Expects {
                     name: who.name.clone(),
                     cover: who.cover.clone(),
                     state: Writer::Open,
+                    rails: RailSet::EMPTY,
+                    spoken: RailSet::EMPTY,
                 });
                 Ok(())
             }
         }
+    }
+
+    /// A sender has seen all completions, and what it has written over the pair `rail`, one of `rails`, is in
+    /// memory. Whether that is so now for all of `rails`: only then may [`push_done`](Self::push_done) or
+    /// [`push_written`](Self::push_written) be told. In which order they come, and how often, is all the same.
+    ///
+    /// # Errors
+    /// No such try, or no such sender, as with those; or the sender has named other rails before.
+    pub fn rail_done(
+        &mut self,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+        (rails, rail): (RailSet, u16),
+    ) -> Result<bool, PushRefusal> {
+        let key = self.find(request, nonce)?;
+        let writers = &mut self.expectation(key).writers;
+        let writer = writers.iter_mut().find(|w| w.peer == peer);
+        let writer = writer.ok_or(PushRefusal::NotASender)?;
+        let before = writer.rails;
+        if !rails.contains(rail) || !before.is_empty() && before != rails {
+            return Err(PushRefusal::OtherRails { before, rails });
+        }
+        writer.rails = rails;
+        writer.spoken.insert(rail);
+        Ok(rails.is_within(writer.spoken))
     }
 
     /// A sender has written everything and seen all completions. When it comes after the

@@ -82,7 +82,7 @@
 //! - [`ticket`], [`metadata`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
 //! - [`config`]: settings from JSON, the environment and flags; [`devices`]: which NIC they lead to
 //! - [`bench`](mod@bench): the two sides of a bandwidth test; [`ping`]: is a peer there, and how far away?
-//! - [`plan`], [`transfer`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
+//! - [`plan`], [`transfer`], [`rails`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
 //!   engine drives, with no I/O and no clock; open for tests, tools and fuzzing
 //!
 //! # State
@@ -110,6 +110,7 @@ pub mod leases;
 pub mod metadata;
 pub mod ping;
 pub mod plan;
+pub mod rails;
 mod recent;
 pub mod session;
 pub mod sums;

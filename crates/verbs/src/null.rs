@@ -313,10 +313,11 @@ impl QpBackend for NullQp {
         self.recv_cq.0.push_all(cqes);
     }
 
-    fn destroy(&self) {
+    fn destroy(&self) -> Result<(), Error> {
         self.to_error();
         self.send_cq.0.purge(self.qpn);
         self.recv_cq.0.purge(self.qpn);
+        Ok(())
     }
 }
 

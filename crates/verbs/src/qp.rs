@@ -30,7 +30,8 @@ pub(crate) trait QpBackend: Send + Sync + fmt::Debug {
     fn qp_num(&self) -> u32;
     fn state(&self) -> QpState;
     fn to_error(&self);
-    fn destroy(&self);
+    /// Called once, last; but for what refuses, it is as if it had never been then.
+    fn destroy(&self) -> Result<(), Error>;
 }
 
 /// The state of a queue pair.
@@ -284,7 +285,7 @@ pub struct Rtr;
 #[derive(Debug)]
 pub struct Rts;
 
-/// A queue pair. Dropping it destroys it: afterwards nothing moves through it in either direction,
+/// A queue pair. Dropping it destroys it, unless the device refuses ([`destroy`](Self::destroy) tells): afterwards nothing moves through it in either direction,
 /// and its completions that nobody has polled are gone.
 #[derive(Debug)]
 pub struct QueuePair<S> {
@@ -296,13 +297,19 @@ pub struct QueuePair<S> {
 #[derive(Debug)]
 struct Owner {
     qp: Arc<dyn QpBackend>,
+    /// Whether its end was asked for, whatever the answer.
+    ended: bool,
     // Keeps the device open, and the protection domain.
     _pd: Arc<PdHandle>,
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.qp.destroy();
+        if !self.ended
+            && let Err(error) = self.qp.destroy()
+        {
+            tracing::warn!(qp = self.qp.qp_num(), %error, "a queue pair stays until the device is closed");
+        }
     }
 }
 
@@ -321,10 +328,21 @@ impl<S> QueuePair<S> {
 
     /// Moves it to ERR: everything posted flushes. On the software device no WRITE of the peer lands
     /// through it any more when the call returns; on an RDMA device that is sure when the queue pair
-    /// has been dropped, for one may be on its way through the card, and a card that takes no orders any
+    /// has been destroyed, for one may be on its way through the card, and a card that takes no orders any
     /// more does not stop.
     pub fn to_error(&self) {
         self.inner.qp.to_error();
+    }
+
+    /// Destroys it, as dropping it does, and says whether that is so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`]: the device has refused. The queue pair may go on: what the peer sends on it may
+    /// land, and what was posted on it may be carried out, until the device is closed.
+    pub fn destroy(mut self) -> Result<(), Error> {
+        self.inner.ended = true;
+        self.inner.qp.destroy()
     }
 
     fn into_state<T>(self) -> QueuePair<T> {
@@ -338,7 +356,11 @@ impl<S> QueuePair<S> {
 impl QueuePair<Reset> {
     pub(crate) fn new(qp: Arc<dyn QpBackend>, pd: Arc<PdHandle>) -> Self {
         Self {
-            inner: Owner { qp, _pd: pd },
+            inner: Owner {
+                qp,
+                ended: false,
+                _pd: pd,
+            },
             state: PhantomData,
         }
     }

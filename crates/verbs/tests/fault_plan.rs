@@ -440,3 +440,79 @@ fn without_a_plan_nothing_ever_happens() {
     assert!(!readable(&p.a.ctx, Duration::ZERO));
     assert!(open_null().async_fd().is_none() && open_null().async_event().is_none());
 }
+
+/// A queue pair that is not destroyed goes on as it was, and who asks is told.
+#[test]
+fn a_queue_pair_that_is_not_destroyed_says_so_and_goes_on() {
+    let p = meet(How::Arena, &options("no-destroy=1"));
+    let Side { ctx: _ctx, qp, .. } = p.a;
+    let error = qp.destroy().expect_err("refused");
+    assert!(
+        matches!(
+            &error,
+            Error::Device {
+                call: "destroy_qp",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // What the other side sends is served.
+    let mut chain = SendChain::new();
+    chain.push(7, SendOp::Send, true, &[]);
+    p.b.qp.post_send(&chain, &table(&[])).expect("posted");
+    assert_eq!(p.b.qp.state(), QpState::Rts);
+    let p = meet(How::Arena, &options(""));
+    p.a.qp.destroy().expect("destroyed");
+    p.b.qp.post_send(&chain, &table(&[])).expect("posted");
+    assert_eq!(reap(&p.b.send_cq, 1)[0].vendor_err, vendor::PEER_GONE);
+}
+
+#[test]
+fn queue_pairs_that_are_not_made_or_joined() {
+    let plan = |text: &str| {
+        let mut config = SoftConfig::default();
+        config.faults = Some(text.parse().expect("a plan"));
+        open_soft(config).expect("a device")
+    };
+    let made = |ctx: &Context| {
+        let (pd, cq) = (ctx.alloc_pd()?, ctx.create_cq(8)?);
+        pd.create_qp(QpCaps::default(), &cq, &cq)
+    };
+    let error = made(&plan("no-qp=1")).expect_err("refused");
+    assert!(
+        matches!(
+            &error,
+            Error::Device {
+                call: "create_qp",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // Some are, by the seed and their number.
+    let ctx = plan("seed=3,no-qp=0.5");
+    let which: Vec<bool> = (0..32).map(|_| made(&ctx).is_ok()).collect();
+    assert!(which.contains(&true) && which.contains(&false), "{which:?}");
+    let qp = made(&plan("no-join=1")).expect("made");
+    let qp = qp.init(InitAttr::new(Access::NONE)).expect("ready");
+    let remote = qp.endpoint();
+    let attr = RtrAttr {
+        remote,
+        link: Link::SoftAwait {
+            path: SoftPath::Arena,
+        },
+        min_rnr_timer: 12,
+    };
+    let error = qp.rtr(attr).expect_err("refused");
+    assert!(
+        matches!(
+            &error,
+            Error::Device {
+                call: "modify_qp to RTR",
+                ..
+            }
+        ),
+        "{error}"
+    );
+}

@@ -84,6 +84,12 @@ impl Port {
         self.down.map(|(_, since)| since)
     }
 
+    /// Since when it has been up, if it is; the origin, if it has never been down.
+    pub(crate) fn up_since(&self) -> Option<Time> {
+        let last = self.was_down.map_or(Time(0), |(_, up)| up);
+        self.down.is_none().then_some(last)
+    }
+
     /// What a request has failed for that has tried for `tried`, if the port was down in that time.
     pub(crate) fn blame(&self, now: Time, tried: Duration) -> Option<Cause> {
         let lately = self.was_down.filter(|(_, up)| now.since(*up) < tried);

@@ -15,7 +15,7 @@ use super::verify::{ArrivedSums, Next};
 use crate::claims::{Claim, Claims};
 use crate::engine::Inner;
 use crate::event::{Event, ReleaseReason};
-use crate::expects::{ExpectOutput, Expects, PushRefusal, Sender};
+use crate::expects::{ExpectOutput, Expects, PushProgress, PushRefusal, Sender};
 use crate::ids::{Nonce, RequestId};
 use crate::leases::{LeaseOutput, Leases};
 use crate::plan::Cover;
@@ -415,8 +415,33 @@ impl Ledgers {
         self.compare(now, engine, peer, of, next)
     }
 
-    /// A sender has written everything, and has told so many checksums, or will.
-    pub(crate) fn push_written(
+    /// A sender is done: it has written everything, and has told so many checksums, or will.
+    pub(crate) fn push_done(
+        &mut self,
+        now: Time,
+        engine: &Arc<Inner>,
+        peer: &Arc<PeerSession>,
+        (request, nonce): (&RequestId, Nonce),
+        sums: u64,
+    ) -> Result<(), String> {
+        if sums > 0 {
+            return self.push_written(now, engine, peer, (request, nonce), sums);
+        }
+        if self.sums.has(peer.key, request, nonce) {
+            return Err("push done without checksums that were told".to_owned());
+        }
+        let gap = |covers: &[&Cover]| engine.gap(covers);
+        match (self.expects).push_done(now, request, nonce, peer.key, gap) {
+            Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => Ok(()),
+            Ok(PushProgress::Repeated) => {
+                debug!(%request, "push done twice");
+                Ok(())
+            }
+            Err(refusal) => not_counted(request, &refusal),
+        }
+    }
+
+    fn push_written(
         &mut self,
         now: Time,
         engine: &Arc<Inner>,
@@ -433,10 +458,8 @@ impl Ledgers {
                 debug!(%request, "push done twice");
                 Ok(())
             }
-            // It has had no ticket for what it says it has done.
-            Err(refusal @ PushRefusal::NotASender) => Err(format!("push done: {refusal}")),
             Err(refusal) => {
-                debug!(%request, %refusal, "push not counted");
+                not_counted(request, &refusal)?;
                 self.sums.forget_sender(peer.key, request, nonce);
                 Ok(())
             }
@@ -503,12 +526,28 @@ impl Ledgers {
     }
 }
 
+/// A push that does not count. The error says why its sender cannot be trusted any more.
+pub(crate) fn not_counted(request: &RequestId, refusal: &PushRefusal) -> Result<(), String> {
+    match refusal {
+        // It has had no ticket for what it says it has done, or contradicts itself.
+        PushRefusal::NotASender | PushRefusal::OtherRails { .. } => {
+            Err(format!("push done: {refusal}"))
+        }
+        _ => {
+            debug!(%request, %refusal, "push not counted");
+            Ok(())
+        }
+    }
+}
+
 /// What a refused producer is told.
 pub(crate) fn reason(refusal: PushRefusal) -> Refusal {
     match refusal {
         PushRefusal::UnknownRequest => Refusal::UnknownRequest,
         PushRefusal::WrongNonce | PushRefusal::Late => Refusal::Late,
-        PushRefusal::SendersFull { .. } | PushRefusal::NotASender => Refusal::NotAuthorised,
+        PushRefusal::SendersFull { .. }
+        | PushRefusal::NotASender
+        | PushRefusal::OtherRails { .. } => Refusal::NotAuthorised,
     }
 }
 

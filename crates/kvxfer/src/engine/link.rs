@@ -41,6 +41,8 @@ const LAST_LOOK: Duration = Duration::from_millis(25);
 enum Order {
     Send(Box<Message>),
     Stream(StreamOpening, TcpStream),
+    /// A lane is down on both sides.
+    Rebuild(u16),
     Reset(Cause),
     CutOff(String),
     Close(GoodbyeReason),
@@ -100,6 +102,11 @@ impl Link {
     /// Hands over a data stream that the peer has dialled.
     pub(crate) fn stream(&self, opening: StreamOpening, stream: TcpStream) {
         self.order(Order::Stream(opening, stream));
+    }
+
+    /// Gives a lane that is down on both sides a successor, on the side that connected.
+    pub(crate) fn rebuild(&self, number: u16) {
+        self.order(Order::Rebuild(number));
     }
 
     /// Ends the session because of `cause`.
@@ -236,6 +243,12 @@ impl Driver {
             if let Some((_, cause)) = self.resets_at.take_if(|(at, _)| *at <= self.clock.now()) {
                 self.reset(cause);
             }
+            let now = self.clock.now();
+            if !self.session.is_closed() && self.bringup.next_rebuild().is_some_and(|at| at <= now)
+            {
+                let steps = self.bringup.rebuild(&self.engine, now);
+                self.step(Ok(steps));
+            }
             while let Some(event) = self.session.poll_event() {
                 match event {
                     SessionEvent::Closed(how) => {
@@ -297,7 +310,9 @@ impl Driver {
 
     fn sleep(&self, closing: bool) {
         let reset = self.resets_at.as_ref().map(|(at, _)| *at);
-        let due = [self.session.next_timeout(), reset].into_iter().flatten();
+        let rebuild = self.bringup.next_rebuild().filter(|_| !closing);
+        let due = [self.session.next_timeout(), reset, rebuild];
+        let due = due.into_iter().flatten();
         let mut timeout = due.min().map(|at| at.since(self.clock.now()));
         if closing {
             timeout = Some(LAST_WORDS / 4);
@@ -343,6 +358,7 @@ impl Driver {
                     let step = self.bringup.stream(&self.engine, opening, stream);
                     self.step(step);
                 }
+                Order::Rebuild(number) => self.bringup.rebuild_later(number, self.clock.now()),
                 Order::Reset(cause) if cause.may_follow_the_peers_end() => {
                     let at = self.clock.now() + LAST_LOOK;
                     self.resets_at.get_or_insert((at, cause));

@@ -2,6 +2,7 @@
 //! that they are exchanged with.
 
 mod accept;
+mod acquainted;
 mod api;
 mod async_events;
 mod books;
@@ -14,6 +15,7 @@ mod gpu;
 mod handle;
 mod health;
 mod joint;
+mod lanes;
 mod link;
 #[cfg(test)]
 mod link_tests;
@@ -25,6 +27,7 @@ mod pairing;
 #[cfg(test)]
 mod panic_tests;
 mod peer;
+mod peer_lanes;
 mod peer_session;
 mod presence;
 mod rail;
@@ -68,7 +71,7 @@ pub(crate) use peer_session::PeerSession;
 pub(crate) use runtime::{Runtime, random_nonce, session_config, spawn};
 pub(crate) use wake::poll_timeout;
 
-use books::Books;
+use books::{Books, not_counted};
 use events::EventQueue;
 use gpu::GpuSide;
 use link::Link;
@@ -84,17 +87,18 @@ use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::config::Config;
 use crate::error::Error;
 use crate::event::PeerName;
-use crate::expects::{PushProgress, PushRefusal};
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
 use crate::plan::Cover;
+use crate::rails::RailSet;
 use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
-    Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, PushAborted,
-    PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, Taken, limits,
+    Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
+    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, Taken,
+    limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -493,39 +497,11 @@ impl Inner {
                 }
                 self.pushes.announced(peer, ticket);
             }
-            Message::PushDone(PushDone {
-                request,
-                nonce,
-                sender,
-                sums,
-                ..
-            }) => {
-                if sender != peer.name.rank {
-                    return Err(format!("push done by {sender} from {}", peer.name.rank));
-                }
-                self.nothing_to_take(peer, &request, nonce)?;
-                if sums > 0 {
-                    return self.books.with(self, |books, now| {
-                        books.push_written(now, self, peer, (&request, nonce), sums)
-                    });
-                }
-                let counted = self.books.with(self, |books, now| {
-                    if books.sums.has(peer.key, &request, nonce) {
-                        return Err("push done without checksums that were told".to_owned());
-                    }
-                    let gap = |covers: &[&Cover]| self.gap(covers);
-                    Ok((books.expects).push_done(now, &request, nonce, peer.key, gap))
-                });
-                match counted? {
-                    Ok(PushProgress::Waiting { .. } | PushProgress::Complete) => {}
-                    Ok(PushProgress::Repeated) => debug!(%request, "push done twice"),
-                    // It has had no ticket for what it says it has done.
-                    Err(refusal @ PushRefusal::NotASender) => {
-                        return Err(format!("push done: {refusal}"));
-                    }
-                    Err(refusal) => debug!(%request, %refusal, "push not counted"),
-                }
+            Message::PushDone(PushDone { request, .. }) if peer.is_rdma() => {
+                // It says nothing of what the cards have put in memory.
+                return Err(format!("push of {request} done by the control connection"));
             }
+            Message::PushDone(done) => return self.push_done(peer, &done),
             Message::PushSums(sums) => {
                 return (self.books)
                     .with(self, |books, now| books.push_sums(now, self, peer, sums));
@@ -592,8 +568,57 @@ impl Inner {
         }
     }
 
+    /// What a peer has told on a queue pair. The error says why it cannot be trusted any more.
+    pub(crate) fn on_notice(
+        self: &Arc<Self>,
+        peer: &Arc<PeerSession>,
+        notice: Message,
+    ) -> Result<(), String> {
+        match notice {
+            Message::PushDone(done) if peer.may_say(MessageKind::PushDone) => {
+                self.push_done(peer, &done)
+            }
+            other => Err(format!("{} on a queue pair", other.kind())),
+        }
+    }
+
+    /// A producer has said that its push is done, and that what went over one pair of rails is in memory.
+    /// Over RDMA it says so on a queue pair of that very pair, or when all of that pair's are down here: the
+    /// completion of the receive makes it true, or that they are destroyed.
+    fn push_done(self: &Arc<Self>, peer: &Arc<PeerSession>, done: &PushDone) -> Result<(), String> {
+        let PushDone {
+            request,
+            nonce,
+            sender,
+            sums,
+            rails,
+            rail,
+            ..
+        } = done;
+        let nonce = *nonce;
+        if *sender != peer.name.rank {
+            return Err(format!("push done by {sender} from {}", peer.name.rank));
+        }
+        let all = RailSet::first(peer.rails.len());
+        self.nothing_to_take(peer, request, nonce)?;
+        if !rails.is_within(all) {
+            return Err(format!("push done over rails {rails} of {all}"));
+        }
+        self.books.with(self, |books, now| {
+            let whole = (books.expects).rail_done(request, nonce, peer.key, (*rails, *rail));
+            match whole {
+                Ok(true) => books.push_done(now, self, peer, (request, nonce), *sums),
+                Ok(false) => {
+                    debug!(%request, rail, %rails, "push done over one rail of several");
+                    Ok(())
+                }
+                Err(refusal) => not_counted(request, &refusal),
+            }
+        })
+    }
+
     /// What producers with these covers together do not give.
-    fn gap(&self, covers: &[&Cover]) -> Option<Cause> {
+    pub(crate) fn gap(&self, covers: &[&Cover]) -> Option<Cause> {
         let part = Box::new(Cover::missing(&self.side(), covers)?);
         Some(Cause::MissingPart { part })
     }
@@ -613,26 +638,35 @@ impl Inner {
     }
 
     /// What the other side of a transfer is told of its end.
-    pub(crate) fn notice(&self, live: &Live, notice: Notice) -> Message {
+    /// The end of a push is told once for each pair of rails that it was written over.
+    pub(crate) fn notice(&self, live: &Live, notice: &Notice) -> Vec<Message> {
         let (request, nonce) = (live.request.clone(), live.nonce);
         let sender = self.rank();
         match notice {
-            Notice::Release => Release { request, nonce }.into(),
-            Notice::PushDone => PushDone {
-                request,
-                nonce,
-                sender,
-                bytes: live.report.bytes,
-                sums: live.verify.as_ref().map_or(0, |verify| verify.told),
+            Notice::Release => vec![Release { request, nonce }.into()],
+            Notice::PushDone { wrote } => {
+                let rails = live.peer.rails_to_speak_for(*wrote);
+                let done = |rail| PushDone {
+                    request: request.clone(),
+                    nonce,
+                    sender,
+                    bytes: live.report.bytes,
+                    sums: live.verify.as_ref().map_or(0, |verify| verify.told),
+                    rails,
+                    rail,
+                };
+                rails.iter().map(|rail| done(rail).into()).collect()
             }
-            .into(),
-            Notice::PushAborted { cause } => PushClosed {
-                request,
-                nonce,
-                sender,
-                cause: books::pack_cause(&cause),
+            Notice::PushAborted { cause } => {
+                let cause = books::pack_cause(cause);
+                let closed = PushClosed {
+                    request,
+                    nonce,
+                    sender,
+                    cause,
+                };
+                vec![closed.into()]
             }
-            .into(),
         }
     }
 

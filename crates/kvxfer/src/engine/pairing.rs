@@ -10,7 +10,7 @@ use tracing::warn;
 
 use kvxfer_verbs::{Context, DeviceAddr, GidChoice, QpEndpoint};
 
-use super::bringup::Made;
+use super::lanes::Made;
 use super::runtime::Runtime;
 use crate::error::{Error, chain};
 use crate::transport::{RdmaLink, SkippedRail, gid_towards};

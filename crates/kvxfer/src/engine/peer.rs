@@ -206,7 +206,7 @@ impl Peer {
     /// [`Error::NotConnected`].
     pub fn lanes(&self) -> Result<(usize, usize), Error> {
         let peer = self.session()?;
-        Ok((peer.lanes.len(), peer.workers.len()))
+        Ok((peer.working_lanes(), peer.workers.len()))
     }
 
     /// What the remote rank has told of itself.

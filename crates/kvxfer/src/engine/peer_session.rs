@@ -4,11 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use kvxfer_verbs::RegionTable;
-use tracing::warn;
-
 use super::gpu::GpuPeer;
 use super::link::Link;
+use super::peer_lanes::{LanePlace, PeerRail};
 use super::worker::{Command, Live, WorkerHandle};
 use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::engine::Inner;
@@ -21,7 +19,7 @@ use crate::plan::{
 };
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
-use crate::transport::{PathInfo, SkippedRail};
+use crate::transport::PathInfo;
 use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
@@ -153,51 +151,14 @@ pub(crate) fn in_order(
     Ok(pairs)
 }
 
-/// A rail of this side and one of a peer that queue pairs join.
-#[derive(Debug)]
-pub(crate) struct PeerRail {
-    /// This side's device.
-    pub(crate) device: String,
-    /// How many lanes it has, less those that the peer has taken down; and why it is not used any more.
-    pub(crate) aside: Mutex<Aside>,
-    /// The memories of this side, as the plans number them.
-    pub(crate) regions: Arc<RegionTable>,
-    /// The peer's memories, as the plans number them.
-    pub(crate) remote: Vec<RemoteSpan>,
-    /// Its lease slots, if it offers.
-    pub(crate) leases: Option<RemoteSpan>,
-}
-
-/// Where a lane is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct LanePlace {
-    pub(crate) worker: u16,
-    pub(crate) pair: usize,
-}
-
-/// What becomes of a pair of rails.
-#[derive(Debug)]
-pub(crate) struct Aside {
-    /// Lanes that the peer has not taken down.
-    pub(crate) lanes: usize,
-    /// Why it is not used any more; the first reason stays.
-    pub(crate) reason: Option<String>,
-}
-
-impl PeerRail {
-    fn aside(&self) -> MutexGuard<'_, Aside> {
-        // Valid at every step.
-        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// A peer with whom a session stands or stood. One that reconnects is another.
 #[derive(Debug)]
 pub(crate) struct PeerSession {
     pub(crate) key: PeerKey,
     pub(crate) name: PeerName,
     pub(crate) generation: Generation,
-    /// The pairs of rails that join the two; never empty.
+    /// The pairs of rails that both sides count, those that have failed or were never joined among them;
+    /// never empty.
     pub(crate) rails: Vec<PeerRail>,
     pub(crate) path: PathInfo,
     /// What this rank fetches out of its GPU.
@@ -206,7 +167,7 @@ pub(crate) struct PeerSession {
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
     pub(crate) same_host: bool,
-    /// The workers that have lanes to it, each once; never empty.
+    /// The workers that have lanes to it when it comes up, each once; never empty.
     pub(crate) workers: Vec<u16>,
     /// Where each lane is, by its number.
     pub(crate) lanes: Vec<LanePlace>,
@@ -230,8 +191,8 @@ pub(crate) struct PeerSession {
 #[derive(Debug)]
 pub(crate) struct Standing {
     fate: Mutex<Fate>,
-    /// Workers whose lanes to the peer are not gone.
-    workers: AtomicUsize,
+    /// Workers whose lanes to the peer are not gone, and lanes on their way to them.
+    parts: AtomicUsize,
     /// Who may still tell an outcome after the session's end: the workers, and the link that ends
     /// expectations.
     untold: AtomicUsize,
@@ -242,7 +203,7 @@ impl Standing {
     pub(crate) fn new(workers: usize) -> Self {
         Self {
             fate: Mutex::default(),
-            workers: AtomicUsize::new(workers),
+            parts: AtomicUsize::new(workers),
             untold: AtomicUsize::new(workers + 1),
         }
     }
@@ -319,67 +280,23 @@ impl PeerSession {
         self.rails.first().map_or(&[], |rail| &rail.remote)
     }
 
-    /// The way to it, with the rails that have been set aside since.
-    pub(crate) fn way(&self) -> PathInfo {
-        let mut path = self.path.clone();
-        for rail in &self.rails {
-            if let Some(reason) = &rail.aside().reason {
-                path.skipped.push(SkippedRail::new(&rail.device, reason));
-            }
+    /// A lane is to have a successor: from here on the session is not drained before
+    /// [`part_drained`](Self::part_drained) is told of it. False: the session is over.
+    pub(crate) fn begin_lane(&self) -> bool {
+        // Under the lock: whoever takes the queue pairs down counts this one, or it is not made.
+        let fate = self.fate();
+        let usable = fate.usable().is_ok();
+        if usable {
+            self.standing.parts.fetch_add(1, Ordering::AcqRel);
         }
-        path
+        usable
     }
 
-    /// Notes that a pair of rails leads to the peer no more. False: that is known.
-    pub(crate) fn set_aside(&self, pair: usize, cause: &Cause) -> bool {
-        self.note_aside(pair, || cause.to_string())
-    }
-
-    fn note_aside(&self, pair: usize, reason: impl FnOnce() -> String) -> bool {
-        let Some(rail) = self.rails.get(pair) else {
-            return false;
-        };
-        let mut aside = rail.aside();
-        if aside.reason.is_some() {
-            return false;
+    /// Gives a command to a worker.
+    pub(crate) fn on_worker(&self, worker: u16, command: Command) {
+        if let Some(handle) = self.all_workers.get(usize::from(worker)) {
+            handle.send(command);
         }
-        let reason = aside.reason.insert(reason()).clone();
-        drop(aside);
-        let (peer, device) = (&self.name.engine, &rail.device);
-        warn!(%peer, device, reason, "device set aside; the work goes on over the others");
-        true
-    }
-
-    /// The peer has taken its half of some lanes down.
-    ///
-    /// # Errors
-    ///
-    /// Numbers that no lane has: what is wrong with them.
-    pub(crate) fn lanes_reset(
-        self: &Arc<Self>,
-        lanes: &[u16],
-        cause: &Cause,
-    ) -> Result<(), String> {
-        for number in lanes {
-            let Some(lane) = self.lanes.get(usize::from(*number)) else {
-                return Err(format!("queue pair {number} of {} reset", self.lanes.len()));
-            };
-            let left = self.rails.get(lane.pair).map(|rail| {
-                let mut aside = rail.aside();
-                aside.lanes = aside.lanes.saturating_sub(1);
-                aside.lanes
-            });
-            if left == Some(0) {
-                self.note_aside(lane.pair, || format!("taken down by the peer: {cause}"));
-            }
-            if let Some(worker) = self.all_workers.get(usize::from(lane.worker)) {
-                worker.send(Command::LaneReset {
-                    peer: Arc::clone(self),
-                    number: *number,
-                });
-            }
-        }
-        Ok(())
     }
 
     /// Gives a command to the workers that have lanes, but for one.
@@ -606,7 +523,7 @@ impl PeerSession {
         if gone {
             self.answer(worker, token);
         } else {
-            // Queue pairs cannot be rebuilt inside a session yet: it is set up anew.
+            // All that is posted must go, whatever lane it is on: the session is set up anew.
             self.fail(Cause::LaneReset);
             self.drop_lanes();
         }
@@ -624,9 +541,10 @@ impl PeerSession {
         }
     }
 
-    /// A worker has destroyed its queue pairs to the peer.
-    pub(crate) fn worker_drained(&self) {
-        if self.standing.workers.fetch_sub(1, Ordering::AcqRel) != 1 {
+    /// A worker has destroyed its queue pairs to the peer; or one on its way to a worker has come there, or is
+    /// destroyed.
+    pub(crate) fn part_drained(&self) {
+        if self.standing.parts.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let waiting = {

@@ -11,11 +11,11 @@ use crate::Error;
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole, PathKind, PathSet};
-use crate::engine::{Engine, Instance, PullOptions};
-use crate::event::Event;
+use crate::engine::{Engine, Instance, PullOptions, TransferReport};
+use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
-use crate::transfer::Cause;
+use crate::transfer::{Cause, LocalOperation};
 use crate::transport::{Opened, SkippedRail};
 
 const BLOCKS: u32 = 128;
@@ -28,6 +28,16 @@ struct Node {
 }
 
 fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
+    node_that(role, path, &vec![""; rails], |_| {})
+}
+
+/// One whose devices have these fault plans.
+fn node_that(
+    role: KvRole,
+    path: PathKind,
+    plans: &[&str],
+    change: impl FnOnce(&mut Config),
+) -> Node {
     let format = KvFormat::opaque(256 << 10, 2).expect("a format");
     let shape = BenchShape {
         topology: Topology::single(&format),
@@ -36,16 +46,21 @@ fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
         memory: BenchMemory::Arena,
     };
     let side = BenchSide::new(&shape).expect("memory");
-    let config = Config {
+    let mut config = Config {
         kv_role: role,
         path: PathSet::only(path),
         num_worker_threads: 2,
         qp_per_transfer: QPS,
         ..Config::default()
     };
-    let open = |_: u16| open_soft(SoftConfig::default()).expect("a device");
+    change(&mut config);
+    let open = |plan: &&str| {
+        let mut device = SoftConfig::default();
+        device.faults = Some(plan.parse().expect("a plan"));
+        open_soft(device).expect("a device")
+    };
     let opened = Opened {
-        contexts: (0_u16..).take(rails).map(|at| (at, open(at))).collect(),
+        contexts: (0_u16..).zip(plans.iter().map(open)).collect(),
         skipped: Vec::new(),
     };
     let (format, placement) = (side.format().clone(), side.placement().clone());
@@ -109,8 +124,22 @@ fn pairs() -> Vec<GroupPairs> {
 }
 
 fn joined(path: PathKind, producers: usize, consumers: usize) -> (Node, Node, Instance) {
-    let producer = node(KvRole::Producer, path, producers);
-    let consumer = node(KvRole::Consumer, path, consumers);
+    joined_by(
+        node(KvRole::Producer, path, producers),
+        node(KvRole::Consumer, path, consumers),
+    )
+}
+
+/// Two that tell the ends of pushes on their queue pairs.
+fn joined_with_notices(path: PathKind) -> (Node, Node, Instance) {
+    let notices = |config: &mut Config| config.enable_notification = true;
+    joined_by(
+        node_that(KvRole::Producer, path, &[""; 2], notices),
+        node_that(KvRole::Consumer, path, &[""; 2], notices),
+    )
+}
+
+fn joined_by(producer: Node, consumer: Node) -> (Node, Node, Instance) {
     let address = producer.engine.listen("127.0.0.1:0").expect("a port");
     let instance = consumer.engine.connect(&address.to_string(), LONG);
     (producer, consumer, instance.expect("a session"))
@@ -132,19 +161,22 @@ fn pull(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
     to.holds(|at| word(round, at));
 }
 
-/// A push of everything, in both directions of time: what was there before is other bytes.
-fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl FnOnce()) {
+/// A push of everything.
+fn push(
+    round: u64,
+    (from, to, _): (&Node, &Node, &Instance),
+    meanwhile: impl FnOnce(),
+) -> TransferReport {
     from.fill(|at| word(round, at));
     to.fill(|_| !0);
     let request = RequestId::from(format!("push {round}").as_str());
     let expected = to.engine.expect(&request, &groups(), 1, LONG);
     expected.expect("an expectation");
     let name = to.engine.inner();
-    let name = crate::event::PeerName {
+    let name = PeerName {
         engine: name.id.clone(),
         rank: name.rank(),
     };
-    let _ = way;
     let peer = from.engine.peer_of(&name).expect("a session");
     let push = peer.begin_push(&request);
     let push = push.expect("a push");
@@ -166,6 +198,7 @@ fn push(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
     to.fill(|_| round);
     std::thread::sleep(Duration::from_millis(20));
     to.holds(|_| round);
+    transfer.report()
 }
 
 /// The one device that the way does without. The peer tells of its own a moment later.
@@ -191,6 +224,27 @@ fn work_goes_over_all_rails_that_both_have() {
         for round in 0..3 {
             pull(round, nodes, || {});
             push(round, nodes, || {});
+        }
+    }
+}
+
+/// Both rails carry writes, so both have to say that theirs are there: one word more or less for one of
+/// them, and the expectation would not end, or the session would.
+#[test]
+fn each_rail_of_a_push_tells_its_own_end() {
+    for path in PATHS {
+        let (producer, consumer, way) = joined_with_notices(path);
+        let nodes = (&producer, &consumer, &way);
+        for round in 0..3 {
+            let report = push(round, nodes, || {});
+            assert!(report.data_plane_notice, "{path}");
+        }
+        for (round, of_producer) in [(3, true), (4, false)] {
+            let (producer, consumer, way) = joined_with_notices(path);
+            let dying = if of_producer { &producer } else { &consumer };
+            let nodes = (&producer, &consumer, &way);
+            push(round, nodes, || dying.device_fails(1));
+            push(round + 2, nodes, || {});
         }
     }
 }
@@ -246,4 +300,220 @@ fn the_last_device_ends_the_engine() {
     assert_eq!(cause, Cause::DeviceFatal);
     let refused = consumer.engine.connect("127.0.0.1:1", LONG);
     assert!(matches!(refused, Err(Error::DeviceFailed)), "{refused:?}");
+}
+
+/// Whether the memory of a request is released within some time.
+fn is_released(node: &Node, seen: &mut Vec<Event>, within: Duration) -> bool {
+    let end = Instant::now() + within;
+    while Instant::now() < end {
+        node.engine.wait_events(seen, Duration::from_millis(5));
+        let freed = |event: &Event| match event {
+            Event::Released { .. } => true,
+            Event::Failed { memory, .. } => *memory == MemoryState::Released,
+            _ => false,
+        };
+        if seen.iter().any(freed) {
+            return true;
+        }
+    }
+    false
+}
+
+/// A consumer with such devices loses the first of them while it is written to. What its peer is down for, and
+/// whether the blocks are released, within a second if they are not to be.
+fn loses_its_first_device(path: PathKind, plans: &[&str], kept: bool) -> (Cause, bool) {
+    let consumer = node_that(KvRole::Consumer, path, plans, |_| {});
+    let producer = node(KvRole::Producer, path, plans.len());
+    let (producer, consumer, _way) = joined_by(producer, consumer);
+    producer.fill(|at| word(0, at));
+    consumer.fill(|_| !0);
+    let request = RequestId::from("cut short");
+    let expected = consumer.engine.expect(&request, &groups(), 1, LONG);
+    expected.expect("an expectation");
+    let inner = consumer.engine.inner();
+    let name = PeerName {
+        engine: inner.id.clone(),
+        rank: inner.rank(),
+    };
+    let peer = producer.engine.peer_of(&name).expect("a session");
+    let push = peer.begin_push(&request).expect("a push");
+    push.layer(0, &pairs(), None).expect("a layer");
+    consumer.await_some(0);
+    consumer.device_fails(0);
+    let mut seen = Vec::new();
+    let down = wait_for(&consumer.engine, &mut seen, |event| {
+        matches!(event, Event::PeerDown { .. })
+    });
+    let Event::PeerDown { cause, .. } = down else {
+        unreachable!("that event");
+    };
+    let within = if kept { Duration::from_secs(1) } else { LONG };
+    (cause, is_released(&consumer, &mut seen, within))
+}
+
+/// A device that does not destroy its queue pairs may go on with what comes there: nobody has the blocks back
+/// before it is closed. The other side is not told that they are gone: the session ends, though there is
+/// another rail.
+#[test]
+fn blocks_that_queue_pairs_may_reach_that_stay_are_never_released() {
+    for path in PATHS {
+        let lost = loses_its_first_device(path, &["no-destroy=1"], true);
+        assert_eq!(lost, (Cause::DeviceFatal, false), "{path}");
+        let lost = loses_its_first_device(path, &["no-destroy=1", ""], true);
+        let operation = LocalOperation::QueuePair;
+        let errno = nix::errno::Errno::EIO as i32;
+        assert_eq!(
+            lost,
+            (Cause::LocalDevice { operation, errno }, false),
+            "{path}"
+        );
+        // The same without the fault.
+        let lost = loses_its_first_device(path, &[""], false);
+        assert_eq!(lost, (Cause::DeviceFatal, true), "{path}");
+    }
+}
+
+/// A rail of which one side has no queue pairs, or does not get them to the other's: the session goes without.
+#[test]
+fn a_rail_whose_queue_pairs_cannot_be_had_is_left_out() {
+    for path in PATHS {
+        for (plan, of_client, bad) in [
+            ("no-qp=1", true, 0),
+            ("no-qp=1", false, 1),
+            ("no-join=1", true, 1),
+            ("no-join=1", false, 0),
+        ] {
+            let mut plans = [[""; 2]; 2];
+            plans[usize::from(of_client)][bad] = plan;
+            let (producer, consumer, way) = joined_by(
+                node_that(KvRole::Producer, path, &plans[0], |_| {}),
+                node_that(KvRole::Consumer, path, &plans[1], |_| {}),
+            );
+            let what = format!("{path}, {plan}, client {of_client}");
+            let nodes = (&producer, &consumer, &way);
+            pull(0, nodes, || {});
+            push(1, nodes, || {});
+            let skipped = one_skipped(&way);
+            let refused = if plan == "no-qp=1" {
+                "create_qp"
+            } else {
+                "modify_qp"
+            };
+            match of_client {
+                true => assert!(skipped[0].reason.contains(refused), "{what}: {skipped:?}"),
+                false => assert!(
+                    skipped[0].reason.contains("the peer"),
+                    "{what}: {skipped:?}"
+                ),
+            }
+            assert_eq!(way.lanes().expect("up"), (QPS as usize, 2), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_session_without_any_rail_is_not_set_up() {
+    for plan in ["no-qp=1", "no-join=1"] {
+        let producer = node(KvRole::Producer, PathKind::Arena, 2);
+        let consumer = node_that(KvRole::Consumer, PathKind::Arena, &[plan; 2], |_| {});
+        let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+        let refused = consumer.engine.connect(&address.to_string(), LONG);
+        let error = crate::error::chain(&refused.expect_err("nothing leads there"));
+        assert!(error.contains("soft: "), "{plan}: {error}");
+    }
+}
+
+/// A consumer whose devices have these plans, and its producer.
+fn joined_with(plans: &[&str]) -> (Node, Node, Instance) {
+    joined_by(
+        node(KvRole::Producer, PathKind::Tcp, plans.len()),
+        node_that(KvRole::Consumer, PathKind::Tcp, plans, |_| {}),
+    )
+}
+
+#[test]
+fn work_leaves_a_port_that_stays_down() {
+    let (producer, consumer, way) = joined_with(&["port-down=500ms:3600s", ""]);
+    let end = Instant::now() + LONG;
+    let mut round = 0;
+    while way.path().expect("the session stands").skipped.is_empty() {
+        assert!(Instant::now() < end, "{round} rounds");
+        pull(round, (&producer, &consumer, &way), || {});
+        push(round + 1, (&producer, &consumer, &way), || {});
+        round += 2;
+    }
+    let skipped = one_skipped(&way);
+    assert!(
+        skipped[0].reason.contains("of the device is down"),
+        "{skipped:?}"
+    );
+    pull(round, (&producer, &consumer, &way), || {});
+}
+
+/// Nothing is gained by moving from one port that is down to another: all are back in time.
+#[test]
+fn ports_that_are_all_down_for_a_while_cost_time_only() {
+    let down = "port-down=500ms:1500ms";
+    let begun = Instant::now();
+    let (producer, consumer, way) = joined_with(&[down; 2]);
+    let mut round = 0;
+    while begun.elapsed() < Duration::from_millis(2500) {
+        pull(round, (&producer, &consumer, &way), || {});
+        round += 1;
+    }
+    assert_eq!(way.path().expect("the session stands").skipped, []);
+    let mut seen = Vec::new();
+    consumer.engine.poll_events(&mut seen);
+    let down = |event: &Event| matches!(event, Event::PeerDown { .. });
+    assert!(!seen.iter().any(down), "{seen:?}");
+}
+
+/// One side has lost a device: who comes later is joined by the places of those that are left.
+#[test]
+fn a_session_that_comes_after_a_loss_goes_over_the_others() {
+    let producer = node(KvRole::Producer, PathKind::Arena, 3);
+    let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+    producer.device_fails(1);
+    let consumer = node(KvRole::Consumer, PathKind::Arena, 3);
+    let way = consumer.engine.connect(&address.to_string(), LONG);
+    let way = way.expect("a session");
+    assert_eq!(way.lanes().expect("up"), (2 * QPS as usize, 2));
+    pull(0, (&producer, &consumer, &way), || {});
+    push(1, (&producer, &consumer, &way), || {});
+}
+
+/// A queue pair that fails alone has a successor a moment later, and the session goes on all the while.
+#[test]
+fn a_queue_pair_that_fails_alone_is_rebuilt() {
+    let change = |config: &mut Config| {
+        config.num_worker_threads = 1;
+        config.qp_per_transfer = 4;
+    };
+    for (path, rails) in [(PathKind::Arena, 1), (PathKind::Arena, 2)] {
+        let all = 4 * rails;
+        let plan = "seed=1,qp-fatal=0.002";
+        let consumer = node_that(KvRole::Consumer, path, &vec![plan; rails], change);
+        let producer = node_that(KvRole::Producer, path, &vec![""; rails], change);
+        let (producer, consumer, way) = joined_by(producer, consumer);
+        let lanes = || way.lanes().expect("the session stands").0;
+        let end = Instant::now() + LONG;
+        let mut round = 0;
+        while lanes() == all {
+            assert!(Instant::now() < end, "none fails in {round} rounds");
+            pull(round, (&producer, &consumer, &way), || {});
+            round += 1;
+        }
+        let failed = lanes();
+        assert!(failed < all && failed > 0, "{failed} of {all}");
+        while lanes() != all {
+            assert!(Instant::now() < end, "{} of {all} are there", lanes());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(way.path().expect("the session stands").skipped, []);
+        let mut seen = Vec::new();
+        consumer.engine.poll_events(&mut seen);
+        let down = |event: &Event| matches!(event, Event::PeerDown { .. });
+        assert!(!seen.iter().any(down), "{seen:?}");
+        push(round, (&producer, &consumer, &way), || {});
+    }
 }

@@ -14,8 +14,8 @@ use tracing::{info, warn};
 use kvxfer_verbs::{DeviceInfo, GidChoice, InitAttr, QpCaps, RtsAttr};
 
 use super::accept::{Arrivals, accept};
-use super::bringup::Made;
 use super::health::Health;
+use super::lanes::Made;
 use super::link::Link;
 use super::net;
 use super::notices::{Inbox, Outbox, RECEIVES};
@@ -255,7 +255,21 @@ impl Runtime {
         count: u32,
         notices: bool,
     ) -> Result<Vec<Made>, Error> {
-        self.health.check()?;
+        let workers = self.spread(key, count as usize).into_iter();
+        let rail = (at, gid);
+        workers
+            .map(|worker| self.queue_pair(engine, rail, worker, notices))
+            .collect()
+    }
+
+    /// One queue pair of a rail in INIT, which completes at a worker.
+    pub(crate) fn queue_pair(
+        &self,
+        engine: &Inner,
+        (at, gid): (usize, Option<&GidChoice>),
+        worker: u16,
+        notices: bool,
+    ) -> Result<Made, Error> {
         let rail = self.rails.get(at).ok_or(Error::ShuttingDown)?;
         let caps = QpCaps {
             max_send_wr: self.send_wr,
@@ -265,27 +279,22 @@ impl Runtime {
         };
         let mut attr = InitAttr::new(engine.remote_access());
         attr.gid_index = gid.map(|gid| gid.index);
-        self.spread(key, count as usize)
-            .into_iter()
-            .map(|worker| {
-                let cq = rail.events.cq(worker).ok_or(Error::ShuttingDown)?;
-                let qp = rail.pd.create_qp(caps, &cq.cq, &cq.cq)?;
-                let watched = rail.events.watch(qp.qp_num(), &cq);
-                let qp = qp.init(attr)?;
-                let inbox = if notices {
-                    Some(Inbox::new(&rail.pd, &qp)?)
-                } else {
-                    None
-                };
-                Ok(Made {
-                    rail: at,
-                    worker,
-                    qp,
-                    inbox,
-                    watched,
-                })
-            })
-            .collect()
+        let cq = rail.events.cq(worker).ok_or(Error::ShuttingDown)?;
+        let qp = rail.pd.create_qp(caps, &cq.cq, &cq.cq)?;
+        let watched = rail.events.watch(qp.qp_num(), &cq);
+        let qp = qp.init(attr)?;
+        let inbox = if notices {
+            Some(Inbox::new(&rail.pd, &qp)?)
+        } else {
+            None
+        };
+        Ok(Made {
+            rail: at,
+            worker,
+            qp,
+            inbox,
+            watched,
+        })
     }
 
     pub(crate) fn add_lanes(&self, peer: &Arc<PeerSession>, lanes: Vec<Joined>) {

@@ -38,8 +38,9 @@ impl fmt::Display for LaneId {
 pub struct LaneLimits {
     /// Entries of its send queue; at least 1.
     pub send_wr: u32,
-    /// The rail that it goes by: work that one rail cannot move goes to lanes of another.
-    pub rail: u16,
+    /// The pair of rails that it joins, as its session numbers them: work that one pair cannot move goes to
+    /// lanes of another.
+    pub pair: u16,
 }
 
 /// What a posted batch is for.
@@ -83,7 +84,7 @@ pub(super) struct Lane {
     pub(super) peer: u32,
     /// The lane's life, in place for an id.
     life: u64,
-    pub(super) rail: u16,
+    pub(super) pair: u16,
     pub(super) send_wr: u32,
     /// Free entries of the send queue.
     pub(super) credits: u32,
@@ -104,7 +105,7 @@ impl Lane {
         Self {
             peer,
             life: (life & 0xfff) << (INDEX_BITS + NUMBER_BITS),
-            rail: limits.rail,
+            pair: limits.pair,
             send_wr,
             credits: send_wr,
             reserve: (send_wr / 16).min(4),
@@ -190,7 +191,7 @@ mod tests {
             7,
             LaneLimits {
                 send_wr: 16,
-                rail: 0,
+                pair: 0,
             },
         );
         let a = lane.push(batch(3));
@@ -213,7 +214,7 @@ mod tests {
             1,
             LaneLimits {
                 send_wr: 4,
-                rail: 0,
+                pair: 0,
             },
         );
         lane.head = u32::MAX;

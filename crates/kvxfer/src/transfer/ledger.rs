@@ -11,6 +11,7 @@ use super::record::{
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
 use crate::plan::source::OpSource;
+use crate::rails::RailSet;
 use crate::time::Time;
 
 /// The limits of a ledger.
@@ -75,8 +76,8 @@ pub struct Transfers {
     out: VecDeque<Output>,
     next_job: u64,
     last_token: u64,
-    /// What keeps all posted work from moving.
-    held_up: Option<Cause>,
+    /// What keeps all work that is posted to a peer from moving.
+    held_up: HashMap<PeerKey, Cause>,
 }
 
 impl Transfers {
@@ -92,7 +93,7 @@ impl Transfers {
             // Ids of different owners never meet.
             next_job: JobId::first_of(cfg.owner).0,
             last_token: 0,
-            held_up: None,
+            held_up: HashMap::new(),
         }
     }
 
@@ -259,6 +260,7 @@ impl Transfers {
             return;
         }
         job.ops_done += report.ops_done;
+        job.wrote |= report.wrote;
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
         job.doubts += report.doubts;
@@ -380,10 +382,13 @@ impl Transfers {
         self.drop_peer_if_unused(peer);
     }
 
-    /// Says what keeps all posted work from moving (a port that is down), or that nothing does: work
-    /// that is under way when its deadline passes has failed for that.
-    pub fn held_up(&mut self, by: Option<Cause>) {
-        self.held_up = by;
+    /// Says what keeps all work that is posted to a peer from moving (a port that is down), or that nothing
+    /// does: work that is under way when its deadline passes has failed for that.
+    pub fn held_up(&mut self, peer: PeerKey, by: Option<Cause>) {
+        match by {
+            Some(cause) => self.held_up.insert(peer, cause),
+            None => self.held_up.remove(&peer),
+        };
     }
 
     /// Why a transfer is not over by its deadline.
@@ -396,10 +401,9 @@ impl Transfers {
                 .iter()
                 .any(|j| matches!(j.progress, Progress::Queued | Progress::Started)),
         };
-        let held_up = self.held_up.clone();
-        held_up
-            .filter(|_| self.records.get(&id).is_some_and(under_way))
-            .unwrap_or(Cause::DeadlinePassed)
+        let record = self.records.get(&id).filter(|r| under_way(r));
+        let held_up = record.and_then(|r| self.held_up.get(&r.peer));
+        held_up.cloned().unwrap_or(Cause::DeadlinePassed)
     }
 
     /// Does what is due at `now`.
@@ -485,6 +489,7 @@ impl Transfers {
                 Progress::Queued
             },
             ops_done: 0,
+            wrote: RailSet::EMPTY,
             in_doubt: false,
             doubts: 0,
             quiescent: 0,
@@ -595,7 +600,11 @@ impl Transfers {
         let notice = match record.kind {
             Kind::Pull { release: true, .. } => Some(Notice::Release),
             Kind::Pull { .. } => None,
-            Kind::Push => Some(Notice::PushDone),
+            Kind::Push => {
+                let wrote = record.jobs.iter().map(|j| j.wrote);
+                let wrote = wrote.fold(RailSet::EMPTY, |all, wrote| all | wrote);
+                Some(Notice::PushDone { wrote })
+            }
         };
         if let Some(notice) = notice {
             self.out.push_back(Output::SendNotice {

@@ -52,7 +52,10 @@ fn said(t: &mut Transfers) -> Vec<String> {
             Output::StopJob { job, .. } => format!("stop {}", job.0),
             Output::Verify { id, .. } => format!("verify {}", id.0),
             Output::CheckLease { id, .. } => format!("lease {}", id.0),
-            Output::SendNotice { id, notice, .. } => format!("notice {} {notice:?}", id.0),
+            Output::SendNotice { id, notice, .. } => match notice {
+                Notice::PushDone { wrote } => format!("notice {} PushDone {wrote}", id.0),
+                notice => format!("notice {} {notice:?}", id.0),
+            },
             Output::ForceDrain { token, .. } => format!("drain {}", token.0),
             Output::Released { id } => format!("released {}", id.0),
             Output::Outcome { id, outcome } => match outcome {
@@ -74,6 +77,7 @@ fn report(job: u64, transfer: TransferId, ops_done: u64, quiescent: bool) -> Job
         owner: 0,
         ops_done,
         bytes_done: ops_done * 10,
+        wrote: RailSet::EMPTY,
         error: None,
         in_doubt: false,
         doubts: 0,
@@ -144,11 +148,11 @@ fn a_push_tells_its_checksums_before_its_end() {
     t.commit(ms(2), T1).expect("open");
     assert_eq!(said(&mut t), ["verify 1"]);
     t.verified(ms(3), T1, Ok(()));
-    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 4"]);
+    assert_eq!(said(&mut t), ["notice 1 PushDone {}", "done 1 4"]);
     // Without data there is nothing to compare.
     t.submit(ms(4), spec).expect("taken");
     t.commit(ms(4), T1).expect("open");
-    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 0"]);
+    assert_eq!(said(&mut t), ["notice 1 PushDone {}", "done 1 0"]);
 }
 
 #[test]
@@ -217,7 +221,7 @@ fn nothing_to_move_is_done_at_once() {
     t.submit(ms(0), push(T1)).expect("the id is free again");
     t.add_job(ms(0), T1, even(0, 1)).expect("open");
     t.commit(ms(0), T1).expect("open");
-    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 0"]);
+    assert_eq!(said(&mut t), ["notice 1 PushDone {}", "done 1 0"]);
 }
 
 #[test]
@@ -234,7 +238,7 @@ fn a_push_is_done_when_committed_and_confirmed() {
     t.job_report(ms(1), &report(2, T1, 2, true));
     assert!(said(&mut t).is_empty(), "not committed");
     t.commit(ms(2), T1).expect("open");
-    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 60"]);
+    assert_eq!(said(&mut t), ["notice 1 PushDone {}", "done 1 60"]);
 }
 
 #[test]
@@ -475,12 +479,12 @@ fn what_is_late_while_all_is_held_up_has_that_cause() {
     let port = Cause::PortDown { port: 1 };
     let ends = |by: Option<&Cause>, spec: Spec, work: bool| {
         let mut t = ledger();
-        t.held_up(Some(port.clone()));
+        t.held_up(PEER, Some(port.clone()));
         t.submit(ms(0), spec).expect("taken");
         if work {
             t.add_job(ms(0), T1, even(4, 10)).expect("open");
         }
-        t.held_up(by.cloned());
+        t.held_up(PEER, by.cloned());
         said(&mut t);
         t.on_time(ms(1000));
         said(&mut t)
@@ -495,6 +499,17 @@ fn what_is_late_while_all_is_held_up_has_that_cause() {
     let late = |cause: &Cause| Some(format!("failed 1 {cause} Quarantined"));
     assert_eq!(ends(Some(&port), pull(T1, 4), false), late(&port));
     assert_eq!(ends(Some(&port), push(T1), true), late(&port));
+    // Another peer's port is nothing to it.
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.held_up(PeerKey(2), Some(port.clone()));
+    t.on_time(ms(1000));
+    t.on_time(ms(1000));
+    let told = said(&mut t);
+    assert!(
+        told.contains(&"failed 1 deadline passed Quarantined".to_owned()),
+        "{told:?}"
+    );
     // The port is up again: it is the deadline's own doing.
     let passed = Cause::DeadlinePassed;
     assert_eq!(ends(None, pull(T1, 4), false), late(&passed));
@@ -509,7 +524,7 @@ fn a_lease_check_that_a_port_holds_up_is_late_for_it() {
     t.submit(ms(0), pull(T1, 4)).expect("taken");
     t.job_report(ms(1), &report(0, T1, 4, true));
     let port = Cause::PortDown { port: 1 };
-    t.held_up(Some(port.clone()));
+    t.held_up(PEER, Some(port.clone()));
     t.on_time(ms(1000));
     let told = said(&mut t);
     assert_eq!(
@@ -545,7 +560,7 @@ fn a_push_whose_writes_moved_is_done_when_nothing_of_them_can_come_late() {
     t.job_report(ms(2), &doubtful(-1, 0, true));
     assert_eq!(said(&mut t), [""; 0]);
     t.job_report(ms(2), &doubtful(-1, 0, true));
-    assert_eq!(said(&mut t), ["notice 1 PushDone", "done 1 40"]);
+    assert_eq!(said(&mut t), ["notice 1 PushDone {}", "done 1 40"]);
     // Nobody settles it: the lanes are gone, and so is the session, before anybody is told.
     let mut t = begun();
     t.job_report(ms(1), &doubtful(1, 4, false));
@@ -560,4 +575,30 @@ fn a_push_whose_writes_moved_is_done_when_nothing_of_them_can_come_late() {
     let closed = "notice 1 PushAborted { cause: LaneReset }";
     let failed = format!("failed 1 {} Released", Cause::LaneReset);
     assert_eq!(said(&mut t), [closed, &failed]);
+}
+
+#[test]
+fn the_end_of_a_push_names_all_rails_that_wrote() {
+    let mut t = ledger();
+    let spec = Spec {
+        workers: 2,
+        ..push(T1)
+    };
+    t.submit(ms(0), spec).expect("taken");
+    let over = |job, ops, pair| JobReport {
+        wrote: RailSet::only(pair),
+        ..report(job, T1, ops, true)
+    };
+    t.add_job(ms(0), T1, even(4, 1)).expect("open");
+    t.add_job(ms(0), T1, even(2, 1)).expect("open");
+    // Two schedulers, and two jobs.
+    t.job_report(ms(1), &over(0, 1, 3));
+    t.job_report(ms(1), &over(0, 3, 0));
+    t.job_report(ms(1), &over(1, 2, 5));
+    t.commit(ms(2), T1).expect("open");
+    let told = said(&mut t);
+    assert!(
+        told.contains(&"notice 1 PushDone {0, 3, 5}".to_owned()),
+        "{told:?}"
+    );
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Cause, Job, JobId, PeerKey, TransferId};
 use crate::plan::source::OpSource;
+use crate::rails::RailSet;
 use crate::time::Time;
 
 /// What a transfer does.
@@ -166,7 +167,10 @@ pub enum Notice {
     /// A pull is done: this reader needs the blocks no longer.
     Release,
     /// A push is done: every byte has been confirmed.
-    PushDone,
+    PushDone {
+        /// The pairs of rails that its writes went over. None, if it had nothing to write.
+        wrote: RailSet,
+    },
     /// A push will not be done, and nothing that it posted is under way any more.
     PushAborted {
         /// Why.
@@ -275,6 +279,8 @@ pub(super) struct JobRecord {
     pub(super) job: Arc<Job>,
     pub(super) progress: Progress,
     pub(super) ops_done: u64,
+    /// The pairs of rails, of all schedulers, that have confirmed writes of it.
+    pub(super) wrote: RailSet,
     /// Writes of it were lost on the way.
     pub(super) in_doubt: bool,
     /// Lanes, of all schedulers, that have lost writes which were posted again, and may be carried out yet.

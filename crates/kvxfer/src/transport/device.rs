@@ -138,7 +138,7 @@ fn open_rdma_rails(config: &Config, most: usize) -> Result<Opened, Error> {
     let ranking = devices::rank(&there, config, None, &[]);
     let port = u8::try_from(config.rdma_port).ok();
     let most = if names.is_empty() { 1 } else { most };
-    let taken = taken(&ranking, port, most);
+    let taken = taken(&ranking, port);
     if taken.is_empty() {
         return Err(Error::NoRdmaPort {
             candidates: unusable(&ranking, port),
@@ -149,16 +149,24 @@ fn open_rdma_rails(config: &Config, most: usize) -> Result<Opened, Error> {
         skipped: Vec::new(),
     };
     for name in names {
-        if taken.iter().any(|usable| usable.device.name == *name) || taken.len() == most {
-            continue;
+        if !taken.iter().any(|usable| usable.device.name == *name) {
+            let reasons = unusable(&ranking, port).into_iter();
+            let own = reasons.filter(|(port, _)| port.split(' ').next() == Some(name));
+            let reasons: Vec<String> = own.map(|(_, reason)| reason).collect();
+            opened.skip(name, reasons.join("; "));
         }
-        let reasons = unusable(&ranking, port).into_iter();
-        let own = reasons.filter(|(port, _)| port.split(' ').next() == Some(name));
-        let reasons: Vec<String> = own.map(|(_, reason)| reason).collect();
-        opened.skip(name, reasons.join("; "));
     }
     let mut first = None;
     for usable in taken {
+        if opened.contexts.len() == most {
+            if most > 1 {
+                opened.skip(
+                    &usable.device.name,
+                    format!("{most} devices are used, and no more"),
+                );
+            }
+            continue;
+        }
         match open_port(config, usable) {
             Ok(context) => {
                 let place = names.iter().position(|name| *name == usable.device.name);
@@ -177,17 +185,13 @@ fn open_rdma_rails(config: &Config, most: usize) -> Result<Opened, Error> {
     }
 }
 
-/// The first port that may be used of each device, no more than `most`.
-fn taken<'r, 'a>(
-    ranking: &'r PortRanking<'a>,
-    port: Option<u8>,
-    most: usize,
-) -> Vec<&'r UsablePort<'a>> {
+/// The first port that may be used of each device.
+fn taken<'r, 'a>(ranking: &'r PortRanking<'a>, port: Option<u8>) -> Vec<&'r UsablePort<'a>> {
     let fits = |usable: &&UsablePort<'_>| port.is_none_or(|port| usable.number == port);
     let mut taken: Vec<&UsablePort<'_>> = Vec::new();
     for usable in ranking.usable.iter().filter(fits) {
         let new = |other: &&UsablePort<'_>| other.device.name != usable.device.name;
-        if taken.len() < most && taken.iter().all(new) {
+        if taken.iter().all(new) {
             taken.push(usable);
         }
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::rails::RailSet;
+
 /// Why bytes were refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -120,6 +122,14 @@ pub enum WireError {
     BadPairs {
         /// How many there are.
         len: usize,
+    },
+    /// A rail that is not one of those that it is said to be of.
+    #[error("rail {rail} is not among {rails}")]
+    BadRail {
+        /// The rail.
+        rail: u16,
+        /// Those it should be one of.
+        rails: RailSet,
     },
     /// A text with control characters.
     #[error("{what} holds control characters")]

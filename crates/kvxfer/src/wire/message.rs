@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
+use crate::rails::RailSet;
 
 use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
@@ -223,8 +224,9 @@ impl Refuse {
 pub struct QpOffer {
     /// The offering side's number for this set of queue pairs.
     pub offer: u32,
-    /// An earlier set that these replace.
-    pub replaces: Option<u32>,
+    /// The queue pair of the session whose number is to go to the one that is offered; `None`: it is the first
+    /// set.
+    pub replaces: Option<u16>,
     /// The path.
     pub path: PathKind,
     /// The paths looked at.
@@ -355,7 +357,7 @@ impl Announce {
     }
 }
 
-/// All that this sender pushes of a request has completed.
+/// All that this sender pushes of a request has completed, and what went over one pair of rails is in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PushDone {
     /// The request.
@@ -368,11 +370,20 @@ pub struct PushDone {
     pub bytes: u64,
     /// How many checksums of them are told in [`PushSums`]; 0: they are not to be compared.
     pub sums: u64,
+    /// The pairs of rails that carried writes of it. There is one of these messages for each.
+    pub rails: RailSet,
+    /// The one of them that this message speaks for: all that was written over it is in memory.
+    pub rail: u16,
 }
 
 impl PushDone {
     fn check(&self) -> Result<(), WireError> {
-        text("request id", &self.request.0, limits::REQUEST_ID)
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        let (rails, rail) = (self.rails, self.rail);
+        match rails.contains(rail) {
+            true => Ok(()),
+            false => Err(WireError::BadRail { rail, rails }),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use kvxfer::event::{Cause, MemoryState, PeerName};
 use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal, Sender};
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::plan::Cover;
+use kvxfer::rails::RailSet;
 use kvxfer::time::Time;
 use kvxfer::transfer::PeerKey;
 use proptest::prelude::*;
@@ -444,6 +445,70 @@ fn released(r: &RequestId, n: Nonce) -> ExpectOutput {
         nonce: n,
         groups: vec![group(0, &[3, 1])],
     }
+}
+
+/// A push over several rails counts with the word for the last of them, whatever order the words come in.
+#[test]
+fn a_push_counts_when_every_rail_of_it_was_spoken_for() {
+    let rails = RailSet::first(3);
+    for order in [[0, 1, 2], [2, 0, 1], [1, 2, 0]] {
+        let (mut expects, r, n) = expecting(1);
+        let one = name(1);
+        expects
+            .announce(&r, n, PeerKey(1), sender(&one))
+            .expect("room");
+        let mut whole = Vec::new();
+        for rail in order {
+            for _ in 0..2 {
+                whole.push(expects.rail_done(&r, n, PeerKey(1), (rails, rail)));
+            }
+        }
+        let waits = [Ok(false); 4];
+        assert_eq!(whole[..4], waits, "{order:?}");
+        assert_eq!(whole[4..], [Ok(true); 2], "{order:?}");
+        assert!(outputs(&mut expects).is_empty());
+        // It may still write, for all that is known: a peer that is lost now fails it.
+        expects.peer_lost(Time(2), PeerKey(1), &Cause::PeerDead);
+        assert!(!outputs(&mut expects).is_empty());
+    }
+}
+
+#[test]
+fn a_sender_that_contradicts_itself_about_its_rails_is_refused() {
+    let (mut expects, r, n) = expecting(2);
+    let (one, two) = (name(1), name(2));
+    expects
+        .announce(&r, n, PeerKey(1), sender(&one))
+        .expect("room");
+    let both = RailSet::first(2);
+    assert_eq!(
+        expects.rail_done(&r, n, PeerKey(2), (both, 0)),
+        Err(PushRefusal::NotASender)
+    );
+    assert_eq!(
+        expects.rail_done(&r, n, PeerKey(1), (both, 2)),
+        Err(PushRefusal::OtherRails {
+            before: RailSet::EMPTY,
+            rails: both
+        })
+    );
+    assert_eq!(expects.rail_done(&r, n, PeerKey(1), (both, 0)), Ok(false));
+    for other in [RailSet::only(1), RailSet::first(3)] {
+        assert_eq!(
+            expects.rail_done(&r, n, PeerKey(1), (other, 1)),
+            Err(PushRefusal::OtherRails {
+                before: both,
+                rails: other
+            })
+        );
+    }
+    assert_eq!(expects.rail_done(&r, n, PeerKey(1), (both, 1)), Ok(true));
+    // Another sender has rails of its own.
+    expects
+        .announce(&r, n, PeerKey(2), sender(&two))
+        .expect("room");
+    let alone = RailSet::only(3);
+    assert_eq!(expects.rail_done(&r, n, PeerKey(2), (alone, 3)), Ok(true));
 }
 
 /// A sender whose checksums are compared writes no more, and does not count yet.

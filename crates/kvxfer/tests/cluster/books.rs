@@ -6,6 +6,7 @@ use kvxfer::expects::{ExpectOutput, PushRefusal, Sender};
 use kvxfer::ids::{Nonce, Rank, RequestId};
 use kvxfer::leases::{LeaseOutput, ReleaseAnswer};
 use kvxfer::plan::Cover;
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::Ticket;
 use kvxfer::time::Time;
 use kvxfer::transfer::{Cause, Notice, PeerKey, Refusal};
@@ -240,6 +241,7 @@ impl World {
             }
             return Ok(());
         }
+        self.cards_catch_up(life)?;
         self.expectations_due(life);
         if let Some(expected) = self.lives[life].expected.get_mut(&nonce.0)
             && expected.close(key)
@@ -273,13 +275,17 @@ impl World {
                 }
             }
             Message::QpReset(QpReset { lanes, .. }) => {
-                let qps = self.links[self.peers[peer].link].qps.clone();
                 for number in lanes {
-                    let Some(&qp) = qps.get(usize::from(number)) else {
+                    let Some(lane) = self.peers[peer].lanes.get_mut(usize::from(number)) else {
                         return Ok(Err("no such lane".to_owned()));
                     };
+                    let qp = lane.qp;
+                    if std::mem::replace(&mut lane.down_there, true) {
+                        return Ok(Err("lane reset twice".to_owned()));
+                    }
                     let w = self.qps[qp].worker;
                     self.command(life, w, Cmd::LaneReset { peer, qp });
+                    self.lane_is_down(peer, usize::from(number));
                 }
             }
             Message::PushStart(PushStart { request, nonce }) => {
@@ -292,8 +298,31 @@ impl World {
                 Ok(_) => return Ok(Err("ticket of another engine".to_owned())),
                 Err(error) => return Ok(Err(error.to_string())),
             },
-            Message::PushDone(PushDone { request, nonce, .. }) => {
+            Message::PushDone(PushDone {
+                request,
+                nonce,
+                rails,
+                rail,
+                ..
+            }) => {
                 self.expectations_due(life);
+                let whole = self.books_do(life, |books, _| {
+                    (books.expects).rail_done(&request, nonce, key, (rails, rail))
+                })?;
+                match whole {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        self.sum.count("notice: over one rail of two");
+                        return Ok(Ok(()));
+                    }
+                    Err(refusal @ PushRefusal::OtherRails { .. }) => {
+                        return Ok(Err(refusal.to_string()));
+                    }
+                    Err(_) => {
+                        self.sum.count("push done: too late");
+                        return Ok(Ok(()));
+                    }
+                }
                 if let Some(expected) = self.lives[life].expected.get_mut(&nonce.0) {
                     expected.close(key);
                 }
@@ -319,38 +348,59 @@ impl World {
     }
 
     /// What the other side of a transfer is told of its end.
-    pub(crate) fn notice_message(
+    pub(crate) fn notice_messages(
         &self,
+        peer: usize,
         request: &RequestId,
         nonce: Nonce,
-        notice: Notice,
-    ) -> Message {
+        notice: &Notice,
+    ) -> Vec<Message> {
         let (request, sender) = (request.clone(), Rank::default());
         match notice {
-            Notice::Release => Release { request, nonce }.into(),
-            Notice::PushDone => PushDone {
-                request,
-                nonce,
-                sender,
-                bytes: 0,
-                sums: 0,
+            Notice::Release => vec![Release { request, nonce }.into()],
+            Notice::PushDone { wrote } => {
+                let rails = self.rails_to_speak_for(peer, *wrote);
+                let done = |rail| PushDone {
+                    request: request.clone(),
+                    nonce,
+                    sender,
+                    bytes: 0,
+                    sums: 0,
+                    rails,
+                    rail,
+                };
+                rails.iter().map(|rail| done(rail).into()).collect()
             }
-            .into(),
-            Notice::PushAborted { cause } => PushClosed {
-                request,
-                nonce,
-                sender,
-                cause: pack_cause(&cause),
+            Notice::PushAborted { cause } => {
+                let cause = pack_cause(cause);
+                let closed = PushClosed {
+                    request,
+                    nonce,
+                    sender,
+                    cause,
+                };
+                vec![closed.into()]
             }
-            .into(),
+        }
+    }
+
+    fn rails_to_speak_for(&self, peer: usize, wrote: RailSet) -> RailSet {
+        match wrote.iter().next() {
+            Some(_) if self.peers[peer].notices && self.bug != Bug::OneRailTells => wrote,
+            Some(first) => RailSet::only(first),
+            None => {
+                let works = self.peers[peer].lanes.iter().find(|lane| !lane.failed);
+                RailSet::only(works.map_or(0, |lane| self.qps[lane.qp].rail) as u16)
+            }
         }
     }
 
     /// Says that nothing of a push is under way.
     pub(crate) fn close_push(&mut self, peer: usize, request: &RequestId, nonce: Nonce) {
         let cause = Cause::Revoked;
-        let message = self.notice_message(request, nonce, Notice::PushAborted { cause });
-        self.send(peer, message);
+        for message in self.notice_messages(peer, request, nonce, &Notice::PushAborted { cause }) {
+            self.send(peer, message);
+        }
     }
 
     /// Ends everything that is under way: the engine's author drops it.

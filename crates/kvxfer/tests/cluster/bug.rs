@@ -73,6 +73,12 @@ pub(crate) enum Bug {
     DoubtIgnored,
     /// A lane is taken for settled when this side has taken its half down, and the peer has not.
     SettledTooSoon,
+    /// The end of a push is told once, on any lane.
+    OneRailTells,
+    /// Another lane speaks for a failed rail before the peer has taken its half down.
+    SpeaksTooSoon,
+    /// A session counts as drained, and a successor of one of its queue pairs is there.
+    SuccessorForgotten,
     /// An offer's blocks are given back before its slot is turned over.
     FlipTooLate,
     /// A lease check says yes without looking.

@@ -233,7 +233,7 @@ impl World {
                     "{name} releases before its data is here"
                 );
             }
-            Notice::PushDone => {
+            Notice::PushDone { .. } => {
                 ensure!(
                     seen.push && seen.committed,
                     Notice,

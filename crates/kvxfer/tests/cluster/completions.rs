@@ -169,15 +169,25 @@ impl World {
                 self.lives[life].free_landings.push(landing);
                 self.check_done(life, w, id, shown, result)
             }
-            Some(Single::Notice { peer, message }) => {
-                if result.is_ok() {
-                    let worker = &mut self.lives[life].workers[w];
-                    if let Some(q) = worker.lanes.get(&lane) {
-                        worker.told.entry(*q).or_default().push(*message);
+            Some(Single::Notice { peer, done }) => {
+                let rdma = self.peers[peer].rdma;
+                let worker = &mut self.lives[life].workers[w];
+                match (result.is_ok(), worker.lanes.get(&lane)) {
+                    (true, Some(q)) => {
+                        let lanes = &self.peers[peer].lanes;
+                        let reset = lanes.iter().any(|l| l.qp == *q && l.down_there);
+                        match reset {
+                            // The peer may have gone without having read it.
+                            true => worker.waiting_notices.push_back((peer, *done)),
+                            false => worker.told.entry(*q).or_default().push(*done),
+                        }
                     }
-                } else {
-                    self.sum.count("notice: again by the control connection");
-                    self.send(peer, *message);
+                    (true, None) => {}
+                    (false, _) if rdma => worker.waiting_notices.push_back((peer, *done)),
+                    (false, _) => {
+                        self.sum.count("notice: again by the control connection");
+                        self.send(peer, (*done).into());
+                    }
                 }
                 Ok(())
             }

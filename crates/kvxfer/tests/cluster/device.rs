@@ -9,6 +9,7 @@ use kvxfer::transfer::{CompletionStatus, Job, PeerKey};
 use kvxfer::wire::PathKind;
 
 use super::bug::{Bug, Step, Violation, ensure};
+use super::cards::InCard;
 use super::memory::Owner;
 use super::qp::{
     Answer, Cqe, CqeKind, LATE, LOCAL, Loss, NO_PROGRESS, PEER_GONE, Packet, Payload, Qp, QpState,
@@ -205,6 +206,9 @@ impl World {
             self.qps[q].flow.clear();
             return Ok(true);
         }
+        if remote.waits {
+            return Ok(false);
+        }
         let moves = self.qps[q].path == PathKind::Rdma || !self.lives[there].stopped;
         if qp.loss == Loss::Requests || !moves || !self.passes(q) {
             return Ok(false);
@@ -236,18 +240,15 @@ impl World {
                 if self.bug == Bug::WrongBytes && self.rng.permille(20) {
                     payload[0] ^= 1;
                 }
-                let owner = self.lives[there].memory.owner(remote);
-                ensure!(
-                    owner == Owner::Expect(nonce),
-                    Memory,
-                    "a WRITE of transfer {} for try {nonce:x} lands in cell {remote} of life {there}, \
-                     which belongs to {owner:?}",
-                    job.transfer.0
-                );
-                for i in 0..len {
-                    self.lives[there].memory.cells[(remote + i) as usize] = payload[i as usize];
-                }
                 let tid = job.transfer.0 as usize;
+                self.card_takes(InCard {
+                    qp: r,
+                    tid,
+                    cell: remote,
+                    len,
+                    payload,
+                    nonce,
+                })?;
                 self.seen[tid].arrived |= mask(remote, len);
                 self.sum.count("operations written");
                 self.answer(q, Answer::Done { seq, payload });
@@ -264,6 +265,7 @@ impl World {
                 self.answer(q, Answer::Slot { seq, word });
             }
             What::Send(message) => {
+                self.card_receives(r)?;
                 let w = self.qps[r].worker;
                 let worker = &mut self.lives[there].workers[w];
                 worker.cq.push_back(Cqe {
@@ -464,6 +466,7 @@ impl World {
     /// The queue pair is destroyed; completions that were not polled go with it.
     pub(crate) fn qp_destroys(&mut self, q: usize) -> Step {
         self.qp_flush(q, None)?;
+        self.card_lets_go(q)?;
         let (life, w) = (self.qps[q].life, self.qps[q].worker);
         self.qps[q].state = QpState::Destroyed;
         self.lives[life].workers[w].cq.retain(|cqe| cqe.qp != q);
@@ -487,12 +490,17 @@ impl World {
     /// A queue pair on which a WRITE of this try can still land in a life's memory.
     pub(crate) fn can_land(&self, life: usize, nonce: u64) -> Option<usize> {
         let of = |what: &What| matches!(what, What::Write { nonce: n, .. } if *n == nonce);
+        let held = self.in_cards.iter().find(|write| write.nonce == nonce);
+        if let Some(write) = held.filter(|write| self.qps[write.qp].life == life) {
+            return Some(write.qp);
+        }
         (0..self.qps.len()).find(|q| {
             let qp = &self.qps[*q];
             let Some(remote) = qp.remote.map(|r| &self.qps[r]) else {
                 return false;
             };
-            let served = remote.life == life && remote.serving && self.lives[life].alive;
+            let serves = remote.serving && !remote.waits;
+            let served = remote.life == life && serves && self.lives[life].alive;
             let sends = qp.works() && self.lives[qp.life].alive;
             let waits = qp.sq.iter().skip((qp.sent - qp.head) as usize);
             served

@@ -22,10 +22,11 @@ pub(crate) enum Fault {
     LoseAnswers,
     RequestsComeAfterAll,
     QueuePairDies,
+    RailDies,
     ClockJumps,
 }
 
-const FAULTS: [Fault; 15] = [
+const FAULTS: [Fault; 16] = [
     Fault::Kill,
     Fault::HostLost,
     Fault::Leave,
@@ -40,6 +41,7 @@ const FAULTS: [Fault; 15] = [
     Fault::LoseAnswers,
     Fault::RequestsComeAfterAll,
     Fault::QueuePairDies,
+    Fault::RailDies,
     Fault::ClockJumps,
 ];
 
@@ -59,6 +61,8 @@ pub(crate) struct Faults {
     pub(crate) gives_up: u64,
     /// Deadlines and leases that are short.
     pub(crate) hurry: u64,
+    /// Steps at which some card puts a write in memory that nothing has forced there.
+    pub(crate) cards: u64,
 }
 
 impl Faults {
@@ -90,6 +94,7 @@ impl Faults {
             drift,
             gives_up,
             hurry,
+            cards: if rng.permille(500) { 100 } else { 2 },
         }
     }
 
@@ -212,6 +217,22 @@ impl World {
                     // A device may say so before it flushes.
                     let (life, w) = (self.qps[q].life, self.qps[q].worker);
                     self.lives[life].workers[w].awake = true;
+                }
+            }
+            Fault::RailDies => {
+                if let Some(q) = self.some_qp() {
+                    self.sum.count("fault: all queue pairs of a rail in error");
+                    let (life, rail) = (self.qps[q].life, self.qps[q].rail);
+                    log!(self, "rail {rail} of life {life} fails");
+                    for q in 0..self.qps.len() {
+                        let qp = &self.qps[q];
+                        if (qp.life, qp.rail) == (life, rail) && qp.works() && qp.lane.is_some() {
+                            self.qp_flush(q, None)?;
+                        }
+                    }
+                    for worker in &mut self.lives[life].workers {
+                        worker.awake = true;
+                    }
                 }
             }
             Fault::ClockJumps => {

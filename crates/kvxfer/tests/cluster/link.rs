@@ -27,6 +27,7 @@ const PATHS: [PathKind; 4] = [
 #[derive(Debug)]
 pub(crate) enum Order {
     Send(Box<Message>),
+    Rebuild(usize),
     Reset(Cause),
     Close(GoodbyeReason),
 }
@@ -46,7 +47,7 @@ pub(crate) struct Conn {
 pub(crate) struct LinkEnd {
     pub(crate) life: usize,
     conn: usize,
-    side: usize,
+    pub(crate) side: usize,
     pub(crate) session: Box<Session>,
     orders: VecDeque<Order>,
     awake: bool,
@@ -60,6 +61,8 @@ pub(crate) struct LinkEnd {
     keeper: Option<usize>,
     key: PeerKey,
     pub(crate) qps: Vec<usize>,
+    /// Successors that were offered, by their offers: the lane's number, and the queue pair.
+    pub(crate) made: Vec<(u32, usize, usize)>,
     /// Engine, generation and whether it takes notices on the data plane.
     theirs: Option<(usize, Generation, bool)>,
     pub(crate) peer: Option<usize>,
@@ -101,6 +104,10 @@ fn cause_of(closed: &Closed) -> Cause {
         },
         _ => Cause::ShuttingDown,
     }
+}
+
+pub(crate) fn endpoint(q: usize) -> RailEndpoint {
+    RailEndpoint::first(Blob::pack("endpoint", &(q as u64)).unwrap_or_default())
 }
 
 impl World {
@@ -162,6 +169,7 @@ impl World {
                 keeper: (side == 0).then_some(k),
                 key: PeerKey(0),
                 qps: Vec::new(),
+                made: Vec::new(),
                 theirs: None,
                 peer: None,
             });
@@ -371,6 +379,7 @@ impl World {
         while let Some(order) = self.links[link].orders.pop_front() {
             match order {
                 Order::Send(message) => self.link_sends(link, &message),
+                Order::Rebuild(number) => self.link_rebuilds(link, number),
                 Order::Reset(cause) => {
                     let end = &mut self.links[link];
                     if !end.session.is_closed() {
@@ -388,7 +397,7 @@ impl World {
         }
     }
 
-    fn link_sends(&mut self, link: usize, message: &Message) {
+    pub(crate) fn link_sends(&mut self, link: usize, message: &Message) {
         let end = &mut self.links[link];
         if end.session.is_closed() {
             return;
@@ -464,6 +473,12 @@ impl World {
                     self.link_sends(link, &offer.into());
                 }
             }
+            Event::QpOffer(offer) if offer.replaces.is_some() => {
+                self.answers_successor(link, offer)?
+            }
+            Event::QpAnswer(answer) if answer.offer > 1 => {
+                self.successor_answered(link, &answer)?
+            }
             Event::QpOffer(offer) => {
                 let endpoints = self.make_qps(link, offer.endpoints.len(), offer.path);
                 self.join(link, &offer.endpoints);
@@ -514,10 +529,7 @@ impl World {
                 self.new_qp(life, worker, key, path, lane % 2)
             })
             .collect();
-        let end = |q: &usize| {
-            RailEndpoint::first(Blob::pack("endpoint", &(*q as u64)).unwrap_or_default())
-        };
-        let ends = qps.iter().map(end).collect();
+        let ends = qps.iter().map(|q| endpoint(*q)).collect();
         self.links[link].key = key;
         self.links[link].qps = qps;
         ends
@@ -552,9 +564,13 @@ impl World {
         let cause = end.cause.clone().unwrap_or(ended);
         self.conns[end.conn].open[end.side] = false;
         let (keeper, peer, qps) = (end.keeper, end.peer, std::mem::take(&mut end.qps));
+        let made = std::mem::take(&mut end.made);
         // The other side's thread finds out.
         for other in &mut self.links {
             other.awake = true;
+        }
+        for (.., q) in made {
+            self.qp_destroys(q)?;
         }
         match peer {
             Some(peer) => self.peer_down(peer, &cause)?,

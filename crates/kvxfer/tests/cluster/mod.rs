@@ -25,6 +25,7 @@
 mod app;
 mod books;
 mod bug;
+mod cards;
 mod check;
 mod check_books;
 mod completions;
@@ -36,6 +37,7 @@ mod peer;
 mod posting;
 mod pushes;
 mod qp;
+mod rebuild;
 #[path = "../sim/rng.rs"]
 mod rng;
 mod source;

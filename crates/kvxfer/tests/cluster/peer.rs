@@ -2,8 +2,9 @@
 
 use kvxfer::ids::Generation;
 use kvxfer::transfer::{Cause, DrainToken, PeerKey};
+use kvxfer::wire::PathKind;
 
-use super::bug::{Step, ensure};
+use super::bug::{Bug, Step, ensure};
 use super::link::Order;
 use super::worker::Cmd;
 use super::world::{World, log};
@@ -18,14 +19,67 @@ pub(crate) struct PeerM {
     /// The workers that have lanes; never empty.
     pub(crate) workers: Vec<usize>,
     pub(crate) notices: bool,
+    /// Whether the ends of pushes may go by queue pairs alone.
+    pub(crate) rdma: bool,
+    /// By their numbers.
+    pub(crate) lanes: Vec<LaneM>,
     pub(crate) lost: Option<Cause>,
-    dropping: bool,
+    pub(crate) dropping: bool,
     gone: bool,
-    workers_left: usize,
+    pub(crate) workers_left: usize,
     waiting: Vec<(usize, DrainToken)>,
 }
 
+/// A lane, for all workers.
+pub(crate) struct LaneM {
+    pub(crate) qp: usize,
+    /// It has failed here; the peer has taken its half down.
+    pub(crate) failed: bool,
+    pub(crate) down_there: bool,
+    /// This side has destroyed its half.
+    pub(crate) down_here: bool,
+    /// How many successors it has had.
+    pub(crate) rebuilt: u32,
+}
+
+impl LaneM {
+    pub(crate) fn new(qp: usize) -> Self {
+        Self {
+            qp,
+            failed: false,
+            down_there: false,
+            down_here: false,
+            rebuilt: 0,
+        }
+    }
+}
+
+/// Who may say that what went over a rail is in the peer's memory: the workers that have such lanes.
+pub(crate) enum Speaker {
+    Pair(Vec<usize>),
+    Any(Vec<usize>),
+    Nobody,
+}
+
 impl World {
+    pub(crate) fn speaker(&self, peer: usize, rail: usize) -> Speaker {
+        let lanes = &self.peers[peer].lanes;
+        let on_rail = |lane: &&LaneM| self.qps[lane.qp].rail == rail;
+        let workers = |lanes: &mut dyn Iterator<Item = &LaneM>| -> Vec<usize> {
+            let works = lanes.filter(|lane| !lane.failed);
+            works.map(|lane| self.qps[lane.qp].worker).collect()
+        };
+        let of_rail = workers(&mut lanes.iter().filter(on_rail));
+        let down = lanes.iter().filter(on_rail).all(|lane| lane.down_there);
+        let any = matches!(self.bug, Bug::OneRailTells)
+            || self.bug == Bug::SpeaksTooSoon && of_rail.is_empty();
+        match (of_rail.is_empty(), down || any) {
+            (_, true) => Speaker::Any(workers(&mut lanes.iter())),
+            (false, false) => Speaker::Pair(of_rail),
+            (true, false) => Speaker::Nobody,
+        }
+    }
+
     #[expect(clippy::too_many_arguments, reason = "what bring-up has found out")]
     pub(crate) fn new_peer(
         &mut self,
@@ -37,6 +91,8 @@ impl World {
         notices: bool,
         qps: Vec<usize>,
     ) -> Step {
+        let rdma = qps.iter().all(|q| self.qps[*q].path == PathKind::Rdma);
+        let notices = notices || rdma;
         let mut workers: Vec<usize> = qps.iter().map(|q| self.qps[*q].worker).collect();
         workers.sort_unstable();
         workers.dedup();
@@ -50,6 +106,8 @@ impl World {
             workers_left: workers.len(),
             workers,
             notices,
+            rdma,
+            lanes: qps.iter().map(|qp| LaneM::new(*qp)).collect(),
             lost: None,
             dropping: false,
             gone: false,
@@ -57,7 +115,8 @@ impl World {
         });
         for qp in qps {
             let w = self.qps[qp].worker;
-            self.command(life, w, Cmd::AddLane { peer, qp });
+            let replaces = None;
+            self.command(life, w, Cmd::AddLane { peer, qp, replaces });
         }
         self.links[link].peer = Some(peer);
         // peer_up

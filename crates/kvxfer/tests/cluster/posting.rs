@@ -4,12 +4,22 @@ use std::sync::Arc;
 
 use kvxfer::time::Time;
 use kvxfer::transfer::{Batch, Cause, Direction, LaneId, PeerKey, PostFailure, TransferId};
-use kvxfer::wire::Message;
+use kvxfer::wire::PushDone;
 
 use super::bug::{Bug, Step, ensure};
+use super::peer::Speaker;
 use super::qp::{What, Wr};
-use super::worker::{Single, Waited};
+use super::worker::{Cmd, Single, Waited};
 use super::world::{MS, World};
+
+/// What has become of the end of a push that is to be told.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Noticed {
+    Posted,
+    Waits,
+    /// This worker has the lane that may tell it.
+    Of(usize),
+}
 
 impl World {
     pub(crate) fn worker_posts(&mut self, life: usize, w: usize) -> Step {
@@ -181,10 +191,67 @@ impl World {
                 None => {}
             }
         }
+        self.post_notices(life, w)?;
         let retry = self.clock(life).0 + MS;
         let worker = &mut self.lives[life].workers[w];
-        worker.retry_at = (!worker.waiting_checks.is_empty()).then_some(Time(retry));
+        let waits = !worker.waiting_checks.is_empty() || !worker.waiting_notices.is_empty();
+        worker.retry_at = waits.then_some(Time(retry));
         Ok(())
+    }
+
+    fn post_notices(&mut self, life: usize, w: usize) -> Step {
+        for _ in 0..self.lives[life].workers[w].waiting_notices.len() {
+            let worker = &mut self.lives[life].workers[w];
+            let Some((peer, done)) = worker.waiting_notices.pop_front() else {
+                break;
+            };
+            if self.peers[peer].lost.is_some() {
+                continue;
+            }
+            match self.post_notice(life, w, peer, &done)? {
+                Noticed::Posted => self.lives[life].workers[w].busy = true,
+                Noticed::Waits => {
+                    let worker = &mut self.lives[life].workers[w];
+                    worker.waiting_notices.push_back((peer, done));
+                }
+                Noticed::Of(other) => self.command(life, other, Cmd::Tell { peer, done }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The lane that tells what was written over a rail; `Err`: it cannot be told here now.
+    fn lane_to_tell(
+        &mut self,
+        life: usize,
+        w: usize,
+        peer: usize,
+        rail: usize,
+    ) -> Result<LaneId, Noticed> {
+        let speaker = self.speaker(peer, rail);
+        let worker = &self.lives[life].workers[w];
+        let works = |lane: &LaneId| worker.scheduler.lane_failure(*lane).is_none();
+        let on_rail = |lane: &LaneId| {
+            let qp = worker.lanes.get(lane);
+            qp.is_some_and(|q| self.qps[*q].rail == rail)
+        };
+        let lanes = worker.scheduler.peer_lanes(self.peers[peer].key);
+        let lanes = lanes.filter(works);
+        let (own, workers): (Vec<LaneId>, _) = match &speaker {
+            Speaker::Nobody => return Err(Noticed::Waits),
+            Speaker::Pair(workers) => (lanes.filter(on_rail).collect(), workers),
+            Speaker::Any(workers) => (lanes.collect(), workers),
+        };
+        if own.is_empty() {
+            let other = workers.iter().find(|other| **other != w);
+            return Err(other.map_or(Noticed::Waits, |other| Noticed::Of(*other)));
+        }
+        let free = |lane: &&LaneId| worker.scheduler.lane_credits(**lane) > 0;
+        let lane = own.iter().find(free).copied().ok_or(Noticed::Waits)?;
+        if !on_rail(&lane) {
+            self.sum.count("notice: for a rail that is down");
+        }
+        Ok(lane)
     }
 
     fn free_lane(&self, life: usize, w: usize, peer: PeerKey) -> Option<LaneId> {
@@ -247,24 +314,26 @@ impl World {
         life: usize,
         w: usize,
         peer: usize,
-        message: &Message,
-    ) -> Result<bool, super::bug::Violation> {
-        let Some(lane) = self.free_lane(life, w, self.peers[peer].key) else {
-            return Ok(false);
+        done: &PushDone,
+    ) -> Result<Noticed, super::bug::Violation> {
+        let lane = match self.lane_to_tell(life, w, peer, usize::from(done.rail)) {
+            Ok(lane) => lane,
+            Err(noticed) => return Ok(noticed),
         };
         let worker = &mut self.lives[life].workers[w];
         let token = worker.next_token;
         let Some(wr_id) = worker.scheduler.reserve_single(lane, token) else {
-            return Ok(false);
+            return Ok(Noticed::Waits);
         };
         worker.next_token += 1;
-        let message = Box::new(message.clone());
+        let message = Box::new(done.clone().into());
         let single = Single::Notice {
             peer,
-            message: message.clone(),
+            done: Box::new(done.clone()),
         };
         worker.singles.insert(token, single);
+        self.sum.count("notice: on the data plane");
         self.post_single(life, w, lane, wr_id, What::Send(message))?;
-        Ok(true)
+        Ok(Noticed::Posted)
     }
 }

@@ -93,6 +93,8 @@ pub(crate) struct Qp {
     pub(crate) state: QpState,
     /// Whether the serving half takes requests; it stops after the first that it refuses.
     pub(crate) serving: bool,
+    /// It is not joined yet: what is sent to it is tried again.
+    pub(crate) waits: bool,
     /// Not yet confirmed, oldest first, and the number of the oldest.
     pub(crate) sq: VecDeque<Wr>,
     pub(crate) head: u64,
@@ -197,6 +199,7 @@ impl Qp {
             send_wr: 0,
             state: QpState::Works,
             serving: true,
+            waits: false,
             sq: VecDeque::new(),
             head: 0,
             sent: 0,

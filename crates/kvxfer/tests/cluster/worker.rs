@@ -6,15 +6,17 @@ use std::sync::Arc;
 
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::plan::source::OpSource;
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::LeaseRef;
 use kvxfer::time::Time;
 use kvxfer::transfer::{
     Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, Notice, Output, PeerKey,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use kvxfer::wire::{Blob, Message, QpReset};
+use kvxfer::wire::{Message, PushDone};
 
 use super::bug::{Bug, Step, ensure};
+use super::posting::Noticed;
 use super::qp::{Cqe, QpState};
 use super::world::{World, log};
 
@@ -23,6 +25,8 @@ pub(crate) enum Cmd {
     AddLane {
         peer: usize,
         qp: usize,
+        /// The queue pair whose number it has now.
+        replaces: Option<usize>,
     },
     PeerLost {
         peer: PeerKey,
@@ -65,6 +69,11 @@ pub(crate) enum Cmd {
     Start(Arc<Job>),
     Stop(JobId),
     Report(JobReport),
+    /// The end of a push is to be told, on a queue pair that this worker has.
+    Tell {
+        peer: usize,
+        done: PushDone,
+    },
     /// The peer has taken its half of a lane down.
     LaneReset {
         peer: usize,
@@ -83,7 +92,7 @@ pub(crate) struct Live {
 #[derive(Debug)]
 pub(crate) enum Single {
     Lease { id: TransferId, landing: u32 },
-    Notice { peer: usize, message: Box<Message> },
+    Notice { peer: usize, done: Box<PushDone> },
 }
 
 /// How long a job has waited while others were posted.
@@ -110,10 +119,12 @@ pub(crate) struct Worker {
     dropping: Vec<(usize, Vec<LaneId>)>,
     /// Failed lanes of peers with two rails, until their queue pairs are destroyed; and those whose are, by
     /// peer and queue pair.
-    failing: Vec<LaneId>,
-    retired: Vec<(PeerKey, usize, LaneId)>,
+    pub(crate) failing: Vec<LaneId>,
+    pub(crate) retired: Vec<(PeerKey, usize, LaneId)>,
     /// Notices that have gone on a queue pair.
-    pub(crate) told: BTreeMap<usize, Vec<Message>>,
+    pub(crate) told: BTreeMap<usize, Vec<PushDone>>,
+    /// Ends of pushes that wait for a queue pair that may tell them.
+    pub(crate) waiting_notices: VecDeque<(usize, PushDone)>,
     pub(crate) live: BTreeMap<TransferId, Live>,
     pub(crate) waiting_checks: VecDeque<TransferId>,
     pub(crate) retry_at: Option<Time>,
@@ -141,6 +152,7 @@ impl Worker {
             failing: Vec::new(),
             retired: Vec::new(),
             told: BTreeMap::new(),
+            waiting_notices: VecDeque::new(),
             live: BTreeMap::new(),
             waiting_checks: VecDeque::new(),
             retry_at: None,
@@ -165,6 +177,7 @@ impl Worker {
         self.transfers.live() == 0
             && self.commands.is_empty()
             && self.cq.is_empty()
+            && self.waiting_notices.is_empty()
             && self.scheduler.jobs() == 0
             && self.dropping.is_empty()
     }
@@ -249,17 +262,32 @@ impl World {
     fn worker_does(&mut self, life: usize, w: usize, command: Cmd) -> Step {
         let now = self.clock(life);
         match command {
-            Cmd::AddLane { peer, qp } => {
+            Cmd::AddLane { peer, qp, replaces } => {
                 let key = self.peers[peer].key;
+                let worker = &mut self.lives[life].workers[w];
+                let of = |(_, old, _): &(PeerKey, usize, LaneId)| Some(*old) == replaces;
+                while let Some(at) = worker.retired.iter().position(of) {
+                    let (.., lane) = worker.retired.swap_remove(at);
+                    worker.scheduler.remove_lane(lane);
+                }
+                if replaces.is_some() && self.peers[peer].dropping {
+                    if self.bug != Bug::SuccessorForgotten {
+                        self.qp_destroys(qp)?;
+                    }
+                    return self.worker_drained(peer);
+                }
                 let real = self.qps[qp].send_wr;
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
-                let rail = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
-                let limits = LaneLimits { send_wr, rail };
+                let pair = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
+                let limits = LaneLimits { send_wr, pair };
                 let lane = worker.scheduler.add_lane(key, limits);
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
                 self.qps[qp].lane = Some(lane);
+                if replaces.is_some() {
+                    self.worker_drained(peer)?;
+                }
             }
             Cmd::PeerLost { peer, cause } => {
                 self.reason_of_peer(life, w, peer, &cause);
@@ -296,7 +324,8 @@ impl World {
                 if worker.transfers.commit(now, id).is_ok() {
                     self.seen[id.0 as usize].committed = true;
                     if self.bug == Bug::DoneTooSoon && self.rng.permille(300) {
-                        self.notice(life, w, id, Notice::PushDone)?;
+                        let wrote = RailSet::EMPTY;
+                        self.notice(life, w, id, Notice::PushDone { wrote })?;
                     }
                 }
             }
@@ -326,94 +355,13 @@ impl World {
             }
             Cmd::Stop(job) => self.lives[life].workers[w].scheduler.stop(job),
             Cmd::Report(report) => self.ledger_hears(life, w, &report)?,
+            Cmd::Tell { peer, done } => {
+                self.sum.count("notice: on another worker");
+                let worker = &mut self.lives[life].workers[w];
+                worker.waiting_notices.push_back((peer, done));
+            }
             Cmd::LaneReset { peer, qp } => self.lane_reset(life, w, peer, qp)?,
         }
-        Ok(())
-    }
-
-    // ---- lanes that fail under a session -----------------------------------------------------
-
-    /// A lane has failed: it is taken down, if its peer has another rail.
-    pub(crate) fn lane_fails(&mut self, life: usize, w: usize, lane: LaneId) {
-        let Some(&q) = self.lives[life].workers[w].lanes.get(&lane) else {
-            return;
-        };
-        let Some(peer) = self.peer_of_qp(q) else {
-            return;
-        };
-        let qps = &self.links[self.peers[peer].link].qps;
-        let several = qps.iter().any(|o| self.qps[*o].rail != self.qps[q].rail);
-        let worker = &mut self.lives[life].workers[w];
-        if several && !worker.failing.contains(&lane) {
-            worker.failing.push(lane);
-        }
-    }
-
-    /// Destroys the queue pairs of failed lanes that hold nothing any more, and tells the peer.
-    fn retire_lanes(&mut self, life: usize, w: usize) -> Step {
-        for lane in std::mem::take(&mut self.lives[life].workers[w].failing) {
-            let worker = &mut self.lives[life].workers[w];
-            if !worker.scheduler.lane_drained(lane) {
-                worker.failing.push(lane);
-                continue;
-            }
-            let Some(q) = worker.lanes.remove(&lane) else {
-                continue;
-            };
-            let key = self.qps[q].key;
-            worker.retired.push((key, q, lane));
-            if self.bug != Bug::DrainTooSoon {
-                self.qp_destroys(q)?;
-            }
-            let worker = &mut self.lives[life].workers[w];
-            worker.scheduler.lane_flushed(lane);
-            if matches!(self.bug, Bug::SettledTooSoon | Bug::DoubtIgnored) {
-                worker.scheduler.lane_settled(lane);
-            }
-            worker.busy = true;
-            let Some(peer) = self.peer_of_qp(q) else {
-                continue;
-            };
-            let qps = &self.links[self.peers[peer].link].qps;
-            if let Some(number) = qps.iter().position(|other| *other == q) {
-                self.sum.count("lane: taken down");
-                let reset = QpReset {
-                    lanes: vec![number as u16],
-                    cause: Blob::default(),
-                };
-                self.send(peer, reset.into());
-            }
-        }
-        Ok(())
-    }
-
-    /// The peer has taken its half down: nothing that was sent on it lands there any more, and what was
-    /// told on it may never have been seen.
-    fn lane_reset(&mut self, life: usize, w: usize, peer: usize, q: usize) -> Step {
-        let worker = &self.lives[life].workers[w];
-        let Some(lane) = self.qps[q].lane else {
-            return Ok(());
-        };
-        let stands = worker.lanes.get(&lane) == Some(&q);
-        let retired = worker.retired.iter().any(|(_, other, _)| *other == q);
-        if !stands && !retired {
-            return Ok(());
-        }
-        if stands && worker.scheduler.lane_failure(lane).is_none() {
-            self.qp_flush(q, None)?;
-            self.lives[life].workers[w]
-                .scheduler
-                .lane_failed(lane, Cause::PeerReset);
-            self.look_at_peer_of(life, w, lane);
-        }
-        self.lane_fails(life, w, lane);
-        let worker = &mut self.lives[life].workers[w];
-        for message in worker.told.remove(&q).unwrap_or_default() {
-            self.sum.count("notice: told again");
-            self.send(peer, message);
-        }
-        self.sum.count("lane: settled");
-        self.lives[life].workers[w].scheduler.lane_settled(lane);
         Ok(())
     }
 
@@ -674,13 +622,21 @@ impl World {
             return Ok(());
         };
         let (peer, request, nonce) = (live.peer, live.request.clone(), live.nonce);
-        let on_data_plane = self.peers[peer].notices && notice == Notice::PushDone;
-        let message = self.notice_message(&request, nonce, notice);
-        if on_data_plane && self.post_notice(life, w, peer, &message)? {
-            self.sum.count("notice: on the data plane");
-            return Ok(());
+        let (notices, rdma) = (self.peers[peer].notices, self.peers[peer].rdma);
+        for message in self.notice_messages(peer, &request, nonce, &notice) {
+            match message {
+                Message::PushDone(done) if rdma => {
+                    let worker = &mut self.lives[life].workers[w];
+                    worker.waiting_notices.push_back((peer, done));
+                }
+                Message::PushDone(done) if notices => {
+                    if self.post_notice(life, w, peer, &done)? != Noticed::Posted {
+                        self.send(peer, done.into());
+                    }
+                }
+                message => self.send(peer, message),
+            }
         }
-        self.send(peer, message);
         Ok(())
     }
 

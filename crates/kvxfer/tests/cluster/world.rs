@@ -13,6 +13,7 @@ use kvxfer::transfer::{Batch, BatchSize, Cause, JobId, PeerKey, SchedulerConfig,
 
 use super::app::{OfferSeen, Request, Todo};
 use super::bug::{Bug, Step, Violation, ensure};
+use super::cards::InCard;
 use super::check::{ExpectSeen, Seen};
 use super::faults::Faults;
 use super::link::{Conn, Keeper, LinkEnd};
@@ -105,7 +106,11 @@ pub(crate) struct World {
     pub(crate) keepers: Vec<Keeper>,
     pub(crate) peers: Vec<PeerM>,
     pub(crate) keys: u64,
+    /// Successors of queue pairs that were offered.
+    pub(crate) offers: u32,
     pub(crate) qps: Vec<Qp>,
+    /// What cards have acknowledged and not yet put in memory, oldest first.
+    pub(crate) in_cards: VecDeque<InCard>,
     pub(crate) seen: Vec<Seen>,
     pub(crate) requests: Vec<Request>,
     pub(crate) todo: Vec<Todo>,
@@ -165,7 +170,9 @@ impl World {
             keepers: Vec::new(),
             peers: Vec::new(),
             keys: 1,
+            offers: 0,
             qps: Vec::new(),
+            in_cards: VecDeque::new(),
             seen: Vec::new(),
             requests: Vec::new(),
             todo: Vec::new(),
@@ -346,6 +353,7 @@ impl World {
     /// One actor does one thing; where none can, time passes until one can.
     pub(crate) fn step(&mut self) -> Step {
         self.steps += 1;
+        self.cards_write()?;
         let mut acted = false;
         let mut tried = 0;
         let mut at = self.rng.index(self.actors.len().max(1));

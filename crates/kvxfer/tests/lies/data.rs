@@ -4,6 +4,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Outcome, PullOptions};
 use kvxfer::event::Event;
 use kvxfer::ids::{Nonce, RequestId};
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, CompletionStatus};
 use kvxfer::wire::{ErrorCode, Message, PushDone, PushStart, RemoteSpan};
@@ -134,6 +135,8 @@ fn notices_that_are_lies() {
             sender: liar.name.rank,
             bytes: 1,
             sums: 0,
+            rails: RailSet::only(0),
+            rail: 0,
         };
         change(&mut done);
         Message::from(done).encode().expect("a notice")
@@ -156,6 +159,15 @@ fn notices_that_are_lies() {
     let lies: Vec<Lie<'_>> = vec![
         Box::new(|liar| notice(liar, |_| {})),
         Box::new(|liar| notice(liar, |done| done.sender.dp = 9)),
+        // Over rails that the session does not have, and for one that is not among those named.
+        Box::new(|liar| notice(liar, |done| done.rails = RailSet::first(2))),
+        Box::new(|liar| {
+            let honest = notice(liar, |_| {});
+            let at = honest.len() - 1;
+            let mut bytes = honest;
+            bytes[at] = 1;
+            bytes
+        }),
         Box::new(|_| vec![0xc1; 100]),
         Box::new(|_| vec![0xff; 2048]),
         Box::new(|liar| [notice(liar, |_| {}), vec![0]].concat()),

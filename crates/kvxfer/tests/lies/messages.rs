@@ -6,6 +6,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::Outcome;
 use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::{Generation, Nonce, RequestId};
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use kvxfer::wire::{
@@ -31,6 +32,8 @@ fn done(request: &RequestId, nonce: Nonce, liar: &Liar) -> PushDone {
         sender: liar.name.rank,
         bytes: u64::MAX,
         sums: 0,
+        rails: RailSet::only(0),
+        rail: 0,
     }
 }
 

@@ -6,8 +6,8 @@ use kvxfer::Error;
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::session::SessionError;
 use kvxfer::wire::{
-    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, QpReset, RailEndpoint,
-    Ready, Refusal, Role, Side, StreamHalf, StreamOpening, limits,
+    Blob, Candidate, Describe, ErrorCode, Message, MessageKind, QpAnswer, QpOffer, QpReset,
+    RailEndpoint, Ready, Refusal, Role, Side, StreamHalf, StreamOpening, limits,
 };
 use kvxfer_verbs::QpEndpoint;
 
@@ -357,17 +357,29 @@ fn queue_pairs_that_are_taken_down() {
         lanes: lanes.to_vec(),
         cause: Blob(vec![0xc1]),
     };
-    for lanes in [&[1][..], &[0, u16::MAX]] {
+    // Nor is one taken down twice.
+    for lanes in [&[1][..], &[0, u16::MAX], &[0, 0]] {
         let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
         assert_eq!(liar.lanes.len(), 1);
         liar.wire.say(reset(lanes));
         liar.wire.reported(ErrorCode::Lie, "reset");
     }
+    // A successor of one that stands, or that is not there: there is none, and all goes on.
+    let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
+    for number in [0, 1, u16::MAX] {
+        liar.wire.say(QpOffer {
+            offer: 2 + u32::from(number),
+            replaces: Some(number),
+            ..offer_of(PathKind::Arena, vec![invented(1, 1)])
+        });
+        let Message::QpAnswer(answer) = liar.wire.hear_kind(MessageKind::QpAnswer) else {
+            unreachable!("that kind");
+        };
+        assert!(answer.path.is_none() && answer.endpoints.is_empty());
+    }
     // Its only one: the session is over.
     let mut liar = Liar::established(&world, KvRole::Both, PathKind::Arena);
-    for _ in 0..3 {
-        liar.wire.say(reset(&[0, 0]));
-    }
+    liar.wire.say(reset(&[0]));
     liar.wire.last();
     world.works();
 }

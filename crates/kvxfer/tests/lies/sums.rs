@@ -6,6 +6,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Outcome, PullOptions};
 use kvxfer::event::{Event, MemoryState};
 use kvxfer::ids::{Nonce, RequestId};
+use kvxfer::rails::RailSet;
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use kvxfer::wire::{
@@ -262,6 +263,8 @@ fn senders_that_tell_wrong_sums() {
             sender,
             bytes: 1,
             sums,
+            rails: RailSet::only(0),
+            rail: 0,
         };
         // Before it is a sender nobody listens.
         liar.wire.say(tell(24..28, 8));

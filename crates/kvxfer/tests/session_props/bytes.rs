@@ -1,5 +1,6 @@
 //! The bytes of docs/wire-format.md.
 use kvxfer::ids::{Generation, Nonce, Rank};
+use kvxfer::rails::RailSet;
 use kvxfer::wire::*;
 
 use crate::pair::*;
@@ -73,10 +74,12 @@ fn the_encoding_is_the_documented_one() {
         },
         bytes: 300,
         sums: 2,
+        rails: RailSet::only(1) | RailSet::only(8),
+        rail: 8,
     };
     assert_eq!(
         hex(&Message::from(done).encode().unwrap()),
-        "95a1720593010203cd012c02"
+        "97a1720593010203cd012c02cd010208"
     );
     assert_eq!(hex(&Message::from(Ready {}).encode().unwrap()), "90");
     let span = RemoteSpan {

@@ -1,5 +1,6 @@
 //! Every message, by properties.
 use kvxfer::ids::{Generation, Nonce, Rank, RequestId};
+use kvxfer::rails::RailSet;
 use kvxfer::session::{Closed, Event};
 use kvxfer::time::Time;
 use kvxfer::wire::*;
@@ -165,7 +166,7 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             .boxed(),
         MessageKind::QpOffer => (
             any::<u32>(),
-            any::<Option<u32>>(),
+            any::<Option<u16>>(),
             path(),
             candidates(),
             vec(rail_endpoint(), 0..5),
@@ -278,14 +279,16 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
         MessageKind::Taken => (any::<u64>(), prop::option::of(blob()))
             .prop_map(|(number, failed)| Taken { number, failed }.into())
             .boxed(),
-        MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>())
-            .prop_map(|((request, nonce), sender, [bytes, sums])| {
+        MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>(), [0..16_u16, 0..16])
+            .prop_map(|((request, nonce), sender, [bytes, sums], [rail, other])| {
                 PushDone {
                     request,
                     nonce,
                     sender,
                     bytes,
                     sums,
+                    rails: RailSet::only(rail) | RailSet::only(other),
+                    rail,
                 }
                 .into()
             })

@@ -110,7 +110,7 @@ impl Seen {
                 );
                 ensure!(self.all_bytes_there(), "{name}: Release before the data");
             }
-            Notice::PushDone => {
+            Notice::PushDone { .. } => {
                 ensure!(
                     self.push && self.committed,
                     "{name}: PushDone of no committed push"

@@ -265,12 +265,12 @@ impl World {
             send_wr
         };
         let key = self.peers[peer].key;
-        let rail = self.rng.below(self.rails.into()) as u16;
+        let pair = self.rng.below(self.rails.into()) as u16;
         let lane = self.workers[worker].scheduler.add_lane(
             key,
             LaneLimits {
                 send_wr: believed,
-                rail,
+                pair,
             },
         );
         self.nics.push(Nic {

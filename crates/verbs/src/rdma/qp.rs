@@ -699,9 +699,9 @@ impl QpBackend for RdmaQp {
         }
     }
 
-    fn destroy(&self) {
+    fn destroy(&self) -> Result<(), Error> {
         if self.device.device().is_inherited() {
-            return;
+            return Ok(());
         }
         let functions = self.device.device().functions();
         // Before the device can give its number to another.
@@ -710,14 +710,13 @@ impl QpBackend for RdmaQp {
         // SAFETY: it is destroyed once: its owner calls this last, and nobody else has it but its
         // completion queues, which do not use the pointer.
         let code = unsafe { (functions.ibv_destroy_qp)(self.qp.as_ptr()) };
-        self.device.device().freed("ibv_destroy_qp", code);
-        if code != 0 {
+        if let Err(error) = self.device.device().check("ibv_destroy_qp", code) {
             // It may go on: its memory and its room in the queues are never given back.
             let mut kept = Vec::new();
             lock(&self.sends).ring.clear(&mut kept);
             lock(&self.recvs).clear(&mut kept);
             std::mem::forget(kept);
-            return;
+            return Err(error);
         }
         self.send_cq.sweep();
         self.recv_cq.sweep();
@@ -726,5 +725,6 @@ impl QpBackend for RdmaQp {
         let received = lock(&self.recvs).clear(&mut retired);
         self.send_cq.credits().give(sent);
         self.recv_cq.credits().give(received);
+        Ok(())
     }
 }

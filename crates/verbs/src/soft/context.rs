@@ -8,6 +8,8 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use nix::errno::Errno;
+
 use crate::device::{
     AsyncEvent, CompletionQueue, CqBackend, DeviceAddr, DeviceBackend, DeviceInfo, DeviceKind,
     boot_id,
@@ -147,6 +149,15 @@ impl SoftShared {
     }
 
     /// Where this context's guid lies.
+    /// What a device says that the plan lets refuse something.
+    pub(crate) fn refusal(&self, call: &'static str, errno: Errno) -> Error {
+        Error::Device {
+            device: self.info.name.clone(),
+            call,
+            source: errno.into(),
+        }
+    }
+
     pub(crate) fn probe_addr(&self) -> u64 {
         self.address.guid.as_ptr() as u64
     }
@@ -343,6 +354,10 @@ impl DeviceBackend for SoftDevice {
         let recv_cq = recv_cq.of::<SoftCq>("receive completion queue")?;
         // 24 bits, as on the wire, and never 0.
         let ordinal = self.shared.qps.fetch_add(1, Ordering::Relaxed);
+        let faults = self.shared.faults.as_ref();
+        if faults.is_some_and(|f| f.refusals(ordinal).made) {
+            return Err(self.shared.refusal("create_qp", Errno::ENOMEM));
+        }
         let qpn = self.shared.first_qpn.wrapping_add(ordinal) % 0xff_fffe + 1;
         let psn = u32::from_le_bytes(random()?) & 0xff_ffff;
         let token = random()?;

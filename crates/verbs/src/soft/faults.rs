@@ -26,13 +26,16 @@ use crate::wr::WcStatus;
 /// | `qp-fatal=RATE` | its queue pair fails with no completion that says why; [`AsyncEvent::QpFatal`](crate::AsyncEvent::QpFatal) |
 /// | `qp-request=RATE` | the same with [`AsyncEvent::QpRequestError`](crate::AsyncEvent::QpRequestError) |
 /// | `qp-access=RATE` | the same with [`AsyncEvent::QpAccessError`](crate::AsyncEvent::QpAccessError) |
+/// | `no-qp=RATE` | a queue pair, not a work request, is not made: [`Error::Device`](crate::Error::Device) |
+/// | `no-join=RATE` | a queue pair is not joined to its peer's: the same |
+/// | `no-destroy=RATE` | a queue pair is not destroyed, and goes on as it was: the same, of [`QueuePair::destroy`](crate::QueuePair::destroy) |
 /// | `port-down=AT:TIME` | that long after the device was opened, nothing starts for `TIME`; [`AsyncEvent::PortDown`](crate::AsyncEvent::PortDown), later [`PortUp`](crate::AsyncEvent::PortUp) |
 /// | `cq-error=AT` | that long after the device was opened, its first completion queue fails with all its completions, and each queue pair that completes there, also one made later; [`AsyncEvent::CqError`](crate::AsyncEvent::CqError) |
 /// | `device-fatal=AT` | that long after the device was opened, all queue pairs fail; [`AsyncEvent::DeviceFatal`](crate::AsyncEvent::DeviceFatal) |
 /// | `event=AT:CODE` | that long after the device was opened, nothing but [`AsyncEvent::Other`](crate::AsyncEvent::Other) with this code |
 /// | `event-lag=TIME` | events are told that much later than what they are about happens |
 ///
-/// `RATE` is a share of all work requests, from 0 to 1. `TIME` and `AT` are whole numbers with `ns`,
+/// `RATE` is a share of all work requests, or of all queue pairs, from 0 to 1. `TIME` and `AT` are whole numbers with `ns`,
 /// `us`, `ms` or `s`. `STATUS` is one of `loc-len`, `loc-qp-op`, `loc-prot`, `rem-inv-req`,
 /// `rem-access`, `rem-op`, `retry-exc`, `rnr-retry-exc`. Faults act where work requests start; what a
 /// peer asks of this context is served as ever.
@@ -68,6 +71,12 @@ pub struct FaultPlan {
     pub qp_request: f64,
     /// Share at which the queue pair fails over the rights of local memory.
     pub qp_access: f64,
+    /// Share of queue pairs that are not made.
+    pub no_qp: f64,
+    /// Share of queue pairs that are not joined to their peers'.
+    pub no_join: f64,
+    /// Share of queue pairs that are not destroyed.
+    pub no_destroy: f64,
     /// When, after the device was opened, its port goes down, and for how long.
     pub port_down: Option<(Duration, Duration)>,
     /// When, after the device was opened, its first completion queue fails.
@@ -140,7 +149,7 @@ pub enum FaultPlanError {
     },
 }
 
-const ITEMS: [(&str, &str); 16] = [
+const ITEMS: [(&str, &str); 19] = [
     ("seed", "seed=N"),
     ("delay", "delay=RATE:TIME"),
     ("reorder", "reorder=RATE:TIME"),
@@ -152,6 +161,9 @@ const ITEMS: [(&str, &str); 16] = [
     ("qp-fatal", "qp-fatal=RATE"),
     ("qp-request", "qp-request=RATE"),
     ("qp-access", "qp-access=RATE"),
+    ("no-qp", "no-qp=RATE"),
+    ("no-join", "no-join=RATE"),
+    ("no-destroy", "no-destroy=RATE"),
     ("port-down", "port-down=AT:TIME"),
     ("cq-error", "cq-error=AT"),
     ("device-fatal", "device-fatal=AT"),
@@ -272,6 +284,9 @@ impl FromStr for FaultPlan {
                 "qp-fatal" => plan.qp_fatal = item.rate(value)?,
                 "qp-request" => plan.qp_request = item.rate(value)?,
                 "qp-access" => plan.qp_access = item.rate(value)?,
+                "no-qp" => plan.no_qp = item.rate(value)?,
+                "no-join" => plan.no_join = item.rate(value)?,
+                "no-destroy" => plan.no_destroy = item.rate(value)?,
                 "port-down" => {
                     let (at, time) = item.pair()?;
                     plan.port_down = Some((item.time(at)?, item.time(time)?));
@@ -329,6 +344,9 @@ impl fmt::Display for FaultPlan {
             ("qp-fatal", self.qp_fatal),
             ("qp-request", self.qp_request),
             ("qp-access", self.qp_access),
+            ("no-qp", self.no_qp),
+            ("no-join", self.no_join),
+            ("no-destroy", self.no_destroy),
         ];
         for (name, rate) in rates.into_iter().filter(|r| r.1 > 0.0) {
             write!(f, ",{name}={rate}")?;
@@ -392,6 +410,14 @@ pub(crate) struct Fate {
     pub(crate) end: Option<Fault>,
 }
 
+/// What is refused to a queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Refusals {
+    pub(crate) made: bool,
+    pub(crate) joined: bool,
+    pub(crate) destroyed: bool,
+}
+
 impl FaultPlan {
     /// A number from 0 to just under 1 for one decision.
     fn draw(&self, qp: u64, wr: u64, what: u64) -> f64 {
@@ -405,6 +431,16 @@ impl FaultPlan {
             x ^= x >> 31;
         }
         (x >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// What is refused to the context's queue pair `qp`.
+    pub(crate) fn refusals(&self, qp: u64) -> Refusals {
+        let hit = |rate: f64, what| rate > 0.0 && self.draw(qp, u64::MAX, what) < rate;
+        Refusals {
+            made: hit(self.no_qp, 11),
+            joined: hit(self.no_join, 12),
+            destroyed: hit(self.no_destroy, 13),
+        }
     }
 
     /// What becomes of work request `wr` of the context's queue pair `qp`.
@@ -517,6 +553,7 @@ mod tests {
             seed in any::<u64>(),
             (delay, reorder) in (timed(), timed()),
             rates in prop::array::uniform7(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
+            refusals in prop::array::uniform3(prop_oneof![Just(0.0), 0.0..=1.0, Just(1e-9)]),
             wr_error in prop::option::of((0.0..=1.0, 0..STATUSES.len())),
             port_down in prop::option::of((time(), time())),
             (cq_error, device_fatal, event_lag) in (
@@ -527,10 +564,11 @@ mod tests {
             event in prop::option::of((time(), any::<u32>())),
         ) {
             let [drop, key, stray, cut, qp_fatal, qp_request, qp_access] = rates;
+            let [no_qp, no_join, no_destroy] = refusals;
             let wr_error = wr_error.map(|(rate, s)| (rate, STATUSES[s].1));
             let plan = FaultPlan {
                 seed, delay, reorder, drop, key, stray, cut, wr_error, qp_fatal, qp_request, qp_access,
-                port_down, cq_error, device_fatal, event, event_lag,
+                no_qp, no_join, no_destroy, port_down, cq_error, device_fatal, event, event_lag,
             };
             prop_assert_eq!(plan.to_string().parse(), Ok(plan));
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::device::AsyncEvent;
-use crate::soft::faults::{Fault, FaultPlan};
+use crate::soft::faults::{Fault, FaultPlan, Refusals};
 use crate::soft::requester::{Fail, Requester};
 use crate::soft::vendor;
 use crate::soft::{FIRST_CQ, PORT};
@@ -41,6 +41,11 @@ impl Injector {
     /// How much later than what they are about events are told.
     pub(crate) fn lag(&self) -> Option<Duration> {
         self.plan.event_lag
+    }
+
+    /// What is refused to a queue pair.
+    pub(crate) fn refusals(&self, ordinal: u32) -> Refusals {
+        self.plan.refusals(ordinal.into())
     }
 
     /// What happens to the device as a whole, and when; soonest first.

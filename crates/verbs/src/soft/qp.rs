@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent};
 
 use crate::cq::{Cqe, Slots};
@@ -17,6 +18,7 @@ use crate::qp::{
 use crate::region::{Access, RegionTable};
 use crate::soft::context::SoftShared;
 use crate::soft::cq::SoftCq;
+use crate::soft::faults::Refusals;
 use crate::soft::frame::Role;
 use crate::soft::injector::QpFaults;
 use crate::soft::link::{self, Incoming, path_of};
@@ -40,6 +42,8 @@ pub(crate) struct SoftQp {
     psn: u32,
     pub(crate) token: [u8; 16],
     pub(crate) pd: u32,
+    /// What the fault plan does not let happen to it.
+    refusals: Refusals,
     caps: QpCaps,
     state: AtomicU8,
     access: AtomicU32,
@@ -88,6 +92,7 @@ impl SoftQp {
         let recv_slots = Arc::new(Slots::new(caps.max_recv_wr));
         let mut requester = Requester::new(Arc::clone(&ctx), qpn, pd, Arc::clone(&send_slots));
         let faults = ctx.faults.clone();
+        let refusals = faults.as_ref().map(|f| f.refusals(ordinal));
         requester.faults = faults.map(|f| Box::new(QpFaults::new(f, ordinal.into())));
         let responder = Responder::new(Arc::clone(&ctx), qpn, pd, Arc::clone(&recv_slots));
         Self {
@@ -96,6 +101,7 @@ impl SoftQp {
             psn,
             token,
             pd,
+            refusals: refusals.unwrap_or_default(),
             caps,
             state: AtomicU8::new(QpState::Reset as u8),
             access: AtomicU32::new(0),
@@ -430,6 +436,9 @@ impl QpBackend for SoftQpHandle {
     fn rtr(&self, attr: RtrAttr) -> Result<(), Error> {
         let qp = &self.0;
         qp.expect_state(QpState::Init, QpState::Rtr)?;
+        if qp.refusals.joined {
+            return Err(qp.ctx.refusal("modify_qp to RTR", Errno::ETIMEDOUT));
+        }
         let remote = attr.remote;
         if remote.qpn == 0 || remote.token == [0; 16] {
             return Err(qp.rtr_fault(StateFault::EmptyEndpoint));
@@ -603,8 +612,11 @@ impl QpBackend for SoftQpHandle {
         self.0.fail_all(false);
     }
 
-    fn destroy(&self) {
+    fn destroy(&self) -> Result<(), Error> {
         let qp = &self.0;
+        if qp.refusals.destroyed {
+            return Err(qp.ctx.refusal("destroy_qp", Errno::EIO));
+        }
         qp.ctx.forget_token(&qp.token);
         qp.fail_all(false);
         qp.ctx.events.forget(qp.qpn);
@@ -613,6 +625,7 @@ impl QpBackend for SoftQpHandle {
         qp.recv_cq.core.purge(qp.qpn);
         let unpolled = lock(&qp.requester).unaccounted();
         qp.send_cq.core.credits().give(unpolled);
+        Ok(())
     }
 }
 

@@ -6,7 +6,7 @@ use tracing::error;
 
 use kvxfer_verbs::{Completion, WcStatus};
 
-use super::{Worker, WorkerRail};
+use super::Worker;
 use crate::error::chain;
 use crate::time::Time;
 use crate::transfer::{Cause, CompletionStatus, LaneId};
@@ -93,20 +93,8 @@ impl Worker {
         };
         let standing = rail.events.standing(self.index);
         rail.port = standing.port;
-        self.transfers.held_up(self.port_that_is_down());
+        self.tell_held_up();
         standing.needs_cq
-    }
-
-    /// The first port that is down of those that lanes go by.
-    pub(super) fn port_that_is_down(&self) -> Option<Cause> {
-        let down = |(at, rail): (usize, &WorkerRail)| {
-            let cause = rail.port.cause()?;
-            self.lanes
-                .values()
-                .any(|lane| lane.rail == at)
-                .then_some(cause)
-        };
-        self.rails.iter().enumerate().find_map(down)
     }
 
     /// Takes a lane for failed if an event has said so. Its work is flushed, and moves or fails as

@@ -11,6 +11,7 @@ use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::error::chain;
 use crate::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, LocalOperation, TransferId};
+use crate::wire::Message;
 
 /// Completions taken in one poll.
 pub(super) const POLL_BATCH: usize = 64;
@@ -19,7 +20,9 @@ impl Worker {
     pub(super) fn poll(&mut self) -> bool {
         let mut busy = false;
         for rail in 0..self.rails.len() {
-            busy |= self.poll_rail(rail);
+            if !self.is_spent(rail) {
+                busy |= self.poll_rail(rail);
+            }
         }
         busy
     }
@@ -96,12 +99,7 @@ impl Worker {
             return;
         }
         error!(%error, "completion queue failed");
-        let errno = match error {
-            kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
-                source.raw_os_error().unwrap_or(0)
-            }
-            _ => 0,
-        };
+        let errno = errno_of(error);
         let cause = Cause::LocalDevice {
             operation: LocalOperation::Poll,
             errno,
@@ -149,21 +147,17 @@ impl Worker {
                 engine.scratch.give(landing);
                 self.check_done(id, shown, result);
             }
-            Some(Single::Notice {
-                slot,
-                peer,
-                message,
-            }) => {
+            Some(Single::Notice { slot, peer, done }) => {
                 self.outbox.give(slot);
                 match result {
-                    Ok(()) => self.told_on(lane, *message),
+                    Ok(()) => self.told_on(lane, *done),
                     Err(cause) if peer.is_rdma() => {
                         debug!(%cause, "notice goes by another queue pair");
-                        self.waiting_notices.push_back((peer, *message));
+                        self.waiting_notices.push_back((peer, *done));
                     }
                     Err(cause) => {
                         debug!(%cause, "notice goes by the control connection");
-                        peer.link.send(*message);
+                        peer.link.send((*done).into());
                     }
                 }
             }
@@ -203,13 +197,29 @@ impl Worker {
             .take(&at.qp, slot, len)
             .map_err(|error| chain(&error))
             .and_then(|notice| {
+                if let Message::PushDone(done) = &notice
+                    && !at.peer.may_speak(at.pair, usize::from(done.rail))
+                {
+                    let (pair, rail) = (at.pair, done.rail);
+                    return Err(format!("push done over rail {rail} told on rail {pair}"));
+                }
                 let engine = at.peer.engine.upgrade();
-                engine.map_or(Ok(()), |engine| engine.on_message(&at.peer, notice))
+                engine.map_or(Ok(()), |engine| engine.on_notice(&at.peer, notice))
             });
         if let Err(lie) = told {
             warn!(peer = %at.peer.name.engine, %lie, "notice");
             at.peer.link.cut_off(lie);
         }
+    }
+}
+
+/// The kernel's or the driver's number of an error; 0 where it has none.
+pub(crate) fn errno_of(error: &kvxfer_verbs::Error) -> i32 {
+    match error {
+        kvxfer_verbs::Error::Os { source, .. } | kvxfer_verbs::Error::Device { source, .. } => {
+            source.raw_os_error().unwrap_or(0)
+        }
+        _ => 0,
     }
 }
 

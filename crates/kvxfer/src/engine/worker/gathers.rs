@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::mem::gather::{Fence, Gather, GatherEnd};
 use crate::mem::gpu::Event;
 use crate::plan::{LayerScope, Plan};
+use crate::rails::RailSet;
 use crate::transfer::{Cause, Direction, GpuOperation, Job, JobError, JobId, JobReport, PeerKey};
 use crate::wire::{Take, TakeOf, TakeStop};
 
@@ -181,6 +182,8 @@ fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
         error: error.map(|cause| JobError { op: 0, cause }),
         in_doubt: false,
         doubts: 0,
+        // There is no card whose writes could be on their way still.
+        wrote: RailSet::first(usize::from(whole)),
         quiescent: true,
     }
 }

@@ -3,6 +3,7 @@
 
 mod async_events;
 mod completions;
+mod drops;
 mod gathers;
 mod outputs;
 mod posting;
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::poll::PollFlags;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
@@ -45,7 +46,9 @@ use crate::transfer::{
     Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use crate::wire::Message;
+use crate::wire::PushDone;
+pub(crate) use completions::errno_of;
+use drops::Undead;
 use gathers::Gathers;
 use rails::Retired;
 use wreck::Wreck;
@@ -133,6 +136,11 @@ pub(crate) enum Command {
         pair: usize,
         cause: Cause,
     },
+    /// The end of a push is to be told, on a queue pair that this worker has.
+    Tell {
+        peer: Arc<PeerSession>,
+        done: PushDone,
+    },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
     /// A producer wants blocks of its push fetched out of its GPU.
@@ -215,6 +223,8 @@ pub(crate) struct Joined {
     pub(crate) watched: Arc<Watched>,
     /// How long its requests are tried; `None`: for ever.
     pub(crate) tried: Option<Duration>,
+    /// Whether it succeeds another in a session that stands.
+    pub(crate) rebuilt: bool,
 }
 
 /// What a worker has of a rail.
@@ -242,7 +252,7 @@ struct LaneQp {
     /// How long a request of it has been tried when it fails.
     tried: Duration,
     /// The last notices that have gone on it: the peer may have lost them with its half of the lane.
-    told: VecDeque<Message>,
+    told: VecDeque<PushDone>,
     /// The peer has taken its half down: what it is told on it, it does not see.
     reset: bool,
     peer: Arc<PeerSession>,
@@ -262,7 +272,7 @@ enum Single {
     Notice {
         slot: u32,
         peer: Arc<PeerSession>,
-        message: Box<Message>,
+        done: Box<PushDone>,
     },
 }
 
@@ -288,14 +298,17 @@ pub(crate) struct Worker {
     /// whose queue pairs are, until the session ends.
     failing: Vec<LaneId>,
     retired: Vec<Retired>,
+    /// Lanes whose queue pairs the device has not destroyed: they may go on until it is closed, so their
+    /// sessions are never drained.
+    undead: HashMap<LaneId, Undead>,
     /// Peers whose sessions are over, until all outcomes of their transfers are told.
     lost: Vec<Arc<PeerSession>>,
     /// How many transfers of a peer have no outcome.
     running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
     waiting_checks: VecDeque<TransferId>,
-    /// Notices of pushes over RDMA that wait for a free queue pair.
-    waiting_notices: VecDeque<(Arc<PeerSession>, Message)>,
+    /// Ends of pushes over RDMA that wait for a queue pair that may tell them.
+    waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
     gathers: Gathers,
     outbox: Outbox,
@@ -342,6 +355,7 @@ impl Worker {
             dropping: Vec::new(),
             failing: Vec::new(),
             retired: Vec::new(),
+            undead: HashMap::new(),
             lost: Vec::new(),
             running: HashMap::new(),
             live: HashMap::new(),
@@ -417,11 +431,23 @@ impl Worker {
                     inbox,
                     watched,
                     tried,
+                    rebuilt,
                 } = *lane;
                 let limits = LaneLimits {
                     send_wr,
-                    rail: u16::try_from(pair).unwrap_or(u16::MAX),
+                    pair: u16::try_from(pair).unwrap_or(u16::MAX),
                 };
+                self.make_room(peer.key, number);
+                if rebuilt && peer.usable().is_err() {
+                    // The others are going, and are not added to.
+                    match qp.destroy() {
+                        Ok(()) => peer.part_drained(),
+                        Err(error) => {
+                            error!(%error, "queue pair not destroyed: its memory stays quarantined")
+                        }
+                    }
+                    return;
+                }
                 let lane = self.scheduler.add_lane(peer.key, limits);
                 self.lane_of.insert((rail, qp.qp_num()), lane);
                 self.peers.insert(peer.key, Arc::clone(&peer));
@@ -437,7 +463,14 @@ impl Worker {
                     reset: false,
                     peer,
                 };
+                let key = at.peer.key;
+                if rebuilt {
+                    // It goes with this worker's others from here on.
+                    at.peer.part_drained();
+                }
                 self.lanes.insert(lane, at);
+                let by = self.port_that_holds_up(key);
+                self.transfers.held_up(key, by);
                 // It may have failed on its way here.
                 self.heed(lane);
             }
@@ -503,6 +536,7 @@ impl Worker {
             Command::Stop(job) => self.scheduler.stop(job),
             Command::Report(report) => self.transfers.job_report(now, &report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
+            Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::Take { peer, taking } => self.take(peer, taking),
             Command::TakeStop { peer, number } => self.take_stop(&peer, number),
@@ -543,59 +577,20 @@ impl Worker {
         }
     }
 
-    fn drop_lanes(&mut self, peer: Arc<PeerSession>) {
-        let lanes: Vec<LaneId> = self.scheduler.peer_lanes(peer.key).collect();
-        let of_port = self.port_that_is_down();
-        let cause = peer.ends_for().or(of_port).unwrap_or(Cause::LaneReset);
-        for lane in &lanes {
-            if let Some(at) = self.lanes.get(lane) {
-                at.qp.to_error();
-            }
-            self.scheduler.lane_failed(*lane, cause.clone());
-        }
-        self.gathers.stop_peer(peer.key);
-        // Their numbers may be those of others next.
-        self.failing.retain(|lane| !lanes.contains(lane));
-        self.dropping.push((peer, lanes));
-    }
-
-    fn finish_drops(&mut self) {
-        let mut at = 0;
-        while let Some((peer, lanes)) = self.dropping.get(at) {
-            let touched = self.gathers.touch(peer.key);
-            if touched || !lanes.iter().all(|lane| self.is_over(*lane)) {
-                at += 1;
-                continue;
-            }
-            // It stays in the list until all is done: after a panic, what is left of it is found there.
-            let lanes = lanes.clone();
-            for lane in lanes {
-                if let Some(gone) = self.lanes.remove(&lane) {
-                    self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
-                    // Destroyed before the lane's work is reported as drained.
-                    drop(gone);
-                }
-                self.seen.forget(lane);
-                self.scheduler.remove_lane(lane);
-            }
-            let (peer, _) = self.dropping.swap_remove(at);
-            self.retired.retain(|retired| retired.peer != peer.key);
-            self.peers.remove(&peer.key);
-            self.gathers.forget_peer(peer.key);
-            peer.worker_drained();
-        }
-    }
-
-    /// Whether a failed lane has nothing posted any more, or will never say so.
-    fn is_over(&self, lane: LaneId) -> bool {
-        let mute = |at: &LaneQp| at.watched.is_mute();
-        self.scheduler.lane_drained(lane) || self.lanes.get(&lane).is_some_and(mute)
+    /// Whether a rail's device has failed and no lane here is on it: it has nothing more to tell, and its
+    /// descriptors may be ready for ever.
+    fn is_spent(&self, rail: usize) -> bool {
+        let over = self.rails.get(rail).is_some_and(|r| r.events.is_over());
+        over && self.lanes.values().all(|at| at.rail != rail)
     }
 
     fn sleep(&mut self) {
         // A device that has failed may tell nothing any more.
         let mut armed = Vec::with_capacity(self.rails.len());
         for (at, rail) in self.rails.iter().enumerate() {
+            if self.is_spent(at) {
+                continue;
+            }
             match rail.cq.arm() {
                 Ok(true) => armed.push(at),
                 Ok(false) => return,
@@ -623,7 +618,9 @@ impl Worker {
         let readable = |fd| (fd, PollFlags::POLLIN);
         let cqs = armed.iter().filter_map(|at| self.rails.get(*at));
         let cqs = cqs.map(|rail| rail.cq.as_fd());
-        let events: Vec<_> = self.rails.iter().filter_map(|r| r.events.fd()).collect();
+        let rails = self.rails.iter().enumerate();
+        let rails = rails.filter(|(at, _)| !self.is_spent(*at));
+        let events: Vec<_> = rails.filter_map(|(_, rail)| rail.events.fd()).collect();
         let telling = events.len();
         let others: Vec<_> = cqs.chain(events).map(readable).collect();
         // The devices' events come last, so that it is known whether they woke it.

@@ -3,6 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
+use super::posting::Noticed;
 use super::{Command, Live, Worker};
 use crate::blocks::GroupBlocks;
 use crate::engine::gpu::cause;
@@ -15,6 +16,7 @@ use crate::transfer::{
     self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, Notice, Output, PeerKey,
     TransferId,
 };
+use crate::wire::{Message, PushDone};
 
 impl Worker {
     pub(super) fn settle(&mut self) -> bool {
@@ -115,7 +117,7 @@ impl Worker {
         match self.peer(key) {
             Some(peer) => {
                 // Whose work does not drain because nothing moves loses its session for that.
-                if let Some(cause) = self.port_that_is_down() {
+                if let Some(cause) = self.port_that_holds_up(key) {
                     peer.fail(cause);
                 }
                 peer.drain(self.index, token);
@@ -156,18 +158,26 @@ impl Worker {
             return;
         };
         let peer = Arc::clone(&live.peer);
-        let on_data_plane = peer.notices && notice == Notice::PushDone;
-        let message = live.engine.notice(live, notice);
-        if on_data_plane && (peer.is_rdma() || self.post_notice(&peer, &message)) {
-            if let Some(live) = self.live.get_mut(&id) {
-                live.report.data_plane_notice = true;
+        for message in live.engine.notice(live, &notice) {
+            match message {
+                Message::PushDone(done) if peer.notices => self.tell_done(&peer, done, id),
+                message => peer.link.send(message),
             }
-            if peer.is_rdma() {
-                self.waiting_notices.push_back((peer, message));
-            }
-            return;
         }
-        peer.link.send(message);
+    }
+
+    /// Tells the end of a push on a queue pair. What cannot go there goes by the control connection, but
+    /// over RDMA it waits.
+    fn tell_done(&mut self, peer: &Arc<PeerSession>, done: PushDone, id: TransferId) {
+        let on_data_plane = peer.is_rdma() || self.post_notice(peer, &done) == Noticed::Posted;
+        if let Some(live) = self.live.get_mut(&id).filter(|_| on_data_plane) {
+            live.report.data_plane_notice = true;
+        }
+        match (peer.is_rdma(), on_data_plane) {
+            (true, _) => self.waiting_notices.push_back((Arc::clone(peer), done)),
+            (false, true) => {}
+            (false, false) => peer.link.send(done.into()),
+        }
     }
 
     pub(super) fn outcome(&mut self, id: TransferId, outcome: transfer::Outcome) {

@@ -7,17 +7,28 @@ use tracing::error;
 
 use kvxfer_verbs::{PostCause, Remote, SendChain, SendOp, Sge};
 
-use super::{Single, Worker};
+use super::{Command, Single, Worker};
+use crate::engine::peer_lanes::Speaker;
 use crate::engine::peer_session::PeerSession;
 use crate::leases::SLOT_BYTES;
 use crate::plan::Piece;
 use crate::transfer::{
     Batch, Cause, Direction, LaneId, LeaseAnswer, PeerKey, PostFailure, Refusal, TransferId,
 };
-use crate::wire::{Message, RemoteSpan};
+use crate::wire::{Message, PushDone, RemoteSpan};
 
 /// Batches posted between two polls, so that completions and deadlines are seen in time.
 const POST_BATCHES: usize = 64;
+
+/// What has become of the end of a push that is to be told.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Noticed {
+    Posted,
+    /// Nothing is free, or the peer has yet to say that its half of a failed pair of rails is down.
+    Waits,
+    /// This worker has the lane that may tell it.
+    Of(u16),
+}
 
 impl Worker {
     pub(super) fn post(&mut self) -> bool {
@@ -42,16 +53,19 @@ impl Worker {
     fn post_notices(&mut self) -> bool {
         let mut any = false;
         for _ in 0..self.waiting_notices.len() {
-            let Some((peer, message)) = self.waiting_notices.pop_front() else {
+            let Some((peer, done)) = self.waiting_notices.pop_front() else {
                 break;
             };
             if peer.lost().is_some() {
                 continue;
             }
-            if self.post_notice(&peer, &message) {
-                any = true;
-            } else {
-                self.waiting_notices.push_back((peer, message));
+            match self.post_notice(&peer, &done) {
+                Noticed::Posted => any = true,
+                Noticed::Waits => self.waiting_notices.push_back((peer, done)),
+                Noticed::Of(worker) => {
+                    let at = Arc::clone(&peer);
+                    peer.on_worker(worker, Command::Tell { peer: at, done });
+                }
             }
         }
         any
@@ -110,13 +124,38 @@ impl Worker {
         any
     }
 
+    /// Lanes of the peer that take a work request of the worker's own, now or when others have completed.
+    fn working_lanes(&self, peer: PeerKey) -> impl Iterator<Item = LaneId> {
+        // A failed lane keeps the credits of what it had sent.
+        let works = |lane: &LaneId| self.scheduler.lane_failure(*lane).is_none();
+        self.scheduler.peer_lanes(peer).filter(works)
+    }
+
     /// A lane of the peer that takes a work request of the worker's own.
     fn free_lane(&self, peer: PeerKey) -> Option<LaneId> {
-        let scheduler = &self.scheduler;
-        // A failed lane keeps the credits of what it had sent.
-        scheduler.peer_lanes(peer).find(|lane| {
-            scheduler.lane_failure(*lane).is_none() && scheduler.lane_credits(*lane) > 0
-        })
+        let free = |lane: &LaneId| self.scheduler.lane_credits(*lane) > 0;
+        self.working_lanes(peer).find(free)
+    }
+
+    /// The lane that tells what was written over a pair of rails; `Err`: it cannot be told here now.
+    fn lane_to_tell(&self, peer: &PeerSession, pair: u16) -> Result<LaneId, Noticed> {
+        let pair = usize::from(pair);
+        let on_pair = |lane: &LaneId| self.lanes.get(lane).is_some_and(|at| at.pair == pair);
+        let speaker = peer.speaker(pair);
+        let (own, workers): (Vec<LaneId>, _) = match &speaker {
+            Speaker::Nobody => return Err(Noticed::Waits),
+            Speaker::Pair(workers) => {
+                let own = self.working_lanes(peer.key).filter(on_pair);
+                (own.collect(), workers)
+            }
+            Speaker::Any(workers) => (self.working_lanes(peer.key).collect(), workers),
+        };
+        if own.is_empty() {
+            let other = workers.iter().find(|worker| **worker != self.index);
+            return Err(other.map_or(Noticed::Waits, |worker| Noticed::Of(*worker)));
+        }
+        let free = |lane: &&LaneId| self.scheduler.lane_credits(**lane) > 0;
+        own.iter().find(free).copied().ok_or(Noticed::Waits)
     }
 
     /// `None`: the check is over; `Some(false)`: nothing is free now.
@@ -182,21 +221,23 @@ impl Worker {
         Some(true)
     }
 
-    /// Sends a notice on a queue pair of the peer. `false`: nothing is free, or it is too long.
-    pub(super) fn post_notice(&mut self, peer: &Arc<PeerSession>, message: &Message) -> bool {
-        let Ok(notice) = message.encode() else {
-            return false;
+    /// Sends the end of a push on a queue pair of the peer that may tell it.
+    pub(super) fn post_notice(&mut self, peer: &Arc<PeerSession>, done: &PushDone) -> Noticed {
+        let lane = match self.lane_to_tell(peer, done.rail) {
+            Ok(lane) => lane,
+            Err(noticed) => return noticed,
         };
-        let Some(lane) = self.free_lane(peer.key) else {
-            return false;
+        // It fits: a request's name is bounded.
+        let Ok(notice) = Message::from(done.clone()).encode() else {
+            return Noticed::Waits;
         };
         let Some((slot, sge)) = self.outbox.put(&notice) else {
-            return false;
+            return Noticed::Waits;
         };
         let token = self.next_token;
         let Some(wr_id) = self.scheduler.reserve_single(lane, token) else {
             self.outbox.give(slot);
-            return false;
+            return Noticed::Waits;
         };
         self.next_token += 1;
         self.chain.clear();
@@ -204,7 +245,7 @@ impl Worker {
         let single = Single::Notice {
             slot,
             peer: Arc::clone(peer),
-            message: Box::new(message.clone()),
+            done: Box::new(done.clone()),
         };
         self.singles.insert(token, single);
         let posted = self.lanes.get(&lane).and_then(|at| {
@@ -214,7 +255,7 @@ impl Worker {
         if let Some(Err(failed)) = posted {
             self.post_failed(lane, failed.posted, &failed.cause);
         }
-        true
+        Noticed::Posted
     }
 }
 

@@ -13,7 +13,7 @@ use crate::engine::notices::RECEIVES;
 use crate::engine::peer_session::PeerSession;
 use crate::time::Time;
 use crate::transfer::{Cause, LaneId, PeerKey};
-use crate::wire::{Message, QpReset};
+use crate::wire::{PushDone, QpReset};
 
 /// How long a port may be down before its work goes on over other rails: its device tries again for longer,
 /// and one that gets nothing out may never say that it has given up.
@@ -25,7 +25,7 @@ pub(super) struct Retired {
     pub(super) peer: PeerKey,
     number: u16,
     lane: LaneId,
-    told: Vec<Message>,
+    told: Vec<PushDone>,
 }
 
 impl Worker {
@@ -39,9 +39,7 @@ impl Worker {
         let Some(cause) = self.scheduler.lane_failure(lane).cloned() else {
             return;
         };
-        if peer.rails.len() > 1 && !self.failing.contains(&lane) {
-            self.failing.push(lane);
-        }
+        peer.lane_failed(at.number);
         // Of what it takes down the peer says itself why.
         if cause.is_of_path()
             && cause != Cause::PeerReset
@@ -56,26 +54,62 @@ impl Worker {
             self.set_aside(&peer, pair, &cause);
         }
         let mut lanes = self.scheduler.peer_lanes(peer.key);
+        let last = lanes.all(|lane| self.scheduler.lane_failure(lane).is_some());
+        // With the session's end all go together.
+        if (peer.rails.len() > 1 || !last) && !self.failing.contains(&lane) {
+            self.failing.push(lane);
+        }
         // With the last of them: what has befallen the others was no reason to end.
-        if lanes.all(|lane| self.scheduler.lane_failure(lane).is_some()) {
+        if last {
             peer.fail(cause);
+        }
+    }
+
+    /// Since when the peer of a lane has had another that works on a rail whose port is up, if it has. Nothing is
+    /// gained by moving to one that is down as well, and each side would choose another to keep.
+    fn up_elsewhere(&self, lane: LaneId) -> Option<Time> {
+        let at = self.lanes.get(&lane)?;
+        let works = |other: &LaneId| self.scheduler.lane_failure(*other).is_none();
+        let others = self.scheduler.peer_lanes(at.peer.key).filter(works);
+        let others = others.filter_map(|other| self.lanes.get(&other));
+        let others = others.filter(|other| other.pair != at.pair);
+        let since = others.filter_map(|other| self.rails.get(other.rail)?.port.up_since());
+        since.min()
+    }
+
+    /// The port, if one is down, that keeps all work with a peer from moving: all its lanes that have not failed
+    /// go by ports that are down.
+    pub(super) fn port_that_holds_up(&self, peer: PeerKey) -> Option<Cause> {
+        let works = |lane: &LaneId| self.scheduler.lane_failure(*lane).is_none();
+        let any = self.scheduler.peer_lanes(peer).any(|lane| works(&lane));
+        let lanes = self.scheduler.peer_lanes(peer);
+        let mut ports = lanes.filter(|lane| !any || works(lane)).map(|lane| {
+            let at = self.lanes.get(&lane)?;
+            self.rails.get(at.rail)?.port.cause()
+        });
+        let first = ports.next()??;
+        ports.all(|port| port.is_some()).then_some(first)
+    }
+
+    /// Tells the ledger which peers' work no port lets move.
+    pub(super) fn tell_held_up(&mut self) {
+        let peers: Vec<PeerKey> = self.peers.keys().copied().collect();
+        for peer in peers {
+            let by = self.port_that_holds_up(peer);
+            self.transfers.held_up(peer, by);
         }
     }
 
     /// Lanes that wait for a port that is down, and that could go by another rail; with the time when they
     /// are not to wait any longer.
     fn waiting_for_ports(&self) -> impl Iterator<Item = (LaneId, Time)> + '_ {
-        let due = |rail: usize| {
-            let since = self.rails.get(rail)?.port.down_since()?;
-            Some(since.saturating_add(PORT_GRACE))
-        };
-        let live = |lane: &LaneId| {
-            let failed = self.scheduler.lane_failure(*lane).is_some();
-            !failed && self.scheduler.lives_elsewhere(*lane)
-        };
-        (self.lanes.iter())
-            .filter_map(move |(lane, at)| Some((*lane, due(at.rail)?)))
-            .filter(move |(lane, _)| live(lane))
+        let works = |lane: LaneId| self.scheduler.lane_failure(lane).is_none();
+        (self.lanes.iter()).filter_map(move |(lane, at)| {
+            let down = self.rails.get(at.rail)?.port.down_since()?;
+            // Ports that come back after the same outage do so one by one.
+            let since = self.up_elsewhere(*lane).filter(|_| works(*lane))?.max(down);
+            Some((*lane, since.saturating_add(PORT_GRACE)))
+        })
     }
 
     fn a_port_is_down(&self) -> bool {
@@ -102,9 +136,8 @@ impl Worker {
         lanes.sort_unstable();
         for lane in lanes {
             let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
-            // Of two whose ports are down, one is kept.
             if let Some(cause) = rail.and_then(|rail| rail.port.cause())
-                && self.scheduler.lives_elsewhere(lane)
+                && self.up_elsewhere(lane).is_some()
             {
                 self.take_down(lane, &cause);
             }
@@ -148,20 +181,15 @@ impl Worker {
                 continue;
             }
             // Its session may have ended meanwhile.
-            let Some(gone) = self.lanes.remove(&lane) else {
+            let Some(at) = self.lanes.get_mut(&lane) else {
                 continue;
             };
-            self.lane_of.remove(&(gone.rail, gone.qp.qp_num()));
-            let LaneQp {
-                number,
-                peer,
-                told,
-                qp,
-                inbox,
-                ..
-            } = gone;
-            drop(qp);
-            drop(inbox);
+            let (number, peer) = (at.number, Arc::clone(&at.peer));
+            let told = std::mem::take(&mut at.told);
+            if self.destroy(lane).is_err() {
+                // The peer counts on what it is told, and so does whoever has the work next.
+                continue;
+            }
             self.seen.forget(lane);
             // What a device that is mute has never completed.
             self.scheduler.lane_flushed(lane);
@@ -175,14 +203,18 @@ impl Worker {
                 lane,
                 told: told.into(),
             });
+            let is_last_word = peer.lane_down(number);
             let reset = QpReset {
                 lanes: vec![number],
                 cause: pack_cause(&cause),
             };
             peer.link.send(reset.into());
+            if is_last_word {
+                peer.link.rebuild(number);
+            }
         }
         // A port that nothing waits for holds nothing up.
-        self.transfers.held_up(self.port_that_is_down());
+        self.tell_held_up();
     }
 
     /// The peer has taken its half of a lane down: nothing that was sent on it lands there any more. What
@@ -216,30 +248,37 @@ impl Worker {
         self.scheduler.lane_settled(lane);
     }
 
-    fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<Message>) {
+    /// A lane's number goes to a successor: both sides are done with the queue pair that had it.
+    pub(super) fn make_room(&mut self, peer: PeerKey, number: u16) {
+        let of = |retired: &Retired| retired.peer == peer && retired.number == number;
+        while let Some(at) = self.retired.iter().position(of) {
+            let gone = self.retired.swap_remove(at);
+            self.scheduler.remove_lane(gone.lane);
+        }
+    }
+
+    fn tell_again(&mut self, peer: &Arc<PeerSession>, told: Vec<PushDone>) {
         if !told.is_empty() {
             warn!(peer = %peer.name.engine, notices = told.len(), "told again on other queue pairs");
         }
-        let again = told.into_iter().map(|message| (Arc::clone(peer), message));
+        let again = told.into_iter().map(|done| (Arc::clone(peer), done));
         self.waiting_notices.extend(again);
     }
 
     /// A notice has gone on a lane. The peer posts a receive again when it has taken what was in it, so no
     /// more than it has receives can be lost.
-    pub(super) fn told_on(&mut self, lane: LaneId, message: Message) {
+    pub(super) fn told_on(&mut self, lane: LaneId, done: PushDone) {
         let Some(at) = self.lanes.get_mut(&lane) else {
             return;
         };
         if at.reset {
             // Its completion was on its way while the peer took its half down.
             let peer = Arc::clone(&at.peer);
-            return self.tell_again(&peer, vec![message]);
+            return self.tell_again(&peer, vec![done]);
         }
-        if at.peer.rails.len() > 1 {
-            if at.told.len() >= RECEIVES as usize {
-                at.told.pop_front();
-            }
-            at.told.push_back(message);
+        if at.told.len() >= RECEIVES as usize {
+            at.told.pop_front();
         }
+        at.told.push_back(done);
     }
 }

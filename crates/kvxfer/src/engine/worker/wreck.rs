@@ -15,14 +15,17 @@ use tracing::error;
 use super::outputs::by_group;
 use super::{Command, Live, Worker};
 use crate::engine::handle::{Failure, Outcome};
+use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
 use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
 
 pub(super) struct Wreck {
     worker: Worker,
-    /// Peers that have been told that this worker's queue pairs to them are gone.
+    /// Peers that have been told that this worker's queue pairs to them are gone, or never will be, for they
+    /// are not; and where notices may yet land on those.
     drained: HashSet<PeerKey>,
+    inboxes: Vec<Inbox>,
 }
 
 impl Wreck {
@@ -36,6 +39,7 @@ impl Wreck {
         let mut wreck = Self {
             worker,
             drained: HashSet::new(),
+            inboxes: Vec::new(),
         };
         wreck.abandon();
         while let Ok(command) = wreck.worker.commands.recv() {
@@ -59,8 +63,18 @@ impl Wreck {
         peers.extend(worker.dropping.drain(..).map(|(peer, _)| (peer.key, peer)));
         // Before the queue pairs go: the peers notice that, and what they answer is not the cause.
         peers.values().for_each(give_up);
-        for (_, lane) in worker.lanes.drain() {
+        let lanes: Vec<_> = worker.lanes.drain().map(|(_, lane)| lane).collect();
+        // Their memory waits for the device to be closed, as does that of what was so before.
+        let before = worker.undead.values().map(|undead| undead.peer);
+        let mut undead: HashSet<PeerKey> = before.collect();
+        let mut inboxes = Vec::new();
+        for lane in lanes {
             lane.qp.to_error();
+            if let Err(error) = lane.qp.destroy() {
+                error!(%error, "queue pair not destroyed: its memory stays quarantined");
+                undead.insert(lane.peer.key);
+                inboxes.extend(lane.inbox);
+            }
         }
         worker.lane_of.clear();
         worker.singles.clear();
@@ -72,6 +86,8 @@ impl Wreck {
         for peer in self.worker.lost.drain(..) {
             peer.told();
         }
+        self.drained.extend(undead);
+        self.inboxes = inboxes;
         for peer in peers.values() {
             self.has_no_lanes(peer);
         }
@@ -91,7 +107,7 @@ impl Wreck {
     /// Says so to a peer, once.
     fn has_no_lanes(&mut self, peer: &PeerSession) {
         if self.drained.insert(peer.key) {
-            peer.worker_drained();
+            peer.part_drained();
         }
     }
 
@@ -153,7 +169,15 @@ impl Wreck {
                 self.end(spec.id, Vec::new(), MemoryState::Released);
             }
             Command::AddLane { peer, lane, .. } => {
-                drop(lane);
+                let rebuilt = lane.rebuilt;
+                match lane.qp.destroy() {
+                    Ok(()) if rebuilt => peer.part_drained(),
+                    Ok(()) => {}
+                    Err(error) => {
+                        error!(%error, "queue pair not destroyed: its memory stays quarantined");
+                        self.drained.insert(peer.key);
+                    }
+                }
                 give_up(&peer);
             }
             Command::DropLanes { peer } => self.has_no_lanes(&peer),

@@ -13,6 +13,7 @@ use slot::{JobSlot, Peer};
 
 use super::lane::{Failure, Lane, MAX_BATCH, Posted, Use};
 use super::{Batch, Cause, Job, JobError, JobId, JobReport, LaneId, LaneLimits, PeerKey};
+use crate::rails::RailSet;
 
 /// Decides what one worker posts on which of its lanes, and accounts for it.
 ///
@@ -36,7 +37,7 @@ use super::{Batch, Cause, Job, JobError, JobId, JobReport, LaneId, LaneLimits, P
 ///
 /// # Several rails
 ///
-/// While a peer has a lane on another [rail](LaneLimits::rail) that works, a cause
+/// While a peer has a lane on another [pair of rails](LaneLimits::pair) that works, a cause
 /// [of the path](Cause::is_of_path) fails no job: the request that it was told for goes to the other rail
 /// too. So does a WRITE in doubt. The lane then has a *doubt* of that job, of which the reports tell
 /// ([`JobReport::doubts`]), until [`lane_settled`](Self::lane_settled) says that the peer carries out
@@ -151,8 +152,8 @@ impl Scheduler {
         }
     }
 
-    /// Says that the peer has taken its half of a lane down, or cannot reach this side by it any more:
-    /// nothing that was posted on it will be carried out. Ignored for a lane that has not failed.
+    /// Says that the peer has taken its half of a lane down: nothing that was posted on it will be carried
+    /// out. That it has lost its way here is not enough. Ignored for a lane that has not failed.
     pub fn lane_settled(&mut self, lane: LaneId) {
         let Some(l) = self.lanes.get_mut(lane.0 as usize).and_then(Option::as_mut) else {
             return;
@@ -169,14 +170,14 @@ impl Scheduler {
         }
     }
 
-    /// Whether the peer of a lane has a lane on another rail that works.
+    /// Whether the peer of a lane has a lane on another pair of rails that works.
     #[must_use]
     pub fn lives_elsewhere(&self, lane: LaneId) -> bool {
         self.lane(lane.0).is_some_and(|l| {
             let mut lanes = self.peers[l.peer as usize].lanes.iter();
             lanes.any(|other| {
                 self.lane(*other)
-                    .is_some_and(|other| other.rail != l.rail && other.failure.is_none())
+                    .is_some_and(|other| other.pair != l.pair && other.failure.is_none())
             })
         })
     }
@@ -227,6 +228,7 @@ impl Scheduler {
             replay: Vec::new(),
             ops_done: 0,
             bytes_done: 0,
+            wrote: RailSet::EMPTY,
             queued: true,
             dirty: false,
             stopped: false,
@@ -292,6 +294,7 @@ impl Scheduler {
                 owner: slot.job.owner,
                 ops_done: std::mem::take(&mut slot.ops_done),
                 bytes_done: std::mem::take(&mut slot.bytes_done),
+                wrote: slot.wrote,
                 error,
                 in_doubt: slot.in_doubt,
                 doubts,
@@ -555,6 +558,7 @@ impl Scheduler {
         match &mut l.failure {
             Some(failure) => {
                 failure.named |= named;
+                failure.moved |= moved;
                 failure.in_doubt &= !cause.stops_responder();
             }
             None => {

@@ -63,7 +63,7 @@ impl Scheduler {
             return;
         };
         let Some(batch) = l.pop() else { return };
-        let (p, n) = (l.peer, batch.n - batch.accounted);
+        let (p, pair, n) = (l.peer, l.pair, batch.n - batch.accounted);
         self.cq_credits += n;
         match batch.what {
             Use::Job {
@@ -75,7 +75,7 @@ impl Scheduler {
                     return;
                 };
                 slot.posted -= n;
-                slot.ops_done += u64::from(n);
+                slot.confirmed(u64::from(n), pair);
                 slot.bytes_done += if batch.accounted == 0 {
                     batch.bytes
                 } else {
@@ -116,12 +116,13 @@ impl Scheduler {
         };
         front.accounted = n.max(batch.accounted);
         l.credits += ended;
+        let pair = l.pair;
         self.cq_credits += ended;
         self.stats.confirmed += u64::from(ended);
         let done = first_op + u64::from(batch.accounted)..first_op + u64::from(n);
         if let Some(slot) = self.job_mut(s) {
             slot.posted -= ended;
-            slot.ops_done += u64::from(ended);
+            slot.confirmed(u64::from(ended), pair);
             slot.bytes_done += bytes_of(&slot.job, done);
         }
     }
@@ -144,7 +145,7 @@ impl Scheduler {
             front.accounted = idx + 1;
             l.credits += ended;
         }
-        let p = l.peer;
+        let (p, pair) = (l.peer, l.pair);
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         self.cq_credits += ended;
         match batch.what {
@@ -159,7 +160,7 @@ impl Scheduler {
                 if let Some(slot) = self.job_mut(s) {
                     slot.posted -= ended;
                     slot.in_doubt |= in_doubt && slot.job.dir == Direction::Write;
-                    slot.ops_done += confirmed.end - confirmed.start;
+                    slot.confirmed(confirmed.end - confirmed.start, pair);
                     slot.job.fail(JobError {
                         op: confirmed.end,
                         cause,
@@ -200,6 +201,7 @@ impl Scheduler {
         }
         let p = l.peer;
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
+        let moved = l.failure.as_ref().is_some_and(|f| f.moved);
         // What a completion said of one work request is not the others' failure.
         let lane_cause = match &l.failure {
             Some(f) if !f.named || f.moved || f.cause.is_of_lane() || f.cause.is_of_peer() => {
@@ -238,6 +240,8 @@ impl Scheduler {
                     // work on it.
                     let tries = match lane_cause {
                         Cause::LaneReset | Cause::PeerReset | Cause::PortDown { .. } => tries,
+                        // Nor does the path's failure, where there is another path.
+                        _ if elsewhere && (moved || lane_cause.is_of_path()) => tries,
                         _ => tries + 1,
                     };
                     // Posted again, the first one could come after what is done with the block later.

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::transfer::{Job, PeerKey};
+use crate::rails::RailSet;
+use crate::transfer::{Direction, Job, PeerKey};
 
 #[derive(Debug)]
 pub(super) struct JobSlot {
@@ -18,6 +19,8 @@ pub(super) struct JobSlot {
     pub(super) replay: Vec<(Range<u64>, u32)>,
     pub(super) ops_done: u64,
     pub(super) bytes_done: u64,
+    /// The pairs of rails whose lanes have confirmed writes of it.
+    pub(super) wrote: RailSet,
     /// In its peer's queue of jobs with operations to claim.
     pub(super) queued: bool,
     /// In the list of jobs with something to report.
@@ -70,6 +73,14 @@ impl JobSlot {
             self.replay.pop();
         }
         Some((take, tries))
+    }
+
+    /// So many operations are confirmed by a lane of this pair of rails.
+    pub(super) fn confirmed(&mut self, ops: u64, pair: u16) {
+        self.ops_done += ops;
+        if self.job.dir == Direction::Write && ops > 0 {
+            self.wrote.insert(pair);
+        }
     }
 
     /// Keeps operations to be posted again. They come one by one, in order: join them.

@@ -25,7 +25,7 @@ fn scheduler(batch: BatchSize, lanes: &[u32]) -> (Scheduler, Vec<LaneId>) {
             PEER,
             LaneLimits {
                 send_wr: *send_wr,
-                rail: 0,
+                pair: 0,
             },
         )
     };
@@ -85,7 +85,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         PEER,
         LaneLimits {
             send_wr: 1000,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 100, 300));
@@ -99,7 +99,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         PEER,
         LaneLimits {
             send_wr: 1000,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(2, 2, 5000));
@@ -122,14 +122,14 @@ fn the_completion_queue_bounds_what_is_posted() {
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     let b = s.add_lane(
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 100, 1));
@@ -184,7 +184,7 @@ fn foreign_and_stale_completions_are_counted_and_ignored() {
         PEER,
         LaneLimits {
             send_wr: 100,
-            rail: 0,
+            pair: 0,
         },
     );
     assert_eq!(again, lanes[0]);
@@ -285,7 +285,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             PEER,
             LaneLimits {
                 send_wr: 100,
-                rail: 0,
+                pair: 0,
             },
         );
     }
@@ -308,7 +308,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             PEER,
             LaneLimits {
                 send_wr: 100,
-                rail: 0,
+                pair: 0,
             },
         );
     }
@@ -416,7 +416,7 @@ fn peers_take_turns() {
         other,
         LaneLimits {
             send_wr: 4096,
-            rail: 0,
+            pair: 0,
         },
     );
     s.start(job(1, 80, 1));
@@ -450,14 +450,14 @@ fn a_victim_of_others_is_not_given_their_cause() {
             PEER,
             LaneLimits {
                 send_wr: 16,
-                rail: 0,
+                pair: 0,
             },
         );
         let lane = s.add_lane(
             PEER,
             LaneLimits {
                 send_wr: 16,
-                rail: 0,
+                pair: 0,
             },
         );
         assert_eq!(next(&mut s, spare).len(), 1, "the victim");
@@ -510,7 +510,7 @@ fn what_an_event_took_down_has_its_cause() {
 /// A lane on each of two rails.
 fn two_rails() -> (Scheduler, LaneId, LaneId) {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |rail| s.add_lane(PEER, LaneLimits { send_wr: 100, rail });
+    let mut add = |pair| s.add_lane(PEER, LaneLimits { send_wr: 100, pair });
     let (a, b) = (add(0), add(1));
     (s, a, b)
 }
@@ -638,4 +638,64 @@ fn a_stopped_job_waits_for_its_doubts() {
         s.poll_report()
             .is_some_and(|r| r.quiescent && r.doubts == -1)
     );
+}
+
+/// However many rails fail under a request: none of that is its own doing.
+#[test]
+fn a_request_may_be_unlucky_on_every_rail_but_one() {
+    let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
+    let mut add = |pair| s.add_lane(PEER, LaneLimits { send_wr: 100, pair });
+    let lanes: Vec<LaneId> = (0..8).map(&mut add).collect();
+    s.start(job(1, 1, 10));
+    let (last, others) = lanes.split_last().expect("eight");
+    for (at, lane) in others.iter().enumerate() {
+        let ids = next(&mut s, *lane);
+        assert_eq!(ids.len(), 1, "rail {at}");
+        if at % 2 == 1 {
+            // It is flushed before anybody says why.
+            s.lane_failed(*lane, Cause::LaneFailed);
+        }
+        let late = status(CompletionStatus::RetryExceeded, 0);
+        s.complete(*lane, ids[0], Err(late));
+    }
+    let ids = next(&mut s, *last);
+    s.complete(*last, ids[0], Ok(()));
+    let report = s.poll_report().expect("done");
+    assert_eq!((report.ops_done, report.error), (1, None));
+}
+
+/// The owner learns which rails have confirmed writes.
+#[test]
+fn reports_name_the_rails_that_wrote() {
+    let (mut s, a, b) = two_rails();
+    s.start(job_to(Direction::Write, 1, 8, 10));
+    let (on_a, on_b) = (next(&mut s, a), next(&mut s, b));
+    s.complete(b, on_b[3], Ok(()));
+    let report = s.poll_report();
+    assert_eq!(report, None, "there is more under way");
+    // Two of four are done, and the rest goes by the other.
+    let late = status(CompletionStatus::RetryExceeded, 0);
+    s.complete(a, on_a[2], Err(late));
+    s.complete(a, on_a[3], Err(status(CompletionStatus::Flush, 0)));
+    s.lane_settled(a);
+    let again = next(&mut s, b);
+    s.complete(b, again[1], Ok(()));
+    let report = s.poll_report().expect("done");
+    assert_eq!((report.ops_done, report.wrote), (8, RailSet::first(2)));
+    // One whose writes all moved has not written, and reads write nothing.
+    let (mut s, a, b) = two_rails();
+    s.start(job_to(Direction::Write, 1, 4, 10));
+    let ids = next(&mut s, a);
+    s.complete(a, ids[0], Err(status(CompletionStatus::RetryExceeded, 0)));
+    s.lane_flushed(a);
+    s.lane_settled(a);
+    let again = next(&mut s, b);
+    s.complete(b, again[3], Ok(()));
+    let report = s.poll_report().expect("done");
+    assert_eq!((report.ops_done, report.wrote), (4, RailSet::only(1)));
+    s.start(job(2, 4, 10));
+    let ids = next(&mut s, b);
+    s.complete(b, ids[3], Ok(()));
+    let report = s.poll_report().expect("done");
+    assert_eq!((report.ops_done, report.wrote), (4, RailSet::EMPTY));
 }
