@@ -12,19 +12,41 @@ use crate::problem::{Exit, Problem};
 
 /// Transfers under way at once, so that nobody waits for a wake-up.
 const SLOTS: u32 = 4;
-/// The most memory on a side where sizes are measured, and the most blocks a transfer.
-pub(crate) const ON_HOST: (u64, u64) = (MEMORY, 4096);
+/// How much is moved where sizes are measured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Most {
+    /// Bytes on a side.
+    memory: u64,
+    /// Transfers that share them.
+    slots: u32,
+    /// Blocks a transfer.
+    blocks: u64,
+    /// Layers that have the same blocks: an engine's table names a block once for all of them.
+    layers: u32,
+}
+
 const MEMORY: u64 = 256 << 20;
-/// The same on a GPU, whose links take a gigabyte in some milliseconds.
-pub(crate) const ON_GPU: (u64, u64) = (2 << 30, 1 << 18);
+pub(crate) const ON_HOST: Most = Most {
+    memory: MEMORY,
+    slots: SLOTS,
+    blocks: 4096,
+    layers: 1,
+};
+/// A GPU's links take a gigabyte in some milliseconds.
+pub(crate) const ON_GPU: Most = Most {
+    memory: 2 << 30,
+    slots: 2,
+    blocks: 1 << 18,
+    layers: 64,
+};
 
 /// What a case may take.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Room {
     /// The kind of memory.
     pub(crate) memory: BenchMemory,
-    /// The most of it on a side where sizes are measured, unless told; and the most blocks a transfer.
-    pub(crate) most: (u64, u64),
+    /// Where sizes are measured: how much, unless told.
+    pub(crate) most: Most,
     /// How often this machine holds the blocks: on this side, for the limit, in a target.
     pub(crate) sides: u64,
     /// Bytes that this machine has left, if it says.
@@ -84,15 +106,15 @@ impl Case {
         seed: u64,
         room: Room,
     ) -> anyhow::Result<Self> {
-        let (memory, most) = room.most;
-        // On a GPU two transfers of a gigabyte are enough.
-        let slots = if memory > MEMORY { 2 } else { SLOTS };
-        let auto = (memory / u64::from(slots) / size).clamp(1, most);
+        let most = room.most;
+        let auto = (most.memory / u64::from(most.slots) / size).clamp(1, most.blocks);
         let blocks = blocks.unwrap_or(u32::try_from(auto).unwrap_or(u32::MAX));
-        let transfer = size.saturating_mul(u64::from(blocks));
-        let slots = fitting(memory, transfer, 2);
+        let layers = most.layers.min(blocks);
+        let blocks = blocks / layers;
+        let transfer = size.saturating_mul(u64::from(blocks) * u64::from(layers));
+        let slots = fitting(most.memory, transfer, 2);
         let pool = pool(blocks, slots)?;
-        let format = KvFormat::opaque(size, 1).map_err(kvxfer::Error::from)?;
+        let format = KvFormat::opaque(size, layers).map_err(kvxfer::Error::from)?;
         let shape = BenchShape {
             topology: Topology::single(&format),
             num_blocks: vec![pool],
