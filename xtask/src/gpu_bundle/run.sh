@@ -37,14 +37,13 @@ cat "$out/table.txt"
 
 echo
 echo "== the command =="
-KVXFER_GPU=$KVXFER_TEST_GPU
-export KVXFER_GPU
-"$here/kvxfer" devices 2>&1 | tee "$out/devices.txt"
+command() { env -u KVXFER_TEST_GPU KVXFER_GPU="$KVXFER_TEST_GPU" "$@"; }
+command "$here/kvxfer" devices 2>&1 | tee "$out/devices.txt"
 # From process to process, each with a GPU of its own where there are two; every byte is verified once.
-timeout -k 5 200 "$here/kvxfer" bw --mem gpu --size 4K,16K,64K,4M --json >"$out/bw.json" 2>"$out/bw.txt"
+command timeout -k 5 200 "$here/kvxfer" bw --mem gpu --size 4K,16K,64K,4M,16M --json >"$out/bw.json" 2>"$out/bw.txt"
 bw=$?
 cat "$out/bw.txt"
-sed 's/},{"op"/},\n{"op"/g' "$out/bw.json" | sed -n 's/.*"op":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*/\1 \2 \3/p'
+sed 's/"op":"/\n/g' "$out/bw.json" | sed -n 's/^\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
 [ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
 
 echo
