@@ -12,13 +12,19 @@ use crate::engine::{Engine, Instance, Peer, PullOptions, Transfer};
 use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
+use crate::mem::gpu::{RuntimeChoice, RuntimeKind};
 use crate::transfer::Cause;
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
 const BLOCKS: u32 = 128;
 /// Pulls that run at once.
 const PULLS: u32 = 8;
-const PATHS: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];
+const PATHS: [PathKind; 4] = [
+    PathKind::Arena,
+    PathKind::ProcessVm,
+    PathKind::Tcp,
+    PathKind::Ipc,
+];
 const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;
 const SENT: u64 = 0x3a3a_3a3a_3a3a_3a3a;
 
@@ -35,6 +41,10 @@ fn node(role: KvRole, path: PathKind, faults: Option<&str>) -> Node {
         num_blocks: vec![BLOCKS],
         memory: match path {
             PathKind::ProcessVm => BenchMemory::Anonymous,
+            PathKind::Ipc => BenchMemory::Gpu {
+                runtime: RuntimeChoice::Only(RuntimeKind::Host),
+                ordinal: 0,
+            },
             _ => BenchMemory::Arena,
         },
     };

@@ -76,6 +76,8 @@ impl Wreck {
                 inboxes.extend(lane.inbox);
             }
         }
+        // Launches that have not ended count in the same way.
+        undead.extend(worker.gathers.end());
         worker.lane_of.clear();
         worker.singles.clear();
         let mut ids: Vec<TransferId> = worker.live.keys().copied().collect();
