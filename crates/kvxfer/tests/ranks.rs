@@ -448,7 +448,7 @@ fn struck_while_written(path: PathKind, fault: Fault) {
         .into_iter()
         .map(|push| vec![push.commit().expect("committed")])
         .collect();
-    std::thread::sleep(Duration::from_millis(20));
+    std::thread::sleep(Duration::from_millis(5));
     let under_way = pushes.iter().all(|push| running(push));
     fault.strike(&trio.children[VICTIM as usize]);
     assert!(under_way, "struck too late");

@@ -100,6 +100,8 @@ fn a_quarantined_block_waits_for_its_release() {
         if failure.memory == MemoryState::Quarantined {
             break cancelled;
         }
+        // What is told of this one is not to be taken for the next one's.
+        Log::new(&consumer.engine).assert_told_once();
         pause *= 2;
     };
     names(&in_use(pull(&instance, &b, 5)), 5, "b", "a", Purpose::Pull);
