@@ -308,6 +308,52 @@ fn what_waits_for_a_gpu_ends_when_it_is_told_to() {
     consumer.assert_untouched_but([]);
 }
 
+/// An event holds a transfer on any path; one that is cancelled meanwhile costs the session nothing, however many
+/// workers would have had a part of it.
+#[test]
+fn what_waits_for_a_gpu_between_memories_of_the_host() {
+    let side = |role| recipe(role, PathKind::Arena, BLOCK, BLOCKS).node();
+    let (producer, consumer) = (side(KvRole::Producer), side(KvRole::Consumer));
+    producer.side.fill(SEED).expect("filled");
+    let instance = meet(&producer, &consumer);
+    assert_eq!(instance.lanes().expect("up").1, 2, "two workers");
+    let (stream, _room) = busy_stream(&node(KvRole::Consumer));
+    let after = mark(&stream);
+    let ticket = offer(&producer, "r", BLOCKS);
+    let mut log = Log::new(&consumer.engine);
+    let pull = |tag: u32, after: Option<&Event>| {
+        let options = PullOptions {
+            tag: tag.into(),
+            after: after.cloned(),
+            hold: true,
+            ..PullOptions::default()
+        };
+        let pull = instance.pull(&ticket, &pairs([(tag, tag)]), options);
+        pull.expect("a pull")
+    };
+    let unwanted = pull(1, Some(&after));
+    unwanted.cancel();
+    let outcome = unwanted.wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("cancelled");
+    assert_eq!(failure.first_cause, Cause::Cancelled);
+    assert_eq!(failure.memory, MemoryState::Released);
+    let waits = pull(2, Some(&after));
+    assert_eq!(pull(3, None).wait(LONG), Some(Outcome::Done));
+    assert_eq!(
+        after.is_done().ok(),
+        Some(false),
+        "the stream was not busy enough"
+    );
+    assert_eq!(waits.wait(LONG), Some(Outcome::Done));
+    assert_eq!(after.is_done().ok(), Some(true), "written too soon");
+    consumer
+        .side
+        .verify(SEED, &pairs([(2, 2), (3, 3)]))
+        .expect("every byte");
+    log.assert_told_once();
+    assert_eq!(log.count(|event| matches!(event, Told::PeerDown { .. })), 0);
+}
+
 /// Blocks so many that one workgroup takes a while.
 fn large() -> (u64, u32) {
     (1 << 20, 256)

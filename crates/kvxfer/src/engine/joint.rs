@@ -392,6 +392,17 @@ impl Live {
         }
     }
 
+    /// The engine goes, and something may touch the transfer's memory for ever: it is told so, and never that it is
+    /// free.
+    pub(crate) fn never_over(self) {
+        self.finish(Outcome::Failed(Failure {
+            first_cause: Cause::ShuttingDown,
+            invalid_blocks: Vec::new(),
+            memory: MemoryState::Quarantined,
+        }));
+        std::mem::forget(self);
+    }
+
     /// Tells the outcome to whom it concerns.
     pub(crate) fn finish(&self, outcome: Outcome) {
         match &self.told {

@@ -188,7 +188,7 @@ fn all_end(transfers: &[Transfer]) {
 /// Whoever owned them: both workers have parts of each.
 #[test]
 fn pulls_of_a_worker_that_panics() {
-    for (path, worker) in PATHS.into_iter().zip([0, 1, 0]) {
+    for (path, worker) in PATHS.into_iter().zip([0, 1, 0, 1]) {
         let (producer, consumer, instance, address) = pair(path);
         let ticket = producer
             .engine

@@ -202,7 +202,32 @@ pub(super) fn tables_len(parts: &[Part<'_>]) -> u64 {
     parts.iter().map(of).sum::<usize>() as u64
 }
 
-/// Puts the abort word right and the tables into the GPU's memory, in a stream's order.
+/// Puts the abort word of a scratch right before what comes next on a stream. It goes the way that aborts go: so one
+/// that comes for the next launch is not undone, however long that waits for its turn.
+pub(super) fn clear_abort(
+    kernels: &GpuKernels,
+    scratch: &Arc<Scratch>,
+    stream: &Stream,
+) -> Result<(), Error> {
+    if !scratch.was_told() {
+        return Ok(());
+    }
+    let (word, zero) = (
+        scratch.device().addr(),
+        kernels.0.words.range(Operation::CopySource, 4, 4)?,
+    );
+    let keep: Vec<Keep> = vec![Arc::clone(scratch) as Keep];
+    let cleared = kernels.0.aborts.put(keep, |raw| {
+        let api = kernels.gpu().api();
+        // SAFETY: the kernels hold the words, and wait for this stream before they go; `keep` has the scratch.
+        Ok(unsafe { api.copy(word, zero, 4, Direction::HostToDevice, raw) }?)
+    })?;
+    stream.wait_event(cleared.event())?;
+    scratch.untell();
+    Ok(())
+}
+
+/// Puts the tables into the GPU's memory, in a stream's order.
 ///
 /// # Safety
 ///
@@ -215,12 +240,6 @@ pub(super) unsafe fn put_tables(
 ) -> Result<(), Error> {
     let api = kernels.gpu().api();
     let to = scratch.device().addr();
-    if scratch.was_told() {
-        let zero = kernels.0.words.range(Operation::CopySource, 4, 4)?;
-        // SAFETY: both are held, the words by the kernels, which whoever launches them holds.
-        unsafe { api.copy(to, zero, 4, Direction::HostToDevice, stream) }?;
-        scratch.untell();
-    }
     if let Some(len) = tables.filter(|len| *len > 0) {
         let from = scratch
             .staging()
@@ -288,6 +307,7 @@ impl GatherTable {
             sections_len: u32::try_from(cut.parts.len()).unwrap_or(0),
             poll_bytes: shape.poll_bytes,
         };
+        clear_abort(kernels, &scratch, stream)?;
         let keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];
         let mut beside = Vec::new();
         let pending = stream.put(keep, |raw| {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::super::device::same;
 use super::super::stream::Keep;
 use super::error::Side;
-use super::launch::{GatherPart, Part, put_tables, stage_tables, tables_len};
+use super::launch::{GatherPart, Part, clear_abort, put_tables, stage_tables, tables_len};
 use super::scratch::TABLES;
 use super::table::{GatherTable, Section};
 use crate::error::Error;
@@ -78,6 +78,7 @@ impl GatherTable {
                 Side::Destination => DESTINATION,
             },
         };
+        clear_abort(kernels, &scratch, stream)?;
         let mut keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];
         keep.extend(sums.iter().map(|sums| Arc::clone(&sums.pinned) as Keep));
         let pending = stream.put(keep, |raw| {

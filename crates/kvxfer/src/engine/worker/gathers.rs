@@ -110,6 +110,9 @@ pub(super) struct Gathers {
     held: Vec<Held>,
     waiting: VecDeque<Wanted>,
     running: Vec<Running>,
+    /// Peers of launches of which nobody knows whether they have ended: a GPU has refused a part of one, or lost
+    /// it. What they touch is never given back.
+    lost: Vec<PeerKey>,
     asked: HashMap<JobId, Asked>,
     /// When something was last begun.
     begun: Option<Instant>,
@@ -127,13 +130,13 @@ impl Gathers {
 
     /// Whether a peer's memory may be read here, or this rank's written for it.
     pub(super) fn touch(&self, peer: PeerKey) -> bool {
-        self.running.iter().any(|run| run.wanted.peer.key == peer)
+        let runs = self.running.iter().any(|run| run.wanted.peer.key == peer);
+        runs || self.lost.contains(&peer)
     }
 
-    /// A peer's queue pairs are taken down: nothing more is copied from it.
+    /// A peer's queue pairs are taken down: nothing more is copied from it. What has not been begun is found out
+    /// when it is to be.
     pub(super) fn stop_peer(&mut self, peer: PeerKey) {
-        self.waiting
-            .retain(|wanted| wanted.peer.key != peer || matches!(wanted.by, For::Job(_)));
         let of_peer = |run: &&mut Running| run.wanted.peer.key == peer;
         self.running
             .iter_mut()
@@ -155,7 +158,7 @@ impl Gathers {
         self.waiting.clear();
         self.running.iter_mut().for_each(Running::stop);
         let deadline = Instant::now() + LAST_WAIT;
-        let mut left = Vec::new();
+        let mut left = self.lost.clone();
         for run in &mut self.running {
             if let Err(error) = run.gather.wait(deadline) {
                 error!(%error, "a gather goes on after its worker's end");
@@ -167,7 +170,7 @@ impl Gathers {
     }
 }
 
-/// The last word of a job, in one report.
+/// All that there is to say of a job, in one report.
 fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
     let (ops_done, bytes_done) = match whole {
         true => (job.ops(), job.bytes()),
@@ -231,6 +234,9 @@ impl Worker {
 
     /// Asks the consumer to fetch a job's blocks.
     fn ask(&mut self, peer: Arc<PeerSession>, job: Arc<Job>) {
+        if let Err(cause) = peer.usable() {
+            return self.job_over(&job, Some(cause), false);
+        }
         let (Some(moves), Some(live)) = (Moves::of(&*job.source), self.live.get(&job.transfer))
         else {
             return;
@@ -255,7 +261,10 @@ impl Worker {
 
     fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
         let report = report(job, error, whole);
-        self.transfers.job_report(self.clock.now(), &report);
+        // The word of all that would have had a part in it.
+        for _ in 0..job.workers.max(1) {
+            self.transfers.job_report(self.clock.now(), &report);
+        }
     }
 
     /// A consumer has fetched a job's blocks, or why not.
@@ -303,10 +312,6 @@ impl Worker {
 
     /// A producer wants blocks of its push fetched.
     pub(super) fn take(&mut self, peer: Arc<PeerSession>, taking: Box<Taking>) {
-        // What would write after the drain would write into blocks that are free.
-        if peer.usable().is_err() {
-            return;
-        }
         let by = For::Producer(taking);
         self.gathers.waiting.push_back(Wanted { peer, by });
     }
@@ -330,12 +335,13 @@ impl Worker {
         let Wanted { peer, by } = wanted;
         match by {
             For::Job(job) => {
-                // One that was stopped has its cause already.
-                let error = end
-                    .as_ref()
-                    .err()
-                    .filter(|cause| **cause != Cause::Cancelled);
-                self.job_over(&job, error.cloned(), end.is_ok());
+                let whole = end.is_ok();
+                let error = end.err().map(|cause| match cause {
+                    // Told to stop: by its ledger, which has the cause, or with all that is its peer's.
+                    Cause::Cancelled => peer.ends_for().unwrap_or(Cause::LaneReset),
+                    cause => cause,
+                });
+                self.job_over(&job, error.filter(|_| !job.is_stopped()), whole);
             }
             For::Producer(taking) => {
                 if let Some(engine) = peer.engine.upgrade() {
@@ -364,6 +370,10 @@ impl Worker {
             let run = self.gathers.running.swap_remove(at);
             let end = match end {
                 GatherEnd::Whole => Ok(()),
+                GatherEnd::Failed(error @ crate::mem::Error::Gpu(_)) => {
+                    self.lose(run.wanted, &Error::Memory(error));
+                    continue;
+                }
                 GatherEnd::Failed(error) => Err(cause(GpuOperation::Gather, &Error::Memory(error))),
                 // Nobody else tells it to stop.
                 _ => Err(Cause::Cancelled),
@@ -373,7 +383,26 @@ impl Worker {
         any
     }
 
+    /// A GPU has refused a part of a launch, or lost one: whether anything of it moves is for nobody here to know.
+    /// The session ends, and neither side is told that its memory is free.
+    fn lose(&mut self, wanted: Wanted, error: &Error) {
+        let cause = cause(GpuOperation::Gather, error);
+        let Wanted { peer, by } = wanted;
+        self.gathers.lost.push(peer.key);
+        peer.fail(cause.clone());
+        if let For::Job(job) = by {
+            let mut report = report(&job, Some(cause), false);
+            report.quiescent = false;
+            self.transfers.job_report(self.clock.now(), &report);
+        }
+    }
+
     fn launch(&mut self, wanted: Wanted) {
+        // What is begun after the peer's queue pairs were told to go would write when its memory counts as free;
+        // what is begun before is seen by `touch`.
+        if let Err(cause) = wanted.peer.usable() {
+            return self.over(wanted, Err(cause));
+        }
         let gather = match (&wanted.peer.gpu, wanted.plan()) {
             (Some(gpu), Some(plan)) => gpu.gather(plan),
             _ => Err(Error::OtherPlan),
@@ -390,6 +419,8 @@ impl Worker {
                     stopped: false,
                 });
             }
+            Err(error @ Error::Memory(crate::mem::Error::Gpu(_))) => self.lose(wanted, &error),
+            // Nothing was put on the GPU.
             Err(error) => {
                 let cause = cause(GpuOperation::Gather, &error);
                 self.over(wanted, Err(cause));

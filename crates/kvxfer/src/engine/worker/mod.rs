@@ -380,9 +380,15 @@ impl Worker {
         if catch_unwind(AssertUnwindSafe(|| self.work())).is_err() {
             return Wreck::run(self);
         }
-        self.gathers.end();
+        let touched = self.gathers.end();
         self.lanes.clear();
-        self.live.drain().map(|(_, live)| *live).collect()
+        let lives = self.live.drain().map(|(_, live)| *live);
+        let (left, over): (Vec<Live>, Vec<Live>) =
+            lives.partition(|live| touched.contains(&live.peer.key));
+        for live in left {
+            live.never_over();
+        }
+        over
     }
 
     fn work(&mut self) {
