@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use kvxfer::config::{Config, FencePolicy, KvRole, PathKind};
+use kvxfer::config::{Config, FencePolicy, KvRole, PathKind, PathSet};
 use kvxfer::engine::{Engine, Instance, Outcome, Peer, PullOptions, PushOptions, Transfer};
 use kvxfer::event::{Event as Told, MemoryState};
 use kvxfer::ids::RequestId;
@@ -479,6 +479,24 @@ fn a_gpus_memory_and_the_hosts_do_not_meet_yet_and_say_so() {
     assert_eq!(why(PathKind::Ipc), "this side's memory is the host's");
     // The GPU's engine allows no other path, which is not asked before this side knows of none.
     assert_eq!(why(PathKind::Arena), "the peer's memory is a GPU's");
+}
+
+#[test]
+fn whoever_asks_for_gpu_links_between_memories_of_the_host_hears_why_not() {
+    let side = |role| recipe(role, PathKind::Arena, BLOCK, BLOCKS);
+    let producer = side(KvRole::Producer).node();
+    let consumer = side(KvRole::Consumer).with(|config| {
+        config.path = PathSet::only(PathKind::Ipc);
+    });
+    let address = producer.engine.listen("127.0.0.1:0").expect("a free port");
+    let refused = consumer.node().engine.connect(&address.to_string(), LONG);
+    let refused = refused.expect_err("no way");
+    let kvxfer::Error::NoPath { candidates, .. } = &refused else {
+        panic!("{refused}");
+    };
+    let ipc = candidates.iter().find(|c| c.path == PathKind::Ipc);
+    let why_not = ipc.and_then(|c| c.why_not.as_deref());
+    assert_eq!(why_not, Some("this side's memory is the host's"));
 }
 
 #[test]

@@ -131,17 +131,17 @@ impl Choice<'_> {
     ///
     /// [`Error::NoPath`] with every candidate's reason.
     pub(crate) fn choose(&self) -> Result<PathInfo, Error> {
-        let any_gpu = self.on_gpu != OnGpu::NONE;
+        let forced = self.allowed.forced();
+        let of_gpus = self.on_gpu != OnGpu::NONE || forced == Some(PathKind::Ipc);
         let candidates: Vec<Candidate> = PREFERENCE
             .into_iter()
-            .filter(|path| *path != PathKind::Ipc || any_gpu)
+            .filter(|path| *path != PathKind::Ipc || of_gpus)
             .map(|path| Candidate {
                 path,
                 why_not: self.why_not(path),
             })
             .collect();
         let chosen = candidates.iter().find(|c| c.usable()).map(|c| c.path);
-        let forced = self.allowed.forced();
         let Some(path) = chosen else {
             return Err(Error::NoPath { forced, candidates });
         };
