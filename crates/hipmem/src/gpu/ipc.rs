@@ -368,13 +368,14 @@ impl GpuMemory {
             key,
         };
         // The handle's numbers are the peer's; what the runtime has mapped is not.
-        if let Ok(Some(facts)) = gpu.api().pointer(addr) {
+        let facts = gpu.api().pointer(addr)?;
+        let mapped = facts.map_or(0, |facts| {
             let from = addr.saturating_sub(facts.base);
-            let mapped = facts.size.saturating_sub(from);
-            if mapped < handle.size {
-                let said = handle.size;
-                return Err(GpuFault::IpcSize { mapped, said }.into());
-            }
+            facts.size.saturating_sub(from)
+        });
+        if mapped < handle.size {
+            let said = handle.size;
+            return Err(GpuFault::IpcSize { mapped, said }.into());
         }
         let memory = Self::opened(opened, handle.offset, handle.len);
         memory.range(Operation::Slice, 0, handle.len)?;

@@ -246,6 +246,20 @@ impl Transfers {
         Ok(())
     }
 
+    /// Says of a job that was just started that its bytes may not move yet: it takes no place of one that can go.
+    /// It may be begun later all the same.
+    pub(crate) fn held(&mut self, id: TransferId, job: JobId) {
+        let Some(record) = self.records.get_mut(&id) else {
+            return;
+        };
+        let peer = record.peer;
+        let started = |job: &&mut JobRecord| job.progress == Progress::Started && !job.held;
+        if let Some(job) = record.job_mut(job).filter(started) {
+            job.held = true;
+            self.job_left(peer);
+        }
+    }
+
     /// Takes a scheduler's report. Reports of transfers and jobs that are over are ignored.
     pub fn job_report(&mut self, now: Time, report: &JobReport) {
         let id = report.transfer;
@@ -269,6 +283,7 @@ impl Transfers {
         // whether or not every scheduler has noticed that yet.
         let drained = job.complete() || over;
         let in_doubt = job.in_doubt;
+        let leaves = drained && !job.held;
         if drained {
             job.progress = if in_doubt {
                 Progress::InDoubt
@@ -282,7 +297,7 @@ impl Transfers {
             self.out.push_back(Output::StopJob { job, peer });
         }
         let missing = job.job.ops().saturating_sub(job.ops_done);
-        if drained {
+        if leaves {
             self.job_left(peer);
         }
         match &report.error {
@@ -368,7 +383,7 @@ impl Transfers {
             }
             let mut left = 0;
             for job in &mut record.jobs {
-                left += u32::from(job.progress == Progress::Started);
+                left += u32::from(job.progress == Progress::Started && !job.held);
                 if matches!(job.progress, Progress::Started | Progress::InDoubt) {
                     job.progress = Progress::Drained;
                     job.doubts = 0;
@@ -488,6 +503,7 @@ impl Transfers {
             } else {
                 Progress::Queued
             },
+            held: false,
             ops_done: 0,
             wrote: RailSet::EMPTY,
             in_doubt: false,

@@ -602,3 +602,36 @@ fn the_end_of_a_push_names_all_rails_that_wrote() {
         "{told:?}"
     );
 }
+
+#[test]
+fn a_job_that_is_held_takes_no_place() {
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).unwrap();
+    let jobs: Vec<JobId> = (0..4)
+        .map(|_| t.add_job(ms(0), T1, even(1, 10)).unwrap())
+        .collect();
+    // Two at a time, and one more for each that is held; once.
+    assert_eq!(said(&mut t), ["start 0", "start 1"]);
+    t.held(T1, jobs[0]);
+    t.held(T1, jobs[0]);
+    assert_eq!(said(&mut t), ["start 2"]);
+    t.held(T1, jobs[3]);
+    assert!(said(&mut t).is_empty(), "it has not been started");
+    // Its end frees no place that it did not have.
+    let over = |job: JobId| JobReport {
+        job,
+        transfer: T1,
+        owner: 0,
+        ops_done: 1,
+        bytes_done: 10,
+        error: None,
+        wrote: RailSet::EMPTY,
+        in_doubt: false,
+        doubts: 0,
+        quiescent: true,
+    };
+    t.job_report(ms(1), &over(jobs[0]));
+    assert!(said(&mut t).is_empty());
+    t.job_report(ms(1), &over(jobs[1]));
+    assert_eq!(said(&mut t), ["start 3"]);
+}

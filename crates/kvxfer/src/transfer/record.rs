@@ -90,6 +90,14 @@ pub struct Incomplete {
 }
 
 impl Incomplete {
+    /// All of these jobs, however far they are.
+    pub(crate) fn all_of(jobs: &[Arc<Job>]) -> Self {
+        let sources = jobs.iter().map(|job| Arc::clone(&job.source));
+        Self {
+            sources: sources.collect(),
+        }
+    }
+
     /// The (group, destination block) pairs whose content is not known to be right, sorted, each
     /// once. Blocks of jobs that were confirmed whole are not among them; a job that was not is
     /// named whole. Costs time in proportion to the operations: meant for the engine's thread.
@@ -278,6 +286,8 @@ pub(super) struct End {
 pub(super) struct JobRecord {
     pub(super) job: Arc<Job>,
     pub(super) progress: Progress,
+    /// It has been started and waits for something of its engine's own: it takes no place among the started.
+    pub(super) held: bool,
     pub(super) ops_done: u64,
     /// The pairs of rails, of all schedulers, that have confirmed writes of it.
     pub(super) wrote: RailSet,

@@ -89,12 +89,17 @@ impl Inner {
         };
         let units = take.of.iter().map(|of| of.pairs().len() as u64).sum();
         let of = (take.request.clone(), take.nonce);
+        // A try keeps its blocks. They are compared when the books are free for others.
+        let expected = self.books.with(self, |books, _| {
+            let expected = books.expects.groups(&of.0, of.1);
+            expected.map(<[GroupBlocks]>::to_vec)
+        });
+        let fits = expected.is_some_and(|expected| among(&blocks, &expected));
         let opened = self.books.with(self, |books, _| {
-            let expected = books.expects.groups(&of.0, of.1).unwrap_or_default();
             if !books.expects.may_write(&of.0, of.1, peer.key) {
                 return Err(Refusal::Late);
             }
-            if !among(&blocks, expected) {
+            if !fits {
                 return Err(Refusal::OutOfRange);
             }
             match books.takes.open(peer.key, of.clone(), units) {

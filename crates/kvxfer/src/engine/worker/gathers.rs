@@ -128,6 +128,17 @@ impl Gathers {
         Some(if young { Duration::ZERO } else { REST })
     }
 
+    /// The first of the peer that has fewest launches: one that wants much does not hold up the others.
+    fn next_waiting(&mut self) -> Option<Wanted> {
+        let running = |wanted: &Wanted| {
+            let of_peer = |run: &&Running| run.wanted.peer.key == wanted.peer.key;
+            self.running.iter().filter(of_peer).count()
+        };
+        let waiting = self.waiting.iter().enumerate();
+        let (at, _) = waiting.min_by_key(|(_, wanted)| running(wanted))?;
+        self.waiting.remove(at)
+    }
+
     /// Whether a peer's memory may be read here, or this rank's written for it.
     pub(super) fn touch(&self, peer: PeerKey) -> bool {
         let runs = self.running.iter().any(|run| run.wanted.peer.key == peer);
@@ -198,6 +209,7 @@ impl Worker {
             return false;
         };
         self.hold_until(job, Until::Event(event));
+        self.transfers.held(job.transfer, job.id);
         true
     }
 
@@ -355,7 +367,7 @@ impl Worker {
     pub(super) fn look_at_gpus(&mut self) -> bool {
         let mut any = self.look_at_held();
         while self.gathers.running.len() < MOST_RUNNING
-            && let Some(wanted) = self.gathers.waiting.pop_front()
+            && let Some(wanted) = self.gathers.next_waiting()
         {
             any = true;
             self.launch(wanted);

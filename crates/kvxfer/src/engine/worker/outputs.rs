@@ -273,22 +273,11 @@ impl Live {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(Failure {
                 first_cause: cause(GpuOperation::Fence, &error),
-                invalid_blocks: self.jobs.iter().flat_map(|job| all_blocks(job)).collect(),
+                invalid_blocks: by_group(&Incomplete::all_of(&self.jobs).blocks()),
                 memory: MemoryState::Released,
             }),
         }
     }
-}
-
-/// All destination blocks of a job.
-fn all_blocks(job: &Job) -> Vec<GroupBlocks> {
-    let mut blocks = Vec::new();
-    for op in 0..job.ops() {
-        job.source.blocks_of(op, &mut blocks);
-    }
-    blocks.sort_unstable();
-    blocks.dedup();
-    by_group(&blocks)
 }
 
 /// Sorted (group, block) pairs as one list a group.

@@ -18,7 +18,7 @@ use crate::engine::handle::{Failure, Outcome};
 use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
-use crate::transfer::{Cause, DrainToken, PeerKey, TransferId};
+use crate::transfer::{Cause, DrainToken, Incomplete, PeerKey, TransferId};
 
 pub(super) struct Wreck {
     worker: Worker,
@@ -132,17 +132,7 @@ impl Wreck {
             _ if live.push => Vec::new(),
             Some(incomplete) => by_group(&incomplete.blocks()),
             // It was just about to end, or nobody knows: all of them.
-            None => {
-                let mut blocks = Vec::new();
-                for job in &live.jobs {
-                    for op in 0..job.source.ops() {
-                        job.source.blocks_of(op, &mut blocks);
-                    }
-                }
-                blocks.sort_unstable();
-                blocks.dedup();
-                by_group(&blocks)
-            }
+            None => by_group(&Incomplete::all_of(&live.jobs).blocks()),
         }));
         let invalid_blocks = listed.unwrap_or_default();
         self.end(id, invalid_blocks, MemoryState::Quarantined);
