@@ -1,6 +1,7 @@
-# instructions.sh: in the guest, how many instructions the command takes for a posted work request, from a plan of blocks to the driver, by callgrind
-# (Debian: valgrind). One queue pair, blocks of 4 KiB, WRITE; the difference between 2 and 10 transfers of 1024 blocks is told, so that what is done once is left out.
+# instructions.sh [OP]: in the guest, how many instructions the command takes for a posted work request, from a plan of blocks to the driver, by callgrind
+# (Debian: valgrind). One queue pair, blocks of 4 KiB, OP is write (as it is when not given) or read; the difference between 2 and 10 transfers of 1024 blocks is told, so that what is done once is left out.
 # From the environment: KVXFER_BIN, the command, built for release with line tables.
+op=${1:-write}
 said=/tmp/instructions
 mkdir -p $said
 command -v valgrind >/dev/null || {
@@ -20,7 +21,7 @@ profile() {
         [ $tries -lt 200 ] || break
         sleep 0.1
     done
-    timeout 300 valgrind --tool=callgrind --callgrind-out-file=$said/"$1" "$KVXFER_BIN" bw 127.0.0.1:7400 -d rxe0 --op write -s 4K --blocks 1024 -n "$1" \
+    timeout 300 valgrind --tool=callgrind --callgrind-out-file=$said/"$1" "$KVXFER_BIN" bw 127.0.0.1:7400 -d rxe0 --op "$op" -s 4K --blocks 1024 -n "$1" \
         --threads 1 -q 1 --timeout 300 --json >$said/bw 2>&1 || {
         cat $said/bw
         exit 1
@@ -50,7 +51,7 @@ profile 2
 profile 10
 counts 2 >$said/few
 counts 10 >$said/many
-echo "instructions a work request (chain: with the loop of the worker, and what it does for completions)"
+echo "$op: instructions a work request (chain: with the loop of the worker, and what it does for completions)"
 join $said/few $said/many | awk '{
     each = ($3 - $2) / 8192
     printf "%-10s  %6.1f\n", $1, each

@@ -116,6 +116,7 @@ fn rig() -> Rig {
                     LaneLimits {
                         send_wr: 1024,
                         pair: 0,
+                        rebuilt: false,
                     },
                 ),
                 qp,

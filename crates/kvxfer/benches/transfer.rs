@@ -93,6 +93,7 @@ fn scheduler(lanes: u32) -> Scheduler {
             LaneLimits {
                 send_wr: 1024,
                 pair: 0,
+                rebuilt: false,
             },
         );
     }

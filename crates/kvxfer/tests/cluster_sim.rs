@@ -164,6 +164,8 @@ const MUST_HAPPEN: &[&str] = &[
     "card: written late",
     "lane: rebuilt",
     "lane: not rebuilt",
+    "lane: the last, waited for",
+    "lane: the last, waited for in vain",
     "card: in memory by a receive",
     "card: in memory when destroyed",
     "event: peer up",

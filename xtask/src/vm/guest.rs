@@ -16,6 +16,8 @@ use super::options::Options;
 
 /// How often we look for more output and for the end.
 const LOOK: Duration = Duration::from_millis(20);
+/// A guest that KVM runs is up long before.
+const KVM_BOOTS: Duration = Duration::from_secs(30);
 
 /// Of the console, lines that are shown when the guest has not come to a proper end.
 const CONSOLE: usize = 40;
@@ -67,7 +69,9 @@ pub(super) fn run(root: &Path, cache: &Path, image: &Image, task: &Task) -> anyh
     ];
     let start = Instant::now();
     let limit = Duration::from_secs(task.options.seconds.into());
-    let mut qemu = Qemu::start(&job, image, &task.options)?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let mut kvm = kvm.is_ok();
+    let mut qemu = Qemu::start(&job, image, &task.options, kvm)?;
     let mut up = None;
     let end = loop {
         // In this order: what was there when it ended is still seen.
@@ -82,6 +86,16 @@ pub(super) fn run(root: &Path, cache: &Path, image: &Image, task: &Task) -> anyh
         if let Ok(code) = code {
             let code = code.trim().parse().context("the exit code of the guest")?;
             break End::Exit(code);
+        }
+        if kvm && up.is_none() && (gone || start.elapsed() >= KVM_BOOTS) {
+            // Inside other machines it may be there and fail, or stand still.
+            let console = job.console();
+            let said = console.lines().next().unwrap_or("it does not start");
+            eprintln!("vm: the guest is emulated, for KVM does not run it here: {said}");
+            qemu.stop();
+            kvm = false;
+            qemu = Qemu::start(&job, image, &task.options, kvm)?;
+            continue;
         }
         if gone {
             break End::Died;
@@ -164,17 +178,13 @@ fn sweep(cache: &Path) {
 struct Qemu(Child);
 
 impl Qemu {
-    fn start(job: &Job, image: &Image, options: &Options) -> anyhow::Result<Self> {
+    fn start(job: &Job, image: &Image, options: &Options, kvm: bool) -> anyhow::Result<Self> {
         let said = File::create(job.0.join("qemu"))?;
         // setpriv: a killed xtask leaves no machine behind.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-        let kvm = File::options().read(true).write(true).open("/dev/kvm");
-        if kvm.is_ok() {
-            command.args(["-accel", "kvm"]);
-        }
-        // Where KVM is not there or does not work.
-        command.args(["-accel", "tcg,thread=multi"]);
+        let accel = if kvm { "kvm" } else { "tcg,thread=multi" };
+        command.args(["-accel", accel]);
         command.args(["-cpu", "max"]);
         command.args(["-smp", &options.cpus.to_string()]);
         command.args(["-m", &format!("{}M", options.memory)]);
@@ -205,6 +215,11 @@ impl Qemu {
         Ok(Self(child))
     }
 
+    fn stop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
     fn is_gone(&mut self) -> anyhow::Result<bool> {
         let status = self.0.try_wait().context("waiting for QEMU")?;
         Ok(status.is_some())
@@ -213,8 +228,7 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        self.stop();
     }
 }
 

@@ -211,7 +211,8 @@ impl Binaries {
             match (built.kind.as_str(), built.name.as_str(), built.test) {
                 ("example", "rdma_devices", false) => devices = Some(built.program),
                 _ if built.is_command() => kvxfer = Some(built.program),
-                ("test", _, true) => tests.push(Test {
+                // The library's own tests, too.
+                ("test" | "lib", _, true) => tests.push(Test {
                     name: built.name,
                     folder: built.folder,
                     program: built.program,

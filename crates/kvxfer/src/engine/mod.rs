@@ -15,6 +15,8 @@ mod gpu;
 mod handle;
 mod health;
 mod joint;
+#[cfg(test)]
+mod lane_tests;
 mod lanes;
 mod link;
 #[cfg(test)]

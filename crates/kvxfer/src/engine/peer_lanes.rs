@@ -204,12 +204,18 @@ impl PeerSession {
         before & DOWN_THERE != 0
     }
 
-    /// Whether a lane may have a successor: both sides have destroyed it, and nobody has set its rail aside.
+    /// Whether a lane that fails alone gets a successor: nobody has set its rail aside.
+    pub(crate) fn has_successor(&self, number: u16) -> bool {
+        let lane = self.lanes.get(usize::from(number));
+        let rail = lane.and_then(|lane| self.rails.get(lane.pair));
+        is_rebuilt(self.path.path) && rail.is_some_and(|rail| rail.aside().is_none())
+    }
+
+    /// Whether it may have it now: both sides have destroyed it.
     pub(crate) fn may_rebuild(&self, number: u16) -> bool {
         let lane = self.lanes.get(usize::from(number));
-        let down = lane.filter(|lane| lane.has(DOWN_HERE | DOWN_THERE));
-        let rail = down.and_then(|lane| self.rails.get(lane.pair));
-        is_rebuilt(self.path.path) && rail.is_some_and(|rail| rail.aside().is_none())
+        let is_down = lane.is_some_and(|lane| lane.has(DOWN_HERE | DOWN_THERE));
+        is_down && self.has_successor(number)
     }
 
     /// A lane has a successor.

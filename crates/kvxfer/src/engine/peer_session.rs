@@ -36,6 +36,8 @@ const MOST_ASKED: u64 = 1 << 24;
 struct Fate {
     /// Why the session ends, from the moment when that is certain.
     ends_for: Option<Cause>,
+    /// Workers that wait for a lane that is rebuilt, and what their last one has failed with.
+    laneless: Vec<(u16, Cause)>,
     /// Whether it is over.
     lost: bool,
     /// Whether its queue pairs are being taken down, or are gone.
@@ -48,6 +50,14 @@ struct Fate {
 impl Fate {
     fn lost(&self) -> Option<Cause> {
         self.ends_for.clone().filter(|_| self.lost)
+    }
+
+    /// The session ends, and the first cause stays: that of a lane which was waited for, if the end may only
+    /// follow from it, on whichever side. Gives the first.
+    fn ends(&mut self, cause: Cause) -> &Cause {
+        let waited = self.laneless.first().map(|(_, cause)| cause.clone());
+        let waited = waited.filter(|_| cause.may_follow_the_peers_end());
+        self.ends_for.get_or_insert(waited.unwrap_or(cause))
     }
 
     /// Why nothing new can run over the session.
@@ -440,7 +450,14 @@ impl PeerSession {
 
     /// The session is certain to end. The first cause stays.
     pub(crate) fn will_end(&self, cause: Cause) {
-        self.fate().ends_for.get_or_insert(cause);
+        self.fate().ends(cause);
+    }
+
+    /// All lanes of a worker have failed, the last one with this, and it is rebuilt; `None`: it has one again.
+    pub(crate) fn waits_for_lane(&self, worker: u16, cause: Option<Cause>) {
+        let laneless = &mut self.fate().laneless;
+        laneless.retain(|(of, _)| *of != worker);
+        laneless.extend(cause.map(|cause| (worker, cause)));
     }
 
     /// The peer cannot be used any more: its session ends, for `cause` unless another came first.
@@ -456,7 +473,7 @@ impl PeerSession {
     pub(crate) fn lose(self: &Arc<Self>, cause: Cause) -> Cause {
         let cause = {
             let mut fate = self.fate();
-            let cause = fate.ends_for.get_or_insert(cause).clone();
+            let cause = fate.ends(cause).clone();
             if std::mem::replace(&mut fate.lost, true) {
                 return cause;
             }

@@ -18,26 +18,21 @@ use crate::layout::{KvFormat, Topology};
 use crate::transfer::{Cause, LocalOperation};
 use crate::transport::{Opened, SkippedRail};
 
-const BLOCKS: u32 = 128;
+pub(super) const BLOCKS: u32 = 128;
 const QPS: u32 = 2;
 const PATHS: [PathKind; 2] = [PathKind::Arena, PathKind::Tcp];
 
-struct Node {
-    engine: Engine,
-    side: BenchSide,
+pub(super) struct Node {
+    pub(super) engine: Engine,
+    pub(super) side: BenchSide,
 }
 
 fn node(role: KvRole, path: PathKind, rails: usize) -> Node {
     node_that(role, path, &vec![""; rails], |_| {})
 }
 
-/// One whose devices have these fault plans.
-fn node_that(
-    role: KvRole,
-    path: PathKind,
-    plans: &[&str],
-    change: impl FnOnce(&mut Config),
-) -> Node {
+/// 64 MiB in two layers.
+pub(super) fn side() -> BenchSide {
     let format = KvFormat::opaque(256 << 10, 2).expect("a format");
     let shape = BenchShape {
         topology: Topology::single(&format),
@@ -45,7 +40,17 @@ fn node_that(
         num_blocks: vec![BLOCKS],
         memory: BenchMemory::Arena,
     };
-    let side = BenchSide::new(&shape).expect("memory");
+    BenchSide::new(&shape).expect("memory")
+}
+
+/// One whose devices have these fault plans.
+pub(super) fn node_that(
+    role: KvRole,
+    path: PathKind,
+    plans: &[&str],
+    change: impl FnOnce(&mut Config),
+) -> Node {
+    let side = side();
     let mut config = Config {
         kv_role: role,
         path: PathSet::only(path),
@@ -72,12 +77,12 @@ fn node_that(
 }
 
 /// What a producer has at a word, in a round.
-fn word(round: u64, at: u64) -> u64 {
+pub(super) fn word(round: u64, at: u64) -> u64 {
     (at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round
 }
 
 impl Node {
-    fn fill(&self, value: impl Fn(u64) -> u64) {
+    pub(super) fn fill(&self, value: impl Fn(u64) -> u64) {
         for memory in self.side.memory() {
             memory.fill_words(0, memory.len(), &value).expect("inside");
         }
@@ -109,7 +114,7 @@ impl Node {
     }
 }
 
-fn groups() -> Vec<GroupBlocks> {
+pub(super) fn groups() -> Vec<GroupBlocks> {
     vec![GroupBlocks {
         group: 0,
         blocks: (0..BLOCKS).collect(),
@@ -139,14 +144,18 @@ fn joined_with_notices(path: PathKind) -> (Node, Node, Instance) {
     )
 }
 
-fn joined_by(producer: Node, consumer: Node) -> (Node, Node, Instance) {
+pub(super) fn joined_by(producer: Node, consumer: Node) -> (Node, Node, Instance) {
     let address = producer.engine.listen("127.0.0.1:0").expect("a port");
     let instance = consumer.engine.connect(&address.to_string(), LONG);
     (producer, consumer, instance.expect("a session"))
 }
 
 /// A pull of everything; `meanwhile` happens when some has arrived.
-fn pull(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl FnOnce()) {
+pub(super) fn pull(
+    round: u64,
+    (from, to, way): (&Node, &Node, &Instance),
+    meanwhile: impl FnOnce(),
+) {
     from.fill(|at| word(round, at));
     to.fill(|_| !0);
     let request = RequestId::from(format!("pull {round}").as_str());
@@ -162,7 +171,7 @@ fn pull(round: u64, (from, to, way): (&Node, &Node, &Instance), meanwhile: impl 
 }
 
 /// A push of everything.
-fn push(
+pub(super) fn push(
     round: u64,
     (from, to, _): (&Node, &Node, &Instance),
     meanwhile: impl FnOnce(),
@@ -480,40 +489,4 @@ fn a_session_that_comes_after_a_loss_goes_over_the_others() {
     assert_eq!(way.lanes().expect("up"), (2 * QPS as usize, 2));
     pull(0, (&producer, &consumer, &way), || {});
     push(1, (&producer, &consumer, &way), || {});
-}
-
-/// A queue pair that fails alone has a successor a moment later, and the session goes on all the while.
-#[test]
-fn a_queue_pair_that_fails_alone_is_rebuilt() {
-    let change = |config: &mut Config| {
-        config.num_worker_threads = 1;
-        config.qp_per_transfer = 4;
-    };
-    for (path, rails) in [(PathKind::Arena, 1), (PathKind::Arena, 2)] {
-        let all = 4 * rails;
-        let plan = "seed=1,qp-fatal=0.002";
-        let consumer = node_that(KvRole::Consumer, path, &vec![plan; rails], change);
-        let producer = node_that(KvRole::Producer, path, &vec![""; rails], change);
-        let (producer, consumer, way) = joined_by(producer, consumer);
-        let lanes = || way.lanes().expect("the session stands").0;
-        let end = Instant::now() + LONG;
-        let mut round = 0;
-        while lanes() == all {
-            assert!(Instant::now() < end, "none fails in {round} rounds");
-            pull(round, (&producer, &consumer, &way), || {});
-            round += 1;
-        }
-        let failed = lanes();
-        assert!(failed < all && failed > 0, "{failed} of {all}");
-        while lanes() != all {
-            assert!(Instant::now() < end, "{} of {all} are there", lanes());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert_eq!(way.path().expect("the session stands").skipped, []);
-        let mut seen = Vec::new();
-        consumer.engine.poll_events(&mut seen);
-        let down = |event: &Event| matches!(event, Event::PeerDown { .. });
-        assert!(!seen.iter().any(down), "{seen:?}");
-        push(round, (&producer, &consumer, &way), || {});
-    }
 }

@@ -41,6 +41,9 @@ pub struct LaneLimits {
     /// The pair of rails that it joins, as its session numbers them: work that one pair cannot move goes to
     /// lanes of another.
     pub pair: u16,
+    /// Whether its session rebuilds it when it fails alone: then the work on it goes on, and waits for that if
+    /// the peer has no other.
+    pub rebuilt: bool,
 }
 
 /// What a posted batch is for.
@@ -85,6 +88,7 @@ pub(super) struct Lane {
     /// The lane's life, in place for an id.
     life: u64,
     pub(super) pair: u16,
+    pub(super) rebuilt: bool,
     pub(super) send_wr: u32,
     /// Free entries of the send queue.
     pub(super) credits: u32,
@@ -106,6 +110,7 @@ impl Lane {
             peer,
             life: (life & 0xfff) << (INDEX_BITS + NUMBER_BITS),
             pair: limits.pair,
+            rebuilt: limits.rebuilt,
             send_wr,
             credits: send_wr,
             reserve: (send_wr / 16).min(4),
@@ -192,6 +197,7 @@ mod tests {
             LaneLimits {
                 send_wr: 16,
                 pair: 0,
+                rebuilt: false,
             },
         );
         let a = lane.push(batch(3));
@@ -215,6 +221,7 @@ mod tests {
             LaneLimits {
                 send_wr: 4,
                 pair: 0,
+                rebuilt: false,
             },
         );
         lane.head = u32::MAX;

@@ -1,14 +1,24 @@
 //! What a worker polls, and what it means.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvxfer::leases::LeaseWord;
 use kvxfer::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, TransferId};
+use kvxfer::wire::PathKind;
 
 use super::bug::{Bug, Step, ensure};
 use super::qp::{Cqe, CqeKind, PEER_GONE, What};
 use super::worker::Single;
 use super::world::{World, log};
+
+/// How long work waits for a lane when all have failed.
+const LANELESS: Duration = Duration::from_secs(2);
+
+/// Whether the last lane of a path is waited for.
+pub(crate) fn rebuilds(path: PathKind) -> bool {
+    path != PathKind::Tcp
+}
 
 impl World {
     pub(crate) fn worker_polls(&mut self, life: usize, w: usize) -> Step {
@@ -97,10 +107,10 @@ impl World {
         what: &What,
     ) -> Step {
         let flushed = matches!(result, Err((CompletionStatus::Flush, _)));
-        let elsewhere = self.lives[life].workers[w].scheduler.lives_elsewhere(lane);
+        let moves = |cause: &Cause| self.lives[life].workers[w].scheduler.moves(lane, cause);
         let result = match result {
             Ok(()) => Ok(()),
-            Err((_, PEER_GONE)) if elsewhere => Err(Cause::PeerReset),
+            Err((_, PEER_GONE)) if moves(&Cause::PeerReset) => Err(Cause::PeerReset),
             Err((_, PEER_GONE)) => {
                 let lost = self.peer_of_qp(q).and_then(|p| self.peers[p].lost.clone());
                 Err(lost.unwrap_or(Cause::PeerDead))
@@ -117,7 +127,7 @@ impl World {
         let mut expect = None;
         if let (Err(cause), Some((job, op)), false) = (&result, what.job(), flushed)
             && job.error().is_none()
-            && !(elsewhere && cause.is_of_path())
+            && !moves(cause)
         {
             self.truth
                 .entry((life, job.id))
@@ -139,7 +149,7 @@ impl World {
         Ok(())
     }
 
-    /// Sets the session up anew when the last lane to a peer here has failed.
+    /// When the last lane to a peer here has failed, waits for one that is rebuilt, or sets the session up anew.
     pub(crate) fn look_at_peer_of(&mut self, life: usize, w: usize, lane: LaneId) {
         let worker = &self.lives[life].workers[w];
         let Some(peer) = worker.lanes.get(&lane).and_then(|q| self.peer_of_qp(*q)) else {
@@ -150,7 +160,36 @@ impl World {
             .peer_lanes(self.peers[peer].key)
             .map(|lane| scheduler.lane_failure(lane).cloned())
             .collect();
-        if let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) {
+        let Some(cause) = causes.and_then(|causes| causes.into_iter().next()) else {
+            return;
+        };
+        if self.is_rebuilt(life, w, lane) {
+            let until = self.clock(life) + LANELESS;
+            let laneless = &mut self.lives[life].workers[w].laneless;
+            if laneless.iter().all(|(of, ..)| *of != peer) {
+                self.sum.count("lane: the last, waited for");
+                laneless.push((peer, until, cause));
+            }
+        } else {
+            self.peer_fails(peer, cause);
+        }
+    }
+
+    /// Whether a lane has failed alone and gets a successor.
+    pub(crate) fn is_rebuilt(&self, life: usize, w: usize, lane: LaneId) -> bool {
+        let worker = &self.lives[life].workers[w];
+        let cause = worker.scheduler.lane_failure(lane);
+        let path = worker.lanes.get(&lane).map(|q| self.qps[*q].path);
+        cause.is_some_and(Cause::is_of_one_lane) && path.is_some_and(rebuilds)
+    }
+
+    /// Ends the sessions that have waited for a lane for too long.
+    pub(crate) fn give_up_waiting(&mut self, life: usize, w: usize) {
+        let now = self.clock(life);
+        let laneless = &mut self.lives[life].workers[w].laneless;
+        let late: Vec<_> = laneless.extract_if(.., |of| of.1 <= now).collect();
+        for (peer, _, cause) in late {
+            self.sum.count("lane: the last, waited for in vain");
             self.peer_fails(peer, cause);
         }
     }

@@ -10,7 +10,7 @@ use super::worker::Cmd;
 use super::world::World;
 
 impl World {
-    /// A lane has failed: it is taken down, if its peer has another rail.
+    /// A lane has failed: it is taken down, unless its session ends with it.
     pub(crate) fn lane_fails(&mut self, life: usize, w: usize, lane: LaneId) {
         let Some(&q) = self.lives[life].workers[w].lanes.get(&lane) else {
             return;
@@ -28,7 +28,7 @@ impl World {
             let mut lanes = scheduler.peer_lanes(self.peers[peer].key);
             lanes.any(|lane| scheduler.lane_failure(lane).is_none())
         };
-        let several = several || works;
+        let several = several || works || self.is_rebuilt(life, w, lane);
         let worker = &mut self.lives[life].workers[w];
         if several && !worker.failing.contains(&lane) {
             worker.failing.push(lane);

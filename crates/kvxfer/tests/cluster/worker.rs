@@ -16,6 +16,7 @@ use kvxfer::transfer::{
 use kvxfer::wire::{Message, PushDone};
 
 use super::bug::{Bug, Step, ensure};
+use super::completions::rebuilds;
 use super::posting::Noticed;
 use super::qp::{Cqe, QpState};
 use super::world::{World, log};
@@ -121,6 +122,8 @@ pub(crate) struct Worker {
     /// peer and queue pair.
     pub(crate) failing: Vec<LaneId>,
     pub(crate) retired: Vec<(PeerKey, usize, LaneId)>,
+    /// Peers that have no lane here for now, until when one is waited for, and what the last has failed with.
+    pub(crate) laneless: Vec<(usize, Time, Cause)>,
     /// Notices that have gone on a queue pair.
     pub(crate) told: BTreeMap<usize, Vec<PushDone>>,
     /// Ends of pushes that wait for a queue pair that may tell them.
@@ -151,6 +154,7 @@ impl Worker {
             dropping: Vec::new(),
             failing: Vec::new(),
             retired: Vec::new(),
+            laneless: Vec::new(),
             told: BTreeMap::new(),
             waiting_notices: VecDeque::new(),
             live: BTreeMap::new(),
@@ -180,6 +184,7 @@ impl Worker {
             && self.waiting_notices.is_empty()
             && self.scheduler.jobs() == 0
             && self.dropping.is_empty()
+            && self.laneless.is_empty()
     }
 }
 
@@ -211,6 +216,7 @@ impl World {
             1 => self.worker_posts(life, w),
             2 => self.worker_polls(life, w),
             _ => {
+                self.give_up_waiting(life, w);
                 self.retire_lanes(life, w)?;
                 self.finish_drops(life, w)?;
                 self.ledger_rings(life, w);
@@ -280,7 +286,13 @@ impl World {
                 let send_wr = real + u32::from(self.bug == Bug::TooManyCredits) * 3;
                 let worker = &mut self.lives[life].workers[w];
                 let pair = u16::try_from(self.qps[qp].rail).unwrap_or(u16::MAX);
-                let limits = LaneLimits { send_wr, pair };
+                let rebuilt = rebuilds(self.qps[qp].path);
+                let limits = LaneLimits {
+                    send_wr,
+                    pair,
+                    rebuilt,
+                };
+                worker.laneless.retain(|(of, ..)| *of != peer);
                 let lane = worker.scheduler.add_lane(key, limits);
                 worker.peers.insert(key, peer);
                 worker.lanes.insert(lane, qp);
@@ -412,7 +424,9 @@ impl World {
                 .scheduler
                 .lane_failed(*lane, cause.clone());
         }
-        self.lives[life].workers[w].dropping.push((peer, lanes));
+        let worker = &mut self.lives[life].workers[w];
+        worker.laneless.retain(|(of, ..)| *of != peer);
+        worker.dropping.push((peer, lanes));
         Ok(())
     }
 

@@ -431,6 +431,9 @@ impl World {
                 if let Some(at) = worker.transfers.next_timeout() {
                     take(self.world_time(i, at));
                 }
+                for (_, at, _) in &worker.laneless {
+                    take(self.world_time(i, *at));
+                }
                 if let Some(at) = worker.retry_at {
                     take(self.world_time(i, at));
                 }
@@ -500,6 +503,10 @@ impl World {
             let worker = &self.lives[life].workers[w];
             if due(worker.retry_at) {
                 self.lives[life].workers[w].retry_at = None;
+                self.lives[life].workers[w].awake = true;
+            }
+            let worker = &self.lives[life].workers[w];
+            if worker.laneless.iter().any(|of| due(Some(of.1))) {
                 self.lives[life].workers[w].awake = true;
             }
             let worker = &self.lives[life].workers[w];

@@ -271,6 +271,7 @@ impl World {
             LaneLimits {
                 send_wr: believed,
                 pair,
+                rebuilt: false,
             },
         );
         self.nics.push(Nic {

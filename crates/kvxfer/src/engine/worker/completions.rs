@@ -121,7 +121,7 @@ impl Worker {
         let rail = self.lanes.get(&lane).and_then(|at| self.rails.get(at.rail));
         let soft = rail.is_some_and(|rail| rail.events.is_soft());
         if soft && vendor == kvxfer_verbs::vendor::PEER_GONE {
-            if self.scheduler.lives_elsewhere(lane) {
+            if self.scheduler.moves(lane, &Cause::PeerReset) {
                 return Cause::PeerReset;
             }
             // The control connection knows better than the data path how the peer went.

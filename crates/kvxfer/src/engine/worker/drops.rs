@@ -33,6 +33,7 @@ impl Worker {
         self.gathers.stop_peer(peer.key);
         // Their numbers may be those of others next.
         self.failing.retain(|lane| !lanes.contains(lane));
+        self.laneless.retain(|of| of.peer.key != peer.key);
         self.dropping.push((peer, lanes));
     }
 

@@ -22,6 +22,7 @@ use tracing::{debug, error, warn};
 use kvxfer_verbs::{Completion, CompletionQueue, QueuePair, Rts, SendChain, Sge};
 
 use super::async_events::{AsyncEvents, Port, Watched};
+use super::bringup::is_rebuilt;
 use super::gpu::Taking;
 use super::handle::{Failure, Outcome, TransferReport};
 use super::health::Health;
@@ -50,7 +51,7 @@ use crate::wire::PushDone;
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
-use rails::Retired;
+use rails::{Laneless, Retired};
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -160,6 +161,9 @@ pub(crate) enum Command {
     AsyncEvents,
     /// End the thread.
     Shutdown,
+    /// Every queue pair goes to the error state by itself.
+    #[cfg(test)]
+    FailLanes,
     /// Panic, as a defect would have it.
     #[cfg(test)]
     Panic,
@@ -294,10 +298,11 @@ pub(crate) struct Worker {
     /// By their rail and the device's number for them.
     lane_of: HashMap<(usize, u32), LaneId>,
     dropping: Vec<(Arc<PeerSession>, Vec<LaneId>)>,
-    /// Lanes of peers with several rails that have failed, until their queue pairs are destroyed; and those
-    /// whose queue pairs are, until the session ends.
+    /// Lanes that have failed under sessions that go on, until their queue pairs are destroyed; those whose queue
+    /// pairs are, until they are succeeded or the session ends; and peers that have no lane here for now.
     failing: Vec<LaneId>,
     retired: Vec<Retired>,
+    laneless: Vec<Laneless>,
     /// Lanes whose queue pairs the device has not destroyed: they may go on until it is closed, so their
     /// sessions are never drained.
     undead: HashMap<LaneId, Undead>,
@@ -355,6 +360,7 @@ impl Worker {
             dropping: Vec::new(),
             failing: Vec::new(),
             retired: Vec::new(),
+            laneless: Vec::new(),
             undead: HashMap::new(),
             lost: Vec::new(),
             running: HashMap::new(),
@@ -400,6 +406,7 @@ impl Worker {
             busy |= self.let_go();
             busy |= self.look_at_gpus();
             self.leave_ports();
+            self.give_up_waiting();
             self.retire_lanes();
             self.finish_drops();
             self.transfers.on_time(self.clock.now());
@@ -442,6 +449,7 @@ impl Worker {
                 let limits = LaneLimits {
                     send_wr,
                     pair: u16::try_from(pair).unwrap_or(u16::MAX),
+                    rebuilt: is_rebuilt(peer.path.path),
                 };
                 self.make_room(peer.key, number);
                 if rebuilt && peer.usable().is_err() {
@@ -470,6 +478,7 @@ impl Worker {
                     peer,
                 };
                 let key = at.peer.key;
+                self.has_lane(key);
                 if rebuilt {
                     // It goes with this worker's others from here on.
                     at.peer.part_drained();
@@ -550,6 +559,12 @@ impl Worker {
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]
+            Command::FailLanes => {
+                for at in self.lanes.values() {
+                    at.qp.to_error();
+                }
+            }
+            #[cfg(test)]
             Command::Panic => panic!("a worker's panic, which the test wants"),
         }
     }
@@ -608,7 +623,8 @@ impl Worker {
         let due = self.transfers.next_timeout().into_iter();
         let due = due
             .chain(self.seen.next_timeout())
-            .chain(self.next_leaving());
+            .chain(self.next_leaving())
+            .chain(self.next_give_up());
         let due = due.min();
         let mut timeout = due.map(|at| at.since(now));
         match self.gathers.rest() {

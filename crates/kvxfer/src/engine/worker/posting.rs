@@ -125,7 +125,7 @@ impl Worker {
     }
 
     /// Lanes of the peer that take a work request of the worker's own, now or when others have completed.
-    fn working_lanes(&self, peer: PeerKey) -> impl Iterator<Item = LaneId> {
+    pub(super) fn working_lanes(&self, peer: PeerKey) -> impl Iterator<Item = LaneId> {
         // A failed lane keeps the credits of what it had sent.
         let works = |lane: &LaneId| self.scheduler.lane_failure(*lane).is_none();
         self.scheduler.peer_lanes(peer).filter(works)

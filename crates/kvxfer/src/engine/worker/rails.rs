@@ -19,6 +19,17 @@ use crate::wire::{PushDone, QpReset};
 /// and one that gets nothing out may never say that it has given up.
 const PORT_GRACE: Duration = Duration::from_secs(1);
 
+/// How long a peer's work may wait here for a lane that is rebuilt, when all have failed: the first three pauses
+/// of `bringup::rebuild` and what the two sides need for it. Then the session is set up anew.
+const LANELESS: Duration = Duration::from_secs(2);
+
+/// A peer all of whose lanes here have failed, and one is rebuilt.
+#[derive(Debug)]
+pub(super) struct Laneless {
+    pub(super) peer: Arc<PeerSession>,
+    until: Time,
+}
+
 /// A lane whose queue pair is destroyed while its session stands.
 #[derive(Debug)]
 pub(super) struct Retired {
@@ -29,17 +40,18 @@ pub(super) struct Retired {
 }
 
 impl Worker {
-    /// Looks at a lane that has failed. A rail that does not lead to the peer any more is set aside; the
-    /// session is set up anew when the last lane here has failed: what is left to do has nowhere to go.
+    /// Looks at a lane that has failed. A rail that does not lead to the peer any more is set aside. When the
+    /// last lane here has failed, what is left to do waits for one that is rebuilt; the session is set up anew
+    /// if none is.
     pub(super) fn look_at_peer_of(&mut self, lane: LaneId) {
         let Some(at) = self.lanes.get(&lane) else {
             return;
         };
-        let (peer, pair) = (Arc::clone(&at.peer), at.pair);
+        let (peer, pair, number) = (Arc::clone(&at.peer), at.pair, at.number);
         let Some(cause) = self.scheduler.lane_failure(lane).cloned() else {
             return;
         };
-        peer.lane_failed(at.number);
+        peer.lane_failed(number);
         // Of what it takes down the peer says itself why.
         if cause.is_of_path()
             && cause != Cause::PeerReset
@@ -53,16 +65,51 @@ impl Worker {
             });
             self.set_aside(&peer, pair, &cause);
         }
-        let mut lanes = self.scheduler.peer_lanes(peer.key);
-        let last = lanes.all(|lane| self.scheduler.lane_failure(lane).is_some());
+        let last = self.working_lanes(peer.key).next().is_none();
+        let rebuilt = cause.is_of_one_lane() && peer.has_successor(number);
         // With the session's end all go together.
-        if (peer.rails.len() > 1 || !last) && !self.failing.contains(&lane) {
+        if (peer.rails.len() > 1 || !last || rebuilt) && !self.failing.contains(&lane) {
             self.failing.push(lane);
         }
         // With the last of them: what has befallen the others was no reason to end.
-        if last {
-            peer.fail(cause);
+        match last {
+            true if rebuilt => self.wait_for_lane(peer, cause),
+            true => peer.fail(cause),
+            false => {}
         }
+    }
+
+    fn wait_for_lane(&mut self, peer: Arc<PeerSession>, cause: Cause) {
+        if self.laneless.iter().all(|of| of.peer.key != peer.key) {
+            peer.waits_for_lane(self.index, Some(cause));
+            let until = self.clock.now() + LANELESS;
+            self.laneless.push(Laneless { peer, until });
+        }
+    }
+
+    /// A peer has a lane here again.
+    pub(super) fn has_lane(&mut self, peer: PeerKey) {
+        for of in self.laneless.extract_if(.., |of| of.peer.key == peer) {
+            of.peer.waits_for_lane(self.index, None);
+        }
+    }
+
+    /// Ends the sessions that have waited for a lane for too long.
+    pub(super) fn give_up_waiting(&mut self) {
+        if self.laneless.is_empty() {
+            return;
+        }
+        let now = self.clock.now();
+        for late in self.laneless.extract_if(.., |of| of.until <= now) {
+            warn!(peer = %late.peer.name.engine, "no queue pair was rebuilt in time");
+            // Its workers' causes are known there.
+            late.peer.fail(Cause::LaneFailed);
+        }
+    }
+
+    /// When it has been too long.
+    pub(super) fn next_give_up(&self) -> Option<Time> {
+        self.laneless.iter().map(|of| of.until).min()
     }
 
     /// Since when the peer of a lane has had another that works on a rail whose port is up, if it has. Nothing is

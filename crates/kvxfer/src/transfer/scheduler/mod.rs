@@ -31,18 +31,22 @@ use crate::rails::RailSet;
 /// other lanes, or on this one's successor. Flush completions are counted and never reported.
 ///
 /// A flush says only that the device *here* has let go. A READ is over then. A WRITE that was sent
-/// may still be carried out by the peer, unless the peer itself has refused what came before it. Such
-/// a write is not posted again: its job fails, and its report says that it is
+/// may still be carried out by the peer, unless the peer itself has refused what came before it: it is
+/// *in doubt*. If the lane has failed [alone](Cause::is_of_one_lane) and is
+/// [rebuilt](LaneLimits::rebuilt), such a write is posted again all the same. The lane then has a
+/// doubt of that job, of which the reports tell ([`JobReport::doubts`]), until
+/// [`lane_settled`](Self::lane_settled) says that the peer carries out nothing of the lane any more.
+/// Until then the job is not over: the bytes that may come late are the same as those that were posted
+/// again, and nobody else may have the blocks. Otherwise its job fails, and its report says that it is
 /// [in doubt](JobReport::in_doubt).
+///
+/// A peer may have no lane that works for a time: what is to be posted waits for one.
 ///
 /// # Several rails
 ///
 /// While a peer has a lane on another [pair of rails](LaneLimits::pair) that works, a cause
 /// [of the path](Cause::is_of_path) fails no job: the request that it was told for goes to the other rail
-/// too. So does a WRITE in doubt. The lane then has a *doubt* of that job, of which the reports tell
-/// ([`JobReport::doubts`]), until [`lane_settled`](Self::lane_settled) says that the peer carries out
-/// nothing of the lane any more. Until then the job is not over: the bytes that may come late are the
-/// same as those that were posted again, and nobody else may have the blocks.
+/// too, and so does a WRITE in doubt.
 #[derive(Debug)]
 pub struct Scheduler {
     cfg: SchedulerConfig,
@@ -180,6 +184,25 @@ impl Scheduler {
                     .is_some_and(|other| other.pair != l.pair && other.failure.is_none())
             })
         })
+    }
+
+    /// Whether a request that a lane has failed with, for this reason, is posted again: the way is to blame and
+    /// there is another, or the peer has only taken down its half of a queue pair that is rebuilt.
+    #[must_use]
+    pub fn moves(&self, lane: LaneId, cause: &Cause) -> bool {
+        let rebuilt = self.lane(lane.0).is_some_and(|l| l.rebuilt);
+        let alone = rebuilt && cause.is_of_one_lane();
+        cause.is_of_path() && (alone || self.lives_elsewhere(lane))
+    }
+
+    /// Whether what was lost with a lane that has failed goes on, although the peer may carry it out yet: there
+    /// is another way, or the lane has failed alone and is rebuilt.
+    fn goes_on(&self, lane: u32) -> bool {
+        let alone = self.lane(lane).is_some_and(|l| {
+            let failure = l.failure.as_ref();
+            l.rebuilt && failure.is_some_and(|f| f.cause.is_of_one_lane())
+        });
+        alone || self.lives_elsewhere(LaneId(lane))
     }
 
     /// Whether a lane has failed and nothing of it is posted any more: it may be removed, or its
@@ -517,7 +540,7 @@ impl Scheduler {
 
     // ---- inside ------------------------------------------------------------------------------
 
-    /// Writes of a job were lost with a lane and are posted again on another rail.
+    /// Writes of a job were lost with a lane and are posted again on another.
     fn doubt(&mut self, lane: u32, s: u32) {
         let Some(l) = self.lanes.get_mut(lane as usize).and_then(Option::as_mut) else {
             return;

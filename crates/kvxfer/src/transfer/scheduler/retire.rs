@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Scheduler;
+use super::slot::JobSlot;
 use crate::transfer::lane::Use;
 use crate::transfer::{Cause, Direction, Job, JobError, LaneId, SingleReport};
 
@@ -45,7 +46,7 @@ impl Scheduler {
                 for _ in 0..at {
                     self.retire_confirmed(lane.0);
                 }
-                let moves = cause.is_of_path() && self.lives_elsewhere(lane);
+                let moves = self.moves(lane, &cause);
                 self.fail_lane(lane.0, cause.clone(), true, moves);
                 if moves {
                     self.retire_done(lane.0, idx);
@@ -148,6 +149,7 @@ impl Scheduler {
         let (p, pair) = (l.peer, l.pair);
         let in_doubt = l.failure.as_ref().is_none_or(|f| f.in_doubt);
         self.cq_credits += ended;
+        let goes_on = self.goes_on(lane.0);
         match batch.what {
             Use::Job {
                 slot: s, first_op, ..
@@ -157,9 +159,14 @@ impl Scheduler {
                 if whole {
                     self.release_bytes(p, batch.bytes);
                 }
+                let write = |slot: &mut JobSlot| slot.job.dir == Direction::Write;
+                let in_doubt = in_doubt && self.job_mut(s).is_some_and(write);
+                if in_doubt && goes_on {
+                    self.doubt(lane.0, s);
+                }
                 if let Some(slot) = self.job_mut(s) {
                     slot.posted -= ended;
-                    slot.in_doubt |= in_doubt && slot.job.dir == Direction::Write;
+                    slot.in_doubt |= in_doubt && !goes_on;
                     slot.confirmed(confirmed.end - confirmed.start, pair);
                     slot.job.fail(JobError {
                         op: confirmed.end,
@@ -210,7 +217,7 @@ impl Scheduler {
             _ => Cause::LaneFailed,
         };
         self.cq_credits += ended;
-        let elsewhere = self.lives_elsewhere(LaneId(lane));
+        let goes_on = self.goes_on(lane);
         match batch.what {
             Use::Job {
                 slot: s,
@@ -226,10 +233,10 @@ impl Scheduler {
                 };
                 slot.posted -= ended;
                 let in_doubt = in_doubt && slot.job.dir == Direction::Write && !lost.is_empty();
-                // On another rail they can be posted again: the job waits for the peer's word.
-                slot.in_doubt |= in_doubt && !elsewhere;
+                // If they are posted again, the job waits for the peer's word.
+                slot.in_doubt |= in_doubt && !goes_on;
                 let over = slot.over();
-                if in_doubt && elsewhere {
+                if in_doubt && goes_on {
                     self.doubt(lane, s);
                 }
                 let Some(slot) = self.jobs[s as usize].as_mut() else {
@@ -241,11 +248,11 @@ impl Scheduler {
                     let tries = match lane_cause {
                         Cause::LaneReset | Cause::PeerReset | Cause::PortDown { .. } => tries,
                         // Nor does the path's failure, where there is another path.
-                        _ if elsewhere && (moved || lane_cause.is_of_path()) => tries,
+                        _ if goes_on && (moved || lane_cause.is_of_path()) => tries,
                         _ => tries + 1,
                     };
                     // Posted again, the first one could come after what is done with the block later.
-                    if in_doubt && !elsewhere || tries > MAX_TRIES {
+                    if in_doubt && !goes_on || tries > MAX_TRIES {
                         slot.job.fail(JobError {
                             op: lost.start,
                             cause: lane_cause,

@@ -4,6 +4,8 @@ use super::*;
 use crate::transfer::testing::even;
 use crate::transfer::{CompletionStatus, Direction, QpEvent, TransferId};
 
+mod rebuilt;
+
 const PEER: PeerKey = PeerKey(1);
 
 fn job(id: u64, ops: u64, len: u32) -> Arc<Job> {
@@ -26,6 +28,7 @@ fn scheduler(batch: BatchSize, lanes: &[u32]) -> (Scheduler, Vec<LaneId>) {
             LaneLimits {
                 send_wr: *send_wr,
                 pair: 0,
+                rebuilt: false,
             },
         )
     };
@@ -86,6 +89,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         LaneLimits {
             send_wr: 1000,
             pair: 0,
+            rebuilt: false,
         },
     );
     s.start(job(1, 100, 300));
@@ -100,6 +104,7 @@ fn a_batch_is_limited_by_bytes_and_one_operation_may_be_larger() {
         LaneLimits {
             send_wr: 1000,
             pair: 0,
+            rebuilt: false,
         },
     );
     s.start(job(2, 2, 5000));
@@ -123,6 +128,7 @@ fn the_completion_queue_bounds_what_is_posted() {
         LaneLimits {
             send_wr: 100,
             pair: 0,
+            rebuilt: false,
         },
     );
     let b = s.add_lane(
@@ -130,6 +136,7 @@ fn the_completion_queue_bounds_what_is_posted() {
         LaneLimits {
             send_wr: 100,
             pair: 0,
+            rebuilt: false,
         },
     );
     s.start(job(1, 100, 1));
@@ -185,6 +192,7 @@ fn foreign_and_stale_completions_are_counted_and_ignored() {
         LaneLimits {
             send_wr: 100,
             pair: 0,
+            rebuilt: false,
         },
     );
     assert_eq!(again, lanes[0]);
@@ -286,6 +294,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             LaneLimits {
                 send_wr: 100,
                 pair: 0,
+                rebuilt: false,
             },
         );
     }
@@ -309,6 +318,7 @@ fn work_that_takes_lanes_down_without_a_name_fails_in_the_end() {
             LaneLimits {
                 send_wr: 100,
                 pair: 0,
+                rebuilt: false,
             },
         );
     }
@@ -417,6 +427,7 @@ fn peers_take_turns() {
         LaneLimits {
             send_wr: 4096,
             pair: 0,
+            rebuilt: false,
         },
     );
     s.start(job(1, 80, 1));
@@ -451,6 +462,7 @@ fn a_victim_of_others_is_not_given_their_cause() {
             LaneLimits {
                 send_wr: 16,
                 pair: 0,
+                rebuilt: false,
             },
         );
         let lane = s.add_lane(
@@ -458,6 +470,7 @@ fn a_victim_of_others_is_not_given_their_cause() {
             LaneLimits {
                 send_wr: 16,
                 pair: 0,
+                rebuilt: false,
             },
         );
         assert_eq!(next(&mut s, spare).len(), 1, "the victim");
@@ -510,7 +523,16 @@ fn what_an_event_took_down_has_its_cause() {
 /// A lane on each of two rails.
 fn two_rails() -> (Scheduler, LaneId, LaneId) {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |pair| s.add_lane(PEER, LaneLimits { send_wr: 100, pair });
+    let mut add = |pair| {
+        s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 100,
+                pair,
+                rebuilt: false,
+            },
+        )
+    };
     let (a, b) = (add(0), add(1));
     (s, a, b)
 }
@@ -644,7 +666,16 @@ fn a_stopped_job_waits_for_its_doubts() {
 #[test]
 fn a_request_may_be_unlucky_on_every_rail_but_one() {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |pair| s.add_lane(PEER, LaneLimits { send_wr: 100, pair });
+    let mut add = |pair| {
+        s.add_lane(
+            PEER,
+            LaneLimits {
+                send_wr: 100,
+                pair,
+                rebuilt: false,
+            },
+        )
+    };
     let lanes: Vec<LaneId> = (0..8).map(&mut add).collect();
     s.start(job(1, 1, 10));
     let (last, others) = lanes.split_last().expect("eight");
