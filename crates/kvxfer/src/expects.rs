@@ -25,13 +25,18 @@
 //! which nothing of that peer can land. When the last one is closed or cut off comes
 //! [`Released`](ExpectOutput::Released), once.
 
+mod endings;
+mod types;
+
+pub use types::{ExpectError, ExpectOutput, ExpectSpec, PushProgress, PushRefusal, Sender};
+
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use crate::block_set::{BlocksError, check_groups};
+use crate::block_set::check_groups;
 use crate::blocks::GroupBlocks;
-use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
-use crate::event::{MemoryState, PeerName};
+use crate::claims::{Claim, Claimant, Claims, Purpose};
+use crate::event::PeerName;
 use crate::ids::{Nonce, RequestId};
 use crate::plan::Cover;
 use crate::rails::RailSet;
@@ -43,187 +48,6 @@ use crate::transfer::{Cause, PeerKey};
 /// How many ended expectations are remembered to tell a late message from a wrong one.
 const REMEMBERED: usize = 4096;
 
-/// What to do, in this order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ExpectOutput {
-    /// All senders are done: the blocks are complete and the owner's. The outcome.
-    Received {
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-        /// As given with it.
-        tag: u64,
-    },
-    /// It failed. The outcome; no block of it may be trusted.
-    Failed {
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-        /// As given with it.
-        tag: u64,
-        /// Why, first of all.
-        cause: Cause,
-        /// Its blocks.
-        groups: Vec<GroupBlocks>,
-        /// `Quarantined` when a `Released` will follow.
-        memory: MemoryState,
-    },
-    /// Tell the peer to stop pushing, to drain, and to answer with closed.
-    Revoke {
-        /// The peer.
-        peer: PeerKey,
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-    },
-    /// Reset all own queue pairs to the peer, then call [`Expects::peer_reset`].
-    ForceReset {
-        /// The peer.
-        peer: PeerKey,
-    },
-    /// The memory of a failed expectation is the owner's again.
-    Released {
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-        /// Its blocks.
-        groups: Vec<GroupBlocks>,
-    },
-}
-
-/// What is expected.
-#[derive(Debug, Clone, Copy)]
-pub struct ExpectSpec<'a> {
-    /// The request.
-    pub request: &'a RequestId,
-    /// The try.
-    pub nonce: Nonce,
-    /// The blocks that may be written.
-    pub groups: &'a [GroupBlocks],
-    /// How many peers send a part each.
-    pub senders: u32,
-    /// When the outcome is due.
-    pub deadline: Time,
-    /// Comes back with the outcome.
-    pub tag: u64,
-}
-
-/// Why an expectation was not taken.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ExpectError {
-    /// Nobody would ever send it, or too many.
-    #[error(
-        "request {request} is expected from {senders} senders, from 1 to {MAX_PARTIES} are allowed"
-    )]
-    Senders {
-        /// The request.
-        request: RequestId,
-        /// The number given.
-        senders: u32,
-    },
-    /// Its deadline has passed.
-    #[error("request {request} is expected by a deadline that has passed")]
-    NoTime {
-        /// The request.
-        request: RequestId,
-    },
-    /// The block lists are unusable.
-    #[error("blocks expected for request {request}")]
-    Blocks {
-        /// The request.
-        request: RequestId,
-        /// What is wrong with them.
-        source: BlocksError,
-    },
-    /// A block is in something else of this rank.
-    #[error(transparent)]
-    InUse(#[from] BlockInUse),
-    /// Another try of the request is expected.
-    #[error(
-        "request {request} is already expected with nonce {held:?}, not {given:?}; cancel it first"
-    )]
-    OtherNonce {
-        /// The request.
-        request: RequestId,
-        /// The nonce that stands.
-        held: Nonce,
-        /// The nonce given.
-        given: Nonce,
-    },
-    /// The same try is expected with other blocks or senders.
-    #[error(
-        "request {request} with nonce {nonce:?} is already expected with other blocks or senders"
-    )]
-    Differs {
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-    },
-    /// The same try was expected before and has ended.
-    #[error(
-        "request {request} with nonce {nonce:?} was expected before and has ended; a new try needs a new nonce"
-    )]
-    Ended {
-        /// The request.
-        request: RequestId,
-        /// The try.
-        nonce: Nonce,
-    },
-}
-
-/// Why a peer's message was refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
-#[non_exhaustive]
-pub enum PushRefusal {
-    /// No such request is expected.
-    #[error("no such request is expected")]
-    UnknownRequest,
-    /// The request is expected, but not this try of it.
-    #[error("another try of the request is expected")]
-    WrongNonce,
-    /// The expectation has ended.
-    #[error("the expectation has ended")]
-    Late,
-    /// As many senders as the expectation has are bound already.
-    #[error("the expectation has all its {senders} senders")]
-    SendersFull {
-        /// Its number of senders.
-        senders: u32,
-    },
-    /// The sender has said before that it wrote over other rails, or speaks for one that it does not name.
-    #[error("the sender wrote over the rails {before}, and now says {rails}")]
-    OtherRails {
-        /// What it said first.
-        before: RailSet,
-        /// What it says now.
-        rails: RailSet,
-    },
-    /// The peer is not one of the senders.
-    #[error("the peer is not a sender of this request")]
-    NotASender,
-}
-
-/// What a sender's "done" did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PushProgress {
-    /// Counted; so many senders are still to come.
-    Waiting {
-        /// Senders that are not done.
-        left: u32,
-    },
-    /// It was the last: the outcome is out.
-    Complete,
-    /// This sender had said so before.
-    Repeated,
-}
-
 /// How far a bound peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writer {
@@ -233,15 +57,6 @@ enum Writer {
     Written,
     /// It will write no more.
     Closed,
-}
-
-/// A peer that is to be bound.
-#[derive(Debug, Clone, Copy)]
-pub struct Sender<'a> {
-    /// Who it is.
-    pub name: &'a PeerName,
-    /// What of each block it writes.
-    pub cover: &'a Cover,
 }
 
 #[derive(Debug)]
@@ -681,72 +496,6 @@ impl Expects {
         Ok(())
     }
 
-    /// The owner wants the request no more. False when no try of it stands.
-    pub fn cancel(&mut self, now: Time, request: &RequestId, cause: Cause) -> bool {
-        let Some(key) = self.standing.get(request).copied() else {
-            return false;
-        };
-        self.fail(now, key, cause);
-        true
-    }
-
-    /// Cancels everything that stands: the engine is shutting down.
-    pub fn cancel_all(&mut self, now: Time, cause: &Cause) {
-        let mut keys: Vec<u64> = self.standing.values().copied().collect();
-        keys.sort_unstable();
-        for key in keys {
-            self.fail(now, key, cause.clone());
-        }
-    }
-
-    /// A peer is dead, restarted or out of reach: its pushes cannot be completed. What it may
-    /// still have under way ends with the reset that is asked for here.
-    pub fn peer_lost(&mut self, now: Time, peer: PeerKey, cause: &Cause) {
-        let mut failing = Vec::new();
-        let mut pending = false;
-        for (&key, expectation) in &mut self.all {
-            let phase = expectation.phase;
-            if expectation.writer(peer) == Some(&mut Writer::Open) {
-                pending = true;
-                if matches!(phase, Phase::Standing(_)) {
-                    failing.push(key);
-                }
-            }
-        }
-        if !pending {
-            return;
-        }
-        // Before the failures: they then know that a revoke would not be answered.
-        let ask = self.resetting.insert(peer);
-        failing.sort_unstable();
-        for key in failing {
-            self.fail(now, key, cause.clone());
-        }
-        if ask {
-            self.outputs.push_back(ExpectOutput::ForceReset { peer });
-        }
-    }
-
-    /// All own queue pairs to the peer have been reset: nothing that it has posted can land any
-    /// more. Must be called before new queue pairs to it are set up. Expectations that stand keep
-    /// it bound, for it may push again over the new ones.
-    pub fn peer_reset(&mut self, peer: PeerKey) {
-        self.resetting.remove(&peer);
-        let mut drained = Vec::new();
-        for (&key, expectation) in &mut self.all {
-            if matches!(expectation.phase, Phase::Draining(_))
-                && let Some(writer) = expectation.writer(peer)
-            {
-                *writer = Writer::Closed;
-                drained.push(key);
-            }
-        }
-        drained.sort_unstable();
-        for key in drained {
-            self.release_if_drained(key);
-        }
-    }
-
     /// Whether a peer may tell checksums of what it writes for this try: it is bound, and has not been
     /// counted.
     #[must_use]
@@ -775,19 +524,6 @@ impl Expects {
 
     fn of_try(&self, request: &RequestId, nonce: Nonce) -> Option<&Expectation> {
         self.all.get(self.by_try.get(&(request.clone(), nonce))?)
-    }
-
-    /// Fails what has reached its deadline and cuts off who has used up the grace.
-    pub fn on_time(&mut self, now: Time) {
-        while let Some(&(time, key)) = self.timers.first() {
-            if time > now {
-                break;
-            }
-            match self.expectation(key).phase {
-                Phase::Standing(_) => self.fail(now, key, Cause::DeadlinePassed),
-                Phase::Draining(_) => self.cut_off(key),
-            }
-        }
     }
 
     /// When [`on_time`](Self::on_time) next has something to do.
@@ -829,90 +565,5 @@ impl Expects {
         self.all
             .get_mut(&key)
             .expect("a key in an index is removed together with its expectation")
-    }
-
-    /// Gives the outcome and starts the drain.
-    fn fail(&mut self, now: Time, key: u64, cause: Cause) {
-        let cut_off = now.saturating_add(self.grace);
-        let expectation = self.expectation(key);
-        let timer = expectation.timer();
-        let (request, nonce) = (expectation.request.clone(), expectation.nonce);
-        let open: Vec<PeerKey> = expectation.open_writers().collect();
-        let memory = if open.is_empty() {
-            MemoryState::Released
-        } else {
-            MemoryState::Quarantined
-        };
-        let failed = ExpectOutput::Failed {
-            request: request.clone(),
-            nonce,
-            tag: expectation.tag,
-            cause,
-            groups: expectation.groups.clone(),
-            memory,
-        };
-        expectation.phase = Phase::Draining(Some(cut_off));
-        if let Some(time) = timer {
-            self.timers.remove(&(time, key));
-        }
-        self.timers.insert((cut_off, key));
-        self.standing.remove(&request);
-        self.outputs.push_back(failed);
-        if open.is_empty() {
-            self.remove(key);
-            return;
-        }
-        for peer in open {
-            if !self.resetting.contains(&peer) {
-                self.outputs.push_back(ExpectOutput::Revoke {
-                    peer,
-                    request: request.clone(),
-                    nonce,
-                });
-            }
-        }
-    }
-
-    /// Asks for the reset of every peer that has not closed, once for each peer.
-    fn cut_off(&mut self, key: u64) {
-        let expectation = self.expectation(key);
-        let timer = expectation.timer();
-        expectation.phase = Phase::Draining(None);
-        let open: Vec<PeerKey> = expectation.open_writers().collect();
-        if let Some(time) = timer {
-            self.timers.remove(&(time, key));
-        }
-        for peer in open {
-            if self.resetting.insert(peer) {
-                self.outputs.push_back(ExpectOutput::ForceReset { peer });
-            }
-        }
-    }
-
-    fn release_if_drained(&mut self, key: u64) {
-        if self.expectation(key).open_writers().next().is_some() {
-            return;
-        }
-        let expectation = self.remove(key);
-        self.outputs.push_back(ExpectOutput::Released {
-            request: expectation.request,
-            nonce: expectation.nonce,
-            groups: expectation.groups,
-        });
-    }
-
-    /// Takes an expectation out of every index.
-    fn remove(&mut self, key: u64) -> Expectation {
-        let expectation = self.all.remove(&key).expect("only a live key is removed");
-        if let Some(time) = expectation.timer() {
-            self.timers.remove(&(time, key));
-        }
-        let request = &expectation.request;
-        self.by_try.remove(&(request.clone(), expectation.nonce));
-        if self.standing.get(request) == Some(&key) {
-            self.standing.remove(request);
-        }
-        self.ended.push(request, expectation.nonce);
-        expectation
     }
 }

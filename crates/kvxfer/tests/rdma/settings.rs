@@ -5,7 +5,7 @@ use kvxfer::config::{Config, ConfigBuilder, KvRole, PathKind};
 use kvxfer_verbs::Error as VerbsError;
 
 use crate::sh;
-use crate::support::{recipe, until};
+use crate::support::{LONG, recipe, until};
 
 /// On `rb`.
 fn refused(change: impl FnOnce(&mut Config)) -> Error {
@@ -120,4 +120,71 @@ fn on_rdma_a_port_that_is_down() {
     drop(down);
     let recipe = recipe(KvRole::Consumer, PathKind::Rdma, 4096, 8);
     until("the port", || recipe.try_node().is_ok());
+}
+
+/// An address of another subnet on `hb`, which nobody answers for; it goes with this.
+struct Elsewhere;
+
+impl Elsewhere {
+    const ADDRESS: &str = "10.77.0.2";
+
+    fn new() -> Self {
+        let elsewhere = Self;
+        sh(&format!("ip addr add {}/32 dev hb", Self::ADDRESS));
+        // Linux takes what it knows no route to for a neighbour: nobody there says so.
+        sh("echo 8 >/proc/sys/net/ipv4/conf/hb/arp_ignore");
+        elsewhere
+    }
+
+    /// Its place among the GIDs of `rb`.
+    fn gid_index() -> i32 {
+        let of = |index: &i32| {
+            let path = "/sys/class/infiniband/rb/ports/1/gids";
+            let text = std::fs::read_to_string(format!("{path}/{index}")).unwrap_or_default();
+            text.trim().ends_with(":ffff:0a4d:0002")
+        };
+        let mut found = None;
+        until("its GID", || {
+            found = (0..32).find(of);
+            found.is_some()
+        });
+        found.expect("just found")
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        let script = format!(
+            "echo 0 >/proc/sys/net/ipv4/conf/hb/arp_ignore; ip addr del {}/32 dev hb",
+            Self::ADDRESS
+        );
+        let _ = std::process::Command::new("sh")
+            .args(["-c", &script])
+            .status();
+    }
+}
+
+/// The session is refused with what the device said and what to look at, on the side that was not asked too.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_a_peer_on_another_subnet() {
+    let elsewhere = Elsewhere::new();
+    let producer = recipe(KvRole::Producer, PathKind::Rdma, 4096, 8).node();
+    let index = Elsewhere::gid_index();
+    let consumer = recipe(KvRole::Consumer, PathKind::Rdma, 4096, 8)
+        .with(|config| config.rdma_gid_index = index)
+        .node();
+    let address = producer.engine.listen("127.0.0.1:0").expect("a port");
+    let refused = consumer.engine.connect(&address.to_string(), LONG);
+    let refused = refused.map(drop).expect_err("no way leads there");
+    let mut words = refused.to_string();
+    let mut source = std::error::Error::source(&refused);
+    while let Some(error) = source {
+        words = format!("{words}: {error}");
+        source = error.source();
+    }
+    println!("{words}");
+    let told = words.contains("no neighbour answers") && words.contains("INIT to RTR");
+    assert!(told, "{words}");
+    drop(elsewhere);
 }
