@@ -1,6 +1,5 @@
 //! Launches of the kernels that post.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -59,6 +58,16 @@ pub struct Posts<'a> {
     pub op: u32,
     /// [`ALL`](crate::kernels::queue::ALL) and its like.
     pub until: u32,
+}
+
+/// Posts that lie where kernels find them.
+#[derive(Debug)]
+pub struct PreparedPosts {
+    args: PostArgs,
+    by: PostBy,
+    moves: PinnedMemory,
+    results: PinnedMemory,
+    count: usize,
 }
 
 /// A tensor that a producer makes blocks of.
@@ -131,6 +140,15 @@ impl PostKernels {
         queue: &Arc<DeviceQueue>,
         posts: &Posts<'_>,
     ) -> Result<Posting, Error> {
+        self.launch(stream, queue, &self.prepare(posts)?)
+    }
+
+    /// Lays posts out for [`launch`](Self::launch), which then takes no longer than a launch takes.
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    pub fn prepare(&self, posts: &Posts<'_>) -> Result<PreparedPosts, Error> {
         let posters = posts.posters.max(1);
         let each = posts.moves.len() / posters as usize;
         let count = u32::try_from(each).map_err(|_| too_large(posts.moves.len()))?;
@@ -140,21 +158,46 @@ impl PostKernels {
         let moves = self.table(Move::bytes(posts.moves))?;
         let posted = each * posters as usize;
         let results = self.results(posted)?;
+        Ok(PreparedPosts {
+            args: PostArgs {
+                moves: moves.device_addr(),
+                results: results.device_addr(),
+                count,
+                posters,
+                op: posts.op,
+                until: posts.until,
+                ..PostArgs::default()
+            },
+            by: posts.by,
+            moves,
+            results,
+            count: posted,
+        })
+    }
+
+    /// Puts prepared posts on a stream. They can be launched again when they have ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    pub fn launch(
+        &self,
+        stream: &Stream,
+        queue: &Arc<DeviceQueue>,
+        posts: &PreparedPosts,
+    ) -> Result<Posting, Error> {
         let args = PostArgs {
             queue: queue.handle(),
-            moves: moves.device_addr(),
-            results: results.device_addr(),
-            count,
-            posters,
-            op: posts.op,
-            until: posts.until,
+            ..posts.args
         };
+        let posters = args.posters;
         let (kernel, grid, block) = match posts.by {
             PostBy::Threads => (&self.threads, posters.div_ceil(self.warp), self.warp),
             PostBy::Waves => (&self.waves, posters, self.warp),
             PostBy::Blocks => (&self.blocks, posters, 2 * self.warp),
         };
-        let keep = self.keep(stream, queue, &[Place::Pinned(&moves, 0)], &results)?;
+        let moves = [Place::Pinned(&posts.moves, 0)];
+        let keep = self.keep(stream, queue, &moves, &posts.results)?;
         let pending = stream.put(keep, |raw| {
             // SAFETY: the argument is the kernel's, every table has the length that it says, all of it is in `keep`
             // or of the module that `self` shares with it, and every wait of the kernel ends by itself.
@@ -162,8 +205,8 @@ impl PostKernels {
         })?;
         Ok(Posting {
             pending,
-            results,
-            count: posted,
+            results: posts.results.clone(),
+            count: posts.count,
         })
     }
 
@@ -335,15 +378,5 @@ impl Posting {
             .iter()
             .map(PostResult::from_bytes)
             .collect())
-    }
-}
-
-impl fmt::Display for PostBy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Threads => "threads",
-            Self::Waves => "waves",
-            Self::Blocks => "workgroups",
-        })
     }
 }

@@ -9,5 +9,5 @@
 mod launch;
 mod queue;
 
-pub use launch::{PostBy, PostKernels, Posting, Posts, Produce, ProducedTensor};
+pub use launch::{PostBy, PostKernels, Posting, Posts, PreparedPosts, Produce, ProducedTensor};
 pub use queue::DeviceQueue;
