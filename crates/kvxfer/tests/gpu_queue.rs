@@ -321,6 +321,30 @@ fn checksums_are_told_of_what_kernels_push() {
 }
 
 #[test]
+fn what_has_ended_well_is_there() {
+    for path in [PathKind::Arena, PathKind::Tcp, PathKind::Ipc] {
+        let bench = Bench::new(path, (BLOCK, 2), BLOCKS, take_time);
+        bench.expect("r", 0..BLOCKS);
+        let push = bench.push("r", LONG);
+        let queue = bench.queue(&push, 64);
+        for block in 0..4 {
+            let moves = [put(0, block, block, BLOCK), put(1, block, block, BLOCK)];
+            assert_eq!(ends(&bench.post(&queue, &moves, PUT, ALL)), [WELL, WELL]);
+            // Before anything else is known of the push.
+            let table = pairs([(block, block)]);
+            bench
+                .consumer
+                .side
+                .verify(SEED, &table)
+                .expect("every byte");
+        }
+        drop(push.abort());
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        bench.over();
+    }
+}
+
+#[test]
 fn posts_wait_for_the_ticket_and_layers_go_beside_them() {
     let mut bench = Bench::small(|_| {});
     let push = bench.push("r", LONG);

@@ -587,9 +587,13 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
-        let rest = self.gathers.rest().into_iter().chain(self.queues_rest());
-        let rest = rest.min();
+        let queues = self.queues_rest();
+        let rest = self.gathers.rest().into_iter().chain(queues).min();
         if rest == Some(Duration::ZERO) {
+            if queues == rest {
+                // It may be for long, and who is waited for may be on this processor.
+                std::thread::yield_now();
+            }
             return;
         }
         // A device that has failed may tell nothing any more.

@@ -23,7 +23,7 @@ const MOST_TAKEN: usize = 256;
 const YOUNG: Duration = Duration::from_micros(200);
 /// How a queue is looked at whose push is over.
 const AFTERWARDS: Pace = Pace::Parked {
-    longest: Duration::from_millis(10),
+    longest: Duration::from_millis(20),
 };
 
 /// What a worker is told of queues.
