@@ -538,6 +538,37 @@ fn a_kernel_may_not_send_what_is_being_written() {
     assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
 }
 
+#[test]
+fn a_post_that_was_begun_and_never_written_fails_the_push() {
+    for commits_at_once in [true, false] {
+        let mut bench = Bench::small(|_| {});
+        bench.expect("r", 0..4);
+        let push = bench.push("r", LONG);
+        let queue = bench.queue(&push, 8);
+        assert_eq!(
+            ends(&bench.post(&queue, &[put(0, 1, 1, BLOCK)], PUT, EACH)),
+            [WELL]
+        );
+        queue.device().lose_a_ticket().expect("inside");
+        // Behind it nothing is found any more.
+        let posted = kvxfer::mem::kernels::queue::POSTED;
+        assert_eq!(
+            ends(&bench.post(&queue, &[put(0, 2, 2, BLOCK)], PUT, posted)),
+            [WELL]
+        );
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        if !commits_at_once {
+            bench.failed("r");
+        }
+        let fault = PostFault::Unwritten;
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
+        bench.failed("r");
+        bench.consumer.assert_untouched_but([1]);
+        bench.over();
+    }
+}
+
 #[track_caller]
 fn ended_by(ends: &[(Status, Status)], status: Status) {
     let told = [Status::Ok, status, Status::Flushed];

@@ -51,6 +51,8 @@ pub(crate) struct BwConfig {
     pub(crate) path: String,
     /// `read`, `write` or `both`.
     pub(crate) op: String,
+    /// Who started the transfers.
+    pub(crate) initiator: Initiator,
     /// The block sizes; null with a model.
     pub(crate) sizes: Option<Vec<u64>>,
     /// The engine's pattern; null without a model.

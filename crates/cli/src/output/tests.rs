@@ -3,7 +3,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::schema::{
-    BwConfig, Candidate, Difference, Executor, Hca, Measured, MemoryConfig, Op, Pages, Row,
+    BwConfig, Candidate, Difference, Executor, Hca, Initiator, Measured, MemoryConfig, Op, Pages,
+    Row,
 };
 use super::*;
 
@@ -69,6 +70,7 @@ fn report() -> BwReport {
         skipped: Vec::new(),
         path: "auto".into(),
         op: "both".into(),
+        initiator: Initiator::Host,
         sizes: Some(vec![4096, 1 << 20]),
         pattern: None,
         seed: 7,

@@ -16,7 +16,7 @@ use super::mem::{self, Gpus};
 use super::row::{Bench, Length};
 use super::settings::{Flag, SOFT_NAME as SOFT, Settings};
 use crate::args::{BwArgs, InitiatorChoice, OpChoice};
-use crate::output::schema::{BwConfig, BwReport, Difference, Op, Pages, Row};
+use crate::output::schema::{self, BwConfig, BwReport, Difference, Op, Pages, Row};
 use crate::output::{self, Format};
 use crate::problem::{Exit, Problem};
 use crate::progress::Progress;
@@ -124,7 +124,14 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
             rails: way.rails,
             skipped: way.skipped,
             path: settings.shown("path"),
-            op: args.op.to_string(),
+            op: match initiator {
+                Some(_) => OpChoice::Write.to_string(),
+                None => args.op.to_string(),
+            },
+            initiator: match initiator {
+                Some(_) => schema::Initiator::Gpu,
+                None => schema::Initiator::Host,
+            },
             sizes: match case::pattern(args) {
                 Some(_) => None,
                 None => Some(args.sizes().iter().map(|size| size.0).collect()),

@@ -111,6 +111,12 @@ impl Consumer {
         self.depth
     }
 
+    /// All posts below this one have been taken.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        self.next
+    }
+
     /// Posts that were taken and have not ended.
     #[must_use]
     pub fn under_way(&self) -> usize {

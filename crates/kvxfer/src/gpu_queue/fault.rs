@@ -13,6 +13,9 @@ pub enum PostFault {
         "its descriptor makes no sense: it was not written by kernels/post.h, or was overwritten"
     )]
     Malformed,
+    /// A post that was begun and is not there.
+    #[error("it was begun and never written: its kernel ended, or was ended, in the middle of it")]
+    Unwritten,
     /// Something other than a put.
     #[error("the queue of a push takes kvx_put alone")]
     Operation,
@@ -79,7 +82,7 @@ impl PostFault {
     #[must_use]
     pub fn status(self) -> Status {
         match self {
-            Self::Malformed => Status::Malformed,
+            Self::Malformed | Self::Unwritten => Status::Malformed,
             Self::Operation => Status::BadOp,
             Self::Address | Self::Layer { .. } => Status::BadKey,
             Self::Length { .. } => Status::BadLength,

@@ -31,7 +31,7 @@ pub struct GpuQueueConfig {
     pub gpu: Gpu,
     /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most.
     pub depth: u32,
-    /// How long a call of a kernel waits at most: for room, or for a post's end.
+    /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour.
     pub patience: Duration,
     /// How eagerly a worker looks at it.
     pub pace: Pace,

@@ -11,6 +11,8 @@ use crate::post::{Consumer, ProxyRing, RingAddresses};
 
 /// Where the abort word is, behind the state and on a line of its own.
 const ABORT: u64 = 64;
+/// The longest patience: what a kernel's launch promises is that it ends.
+const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 /// Bytes in the GPU's memory.
 const OWN: u64 = 128;
 /// A word of the value 1 behind the ring: what the abort word is set from.
@@ -30,7 +32,7 @@ pub struct DeviceQueue {
 
 impl DeviceQueue {
     /// A queue for kernels of this GPU, and the consumer of its ring. No call of a kernel waits for longer than
-    /// `patience`.
+    /// `patience`, nor for longer than an hour.
     ///
     /// # Errors
     ///
@@ -52,7 +54,7 @@ impl DeviceQueue {
             memory,
             own,
             aborts: Stream::urgent(gpu)?,
-            patience: ticks(gpu.runtime(), patience),
+            patience: ticks(gpu.runtime(), patience.min(MOST_PATIENCE)),
         };
         Ok((queue, consumer))
     }
@@ -78,6 +80,28 @@ impl DeviceQueue {
     #[must_use]
     pub fn gpu(&self) -> &Gpu {
         self.own.gpu()
+    }
+
+    /// How many tickets posters have taken, once no kernel runs any more. One that the ring's consumer does not find
+    /// was taken by a kernel that did not get to write its post.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn posted(&self) -> Result<u64, Error> {
+        let mut next = [0; 8];
+        self.own.read(0, &mut next)?;
+        Ok(u64::from_ne_bytes(next))
+    }
+
+    /// Takes a ticket and posts nothing, as a kernel does that is killed in between: for tests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    #[doc(hidden)]
+    pub fn lose_a_ticket(&self) -> Result<(), Error> {
+        self.own.write(0, &(self.posted()? + 1).to_ne_bytes())
     }
 
     /// Sets the abort word: whoever waits is told [`Status::Stopped`](crate::post::Status::Stopped), and so is whoever

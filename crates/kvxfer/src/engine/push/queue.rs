@@ -316,8 +316,14 @@ impl GpuQueue {
             Err(_) => false,
         };
         self.shared.device.is_over.store(gone, Ordering::Release);
-        self.close();
+        // A kernel that was killed may have begun a post that nobody will find.
+        let posted = match gone {
+            true => self.shared.device().posted().map(Some),
+            false => Ok(None),
+        };
+        self.close(*posted.as_ref().unwrap_or(&None));
         match ended {
+            Ok(()) => Ok(posted.map(drop)?),
             Err(Error::Memory(error)) if is_late(&error) => {
                 Err(Error::KernelsLate { after: within })
             }
@@ -325,10 +331,11 @@ impl GpuQueue {
         }
     }
 
-    fn close(&mut self) {
+    fn close(&mut self, posted: Option<u64>) {
         self.is_over = true;
+        let number = self.number;
         self.pushing
-            .send(Command::Queue(QueueOrder::Close(self.number)));
+            .send(Command::Queue(QueueOrder::Close { number, posted }));
     }
 }
 
@@ -348,6 +355,6 @@ impl Drop for GpuQueue {
             return;
         }
         self.shared.stop();
-        self.close();
+        self.close(None);
     }
 }

@@ -32,7 +32,12 @@ pub(crate) enum QueueOrder {
     /// A queue of one of its pushes.
     Add(Box<KernelQueue>),
     /// Nobody posts to it any more, or nobody is to.
-    Close(u64),
+    Close {
+        /// Which one.
+        number: u64,
+        /// How many posts have been begun, if nobody posts any more.
+        posted: Option<u64>,
+    },
     /// It is to be looked at otherwise from now on.
     Look,
 }
@@ -60,6 +65,8 @@ pub(crate) struct KernelQueue {
     stage: Stage,
     /// It goes when nothing of it is under way.
     is_closing: bool,
+    /// How many posts have been begun, if there are no more.
+    posted: Option<u64>,
     /// Looks in a row that have found nothing, and when one last has found something.
     looks: u32,
     found: Option<Instant>,
@@ -82,16 +89,18 @@ impl KernelQueue {
             jobs: HashMap::new(),
             stage: Stage::Open,
             is_closing: false,
+            posted: None,
             looks: 0,
             found: None,
         }
     }
 
-    /// A post has ended.
+    /// A post has ended. It is counted first: whoever sees a kernel's end finds its posts counted.
     fn complete(&mut self, post: u64, status: Status) {
+        self.shared.note_ended(1, status);
         let ring = self.shared.device().ring();
         match self.consumer.complete(ring, post, status) {
-            Ok(Ok(())) => self.shared.note_ended(1, status),
+            Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(%error, "a post has ended twice"),
             Err(error) => self.lose_ring(&error),
         }
@@ -102,14 +111,14 @@ impl KernelQueue {
         self.stage = Stage::Sealed;
         self.jobs.clear();
         let ring = self.shared.device().ring();
-        let under_way = self.consumer.under_way() as u64;
+        self.shared
+            .note_ended(self.consumer.under_way() as u64, status);
         let closed = match status {
             Status::Ok => Ok(()),
             status => self.consumer.close(ring, status),
         };
-        match closed.and_then(|()| self.consumer.complete_all(ring, status)) {
-            Ok(()) => self.shared.note_ended(under_way, status),
-            Err(error) => self.lose_ring(&error),
+        if let Err(error) = closed.and_then(|()| self.consumer.complete_all(ring, status)) {
+            self.lose_ring(&error);
         }
     }
 
@@ -182,10 +191,11 @@ impl Worker {
                 }
                 self.queues.push(*queue);
             }
-            QueueOrder::Close(number) => {
+            QueueOrder::Close { number, posted } => {
                 let queue = self.queues.iter_mut().find(|queue| queue.number == number);
                 if let Some(queue) = queue {
                     queue.is_closing = true;
+                    queue.posted = posted;
                     queue.looks = 0;
                 }
             }
@@ -212,7 +222,7 @@ impl Worker {
             let found = self.look_at_queue(queue);
             let drained = !found && (queue.table.is_some() || queue.stage == Stage::Sealed);
             if queue.is_closing && drained {
-                queue.stage = Stage::Sealed;
+                self.seal(queue);
             }
             any |= found;
         }
@@ -225,11 +235,28 @@ impl Worker {
     pub(super) fn seal_queues(&mut self, id: TransferId) {
         let mut queues = std::mem::take(&mut self.queues);
         for queue in queues.iter_mut().filter(|queue| queue.id == id) {
-            // No post ends meanwhile, so there are at most as many as slots.
-            while self.look_at_queue(queue) {}
-            queue.stage = Stage::Sealed;
+            // What was posted before has a slot each; a kernel that goes on is not waited for.
+            let looks = (queue.consumer.depth() as usize).div_ceil(MOST_TAKEN);
+            for _ in 0..looks {
+                if !self.look_at_queue(queue) {
+                    break;
+                }
+            }
+            self.seal(queue);
         }
         self.queues = queues;
+    }
+
+    /// Everything that was posted has been taken. A post that was begun and is not there is a block that its engine
+    /// believes to be sent.
+    fn seal(&mut self, queue: &mut KernelQueue) {
+        if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
+            return;
+        }
+        let taken = queue.consumer.taken();
+        if queue.posted.is_some_and(|posted| taken < posted) {
+            self.fail_post(queue.id, taken, PostFault::Unwritten);
+        }
     }
 
     fn look_at_queue(&mut self, queue: &mut KernelQueue) -> bool {
