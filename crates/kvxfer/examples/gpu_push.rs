@@ -1,5 +1,5 @@
-//! A producer kernel that fills blocks and pushes them layer by layer, with no CPU between the two; the consumer
-//! compares every byte.
+//! A producer kernel that fills blocks and pushes them layer by layer, with no call of its program's between the two;
+//! the consumer compares every byte.
 //!
 //! ```sh
 //! cargo run --release -p kvxfer --example gpu_push -- --gpu auto
