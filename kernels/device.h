@@ -391,4 +391,13 @@ KVX_FN void kvx_relax(kvx_u32 turn) {
 #endif
 }
 
+// A word spread over all 64 bits (the finaliser of splitmix64): for checksums and patterns.
+KVX_FN kvx_u64 kvx_mix(kvx_u64 x) {
+  x ^= x >> 30;
+  x *= 0xbf58476d1ce4e5b9ull;
+  x ^= x >> 27;
+  x *= 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
 #endif

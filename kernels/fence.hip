@@ -10,15 +10,6 @@ KVX_FN void kvx_fence_record(const kvx_fence_args &args, kvx_u32 group) {
   *slot = value;
 }
 
-// One word of a checksum, spread over all 64 bits (the finaliser of splitmix64).
-KVX_FN kvx_u64 kvx_mix(kvx_u64 x) {
-  x ^= x >> 30;
-  x *= 0xbf58476d1ce4e5b9ull;
-  x ^= x >> 27;
-  x *= 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 // Bytes left..left+8 of a piece as a little-endian word; what lies behind its end is 0.
 KVX_FN kvx_u64 kvx_word(kvx_u64 at, kvx_u64 left) {
   if (left >= 8 && at % 8 == 0) {

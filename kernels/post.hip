@@ -1,4 +1,4 @@
-// Posts in numbers: what tests and measurements of post.h run.
+// What tests, measurements and the example of post.h run: posts in numbers, and a producer that pushes.
 #include "post.h"
 
 // Who posts as one.
@@ -82,6 +82,66 @@ KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 spea
   }
 }
 
+// 2^64 divided by the golden ratio, odd.
+#define KVX_GOLDEN 0x9e3779b97f4a7c15ull
+
+// Fills a block; this thread's words.
+KVX_FN void kvx_make(const kvx_produced &tensor, kvx_u32 block, kvx_u32 thread, kvx_u32 threads) {
+  KVX_GLOBAL kvx_u64 *words = (KVX_GLOBAL kvx_u64 *)(tensor.addr + block * tensor.stride);
+  kvx_u64 key = kvx_mix(tensor.salt + block);
+  for (kvx_u64 i = thread; i < tensor.bytes / 8; i += threads) {
+    kvx_u64 x = key + i * KVX_GOLDEN;
+    words[i] = x ^ x >> 32;
+  }
+}
+
+// One workgroup's part of a producer: makes a layer's blocks and pushes each as soon as it is there,
+// then the next layer's; at last it waits for all of them.
+KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u32 groups,
+                             kvx_u32 thread, kvx_u32 threads) {
+  const KVX_GLOBAL kvx_produced *tensors = (const KVX_GLOBAL kvx_produced *)args.tensors;
+  const KVX_GLOBAL kvx_produced_layer *layers =
+      (const KVX_GLOBAL kvx_produced_layer *)args.layers;
+  const KVX_GLOBAL kvx_pair *pairs = (const KVX_GLOBAL kvx_pair *)args.pairs;
+  KVX_GLOBAL kvx_post_result *results = (KVX_GLOBAL kvx_post_result *)args.results;
+  for (kvx_u32 layer = 0; layer < args.layers_len; ++layer) {
+#pragma nounroll
+    for (kvx_u32 pair = group; pair < args.pairs_len; pair += groups) {
+      kvx_u32 src = pairs[pair].src, dst = pairs[pair].dst;
+#pragma nounroll
+      for (kvx_u32 t = layers[layer].first; t < layers[layer].end; ++t) {
+        kvx_produced tensor = {tensors[t].addr, tensors[t].stride, tensors[t].bytes,
+                               tensors[t].salt};
+        kvx_make(tensor, src, thread, threads);
+      }
+      kvx_move move = {layers[layer].place | src, layers[layer].place | dst, layers[layer].len,
+                       0, 0, 0, KVX_LOCAL_PLACE | KVX_REMOTE_PLACE};
+      kvx_u64 ticket = 0;
+      kvx_u32 status = kvx_put_block(args.queue, move, ticket);
+      if (kvx_leads_block()) {
+        kvx_u64 at = (kvx_u64)layer * args.pairs_len + pair;
+        results[at].ticket = ticket;
+        results[at].posted = status;
+        results[at].ended = status;
+      }
+    }
+  }
+  kvx_together<KVX_BY_BLOCK>();
+  for (kvx_u32 layer = 0; layer < args.layers_len; ++layer) {
+#pragma nounroll
+    for (kvx_u32 pair = group; pair < args.pairs_len; pair += groups) {
+      kvx_u64 at = (kvx_u64)layer * args.pairs_len + pair;
+      if (results[at].posted != KVX_OK) {
+        continue;
+      }
+      kvx_u32 ended = kvx_wait_block(args.queue, results[at].ticket);
+      if (kvx_leads_block()) {
+        results[at].ended = ended;
+      }
+    }
+  }
+}
+
 #ifndef KVX_HOST
 KVX_FN kvx_u32 kvx_number() { return kvx_group() * kvx_threads() + kvx_thread(); }
 
@@ -104,11 +164,22 @@ KVX_KERNEL void kvx_post_blocks(kvx_post_args args) {
     kvx_post_all<KVX_BY_BLOCK>(args, kvx_group(), kvx_leads_block());
   }
 }
+
+KVX_KERNEL void kvx_produce(kvx_produce_args args) {
+  kvx_produce_part(args, kvx_group(), kvx_groups(), kvx_thread(), kvx_threads());
+}
 #else
 // Posters `first` to `end`, one after the other in the calling thread.
 KVX_KERNEL void kvx_post_host(const kvx_post_args *args, kvx_u32 first, kvx_u32 end, kvx_u32) {
   for (kvx_u32 poster = first; poster < end && poster < args->posters; ++poster) {
     kvx_post_all<KVX_BY_THREAD>(*args, poster, 1);
+  }
+}
+
+// All workgroups, one after the other in the calling thread.
+KVX_KERNEL void kvx_produce(const kvx_produce_args *args, kvx_u32 grid, kvx_u32) {
+  for (kvx_u32 group = 0; group < grid; ++group) {
+    kvx_produce_part(*args, group, grid, 0, 1);
   }
 }
 #endif

@@ -40,6 +40,9 @@
   ((kvx_u64)(kvx_u8)(group) << 56 | (kvx_u64)(kvx_u8)(tensor) << 48 |                     \
    (kvx_u64)(unsigned short)(layer) << 32 | (kvx_u64)(kvx_u32)(block))
 
+// The tensor of a place that stands for all of its layer: what queues of a push take.
+#define KVX_ALL_TENSORS 0xffu
+
 static_assert(KVX_PLACE(0x11, 0x2233, 0x44, 0x55667788) == 0x1144223355667788ull, "places");
 
 // What is moved: `len` bytes between here and the peer.
@@ -139,6 +142,34 @@ struct kvx_post_result {
   kvx_u32 ended;      // what the wait said; as `posted` where there was none
 };
 
+// A tensor that kvx_produce makes blocks of: word `i` of block `b` is x ^ x >> 32 of
+// x = mix(salt + b) + i * KVX_GOLDEN, as the pattern of the bandwidth test has it.
+struct kvx_produced {
+  kvx_u64 addr;       // block 0
+  kvx_u64 stride;     // bytes from one block to the next
+  kvx_u64 bytes;      // of a block; all three are multiples of 8
+  kvx_u64 salt;
+};
+
+// A layer that it makes, and pushes.
+struct kvx_produced_layer {
+  kvx_u64 place;      // of block 0: of both sides
+  kvx_u64 len;        // bytes of a put
+  kvx_u32 first;      // its tensors: from here
+  kvx_u32 end;        // to here
+};
+
+// For kvx_produce. Workgroup `g` has the pairs g, g + workgroups and so on.
+struct kvx_produce_args {
+  kvx_queue queue;
+  kvx_u64 tensors;    // kvx_produced[]
+  kvx_u64 layers;     // kvx_produced_layer[layers_len]
+  kvx_u64 pairs;      // kvx_pair[pairs_len]
+  kvx_u64 results;    // kvx_post_result[layers_len * pairs_len]: layer by layer
+  kvx_u32 layers_len;
+  kvx_u32 pairs_len;
+};
+
 KVX_SIZE(kvx_move, 40);
 KVX_AT(kvx_move, remote, 8);
 KVX_AT(kvx_move, len, 16);
@@ -190,5 +221,20 @@ KVX_AT(kvx_post_args, until, 124);
 KVX_SIZE(kvx_post_result, 16);
 KVX_AT(kvx_post_result, posted, 8);
 KVX_AT(kvx_post_result, ended, 12);
+KVX_SIZE(kvx_produced, 32);
+KVX_AT(kvx_produced, stride, 8);
+KVX_AT(kvx_produced, bytes, 16);
+KVX_AT(kvx_produced, salt, 24);
+KVX_SIZE(kvx_produced_layer, 24);
+KVX_AT(kvx_produced_layer, len, 8);
+KVX_AT(kvx_produced_layer, first, 16);
+KVX_AT(kvx_produced_layer, end, 20);
+KVX_SIZE(kvx_produce_args, 136);
+KVX_AT(kvx_produce_args, tensors, 96);
+KVX_AT(kvx_produce_args, layers, 104);
+KVX_AT(kvx_produce_args, pairs, 112);
+KVX_AT(kvx_produce_args, results, 120);
+KVX_AT(kvx_produce_args, layers_len, 128);
+KVX_AT(kvx_produce_args, pairs_len, 132);
 
 #endif

@@ -74,6 +74,15 @@ pub(crate) struct BwArgs {
     #[arg(long, value_enum, default_value_t = OpChoice::Both)]
     pub(crate) op: OpChoice,
 
+    /// Who starts pushes: this process, or a kernel that posts each block. Kernels push and do not pull: `--op both`
+    /// means `write` with `gpu`. Where there is no GPU, the host build of the same kernel is run, and the rows say so
+    #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
+    pub(crate) initiator: InitiatorChoice,
+
+    /// What the kernel posts to: `proxy`, a ring that this process's workers carry out [default: proxy]
+    #[arg(long, value_enum)]
+    pub(crate) queue: Option<QueueChoice>,
+
     /// How the bytes go; `auto` takes the best that can be used and says why [default: auto]
     #[arg(long, value_enum)]
     pub(crate) path: Option<PathChoice>,
@@ -131,6 +140,23 @@ pub(crate) struct BwArgs {
     /// Comma-separated values on standard output, all else on standard error
     #[arg(long, conflicts_with = "json")]
     pub(crate) csv: bool,
+}
+
+/// `--initiator`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum InitiatorChoice {
+    Host,
+    Gpu,
+}
+
+/// `--queue`. Those that are not there yet are known by name, so that they are refused by their reasons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QueueChoice {
+    Proxy,
+    #[value(hide = true)]
+    GpuWqe,
+    #[value(hide = true)]
+    Direct,
 }
 
 /// Options of `kvxfer ping`. Short ones mean what they mean in ping(8).

@@ -85,6 +85,20 @@ pub enum Error {
     /// A stream was given for memory that is the host's.
     #[error("a stream to put the fence on, and the engine's memory is the host's")]
     StreamWithoutGpu,
+    /// A queue for kernels cannot be like that.
+    #[error("a queue for kernels: {what}")]
+    QueueConfig {
+        /// Which setting, and what it may be.
+        what: &'static str,
+    },
+    /// Kernels that post have not ended in time.
+    #[error(
+        "the kernels of a queue have not ended within {after:?}, and were told to stop: wait for them before GpuQueue::finish, or give them longer"
+    )]
+    KernelsLate {
+        /// How long they were waited for.
+        after: Duration,
+    },
     /// A peer's handles are not those of its memories.
     #[error("{handles} handles for {memories} memories of a GPU")]
     GpuHandles {

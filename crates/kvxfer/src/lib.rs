@@ -81,6 +81,7 @@
 //! - [`layout`]: what a block is and where a rank keeps it; [`mem`]: memory that can be registered
 //! - [`ticket`], [`metadata`], [`event`], [`ids`], [`blocks`]: no device code, for a scheduler or a router
 //! - [`config`]: settings from JSON, the environment and flags; [`devices`]: which NIC they lead to
+//! - [`gpu_queue`]: pushes that kernels make
 //! - [`bench`](mod@bench): the two sides of a bandwidth test; [`ping`]: is a peer there, and how far away?
 //! - [`plan`], [`transfer`], [`rails`], [`leases`], [`expects`], [`session`], [`wire`]: the pure parts that the
 //!   engine drives, with no I/O and no clock; open for tests, tools and fuzzing
@@ -104,6 +105,7 @@ pub mod engine;
 mod error;
 pub mod event;
 pub mod expects;
+pub mod gpu_queue;
 pub mod ids;
 pub mod layout;
 pub mod leases;

@@ -103,3 +103,12 @@ fn waiting_with_tokio() {
     assert!(out.contains("event fd: Received"), "{out}");
     assert!(out.contains("poll loop: Received"), "{out}");
 }
+
+#[test]
+fn a_kernel_pushes_what_it_makes() {
+    let out = run("gpu_push", &["--gpu", "host", "--blocks", "65"]);
+    assert!(out.starts_with("executor: host-build"), "{out}");
+    let bytes = 33 * 8 * (16 << 10);
+    assert!(out.contains(&format!("{bytes} bytes of 8 layers")), "{out}");
+    assert!(out.contains("verified, over arena"), "{out}");
+}

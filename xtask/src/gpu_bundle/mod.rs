@@ -26,7 +26,7 @@ struct Program {
     file: &'static str,
 }
 
-const PROGRAMS: [Program; 4] = [
+const PROGRAMS: [Program; 6] = [
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer-hipmem", "--test", "gpu"],
         target: "gpu",
@@ -41,6 +41,16 @@ const PROGRAMS: [Program; 4] = [
         cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "ipc"],
         target: "ipc",
         file: "engine-tests",
+    },
+    Program {
+        cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "gpu_queue"],
+        target: "gpu_queue",
+        file: "queue-tests",
+    },
+    Program {
+        cargo: &["build", "-p", "kvxfer", "--example", "gpu_push"],
+        target: "gpu_push",
+        file: "gpu_push",
     },
     Program {
         cargo: &["build", "-p", "kvxfer-cli", "--bin", "kvxfer"],

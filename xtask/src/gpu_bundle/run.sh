@@ -45,13 +45,20 @@ bw=$?
 cat "$out/bw.txt"
 sed 's/"op":"/\n/g' "$out/bw.json" | sed -n 's/^\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
 [ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
+# The same blocks, each posted by a kernel.
+command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --size 4K,16K,64K --iters 20 --json >"$out/bw-kernel.json" 2>"$out/bw-kernel.txt"
+by_kernel=$?
+cat "$out/bw-kernel.txt"
+sed 's/"op":"/\n/g' "$out/bw-kernel.json" | sed -n 's/^write.*"executor":"\([a-z-]*\)".*"hca":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),.*"blocks_per_s":\([0-9.]*\).*/posted by a kernel (\1, NIC: \2) over \3, \4 bytes a block: \5 GB\/s of \6, \7 posts\/s/p'
+[ $by_kernel -ne 0 ] && echo "kvxfer bw --initiator gpu ended with $by_kernel"
+timeout -k 5 60 "$here/gpu_push" --gpu "$KVXFER_TEST_GPU" 2>&1 | tee "$out/gpu_push.txt"
 
 echo
 echo "== tests =="
 : >"$out/tests.jsonl"
 passed=0
 failed=
-for of in gpu-tests engine-tests; do
+for of in gpu-tests engine-tests queue-tests; do
 for name in $("$here/$of" --list --format terse 2>/dev/null | sed -n 's/: test$//p'); do
     if [ "$(left)" -le 0 ]; then
         echo "not run, the time is over: $name"
@@ -88,4 +95,4 @@ for name in $failed; do
     echo "FAILED OR NOT RUN: $name"
 done
 echo "$(($(date +%s) - began)) seconds; results in $out"
-[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] && [ $bw -eq 0 ] || exit 1
+[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] && [ $bw -eq 0 ] && [ $by_kernel -eq 0 ] || exit 1

@@ -9,11 +9,19 @@ pub(super) struct Kernel<'a> {
     pub(super) code: Vec<&'a str>,
 }
 
+/// The kernel that posts places alone, which WQEs do not have: the compiler leaves them out of it.
+pub(super) const PROXY_ONLY: &str = "kvx_produce";
+
 /// Every kernel that a module must have.
 pub(super) fn wanted(source: Source) -> &'static [&'static str] {
     match source {
         Source::Kvx => &["kvx_acquire", "kvx_release", "kvx_verify", "kvx_gather"],
-        Source::Post => &["kvx_post_threads", "kvx_post_waves", "kvx_post_blocks"],
+        Source::Post => &[
+            "kvx_post_threads",
+            "kvx_post_waves",
+            "kvx_post_blocks",
+            PROXY_ONLY,
+        ],
         Source::Planted => &[],
     }
 }

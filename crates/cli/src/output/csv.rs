@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use super::schema::{Candidate, Row, round};
+use super::schema::{Candidate, Executor, Hca, QueueKind, Row, round};
 
 const HEADER: &str = "op,path,path_reason,candidates,block_bytes,blocks,bytes,transfers,operations,\
                       gb_per_s,limit_gb_per_s,of_limit,blocks_per_s,p50_us,p99_us,p999_us,\
-                      prepare_us,post_us,wire_us,verified_bytes\n";
+                      prepare_us,post_us,wire_us,verified_bytes,initiator,executor,queue,hca\n";
 
 /// A header and a line a row. What is null in JSON is empty here.
 pub(super) fn text(rows: &[Row]) -> String {
@@ -35,6 +35,10 @@ pub(super) fn text(rows: &[Row]) -> String {
             number(row.post_us),
             number(row.wire_us),
             row.verified_bytes.to_string(),
+            row.initiator.name().to_owned(),
+            row.executor.map_or("", Executor::name).to_owned(),
+            row.queue.map_or("", QueueKind::name).to_owned(),
+            row.hca.map_or("", Hca::name).to_owned(),
         ];
         // Writing to a string does not fail.
         let _ = writeln!(out, "{}", fields.join(","));

@@ -51,6 +51,8 @@ pub(crate) struct BwConfig {
     pub(crate) path: String,
     /// `read`, `write` or `both`.
     pub(crate) op: String,
+    /// Who started the transfers.
+    pub(crate) initiator: Initiator,
     /// The block sizes; null with a model.
     pub(crate) sizes: Option<Vec<u64>>,
     /// The engine's pattern; null without a model.
@@ -174,6 +176,74 @@ impl Op {
     }
 }
 
+/// Who posted the blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Initiator {
+    Host,
+    Gpu,
+}
+
+/// What ran the kernel that posted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Executor {
+    Gpu,
+    /// The host build of the same source.
+    HostBuild,
+}
+
+/// What a kernel posted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum QueueKind {
+    Proxy,
+}
+
+/// What carried a kernel's posts out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Hca {
+    Nic,
+    /// The software device, or GPU links.
+    None,
+}
+
+impl Initiator {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Gpu => "gpu",
+        }
+    }
+}
+
+impl Executor {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Gpu => "gpu",
+            Self::HostBuild => "host-build",
+        }
+    }
+}
+
+impl QueueKind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Proxy => "proxy",
+        }
+    }
+}
+
+impl Hca {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Nic => "nic",
+            Self::None => "none",
+        }
+    }
+}
+
 /// A path that could have been taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Candidate {
@@ -197,6 +267,14 @@ impl From<&kvxfer::wire::Candidate> for Candidate {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Row {
     pub(crate) op: Op,
+    /// Who posted the blocks.
+    pub(crate) initiator: Initiator,
+    /// What ran the kernel that posted them; null where none did.
+    pub(crate) executor: Option<Executor>,
+    /// What it posted to; null where none did.
+    pub(crate) queue: Option<QueueKind>,
+    /// What carried its posts out; null where none did.
+    pub(crate) hca: Option<Hca>,
     pub(crate) path: String,
     pub(crate) path_reason: String,
     pub(crate) candidates: Vec<Candidate>,
@@ -232,6 +310,7 @@ pub(crate) struct Row {
 #[derive(Debug, Clone)]
 pub(crate) struct Measured {
     pub(crate) op: Op,
+    pub(crate) by: Option<(Executor, Hca)>,
     pub(crate) path: String,
     pub(crate) path_reason: String,
     pub(crate) candidates: Vec<Candidate>,
@@ -280,6 +359,13 @@ impl Measured {
             post_us: median_us(&self.post_ns),
             wire_us: median_us(&self.wire_ns),
             op: self.op,
+            initiator: match self.by {
+                Some(_) => Initiator::Gpu,
+                None => Initiator::Host,
+            },
+            executor: self.by.map(|(executor, _)| executor),
+            queue: self.by.map(|_| QueueKind::Proxy),
+            hca: self.by.map(|(_, hca)| hca),
             path: self.path,
             path_reason: self.path_reason,
             candidates: self.candidates,

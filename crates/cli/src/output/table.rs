@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use kvxfer::SkippedRail;
 
-use super::schema::{BwReport, Row};
+use super::schema::{BwReport, Hca, Row};
 
 const HEADER: [&str; 18] = [
     "op",
@@ -131,6 +131,17 @@ fn fixed(value: f64, decimals: usize) -> String {
 fn notes(report: &BwReport, out: &mut String) {
     let mut lines = Vec::new();
     for row in &report.rows {
+        if let (Some(executor), Some(queue), Some(hca)) = (row.executor, row.queue, row.hca) {
+            let (executor, queue) = (executor.name(), queue.name());
+            lines.push(match hca {
+                Hca::Nic => {
+                    format!("posted by a kernel ({executor}) through the queue {queue}, to a NIC")
+                }
+                Hca::None => format!(
+                    "posted by a kernel ({executor}) through the queue {queue}; no NIC takes part"
+                ),
+            });
+        }
         lines.push(format!("{}: {}", row.path, row.path_reason));
         for candidate in &row.candidates {
             if let Some(why) = &candidate.why_not {

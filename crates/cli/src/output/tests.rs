@@ -1,6 +1,11 @@
 use std::time::Duration;
 
-use super::schema::{BwConfig, Candidate, Difference, Measured, MemoryConfig, Op, Pages, Row};
+use serde_json::Value;
+
+use super::schema::{
+    BwConfig, Candidate, Difference, Executor, Hca, Initiator, Measured, MemoryConfig, Op, Pages,
+    Row,
+};
 use super::*;
 
 fn report() -> BwReport {
@@ -20,6 +25,7 @@ fn report() -> BwReport {
     ];
     let arena = Measured {
         op: Op::Read,
+        by: None,
         path: "arena".into(),
         path_reason: "same host, both sides in arenas".into(),
         candidates: candidates.clone(),
@@ -38,6 +44,7 @@ fn report() -> BwReport {
     };
     let tcp = Measured {
         op: Op::Write,
+        by: Some((Executor::HostBuild, Hca::None)),
         path: "tcp".into(),
         path_reason: "asked for".into(),
         rates: vec![2.0e9],
@@ -63,6 +70,7 @@ fn report() -> BwReport {
         skipped: Vec::new(),
         path: "auto".into(),
         op: "both".into(),
+        initiator: Initiator::Host,
         sizes: Some(vec![4096, 1 << 20]),
         pattern: None,
         seed: 7,
@@ -129,14 +137,14 @@ fn every_json_field_is_in_the_document() {
 }
 
 /// Looks for the name of every field in the document; returns how many there were.
-pub(super) fn is_documented(value: serde_json::Value) -> usize {
+pub(super) fn is_documented(value: Value) -> usize {
     let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/json.md");
     let document = std::fs::read_to_string(document).unwrap_or_default();
     let mut open = vec![value];
     let mut seen = 0;
     while let Some(value) = open.pop() {
         match value {
-            serde_json::Value::Object(fields) => {
+            Value::Object(fields) => {
                 for (name, value) in fields {
                     assert!(
                         document.contains(&format!("`{name}`")),
@@ -146,7 +154,7 @@ pub(super) fn is_documented(value: serde_json::Value) -> usize {
                     open.push(value);
                 }
             }
-            serde_json::Value::Array(values) => open.extend(values),
+            Value::Array(values) => open.extend(values),
             _ => {}
         }
     }
@@ -166,12 +174,22 @@ fn nulls_follow_the_rules() {
         assert!(row(1, name).is_null(), "{name}");
     }
     assert!(row(0, "candidates")[0]["why_not"].is_null());
+    let by = ["initiator", "executor", "queue", "hca"];
+    assert_eq!(
+        by.map(|name| row(0, name)),
+        ["host".into(), Value::Null, Value::Null, Value::Null]
+    );
+    assert_eq!(
+        by.map(|name| row(1, name)),
+        ["gpu", "host-build", "proxy", "none"]
+    );
 }
 
 #[test]
 fn nothing_timed_is_no_row() {
     let row = Measured {
         op: Op::Read,
+        by: None,
         path: "arena".into(),
         path_reason: String::new(),
         candidates: Vec::new(),

@@ -10,12 +10,13 @@ use kvxfer::config::Config;
 use kvxfer::{RdmaLink, SkippedRail};
 
 use super::case::{self, Case, Room};
+use super::initiator::{self, Initiator};
 use super::limit::{Limit, Ways};
 use super::mem::{self, Gpus};
 use super::row::{Bench, Length};
 use super::settings::{Flag, SOFT_NAME as SOFT, Settings};
-use crate::args::{BwArgs, OpChoice};
-use crate::output::schema::{BwConfig, BwReport, Difference, Op, Pages, Row};
+use crate::args::{BwArgs, InitiatorChoice, OpChoice};
+use crate::output::schema::{self, BwConfig, BwReport, Difference, Op, Pages, Row};
 use crate::output::{self, Format};
 use crate::problem::{Exit, Problem};
 use crate::progress::Progress;
@@ -49,6 +50,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         settings.explain()?;
         return Ok(ExitCode::SUCCESS);
     }
+    initiator::check(args)?;
     settings.check_secret()?;
     kvxfer::engine::check_device(&settings.config)?;
     let seed = args
@@ -62,6 +64,10 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         &settings.config,
         args.host.is_none(),
     )?;
+    let initiator = match args.initiator {
+        InitiatorChoice::Host => None,
+        InitiatorChoice::Gpu => Some(Initiator::open(&settings.config, gpus.as_ref())?),
+    };
     let cases = cases(args, &settings.config, gpus.as_ref(), seed)?;
     let largest = cases.iter().map(|case| case.memory).max().unwrap_or(0);
 
@@ -85,6 +91,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
         address: &address,
         target: target.as_ref(),
         gpus: gpus.as_ref(),
+        initiator: initiator.as_ref(),
         rows: Vec::new(),
         pages: None,
         way: Way::default(),
@@ -117,7 +124,14 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
             rails: way.rails,
             skipped: way.skipped,
             path: settings.shown("path"),
-            op: args.op.to_string(),
+            op: match initiator {
+                Some(_) => OpChoice::Write.to_string(),
+                None => args.op.to_string(),
+            },
+            initiator: match initiator {
+                Some(_) => schema::Initiator::Gpu,
+                None => schema::Initiator::Host,
+            },
             sizes: match case::pattern(args) {
                 Some(_) => None,
                 None => Some(args.sizes().iter().map(|size| size.0).collect()),
@@ -317,6 +331,7 @@ struct Run<'a> {
     address: &'a str,
     target: Option<&'a OwnTarget>,
     gpus: Option<&'a Gpus>,
+    initiator: Option<&'a Initiator>,
     rows: Vec<Row>,
     pages: Option<Pages>,
     /// Of the last connection.
@@ -327,6 +342,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn cases(&mut self, cases: &[Case]) -> anyhow::Result<()> {
         let ops: &[Op] = match self.args.op {
+            _ if self.initiator.is_some() => &[Op::Write],
             OpChoice::Read => &[Op::Read],
             OpChoice::Write => &[Op::Write],
             OpChoice::Both => &[Op::Read, Op::Write],
@@ -344,6 +360,7 @@ impl Run<'_> {
                     client: &client,
                     case,
                     op: *op,
+                    by: self.initiator,
                     // The second operation is not to find the first one's bytes in place.
                     seed: self.seed ^ (*op as u64),
                     length: length(self.args),

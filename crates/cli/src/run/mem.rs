@@ -113,6 +113,11 @@ impl Gpus {
         }
     }
 
+    /// This side's GPU.
+    pub(crate) fn own(&self) -> &Gpu {
+        &self.own
+    }
+
     /// The GPU of a target of our own.
     pub(crate) fn target(&self) -> Option<&Gpu> {
         self.target.as_ref()

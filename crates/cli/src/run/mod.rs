@@ -3,6 +3,7 @@
 mod bw;
 mod case;
 mod engine_limit;
+mod initiator;
 mod limit;
 pub(crate) mod mem;
 mod ping;

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use kvxfer::bench::BenchClient;
 use kvxfer::blocks::GroupPairs;
-use kvxfer::engine::{Outcome, PullOptions, PushOptions, TransferReport};
+use kvxfer::engine::{Outcome, PullOptions, Push, PushOptions, TransferReport};
 use kvxfer::ids::RequestId;
 use kvxfer::ticket::Ticket;
 use kvxfer::{Peer, Transfer};
 
 use super::case::Case;
+use super::initiator::Initiator;
 use super::limit::Limit;
 use crate::output::schema::{Candidate, Measured, Op, Row};
 use crate::problem::{Exit, Problem};
@@ -42,6 +43,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) client: &'a BenchClient,
     pub(crate) case: &'a Case,
     pub(crate) op: Op,
+    /// What posts the blocks, where this process does not.
+    pub(crate) by: Option<&'a Initiator>,
     pub(crate) seed: u64,
     pub(crate) length: Length,
     /// Whether the bytes of every round are compared, and not of the first pass alone.
@@ -71,6 +74,8 @@ struct Samples {
     rates: Vec<f64>,
     limits: Vec<f64>,
     reports: Kept<TransferReport>,
+    /// From a kernel's launch to its push's outcome.
+    by_kernels: Kept<Duration>,
 }
 
 impl Bench<'_> {
@@ -101,8 +106,10 @@ impl Bench<'_> {
         let of = |part: fn(&TransferReport) -> Duration| -> Vec<u64> {
             reports.iter().map(|r| ns(part(r))).collect()
         };
+        let by_kernels = samples.by_kernels.samples();
         let row = Measured {
             op: self.op,
+            by: self.by.map(|by| by.shown(path.path)),
             path: path.path.to_string(),
             path_reason: path.reason.clone(),
             candidates: path.candidates.iter().map(Candidate::from).collect(),
@@ -112,6 +119,8 @@ impl Bench<'_> {
             transfers: samples.reports.seen(),
             operations: reports.first().map_or(0, |r| r.operations),
             latency_ns: match self.op {
+                // The queue was made before.
+                _ if self.by.is_some() => by_kernels.iter().map(|took| ns(*took)).collect(),
                 Op::Read => of(|r| r.prepare + r.wire),
                 // A push is submitted when it begins: it is planned within that time.
                 Op::Write => of(|r| r.wire),
@@ -254,6 +263,9 @@ impl Bench<'_> {
         samples: &mut Samples,
         more: impl Fn(u64, Duration) -> bool,
     ) -> anyhow::Result<(u64, Duration)> {
+        if let Some(by) = self.by {
+            return self.round_by_kernels(by, slots, samples, more);
+        }
         let peer = self.client.peer();
         let mut running: VecDeque<(usize, Transfer)> = VecDeque::new();
         let begun = Instant::now();
@@ -277,6 +289,57 @@ impl Bench<'_> {
         Ok((started, begun.elapsed()))
     }
 
+    /// The same with pushes whose blocks a kernel posts: one after the other, and without the time that their queues take
+    /// to be made.
+    fn round_by_kernels(
+        &self,
+        by: &Initiator,
+        slots: &mut [Slot],
+        samples: &mut Samples,
+        more: impl Fn(u64, Duration) -> bool,
+    ) -> anyhow::Result<(u64, Duration)> {
+        let (mut started, mut spent) = (0, Duration::ZERO);
+        let count = slots.len().max(1) as u64;
+        while more(started, spent) {
+            let at = usize::try_from(started % count).unwrap_or(0);
+            let Some(Slot::Push {
+                prefix,
+                next,
+                pairs,
+            }) = slots.get_mut(at)
+            else {
+                break;
+            };
+            let push = self.begin(self.client.peer(), prefix, next)?;
+            let format = self.client.side().format();
+            let pushed = by.push(push, format, pairs, self.timeout)?;
+            if let Some(cause) = pushed.failed {
+                return Err(Failed {
+                    op: self.op,
+                    cause,
+                    timeout: self.timeout,
+                }
+                .into());
+            }
+            samples.reports.add(pushed.report);
+            samples.by_kernels.add(pushed.took);
+            spent += pushed.took;
+            started += 1;
+        }
+        Ok((started, spent))
+    }
+
+    /// Begins the next push of a slot.
+    fn begin(&self, peer: &Peer, prefix: &str, next: &mut u64) -> Result<Push, kvxfer::Error> {
+        let request = RequestId::from(format!("{prefix}.{next}"));
+        *next += 1;
+        let options = PushOptions {
+            deadline: Some(self.timeout),
+            ..PushOptions::default()
+        };
+        peer.begin_push_with(&request, options)
+    }
+
     fn start(&self, peer: &Peer, slot: &mut Slot) -> Result<Transfer, kvxfer::Error> {
         match slot {
             Slot::Pull { ticket, pairs } => {
@@ -292,13 +355,7 @@ impl Bench<'_> {
                 next,
                 pairs,
             } => {
-                let request = RequestId::from(format!("{prefix}.{next}"));
-                *next += 1;
-                let options = PushOptions {
-                    deadline: Some(self.timeout),
-                    ..PushOptions::default()
-                };
-                let push = peer.begin_push_with(&request, options)?;
+                let push = self.begin(peer, prefix, next)?;
                 push.all_layers(pairs, None)?;
                 push.commit()
             }

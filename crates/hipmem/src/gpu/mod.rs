@@ -26,6 +26,7 @@ mod kfd;
 mod memory;
 mod module;
 mod pinned;
+pub mod post;
 mod runtime;
 mod stream;
 mod sys;

@@ -66,6 +66,9 @@ pub const KVX_POST_WAVES: &str = "kvx_post_waves";
 /// The same, each workgroup as one.
 pub const KVX_POST_BLOCKS: &str = "kvx_post_blocks";
 
+/// A producer: makes blocks layer by layer and pushes each ([`queue::ProduceArgs`]), each workgroup as one.
+pub const KVX_PRODUCE: &str = "kvx_produce";
+
 /// The most threads of a workgroup.
 pub const MAX_THREADS: u32 = 1024;
 

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "8eea1c5130ac5e098d6be97087ac54bceed32f78051a0cac306ada9ddd7f7b0a",
+    sources_sha256: "082138775461abd0ad794643f73cbe85e7158580fcb2ea712d6a4266e0bf5e40",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "5cf2fee603953d89b085a1a2e498e47ae998b9e1995b2a8f540e33d1534e71c9",
+        sha256: "e66cbab33e017f5ba0d4c0b8e12ace4b52639c4419f60a9c1d7207216779ec5d",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "fb183a7f18bf0fc2d907d503b4812ed59e50d1b0343a9712d5efbea521078553",
+        sha256: "8bdda97a0fbd31b28177f9f89cb2c1f732e7e7f7d2d07105ab3ecb1ec4df844d",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "2cf915cbb54e4e02660d5fd1847b410fe577fff4fa47bde478abbdaf5c1e28a2",
+        sha256: "b4fd5d1917bd6ee0cb20441eaa0443afd4714596618da00ac6218f4183709372",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "ecbadaace3a9563fb1c254d4bf9233ed2fb6da04e762bd6601353c557370a585",
+        sha256: "cdccb8549798a2de8172ae34dd0d5f1efdc2d8b3609532e34f6d350fff5392b4",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "e97d6b472e144eba2d407030b562184c46201686250f799b40ac7fa2972c470e",
+        sha256: "86f4753f8c8fae098668f2a0e3e15d13da0e5777bdbfc34d8e965592c46a70d6",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "c72daaaa4e5fba0b29347a86ebc8c8f3df92d904a9eb178408ba733de94899bb",
+        sha256: "9771d065e09a30b537711da1e50b3dff1c9315713fa95fd775255f788cf46708",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "0ff55bde9b95ad288fc3e42c8ebc242b72d7df3d3266a67ae7d5861b69abd4bc",
+        sha256: "691fa2075f388e90944849e8ea943c9ca25822302cc7a1fb4bd76612b6b1a80f",
         warp: 32,
     },
 ];

@@ -14,6 +14,9 @@ pub const LOCAL_PLACE: u32 = 1;
 /// [`Move::flags`]: the remote address is a place in the region table.
 pub const REMOTE_PLACE: u32 = 2;
 
+/// The tensor of a place that stands for all of its layer.
+pub const ALL_TENSORS: u8 = 0xff;
+
 /// [`PostArgs::op`]: bytes of this side into the peer's memory.
 pub const PUT: u32 = 1;
 /// [`PostArgs::op`]: bytes of the peer into this side's memory.
@@ -213,6 +216,72 @@ pub struct PostResult {
     pub ended: u32,
 }
 
+/// A tensor that [`KVX_PRODUCE`](super::KVX_PRODUCE) makes blocks of. Address, stride and bytes are multiples of 8.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Produced {
+    /// Where block 0 begins.
+    pub addr: u64,
+    /// Bytes from one block to the next.
+    pub stride: u64,
+    /// Bytes of a block.
+    pub bytes: u64,
+    /// What its words are made of: `kernels/queue.h` says how.
+    pub salt: u64,
+}
+
+/// A layer that it makes and pushes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ProducedLayer {
+    /// The place of block 0, on both sides.
+    pub place: u64,
+    /// Bytes of a put.
+    pub len: u64,
+    /// The first of its tensors.
+    pub first: u32,
+    /// The end of them.
+    pub end: u32,
+}
+
+/// The argument of [`KVX_PRODUCE`](super::KVX_PRODUCE).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ProduceArgs {
+    /// Where to.
+    pub queue: Queue,
+    /// `Produced[]`.
+    pub tensors: u64,
+    /// `ProducedLayer[layers_len]`.
+    pub layers: u64,
+    /// `Pair[pairs_len]`.
+    pub pairs: u64,
+    /// `PostResult[layers_len * pairs_len]`, layer by layer.
+    pub results: u64,
+    /// Layers.
+    pub layers_len: u32,
+    /// Pairs of blocks.
+    pub pairs_len: u32,
+}
+
+impl PostResult {
+    /// What lies in memory.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; 16]) -> Self {
+        let [ticket, ends] = *bytes.as_chunks::<8>().0 else {
+            return Self::default();
+        };
+        let [posted, ended] = *ends.as_chunks::<4>().0 else {
+            return Self::default();
+        };
+        Self {
+            ticket: u64::from_ne_bytes(ticket),
+            posted: u32::from_ne_bytes(posted),
+            ended: u32::from_ne_bytes(ended),
+        }
+    }
+}
+
 macro_rules! plain {
     ($($type:ident)*) => {
         $(
@@ -222,7 +291,7 @@ macro_rules! plain {
     };
 }
 
-plain! { Move Queue PostArgs }
+plain! { Move Queue PostArgs Produced ProducedLayer ProduceArgs }
 
 /// Every size and offset, in the order of `kvx_layout` in `kernels/kvx.hip`.
 #[cfg(test)]
@@ -247,6 +316,9 @@ pub(super) fn layout() -> Vec<usize> {
         }
         PostArgs { queue, moves, results, count, posters, op, until }
         PostResult { ticket, posted, ended }
+        Produced { addr, stride, bytes, salt }
+        ProducedLayer { place, len, first, end }
+        ProduceArgs { queue, tensors, layers, pairs, results, layers_len, pairs_len }
     }
 }
 
@@ -265,6 +337,9 @@ mod tests {
             96, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 84, 88, 92, // Queue
             128, 0, 96, 104, 112, 116, 120, 124, // PostArgs
             16, 0, 8, 12, // PostResult
+            32, 0, 8, 16, 24, // Produced
+            24, 0, 8, 16, 20, // ProducedLayer
+            136, 0, 96, 104, 112, 120, 128, 132, // ProduceArgs
         ];
         assert_eq!(layout(), wanted);
     }

@@ -111,6 +111,12 @@ impl Consumer {
         self.depth
     }
 
+    /// All posts below this one have been taken.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        self.next
+    }
+
     /// Posts that were taken and have not ended.
     #[must_use]
     pub fn under_way(&self) -> usize {
@@ -203,14 +209,33 @@ impl Consumer {
         self.end(words, ticket, status).map(Ok)
     }
 
-    /// Takes no more: what comes is flushed, and posters that look are told. What is under way is not
+    /// Takes no more: what comes is flushed, and posters that look are told why. What is under way is not
     /// touched.
     ///
     /// # Errors
     ///
     /// Where a word cannot be reached.
-    pub fn close<W: RingWords>(&mut self, words: &W) -> Result<(), W::Error> {
-        self.fail(words, self.next, Status::Closed)
+    pub fn close<W: RingWords>(&mut self, words: &W, why: Status) -> Result<(), W::Error> {
+        self.fail(words, self.next, why)
+    }
+
+    /// All that is under way has ended, in the same way.
+    ///
+    /// # Errors
+    ///
+    /// Where a word cannot be reached.
+    pub fn complete_all<W: RingWords>(
+        &mut self,
+        words: &W,
+        status: Status,
+    ) -> Result<(), W::Error> {
+        for ticket in self.ended..self.next {
+            let slot = self.slot(ticket) as usize;
+            if self.under_way.get(slot).is_some_and(|slot| *slot) {
+                self.end(words, ticket, status)?;
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the first failure.

@@ -9,7 +9,7 @@
 //! posters take no slot again that is not before it; so a wait that finds its slot used again knows that
 //! its own post went well. A queue that has failed is made anew.
 //!
-//! Nothing in the engine uses it yet.
+//! The memory of a queue for kernels of a GPU, and the built-in kernels that post, are in [`device`].
 
 mod checks;
 mod consumer;
@@ -22,6 +22,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
+pub use crate::gpu::post as device;
 pub use checks::{Blocks, Checks, Span};
 pub use consumer::{Consumer, NotUnderWay, RingWords, Taken, Word};
 pub use descriptor::{Descriptor, DescriptorFault, End, Place, PostOp, WORDS};

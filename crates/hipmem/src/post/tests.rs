@@ -209,13 +209,34 @@ fn a_closed_ring_flushes() {
     let mut ring = Ring::new(4, 7);
     let a = ring.post();
     let _ = ring.take();
-    let Ok(()) = ring.consumer.close(&ring.words);
+    let Ok(()) = ring.consumer.close(&ring.words, Status::Closed);
     assert!(!ring.room());
     let b = ring.post();
     assert_eq!(ring.take(), Some(Taken::Flushed(b)));
     assert_eq!(ring.complete(a, Status::Ok), Ok(()));
     assert_eq!((ring.ended(a), ring.ended(b)), (Some(0), Some(11)));
     assert_eq!(ring.words.get(Word::Fault) & 0xff, 14);
+}
+
+#[test]
+fn all_that_is_under_way_ends_at_once() {
+    for status in [Status::Ok, Status::Late] {
+        let mut ring = Ring::new(4, 3);
+        let [a, b, c] = [ring.post(), ring.post(), ring.post()];
+        for _ in 0..3 {
+            let _ = ring.take();
+        }
+        assert_eq!(ring.complete(b, Status::Ok), Ok(()));
+        let Ok(()) = ring.consumer.complete_all(&ring.words, status);
+        let ends = [a, b, c].map(|ticket| ring.ended(ticket));
+        let wanted = Some(status.number());
+        assert_eq!(ends, [wanted, Some(0), wanted]);
+        assert_eq!(
+            (ring.consumer.under_way(), ring.words.get(Word::Ended)),
+            (0, c + 1)
+        );
+        assert_eq!(ring.consumer.failed(), status != Status::Ok);
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //!
 //! The model is a thread of this process, and the queues are in pinned memory: no NIC takes part.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::HostMemory;
@@ -13,8 +14,15 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, DIRECT, EACH, GET, GPU_WQE, IDLE, Move, POSTED, PUT, PUT_IMM, PostArgs, PostResult, Queue,
     QueueState,
 };
-use kvxfer_hipmem::kernels::{KVX_POST_BLOCKS, KVX_POST_THREADS, KVX_POST_WAVES, posts_for_target};
-use kvxfer_hipmem::post::{Consumer, End, ProxyRing, RingAddresses, Status, Taken};
+use kvxfer_hipmem::kernels::{
+    KVX_POST_BLOCKS, KVX_POST_THREADS, KVX_POST_WAVES, Pair, posts_for_target,
+};
+use kvxfer_hipmem::post::device::{
+    DeviceQueue, PostBy, PostKernels, Posts, Produce, ProducedTensor,
+};
+use kvxfer_hipmem::post::{
+    Consumer, End, Place as BlockPlace, ProxyRing, RingAddresses, Status, Taken,
+};
 use kvxfer_verbs::mlx5::model::{Hca, HcaSetup, KeyTable, Queues, Region, Sink};
 use kvxfer_verbs::mlx5::{CqDepth, Cqe, Gather, Operation, Qpn, SqDepth, Syndrome};
 
@@ -431,5 +439,181 @@ fn kernels_that_wait_end_with_the_abort_word() -> Outcome {
             told.ok_or("nobody was told")?.wait(soon())?;
         }
     }
+    Ok(())
+}
+
+/// `kvx_mix` of `kernels/device.h`.
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ x >> 31
+}
+
+#[test]
+fn a_producer_pushes_what_it_has_made() -> Outcome {
+    const BYTES: u64 = 200;
+    const STRIDE: u64 = 256;
+    const BLOCKS: u32 = 40;
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let memory = GpuMemory::new(&gpu, 4 * STRIDE * u64::from(BLOCKS))?;
+    memory.fill(0, memory.len(), 0)?;
+    let (queue, mut consumer) = DeviceQueue::new(&gpu, 16, Duration::from_secs(20))?;
+    let queue = Arc::new(queue);
+    let tensor = |n: u64| ProducedTensor {
+        place: Place::Gpu(&memory, n * STRIDE * u64::from(BLOCKS)),
+        stride: STRIDE,
+        bytes: BYTES,
+        salt: 1000 * n,
+    };
+    let layer = |n: u16| Produce {
+        group: 3,
+        layer: 7 + n,
+        len: 2 * BYTES,
+        tensors: (0..2).map(|t| tensor(u64::from(2 * n) + t)).collect(),
+    };
+    let pairs: Vec<Pair> = (0..35)
+        .map(|i| Pair {
+            src: 39 - i,
+            dst: 100 + i,
+        })
+        .collect();
+    let made = |layer: u64, number: u32| -> Outcome {
+        for t in 2 * layer..2 * layer + 2 {
+            let mut block = vec![0; usize::try_from(BYTES)?];
+            memory.read(
+                (t * u64::from(BLOCKS) + u64::from(number)) * STRIDE,
+                &mut block,
+            )?;
+            let key = mix(1000 * t + u64::from(number));
+            for (word, i) in block.as_chunks::<8>().0.iter().zip(0_u64..) {
+                let x = key.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                assert_eq!(u64::from_le_bytes(*word), x ^ x >> 32);
+            }
+        }
+        Ok(())
+    };
+    let posting = kernels.produce(&stream, &queue, &[layer(0), layer(1)], &pairs)?;
+    let mut seen = vec![0; 70];
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !posting.is_done()? {
+        assert!(Instant::now() < deadline, "the kernel does not end");
+        let Some(taken) = consumer.take(queue.ring())? else {
+            continue;
+        };
+        let Taken::Post(post) = taken else {
+            panic!("{taken:?}");
+        };
+        let (End::Place(here), End::Place(there)) = (post.local, post.remote) else {
+            panic!("{post:?}");
+        };
+        assert_eq!((here.group, here.tensor), (3, 0xff));
+        assert_eq!(
+            BlockPlace {
+                block: there.block,
+                ..here
+            },
+            there
+        );
+        let pair = usize::try_from(39 - here.block)?;
+        assert_eq!((there.block, post.len), (pairs[pair].dst, 2 * BYTES));
+        let layer = u64::from(here.layer - 7);
+        seen[usize::try_from(layer)? * 35 + pair] += 1;
+        // It is there when it is posted. A GPU's memory is looked at when its kernel has ended.
+        if gpu.runtime() == RuntimeKind::Host {
+            made(layer, here.block)?;
+        }
+        let ended = consumer.complete(queue.ring(), post.ticket, Status::Ok)?;
+        ended.expect("it is under way");
+    }
+    let results = posting.wait(soon())?;
+    all_well(&results, 0);
+    assert!(seen.iter().all(|n| *n == 1), "each once: {seen:?}");
+    for pair in &pairs {
+        made(0, pair.src)?;
+        made(1, pair.src)?;
+    }
+    // The gaps between blocks, and blocks that nobody asked for.
+    let mut gap = [1; 56];
+    memory.read(39 * STRIDE + BYTES, &mut gap)?;
+    assert_eq!(gap, [0; 56]);
+    memory.read(4 * STRIDE, &mut gap)?;
+    assert_eq!(gap, [0; 56]);
+
+    // What is not inside, or not on words, is not launched.
+    for (place, stride, bytes, src) in [
+        (0, STRIDE, BYTES, 160),
+        (4, STRIDE, BYTES, 1),
+        (0, 257, 8, 1),
+    ] {
+        let tensors = vec![ProducedTensor {
+            place: Place::Gpu(&memory, place),
+            stride,
+            bytes,
+            salt: 0,
+        }];
+        let produce = Produce {
+            tensors,
+            ..layer(0)
+        };
+        let pair = [Pair { src, dst: 0 }];
+        let refused = kernels.produce(&stream, &queue, &[produce], &pair);
+        assert!(refused.is_err(), "{place} {stride} {src}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_queue_that_is_stopped_ends_its_posters() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_secs(300))?;
+    let queue = Arc::new(queue);
+    let moves = moves(6);
+    let posts = Posts {
+        moves: &moves,
+        posters: 1,
+        by: PostBy::Waves,
+        op: PUT,
+        until: ALL,
+    };
+    let posting = kernels.post(&stream, &queue, &posts)?;
+    // Four slots are taken at once, and nobody serves them.
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!posting.is_done()?);
+    queue.stop()?;
+    let results = posting.wait(soon())?;
+    let stopped = Status::Stopped.number();
+    let posted: Vec<_> = results.iter().map(|r| r.posted).collect();
+    assert_eq!(posted, [0, 0, 0, 0, stopped, stopped]);
+    assert!(results.iter().all(|r| r.ended == stopped), "{results:?}");
+    Ok(())
+}
+
+#[test]
+fn patience_is_in_the_clocks_ticks() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let patience = Duration::from_millis(200);
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 1, patience)?;
+    let moves = moves(1);
+    let posts = Posts {
+        moves: &moves,
+        posters: 1,
+        by: PostBy::Threads,
+        op: PUT,
+        until: IDLE,
+    };
+    let begun = Instant::now();
+    let results = kernels
+        .post(&stream, &Arc::new(queue), &posts)?
+        .wait(soon())?;
+    let took = begun.elapsed();
+    assert_eq!(results[0].ended, Status::Timeout.number());
+    // A clock that is believed too fast makes a kernel give up early: a tenth is for measuring it.
+    assert!(took > patience * 9 / 10, "{took:?}");
     Ok(())
 }

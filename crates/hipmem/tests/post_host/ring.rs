@@ -254,7 +254,8 @@ fn a_kernel_killed_in_the_middle_of_a_post_ends_in_timeouts() {
     assert_eq!(ends(&results), [(Status::Ok, Status::Timeout)]);
     assert_eq!(bench.take(), None, "it waits for the one before");
     // Its owner closes it, and nobody waits any more.
-    bench.consumer.close(&bench.ring).expect("inside");
+    let closed = bench.consumer.close(&bench.ring, Status::Closed);
+    closed.expect("inside");
     let results = run(&shipped, bench.queue, &moves(4), 1, PUT, POSTED);
     let last = ends(&results)[3];
     assert_eq!(last, (Status::Broken, Status::Broken));

@@ -10,12 +10,14 @@ mod client;
 mod memory;
 mod message;
 mod pattern;
+mod produce;
 mod server;
 mod side;
 
 pub use client::BenchClient;
 pub use memory::{BenchMemory, BlockMemory};
 pub use pattern::{Pattern, Plane, scattered_pairs};
+pub use produce::ReachedMemory;
 pub(crate) use server::BenchSeat;
 pub use server::hold_to_format;
 pub use side::{BenchShape, BenchSide, WrongByte};

@@ -35,9 +35,18 @@ impl Pattern {
     /// The pattern of a block.
     #[must_use]
     pub const fn new(seed: u64, block: u32, plane: Plane) -> Pattern {
+        let salt = Self::salt(seed, plane);
+        Pattern {
+            key: mix(salt.wrapping_add(block as u64)),
+        }
+    }
+
+    /// What all patterns of a plane are made of, for a kernel that fills blocks (`kvx_produced` of
+    /// `kernels/queue.h`).
+    #[must_use]
+    pub const fn salt(seed: u64, plane: Plane) -> u64 {
         let place = mix(seed ^ STEP).wrapping_add((plane.group as u64) << 32 | plane.layer as u64);
-        let key = mix(place).wrapping_add((plane.tensor as u64) << 32 | block as u64);
-        Pattern { key: mix(key) }
+        mix(place).wrapping_add((plane.tensor as u64) << 32)
     }
 
     /// The word at an index.

@@ -305,7 +305,7 @@ impl BenchSide {
     }
 }
 
-fn plane(tensor: &PlacedTensor) -> Plane {
+pub(super) fn plane(tensor: &PlacedTensor) -> Plane {
     Plane {
         group: tensor.group,
         layer: tensor.layer,

@@ -64,7 +64,7 @@ pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
 pub use observe::{PeerLayout, describe};
 pub use peer::{Peer, PeerFacts, PullOptions};
-pub use push::{Push, PushOptions};
+pub use push::{GpuQueue, Push, PushOptions};
 pub use ranks::RanksPush;
 
 pub(crate) use connect::{Target, connect};

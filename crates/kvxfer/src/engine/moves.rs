@@ -13,6 +13,9 @@ pub(crate) struct Moves {
     pub(crate) plan: Arc<Plan>,
     /// A GPU's work that comes first: what is read has to be written, or what is written to has to be read.
     pub(crate) after: Option<Event>,
+    /// Whether who made the blocks has seen to it that others find them: a kernel that posts releases what it and
+    /// those that post with it have written.
+    pub(crate) is_released: bool,
 }
 
 impl Moves {

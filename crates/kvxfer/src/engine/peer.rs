@@ -501,7 +501,11 @@ impl PlannedPull {
             id,
             peer: self.peer.key,
             kind: Kind::Pull {
-                source: Arc::new(Moves { plan, after }),
+                source: Arc::new(Moves {
+                    plan,
+                    after,
+                    is_released: false,
+                }),
                 check_lease: report.operations > 0,
                 release,
             },

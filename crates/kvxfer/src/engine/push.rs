@@ -1,6 +1,8 @@
 //! Pushes: a producer writes a request layer by layer, and may begin before the consumer expects
 //! it.
 
+mod queue;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
@@ -9,6 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::debug;
+
+pub use queue::GpuQueue;
+pub(crate) use queue::{NotPosted, SharedQueue};
 
 use super::Inner;
 use super::books::NO_TICKET;
@@ -104,7 +109,7 @@ pub(crate) struct Pushing {
     plans: Compiled,
     /// What is summed of them, if checksums are told.
     summed: Option<Arc<Summed>>,
-    /// How many checksums there are. Changed under the stage.
+    /// How many checksums there are.
     sums: AtomicU64,
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
@@ -473,8 +478,7 @@ impl Pushing {
         // The worker says which try has ended: it alone knows whether it has said so before.
         self.send(Command::Ticket {
             id: self.id,
-            nonce: ticket.nonce,
-            request: self.request.clone(),
+            ticket: Arc::clone(ticket),
             peer: Arc::clone(&self.peer),
         });
         if matches!(&*stage, Stage::Ended { .. }) {
@@ -550,10 +554,16 @@ impl Pushing {
         let Some(summed) = &self.summed else {
             return Ok(());
         };
-        let before = self.sums.load(Ordering::Relaxed);
-        let more = sums_of(&self.request, plan, summed, before)?;
-        self.sums.store(before + more, Ordering::Relaxed);
-        Ok(())
+        let mut before = self.sums.load(Ordering::Relaxed);
+        loop {
+            let after = before + sums_of(&self.request, plan, summed, before)?;
+            // Layers of the engine's are counted beside those that its kernels post.
+            let sums = &self.sums;
+            match sums.compare_exchange(before, after, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Ok(()),
+                Err(now) => before = now,
+            }
+        }
     }
 
     /// Hands a plan to the worker; checking and planning began at `begun`.
@@ -562,7 +572,11 @@ impl Pushing {
         let plan = Arc::new(plan);
         self.send(Command::AddJob {
             id: self.id,
-            source: Moves { plan, after },
+            source: Moves {
+                plan,
+                after,
+                is_released: false,
+            },
             runs,
             prepare: begun.elapsed(),
         });

@@ -226,6 +226,24 @@ impl Compiled {
         }))
     }
 
+    /// Bytes that one unit of a group takes in one layer, of what moves between these ranks. `None` for a group that
+    /// the format does not have, and for a layer that is not in it or that the two ranks do not both keep.
+    #[must_use]
+    pub fn layer_bytes(&self, group: u32, layer: u32) -> Option<u64> {
+        let group = self.inner.groups.get(usize::try_from(group).ok()?)?;
+        if !group.has(layer) || !self.inner.window.contains(layer) {
+            return None;
+        }
+        let classes = self.inner.classes.get(group.classes.clone())?;
+        Some(classes.iter().fold(0_u64, |sum, class| {
+            let tensors = self.inner.tensors.get(class.tensors.clone());
+            let tensors = tensors.unwrap_or(&[]);
+            let first = tensors.partition_point(|t| t.layer < layer);
+            let end = tensors.partition_point(|t| t.layer <= layer);
+            sum.saturating_add(class.bytes.saturating_mul((end - first) as u64))
+        }))
+    }
+
     /// The longest stretch that is contiguous on both sides, of the geometry where that is
     /// shortest: small ones mean a fraction of line rate.
     #[must_use]

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::gpu_queue::PostFault;
 use crate::ids::RequestId;
 use crate::plan::MissingPart;
 use crate::wire::ErrorCode;
@@ -146,6 +147,14 @@ pub enum Cause {
         operation: GpuOperation,
         /// The runtime's code; 0 where it has said nothing.
         code: u32,
+    },
+    /// A kernel has posted what cannot be done.
+    #[error("post {post} of a kernel: {fault}")]
+    KernelPost {
+        /// Which post of its queue, from 0.
+        post: u64,
+        /// What is wrong with it.
+        fault: PostFault,
     },
     /// The queue pair went to the error state and no request was named for it.
     #[error("queue pair failed")]
@@ -346,6 +355,7 @@ impl Cause {
             | Self::Post { .. }
             | Self::LocalDevice { .. }
             | Self::Gpu { .. }
+            | Self::KernelPost { .. }
             | Self::NoPath
             | Self::ShuttingDown
             | Self::LostWork { .. }

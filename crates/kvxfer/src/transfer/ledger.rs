@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::record::{
-    DrainToken, End, Incomplete, JobRecord, Kind, LeaseAnswer, MemoryState, Notice, Outcome,
+    DrainToken, End, Incomplete, JobRecord, Kind, LeaseAnswer, MemoryState, Moved, Notice, Outcome,
     Output, Progress, Record, Spec, State,
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
@@ -156,6 +156,7 @@ impl Transfers {
             timer: None,
             workers: workers.max(1),
             jobs: Vec::new(),
+            moved: Moved::default(),
             peer_lost: false,
         };
         self.records.insert(id, record);
@@ -315,7 +316,18 @@ impl Transfers {
         if in_doubt {
             self.force_drain(id);
         }
+        if report.error.is_none()
+            && let Some(record) = self.records.get_mut(&id)
+        {
+            record.fold(report.job);
+        }
         self.advance(id);
+    }
+
+    /// Whether a job of a running push is complete: all of it is confirmed.
+    pub(crate) fn is_complete(&self, id: TransferId, job: JobId) -> bool {
+        let record = self.records.get(&id).filter(|r| !r.has_ended());
+        record.is_some_and(|r| r.jobs.iter().all(|j| j.job.id != job || j.complete()))
     }
 
     /// Takes what the comparison of checksums has shown, or that those of a push have been told. Ignored
@@ -496,6 +508,10 @@ impl Transfers {
             record.workers,
         );
         let empty = job.ops() == 0;
+        if empty && matches!(record.kind, Kind::Push) {
+            // It is complete.
+            return job_id;
+        }
         record.jobs.push(JobRecord {
             job: Arc::new(job),
             progress: if empty {
@@ -618,7 +634,7 @@ impl Transfers {
             Kind::Pull { .. } => None,
             Kind::Push => {
                 let wrote = record.jobs.iter().map(|j| j.wrote);
-                let wrote = wrote.fold(RailSet::EMPTY, |all, wrote| all | wrote);
+                let wrote = wrote.fold(record.moved.wrote, |all, wrote| all | wrote);
                 Some(Notice::PushDone { wrote })
             }
         };
@@ -629,7 +645,8 @@ impl Transfers {
                 notice,
             });
         }
-        let bytes = record.jobs.iter().map(|j| j.job.bytes()).sum();
+        let bytes: u64 = record.jobs.iter().map(|j| j.job.bytes()).sum();
+        let bytes = record.moved.bytes + bytes;
         self.out.push_back(Output::Outcome {
             id,
             outcome: Outcome::Done { bytes },

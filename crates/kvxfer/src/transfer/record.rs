@@ -329,15 +329,37 @@ pub(super) struct Record {
     /// When the clock next matters to it, as it stands in the ledger's list.
     pub(super) timer: Option<Time>,
     pub(super) workers: u16,
-    /// In the order of their ids.
+    /// In the order of their ids; of a push those that are not complete.
     pub(super) jobs: Vec<JobRecord>,
+    /// What the jobs of a push that are complete come to: a kernel may add them for as long as it likes.
+    pub(super) moved: Moved,
     /// Whether no more jobs may be added.
     pub(super) sealed: bool,
     /// Whether the other side is known to be gone.
     pub(super) peer_lost: bool,
 }
 
+/// What jobs have moved that are complete and not kept any more.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moved {
+    pub(super) bytes: u64,
+    pub(super) wrote: RailSet,
+}
+
 impl Record {
+    /// Keeps of a push's complete job what it has moved.
+    pub(super) fn fold(&mut self, job: JobId) {
+        let Ok(at) = self.jobs.binary_search_by_key(&job, |j| j.job.id) else {
+            return;
+        };
+        let complete = self.jobs.get(at).is_some_and(JobRecord::complete);
+        if complete && matches!(self.kind, Kind::Push) {
+            let job = self.jobs.remove(at);
+            self.moved.bytes += job.job.bytes();
+            self.moved.wrote |= job.wrote;
+        }
+    }
+
     /// Whether it has its outcome, or waits for that alone.
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.state, State::Stopping(_) | State::Quarantined(_))
@@ -345,7 +367,7 @@ impl Record {
 
     /// Whether it has any operations.
     pub(super) fn moves(&self) -> bool {
-        self.jobs.iter().any(|j| j.job.ops() > 0)
+        self.moved.bytes > 0 || self.jobs.iter().any(|j| j.job.ops() > 0)
     }
 
     pub(super) fn drained(&self) -> bool {

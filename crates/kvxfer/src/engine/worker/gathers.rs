@@ -226,6 +226,9 @@ impl Worker {
                 let by = For::Job(job);
                 self.gathers.waiting.push_back(Wanted { peer, by });
             }
+            Direction::Write if Moves::of(&*job.source).is_some_and(|m| m.is_released) => {
+                self.ask(peer, job);
+            }
             Direction::Write => {
                 let engine = self
                     .live
@@ -275,7 +278,7 @@ impl Worker {
         let report = report(job, error, whole);
         // The word of all that would have had a part in it.
         for _ in 0..job.workers.max(1) {
-            self.transfers.job_report(self.clock.now(), &report);
+            self.job_report(&report);
         }
     }
 
@@ -405,7 +408,7 @@ impl Worker {
         if let For::Job(job) = by {
             let mut report = report(&job, Some(cause), false);
             report.quiescent = false;
-            self.transfers.job_report(self.clock.now(), &report);
+            self.job_report(&report);
         }
     }
 

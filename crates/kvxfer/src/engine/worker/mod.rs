@@ -7,6 +7,7 @@ mod drops;
 mod gathers;
 mod outputs;
 mod posting;
+mod queues;
 mod rails;
 mod wreck;
 
@@ -40,8 +41,7 @@ use crate::error::Error;
 use crate::event::MemoryState;
 use crate::ids::{Nonce, RequestId};
 use crate::mem::gpu::Stream;
-use crate::plan::OpSource;
-use crate::ticket::LeaseRef;
+use crate::ticket::{LeaseRef, Ticket};
 use crate::time::Time;
 use crate::transfer::{
     Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
@@ -51,6 +51,7 @@ use crate::wire::PushDone;
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
+pub(crate) use queues::{KernelQueue, QueueOrder};
 use rails::{Laneless, Retired};
 use wreck::Wreck;
 
@@ -111,10 +112,11 @@ pub(crate) enum Command {
     /// The consumer's ticket for a push has come.
     Ticket {
         id: TransferId,
-        nonce: Nonce,
-        request: RequestId,
+        ticket: Arc<Ticket>,
         peer: Arc<PeerSession>,
     },
+    /// Something about queues that kernels post to.
+    Queue(QueueOrder),
     /// What has become of a transfer's checksums.
     Verified { id: TransferId, verdict: Verdict },
     /// A push has all its operations.
@@ -316,6 +318,8 @@ pub(crate) struct Worker {
     waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
     gathers: Gathers,
+    /// What kernels post to, of pushes that this worker owns or has owned.
+    queues: Vec<KernelQueue>,
     outbox: Outbox,
     next_token: u64,
     batch: Batch,
@@ -369,6 +373,7 @@ impl Worker {
             waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
             gathers: Gathers::default(),
+            queues: Vec::new(),
             outbox,
             next_token: 0,
             batch: Batch::new(),
@@ -387,6 +392,7 @@ impl Worker {
             return Wreck::run(self);
         }
         let touched = self.gathers.end();
+        self.queues.clear();
         self.lanes.clear();
         let lives = self.live.drain().map(|(_, live)| *live);
         let (left, over): (Vec<Live>, Vec<Live>) =
@@ -405,6 +411,7 @@ impl Worker {
             busy |= self.poll();
             busy |= self.let_go();
             busy |= self.look_at_gpus();
+            busy |= self.look_at_queues();
             self.leave_ports();
             self.give_up_waiting();
             self.retire_lanes();
@@ -503,31 +510,20 @@ impl Worker {
                 runs,
                 prepare,
             } => {
-                if let Some(live) = self.live.get_mut(&id) {
-                    live.report.operations += source.ops();
-                    live.report.merged_runs += runs;
-                    live.report.prepare += prepare;
-                    if let Some(verify) = &mut live.verify {
-                        verify.plans.push(Arc::clone(&source.plan));
-                    }
-                }
-                // The transfer may have ended meanwhile: its outcome has said so.
-                if let Err(error) = self.transfers.add_job(now, id, Arc::new(source)) {
-                    debug!(?id, %error, "operations of a push that has ended");
-                }
+                self.add_job(id, source, runs, prepare);
             }
-            Command::Ticket {
-                id,
-                nonce,
-                request,
-                peer,
-            } => match self.live.get_mut(&id) {
-                Some(live) => live.nonce = nonce,
+            Command::Ticket { id, ticket, peer } => match self.live.get_mut(&id) {
+                Some(live) => {
+                    live.nonce = ticket.nonce;
+                    self.open_queues(id, &ticket);
+                }
                 // It ended before its try had a name: the consumer could not tell which was meant.
-                None => close(&peer, &request, nonce),
+                None => close(&peer, &ticket.request, ticket.nonce),
             },
+            Command::Queue(order) => self.queue_order(order),
             Command::Verified { id, verdict } => self.verified(now, id, verdict),
             Command::Commit { id } => {
+                self.seal_queues(id);
                 if let Err(error) = self.transfers.commit(now, id) {
                     debug!(?id, %error, "commit of a push that has ended");
                 }
@@ -549,7 +545,7 @@ impl Worker {
             }
             Command::Start(job) => self.scheduler.start(job),
             Command::Stop(job) => self.scheduler.stop(job),
-            Command::Report(report) => self.transfers.job_report(now, &report),
+            Command::Report(report) => self.job_report(&report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
@@ -606,6 +602,15 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
+        let queues = self.queues_rest();
+        let rest = self.gathers.rest().into_iter().chain(queues).min();
+        if rest == Some(Duration::ZERO) {
+            if queues == rest {
+                // It may be for long, and who is waited for may be on this processor.
+                std::thread::yield_now();
+            }
+            return;
+        }
         // A device that has failed may tell nothing any more.
         let mut armed = Vec::with_capacity(self.rails.len());
         for (at, rail) in self.rails.iter().enumerate() {
@@ -627,10 +632,8 @@ impl Worker {
             .chain(self.next_give_up());
         let due = due.min();
         let mut timeout = due.map(|at| at.since(now));
-        match self.gathers.rest() {
-            Some(Duration::ZERO) => return,
-            Some(rest) => timeout = Some(timeout.map_or(rest, |t| t.min(rest))),
-            None => {}
+        if let Some(rest) = rest {
+            timeout = Some(timeout.map_or(rest, |t| t.min(rest)));
         }
         if !self.waiting_checks.is_empty() || !self.waiting_notices.is_empty() {
             timeout = Some(timeout.map_or(RETRY, |t| t.min(RETRY)));

@@ -26,7 +26,7 @@ impl Worker {
             while let Some(report) = self.scheduler.poll_report() {
                 more = true;
                 if report.owner == self.index {
-                    self.transfers.job_report(self.clock.now(), &report);
+                    self.job_report(&report);
                 } else if let Some(owner) = self.others.get(usize::from(report.owner)) {
                     owner.send(Command::Report(report));
                 }
@@ -216,6 +216,7 @@ impl Worker {
     /// Tells the outcome, and forgets the transfer unless its memory is still to be released.
     pub(super) fn end(&mut self, id: TransferId, outcome: Outcome) {
         let now = self.clock.now();
+        self.end_queues(id, &outcome);
         let Some(live) = self.live.get_mut(&id) else {
             return;
         };
@@ -226,7 +227,7 @@ impl Worker {
             .map(|job| job.posted_at())
             .max()
             .unwrap_or(live.submitted);
-        live.report.post = posted.since(live.submitted);
+        live.report.post = posted.since(live.submitted).max(live.report.post);
         let quarantined =
             outcome.failure().map(|failure| failure.memory) == Some(MemoryState::Quarantined);
         // Before anybody hears: whoever does may use the blocks, or begin the request's next push.

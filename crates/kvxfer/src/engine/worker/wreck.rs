@@ -78,6 +78,7 @@ impl Wreck {
         }
         // Launches that have not ended count in the same way.
         undead.extend(worker.gathers.end());
+        worker.queues.clear();
         worker.lane_of.clear();
         worker.singles.clear();
         let mut ids: Vec<TransferId> = worker.live.keys().copied().collect();

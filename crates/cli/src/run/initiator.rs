@@ -1,0 +1,225 @@
+//! `--initiator gpu`: pushes whose blocks a kernel posts.
+
+use std::time::{Duration, Instant};
+
+use kvxfer::blocks::GroupPairs;
+use kvxfer::config::{Config, PathKind};
+use kvxfer::engine::{Outcome, Push};
+use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, Pace};
+use kvxfer::layout::KvFormat;
+use kvxfer::transfer::Cause;
+use kvxfer_hipmem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
+use kvxfer_hipmem::kernels::queue::{ALL, ALL_TENSORS, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
+use kvxfer_hipmem::post::device::{PostBy, PostKernels, Posts};
+use kvxfer_hipmem::post::{Place, Status};
+
+use super::mem::Gpus;
+use crate::args::{BwArgs, InitiatorChoice, OpChoice, QueueChoice};
+use crate::output::schema::{Executor, Hca};
+use crate::problem::{Exit, Problem};
+use crate::say;
+
+/// Waves that post side by side at most.
+const MOST_POSTERS: usize = 64;
+
+/// What posts the blocks of pushes.
+#[derive(Debug)]
+pub(crate) struct Initiator {
+    kernels: PostKernels,
+    stream: Stream,
+}
+
+/// What is asked for and is not there, before anything is begun.
+///
+/// # Errors
+///
+/// A [`Problem`].
+pub(crate) fn check(args: &BwArgs) -> Result<(), Problem> {
+    let gpu = args.initiator == InitiatorChoice::Gpu;
+    match args.queue {
+        Some(_) if !gpu => {
+            let cause = "--queue is what a kernel posts to";
+            return Err(Problem::usage(cause).with_fix("say --initiator gpu with it"));
+        }
+        Some(queue @ (QueueChoice::GpuWqe | QueueChoice::Direct)) => {
+            let name = match queue {
+                QueueChoice::Direct => "direct",
+                _ => "gpu-wqe",
+            };
+            let cause = format!("--queue {name} is not there yet");
+            return Err(Problem::usage(cause)
+                .with_evidence(
+                    "kernels can write mlx5 work requests, and are tested against a model of the device; \
+                     but no session has such queues, neither of a NIC nor of the model",
+                )
+                .with_fix("say --queue proxy"));
+        }
+        _ => {}
+    }
+    if gpu && args.op == OpChoice::Read {
+        return Err(Problem::usage("a kernel pushes and does not pull")
+            .with_fix("say --op write with --initiator gpu"));
+    }
+    Ok(())
+}
+
+impl Initiator {
+    /// On the GPU that has the blocks, or on the first there is; where there is none, on the stand-in, with a warning.
+    ///
+    /// # Errors
+    ///
+    /// A [`Problem`] for a GPU that was asked for and cannot be had.
+    pub(crate) fn open(config: &Config, gpus: Option<&Gpus>) -> anyhow::Result<Self> {
+        let gpu = match gpus {
+            Some(gpus) => gpus.own().clone(),
+            None => first(config)?,
+        };
+        let device = |error: kvxfer_hipmem::Error| Problem::from_chain(Exit::Device, &error);
+        if gpu.runtime() == RuntimeKind::Host {
+            say::aside(
+                "kvxfer: warning: there is no GPU: the posts are made by the host build of the kernel, \
+                 and figures say nothing of a GPU",
+            );
+        }
+        Ok(Self {
+            kernels: PostKernels::load(&gpu).map_err(device)?,
+            stream: Stream::new(&gpu).map_err(device)?,
+        })
+    }
+
+    /// What ran the kernel, and what carries its posts out over a path.
+    pub(crate) fn shown(&self, path: PathKind) -> (Executor, Hca) {
+        let executor = match self.stream.gpu().runtime() {
+            RuntimeKind::Host => Executor::HostBuild,
+            _ => Executor::Gpu,
+        };
+        let hca = match path {
+            PathKind::Rdma => Hca::Nic,
+            _ => Hca::None,
+        };
+        (executor, hca)
+    }
+
+    /// Has a kernel post all blocks of a push, each by itself, and commits it. The time from the launch to the push's
+    /// outcome is measured; what the queue takes to be made is not.
+    ///
+    /// # Errors
+    ///
+    /// What the layers below say; a post that ended badly is told by the push.
+    pub(crate) fn push(
+        &self,
+        push: Push,
+        format: &KvFormat,
+        pairs: &[GroupPairs],
+        timeout: Duration,
+    ) -> Result<Pushed, kvxfer::Error> {
+        let mut config = GpuQueueConfig::new(self.stream.gpu());
+        config.patience = timeout;
+        config.pace = Pace::Armed;
+        let queue = push.gpu_queue(&config)?;
+        let moves = moves(format, pairs, |group, layer| {
+            queue.block_bytes(group, layer)
+        });
+        let posters = (1..=MOST_POSTERS.min(moves.len()))
+            .rev()
+            .find(|n| moves.len().is_multiple_of(*n))
+            .unwrap_or(1);
+        let posts = Posts {
+            moves: &moves,
+            posters: u32::try_from(posters).unwrap_or(1),
+            by: PostBy::Waves,
+            op: PUT,
+            until: ALL,
+        };
+        let prepared = self.kernels.prepare(&posts)?;
+        let begun = Instant::now();
+        let posting = self
+            .kernels
+            .launch(&self.stream, queue.device(), &prepared)?;
+        queue.finish(Kernels::Behind(posting.event()), timeout)?;
+        let transfer = push.commit()?;
+        let outcome = transfer.wait(timeout);
+        let took = begun.elapsed();
+        let wrong = |result: &kvxfer_hipmem::kernels::queue::PostResult| {
+            let ok = Status::Ok.number();
+            (result.posted, result.ended) != (ok, ok)
+        };
+        let results = posting.wait(Instant::now() + timeout)?;
+        Ok(Pushed {
+            took,
+            report: transfer.report(),
+            failed: match outcome {
+                // A kernel that has lost its patience.
+                Some(Outcome::Done) if results.iter().any(wrong) => Some(Cause::DeadlinePassed),
+                Some(Outcome::Done) => None,
+                Some(outcome) => outcome.failure().map(|failure| failure.first_cause.clone()),
+                None => Some(Cause::DeadlinePassed),
+            },
+        })
+    }
+}
+
+/// A push that has ended.
+#[derive(Debug)]
+pub(crate) struct Pushed {
+    /// From the launch of the kernel to the push's outcome.
+    pub(crate) took: Duration,
+    pub(crate) report: kvxfer::engine::TransferReport,
+    pub(crate) failed: Option<Cause>,
+}
+
+/// The first GPU there is, or the stand-in.
+fn first(config: &Config) -> Result<Gpu, Problem> {
+    let found = match (GpuRuntime::open(config.gpu), config.gpu) {
+        (Err(_), RuntimeChoice::Auto) => GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host)),
+        (found, _) => found,
+    };
+    let gpu = found.and_then(|runtime| {
+        let number = match runtime.kind() {
+            RuntimeKind::Host => 0,
+            _ => config.gpu_device,
+        };
+        runtime.gpu(number).cloned()
+    });
+    gpu.map_err(|error| {
+        Problem::from_chain(Exit::Device, &error)
+            .with_fix("`kvxfer devices` shows the GPUs there are; without KVXFER_GPU the host build is run where there is none")
+    })
+}
+
+/// A post for each block of each layer.
+fn moves(
+    format: &KvFormat,
+    pairs: &[GroupPairs],
+    bytes: impl Fn(u32, u32) -> Option<u64>,
+) -> Vec<Move> {
+    let mut moves = Vec::new();
+    for of in pairs {
+        let layers = format
+            .group(of.group)
+            .map_or(&[][..], |group| &group.layers);
+        for layer in layers.iter().map(|layer| layer.layer) {
+            let named = (u8::try_from(of.group), u16::try_from(layer));
+            let (Some(len), (Ok(group), Ok(number))) = (bytes(of.group, layer), named) else {
+                continue;
+            };
+            let place = |block| {
+                let place = Place {
+                    group,
+                    tensor: ALL_TENSORS,
+                    layer: number,
+                    block,
+                };
+                place.to_word()
+            };
+            moves.extend(of.pairs.iter().map(|pair| Move {
+                local: place(pair.src),
+                remote: place(pair.dst),
+                len,
+                flags: LOCAL_PLACE | REMOTE_PLACE,
+                ..Move::default()
+            }));
+        }
+    }
+    moves
+}

@@ -1,0 +1,13 @@
+//! Proxy queues for kernels of a GPU, and the kernels that are built in which post to them.
+//!
+//! [`DeviceQueue`] is the memory of a queue: the ring in pinned memory, the posters' state and the abort word in the
+//! GPU's. Its [handle](DeviceQueue::handle) is what a kernel is given. [`PostKernels`] launches the built-in ones
+//! with nothing `unsafe` to call: what they touch has been checked, and is held until they have ended.
+//!
+//! On the stand-in a kernel is the host build of the same source, in the thread of its stream.
+
+mod launch;
+mod queue;
+
+pub use launch::{PostBy, PostKernels, Posting, Posts, PreparedPosts, Produce, ProducedTensor};
+pub use queue::DeviceQueue;

@@ -1,0 +1,426 @@
+//! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
+//! to the posters.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, error};
+
+use super::{Command, Worker};
+use crate::engine::handle::Outcome;
+use crate::engine::moves::Moves;
+use crate::engine::push::{NotPosted, Pushing, SharedQueue};
+use crate::gpu_queue::{Batches, Pace, PostFault, PostTable};
+use crate::mem::post::{Consumer, DescriptorFault, Rest, Status, Taken};
+use crate::plan::OpSource;
+use crate::ticket::Ticket;
+use crate::transfer::{Cause, JobId, JobReport, TransferId};
+
+/// Posts that are taken between two polls, so that completions and deadlines are seen in time.
+const MOST_TAKEN: usize = 256;
+/// How long after a post the next one is waited for without rest.
+const YOUNG: Duration = Duration::from_micros(200);
+/// How a queue is looked at whose push is over.
+const AFTERWARDS: Pace = Pace::Parked {
+    longest: Duration::from_millis(20),
+};
+
+/// What a worker is told of queues.
+#[derive(Debug)]
+pub(crate) enum QueueOrder {
+    /// A queue of one of its pushes.
+    Add(Box<KernelQueue>),
+    /// Nobody posts to it any more, or nobody is to.
+    Close {
+        /// Which one.
+        number: u64,
+        /// How many posts have been begun, if nobody posts any more.
+        posted: Option<u64>,
+    },
+    /// It is to be looked at otherwise from now on.
+    Look,
+}
+
+/// Whether posts are carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Open,
+    /// The push has all that is part of it, or is over: posts are told that it is closed.
+    Sealed,
+}
+
+/// A queue, as the worker has it that owns its push.
+#[derive(Debug)]
+pub(crate) struct KernelQueue {
+    number: u64,
+    id: TransferId,
+    pushing: Arc<Pushing>,
+    shared: Arc<SharedQueue>,
+    consumer: Consumer,
+    /// What posts may name; `None` before the push's ticket has come.
+    table: Option<PostTable>,
+    /// The posts of each job.
+    jobs: HashMap<JobId, Vec<u64>>,
+    stage: Stage,
+    /// It goes when nothing of it is under way.
+    is_closing: bool,
+    /// How many posts have been begun, if there are no more.
+    posted: Option<u64>,
+    /// Looks in a row that have found nothing, and when one last has found something.
+    looks: u32,
+    found: Option<Instant>,
+}
+
+impl KernelQueue {
+    pub(crate) fn new(
+        number: u64,
+        (pushing, id): (&Arc<Pushing>, TransferId),
+        (shared, consumer): (&Arc<SharedQueue>, Consumer),
+        table: Option<PostTable>,
+    ) -> Self {
+        Self {
+            number,
+            id,
+            pushing: Arc::clone(pushing),
+            shared: Arc::clone(shared),
+            consumer,
+            table,
+            jobs: HashMap::new(),
+            stage: Stage::Open,
+            is_closing: false,
+            posted: None,
+            looks: 0,
+            found: None,
+        }
+    }
+
+    /// A post has ended. It is counted first: whoever sees a kernel's end finds its posts counted.
+    fn complete(&mut self, post: u64, status: Status) {
+        self.shared.note_ended(1, status);
+        let ring = self.shared.device().ring();
+        match self.consumer.complete(ring, post, status) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(%error, "a post has ended twice"),
+            Err(error) => self.lose_ring(&error),
+        }
+    }
+
+    /// All that is under way has ended, and nothing is carried out any more.
+    fn end(&mut self, status: Status) {
+        self.stage = Stage::Sealed;
+        self.jobs.clear();
+        let ring = self.shared.device().ring();
+        self.shared
+            .note_ended(self.consumer.under_way() as u64, status);
+        let closed = match status {
+            Status::Ok => Ok(()),
+            status => self.consumer.close(ring, status),
+        };
+        if let Err(error) = closed.and_then(|()| self.consumer.complete_all(ring, status)) {
+            self.lose_ring(&error);
+        }
+    }
+
+    /// The ring's words are not where they should be: a defect.
+    fn lose_ring(&mut self, error: &crate::mem::Error) {
+        error!(%error, "the ring of a queue");
+        self.stage = Stage::Sealed;
+        self.shared.stop();
+    }
+
+    /// How long the worker may rest before it looks again; `None`: it is told when there is something to look at.
+    fn rest(&mut self) -> Option<Duration> {
+        let pace = match self.stage {
+            Stage::Open if self.table.is_none() => return None,
+            Stage::Open => self.shared.pace(),
+            Stage::Sealed => AFTERWARDS,
+        };
+        if self.found.is_some_and(|found| found.elapsed() < YOUNG) {
+            return Some(Duration::ZERO);
+        }
+        match pace.rest(self.looks) {
+            Rest::Spin => Some(Duration::ZERO),
+            Rest::Sleep(sleep) => {
+                self.looks = self.looks.saturating_add(1);
+                Some(sleep)
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_closing && self.stage == Stage::Sealed && self.consumer.under_way() == 0
+    }
+}
+
+impl Drop for KernelQueue {
+    fn drop(&mut self) {
+        // Of a worker that ends. Of what its posts are to become nobody hears any more.
+        if !self.is_over() {
+            self.end(Status::Closed);
+            self.shared.stop();
+        }
+    }
+}
+
+/// What the posters of a push are told that has failed.
+fn status_of(cause: &Cause) -> Status {
+    match cause {
+        // The post that is to blame has been told by itself.
+        Cause::KernelPost { .. } => Status::Flushed,
+        Cause::DeadlinePassed => Status::Late,
+        Cause::Cancelled | Cause::Aborted | Cause::Revoked | Cause::ShuttingDown => Status::Closed,
+        Cause::PeerDead
+        | Cause::PeerStalled { .. }
+        | Cause::PeerRestarted
+        | Cause::PeerUnreachable
+        | Cause::PeerClosed
+        | Cause::PeerReset
+        | Cause::CutOff { .. }
+        | Cause::Refused { .. } => Status::Peer,
+        _ => Status::Device,
+    }
+}
+
+impl Worker {
+    pub(super) fn queue_order(&mut self, order: QueueOrder) {
+        match order {
+            QueueOrder::Add(mut queue) => {
+                if !self.live.contains_key(&queue.id) {
+                    queue.end(Status::Closed);
+                }
+                self.queues.push(*queue);
+            }
+            QueueOrder::Close { number, posted } => {
+                let queue = self.queues.iter_mut().find(|queue| queue.number == number);
+                if let Some(queue) = queue {
+                    queue.is_closing = true;
+                    queue.posted = posted;
+                    queue.looks = 0;
+                }
+            }
+            QueueOrder::Look => {}
+        }
+    }
+
+    /// The ticket of a push is here: posts that waited for it can be checked.
+    pub(super) fn open_queues(&mut self, id: TransferId, ticket: &Ticket) {
+        for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
+            queue.table = Some(queue.pushing.posts(ticket));
+        }
+    }
+
+    /// Takes what kernels have posted; whether there was something.
+    pub(super) fn look_at_queues(&mut self) -> bool {
+        if self.queues.is_empty() {
+            return false;
+        }
+        // Nothing that is done here comes back to them before they are back in their place.
+        let mut queues = std::mem::take(&mut self.queues);
+        let mut any = false;
+        for queue in &mut queues {
+            let found = self.look_at_queue(queue);
+            let drained = !found && (queue.table.is_some() || queue.stage == Stage::Sealed);
+            if queue.is_closing && drained {
+                self.seal(queue);
+            }
+            any |= found;
+        }
+        queues.retain(|queue| !queue.is_over());
+        self.queues = queues;
+        any
+    }
+
+    /// A push has all that is part of it: what kernels have posted by now.
+    pub(super) fn seal_queues(&mut self, id: TransferId) {
+        let mut queues = std::mem::take(&mut self.queues);
+        for queue in queues.iter_mut().filter(|queue| queue.id == id) {
+            // What was posted before has a slot each; a kernel that goes on is not waited for.
+            let looks = (queue.consumer.depth() as usize).div_ceil(MOST_TAKEN);
+            for _ in 0..looks {
+                if !self.look_at_queue(queue) {
+                    break;
+                }
+            }
+            self.seal(queue);
+        }
+        self.queues = queues;
+    }
+
+    /// Everything that was posted has been taken. A post that was begun and is not there is a block that its engine
+    /// believes to be sent.
+    fn seal(&mut self, queue: &mut KernelQueue) {
+        if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
+            return;
+        }
+        let taken = queue.consumer.taken();
+        if queue.posted.is_some_and(|posted| taken < posted) {
+            self.fail_post(queue.id, taken, PostFault::Unwritten);
+        }
+    }
+
+    fn look_at_queue(&mut self, queue: &mut KernelQueue) -> bool {
+        if queue.table.is_none() && queue.stage == Stage::Open {
+            return false;
+        }
+        let (mut batches, mut any) = (Batches::default(), false);
+        for _ in 0..MOST_TAKEN {
+            let taken = queue.consumer.take(queue.shared.device().ring());
+            let taken = match taken {
+                Ok(Some(taken)) => taken,
+                Ok(None) => break,
+                Err(error) => {
+                    queue.lose_ring(&error);
+                    self.fail_post(queue.id, 0, PostFault::Malformed);
+                    break;
+                }
+            };
+            any = true;
+            queue.shared.note_taken();
+            match (taken, &queue.table) {
+                (Taken::Post(post), Some(table)) if queue.stage == Stage::Open => {
+                    match table.check(&post) {
+                        Ok(wanted) => batches.add(post.ticket, wanted),
+                        Err(fault) => {
+                            queue.complete(post.ticket, fault.status());
+                            self.fail_post(queue.id, post.ticket, fault);
+                        }
+                    }
+                }
+                (Taken::Post(post), _) => queue.complete(post.ticket, Status::Closed),
+                (Taken::Refused(fault), _) => {
+                    queue.shared.note_ended(1, fault.status());
+                    let (post, fault) = match fault {
+                        DescriptorFault::Op { ticket, .. } => (ticket, PostFault::Operation),
+                        DescriptorFault::Ticket { wanted, .. } => (wanted, PostFault::Malformed),
+                        DescriptorFault::Reserved { ticket, .. } => (ticket, PostFault::Malformed),
+                        _ => (0, PostFault::Malformed),
+                    };
+                    self.fail_post(queue.id, post, fault);
+                }
+                (Taken::Flushed(_), _) => queue.shared.note_ended(1, Status::Flushed),
+            }
+        }
+        if any {
+            queue.looks = 0;
+            queue.found = Some(Instant::now());
+        }
+        for batch in batches.into_all() {
+            let begun = Instant::now();
+            let of = (batch.group, batch.layer);
+            let sources: Vec<u32> = batch.pairs.iter().map(|pair| pair.src).collect();
+            match queue.pushing.plan_posts(of, batch.pairs) {
+                Ok(plan) => {
+                    let runs = plan.report().runs;
+                    let source = Moves {
+                        plan: Arc::new(plan),
+                        after: None,
+                        is_released: true,
+                    };
+                    // Of a push that has failed the posts end with its outcome.
+                    if let Some(job) = self.add_job(queue.id, source, runs, begun.elapsed()) {
+                        queue.jobs.insert(job, batch.posts);
+                        self.end_posts(queue, queue.id, job);
+                    }
+                }
+                Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
+                    id: queue.id,
+                    cause,
+                }),
+                Err(NotPosted::Fault(fault)) => {
+                    let blamed = match fault {
+                        PostFault::InUse { block, .. } => {
+                            sources.iter().position(|src| *src == block)
+                        }
+                        _ => None,
+                    };
+                    let post = batch.posts.get(blamed.unwrap_or(0)).copied().unwrap_or(0);
+                    queue.complete(post, fault.status());
+                    self.fail_post(queue.id, post, fault);
+                }
+            }
+        }
+        any
+    }
+
+    fn fail_post(&mut self, id: TransferId, post: u64, fault: PostFault) {
+        let cause = Cause::KernelPost { post, fault };
+        self.command(Command::Fail { id, cause });
+    }
+
+    /// Adds operations to a push; `None`: it has ended.
+    pub(super) fn add_job(
+        &mut self,
+        id: TransferId,
+        source: Moves,
+        runs: u64,
+        prepare: Duration,
+    ) -> Option<JobId> {
+        if let Some(live) = self.live.get_mut(&id) {
+            live.report.operations += source.ops();
+            live.report.merged_runs += runs;
+            live.report.prepare += prepare;
+            if let Some(verify) = &mut live.verify {
+                verify.plans.push(Arc::clone(&source.plan));
+            }
+        }
+        let now = self.clock.now();
+        match self.transfers.add_job(now, id, Arc::new(source)) {
+            Ok(job) => Some(job),
+            // The transfer may have ended meanwhile: its outcome has said so.
+            Err(error) => {
+                debug!(?id, %error, "operations of a push that has ended");
+                None
+            }
+        }
+    }
+
+    /// Takes what there is to say of a job, and tells the posters whose posts are confirmed.
+    pub(super) fn job_report(&mut self, report: &JobReport) {
+        self.transfers.job_report(self.clock.now(), report);
+        if self.queues.iter().all(|queue| queue.id != report.transfer) {
+            return;
+        }
+        let mut queues = std::mem::take(&mut self.queues);
+        for queue in queues
+            .iter_mut()
+            .filter(|queue| queue.id == report.transfer)
+        {
+            self.end_posts(queue, report.transfer, report.job);
+        }
+        self.queues = queues;
+    }
+
+    /// Ends the posts of a job, if it is complete.
+    fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
+        if !queue.jobs.contains_key(&job) || !self.transfers.is_complete(id, job) {
+            return;
+        }
+        for post in queue.jobs.remove(&job).unwrap_or_default() {
+            queue.complete(post, Status::Ok);
+        }
+        // A kernel may post for as long as it likes: what is over is not kept.
+        if let Some(live) = self.live.get_mut(&id)
+            && let Some(at) = live.jobs.iter().position(|known| known.id == job)
+        {
+            let job = live.jobs.swap_remove(at);
+            let post = job.posted_at().since(live.submitted);
+            live.report.post = live.report.post.max(post);
+        }
+    }
+
+    /// A push has its outcome: so have all posts that it has not confirmed.
+    pub(super) fn end_queues(&mut self, id: TransferId, outcome: &Outcome) {
+        for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
+            queue.end(match outcome {
+                Outcome::Done => Status::Ok,
+                Outcome::Failed(failure) => status_of(&failure.first_cause),
+            });
+        }
+    }
+
+    /// How long the worker may rest before it has to look at its queues.
+    pub(super) fn queues_rest(&mut self) -> Option<Duration> {
+        self.queues.iter_mut().filter_map(KernelQueue::rest).min()
+    }
+}

@@ -1,0 +1,75 @@
+//! Pushes that kernels make: queues that a kernel posts to, and what a post may name.
+//!
+//! [`Push::gpu_queue`](crate::engine::Push::gpu_queue) makes a [`GpuQueue`](crate::engine::GpuQueue) of a push that
+//! has begun. Its [handle](crate::engine::GpuQueue::handle) is a plain structure for the engine's own kernels, which
+//! include `kernels/post.h` and call `kvx_put` with places: (group, layer, all tensors, block) on both sides. A
+//! post is a block of a layer, as in [`Push::layer`](crate::engine::Push::layer), and goes the same way: nothing is
+//! written that the consumer does not expect of this push, and all that is promised of transfers is promised of
+//! this one.
+//!
+//! Here is what that needs without a thread or a clock: the table that posts are checked against, and their faults.
+
+mod fault;
+mod table;
+
+pub use fault::PostFault;
+pub(crate) use table::{Batches, PostTable};
+
+use std::time::Duration;
+
+use crate::mem::gpu::{Event, Gpu};
+pub use crate::mem::post::Pace;
+
+/// The slots of a queue at most.
+pub const MOST_SLOTS: u32 = 1 << 16;
+
+/// What a queue for kernels is like.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct GpuQueueConfig {
+    /// The GPU whose kernels post. The stand-in is one too: there the kernels are the host build of the same source.
+    pub gpu: Gpu,
+    /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most.
+    pub depth: u32,
+    /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour.
+    pub patience: Duration,
+    /// How eagerly a worker looks at it.
+    pub pace: Pace,
+}
+
+impl GpuQueueConfig {
+    /// 1024 slots, 10 seconds of patience; parked, with sleeps of 10 milliseconds at most, which cost half a percent of
+    /// a core.
+    #[must_use]
+    pub fn new(gpu: &Gpu) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            depth: 1024,
+            patience: Duration::from_secs(10),
+            pace: Pace::Parked {
+                longest: Duration::from_millis(10),
+            },
+        }
+    }
+}
+
+/// How it is known that no kernel posts any more.
+#[derive(Debug, Clone, Copy)]
+pub enum Kernels<'a> {
+    /// The caller knows it: it has waited for their ends.
+    Ended,
+    /// An event stands behind the last of them.
+    Behind(&'a Event),
+}
+
+/// What has become of a queue's posts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct GpuQueueReport {
+    /// Posts that were taken out of the ring.
+    pub taken: u64,
+    /// Of those, posts whose every byte is confirmed.
+    pub done: u64,
+    /// Posts that were refused, failed or came behind a failure.
+    pub failed: u64,
+}

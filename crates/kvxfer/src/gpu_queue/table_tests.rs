@@ -1,0 +1,163 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::layout::{KvFormat, KvPlacement, Packing, Side, Topology};
+use crate::mem::post::{Place, Status};
+use crate::plan::{Part, Role};
+
+const BYTES: u64 = 64;
+const LAYERS: u32 = 3;
+const BLOCKS: u32 = 40;
+
+fn plans() -> Compiled {
+    let format = KvFormat::opaque(BYTES, LAYERS).expect("a format");
+    let topology = Topology::single(&format);
+    let uniform = KvPlacement::uniform(&format, topology, &[BLOCKS], Packing::OneMemory, 64);
+    let placement = uniform.and_then(|u| u.describe(&format)).expect("it fits");
+    let side = Side {
+        format: &format,
+        placement: &placement,
+    };
+    Compiled::compile(&side, &side, Role::Push, Part::Common).expect("they are the same")
+}
+
+fn table(expected: &[u32]) -> PostTable {
+    let blocks = expected.to_vec();
+    PostTable::new(&plans(), &[GroupBlocks { group: 0, blocks }])
+}
+
+fn put(here: Place, there: Place, len: u64) -> Descriptor {
+    Descriptor {
+        ticket: 0,
+        op: PostOp::Put,
+        local: End::Place(here),
+        remote: End::Place(there),
+        len,
+    }
+}
+
+fn place(layer: u16, block: u32) -> Place {
+    Place {
+        group: 0,
+        tensor: ALL_TENSORS,
+        layer,
+        block,
+    }
+}
+
+#[test]
+fn posts_are_checked_and_their_faults_told_apart() {
+    let table = table(&[7, 9]);
+    let good = put(place(2, 39), place(2, 9), BYTES);
+    assert_eq!(
+        table.check(&good),
+        Ok(Wanted {
+            group: 0,
+            layer: 2,
+            pair: BlockPair { src: 39, dst: 9 }
+        })
+    );
+    let of_tensor = |tensor, place: Place| Place { tensor, ..place };
+    let of_group = |group, place: Place| Place { group, ..place };
+    let (here, there) = (place(1, 3), place(1, 7));
+    let address = End::Address { addr: 0, key: 0 };
+    let cases = [
+        (
+            Descriptor {
+                op: PostOp::Get,
+                ..good
+            },
+            Status::BadOp,
+        ),
+        (
+            Descriptor {
+                op: PostOp::PutImm(0),
+                ..good
+            },
+            Status::BadOp,
+        ),
+        (
+            Descriptor {
+                local: address,
+                ..good
+            },
+            Status::BadKey,
+        ),
+        (
+            Descriptor {
+                remote: address,
+                ..good
+            },
+            Status::BadKey,
+        ),
+        (put(here, place(2, 7), BYTES), Status::BadRange),
+        (put(of_tensor(0, here), there, BYTES), Status::BadRange),
+        (put(here, of_tensor(0, there), BYTES), Status::BadRange),
+        (put(here, of_group(1, there), BYTES), Status::BadRange),
+        (
+            put(of_group(1, here), of_group(1, there), BYTES),
+            Status::BadKey,
+        ),
+        (put(place(3, 3), place(3, 7), BYTES), Status::BadKey),
+        (put(here, there, BYTES - 1), Status::BadLength),
+        (put(here, there, BYTES + 1), Status::BadLength),
+        (put(here, there, 0), Status::BadLength),
+        (put(place(1, BLOCKS), there, BYTES), Status::BadRange),
+        (put(here, place(1, 8), BYTES), Status::BadRights),
+        (put(here, place(1, u32::MAX), BYTES), Status::BadRights),
+    ];
+    for (post, status) in cases {
+        let fault = table.check(&post).expect_err("it is wrong");
+        assert_eq!(fault.status(), status, "{post:?}: {fault}");
+    }
+}
+
+proptest! {
+    /// Every post is in one batch, of its own layer; no batch has a block twice, and a block that comes
+    /// again is in a later batch.
+    #[test]
+    fn batches_hold_every_post_once(
+        posts in prop::collection::vec((0..3_u16, 0..40_u32, 0..12_u32), 0..200),
+    ) {
+        let mut batches = Batches::default();
+        for (post, (layer, src, dst)) in (0..).zip(&posts) {
+            let pair = BlockPair { src: *src, dst: *dst };
+            batches.add(post, Wanted { group: 0, layer: *layer, pair });
+        }
+        let mut seen = vec![false; posts.len()];
+        let mut last: std::collections::HashMap<(u16, u32), u64> = Default::default();
+        for batch in batches.into_all() {
+            let mut dsts = HashSet::new();
+            prop_assert_eq!(batch.pairs.len(), batch.posts.len());
+            for (pair, post) in batch.pairs.iter().zip(&batch.posts) {
+                let (layer, src, dst) = posts[*post as usize];
+                prop_assert_eq!((batch.layer, pair.src, pair.dst), (layer, src, dst));
+                prop_assert!(!std::mem::replace(&mut seen[*post as usize], true));
+                prop_assert!(dsts.insert(pair.dst), "a plan would refuse it");
+                if let Some(before) = last.insert((layer, dst), *post) {
+                    prop_assert!(before < *post);
+                }
+            }
+        }
+        prop_assert!(seen.iter().all(|seen| *seen));
+    }
+
+    /// Whatever a descriptor says, what is taken is a block of this rank and one that is expected.
+    #[test]
+    fn nothing_outside_is_taken(
+        here in any::<u64>(), there in any::<u64>(), len in prop_oneof![Just(BYTES), any::<u64>()],
+        near in any::<bool>(),
+    ) {
+        let table = table(&[7, 9]);
+        let bend = |word: u64| match near {
+            true => place((word % 5) as u16, (word >> 32) as u32 % 50).to_word(),
+            false => word,
+        };
+        let post = put(Place::from_word(bend(here)), Place::from_word(bend(there)), len);
+        if let Ok(wanted) = table.check(&post) {
+            prop_assert!(wanted.pair.src < BLOCKS && [7, 9].contains(&wanted.pair.dst));
+            prop_assert!(wanted.group == 0 && u32::from(wanted.layer) < LAYERS);
+            prop_assert_eq!(len, BYTES);
+        }
+    }
+}
