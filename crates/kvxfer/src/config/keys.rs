@@ -11,7 +11,8 @@ use kvxfer_verbs::FaultPlan;
 use crate::wire::KvRole;
 
 use super::value::{
-    Any, Bytes, DeviceFilter, FencePolicy, IfSet, Listen, Or, PathSet, Rule, Setting, Within,
+    Any, BenchPlace, Bytes, DeviceFilter, FencePolicy, IfSet, Listen, Or, PathSet, Rule, Setting,
+    Within,
 };
 
 /// One setting.
@@ -146,6 +147,9 @@ keys! {
     allow_bench: bool = false, Any;
     /// Most memory that bandwidth tests of peers may make this side allocate.
     max_memory: Bytes = Bytes(1 << 30), Within(Bytes(1 << 20), Bytes(1 << 50));
+    /// Where the blocks of peers' bandwidth tests lie on this side: as the peer's do (peer), in host memory, or on
+    /// the GPU.
+    bench_memory: BenchPlace = BenchPlace::Peer, Any;
 
     /// How long a transfer may take.
     transfer_timeout: Duration = 30 * SECOND, Within(10 * MS, DAY);

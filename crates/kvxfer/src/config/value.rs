@@ -277,6 +277,30 @@ impl fmt::Display for FencePolicy {
 words!(FencePolicy, "on, off or verify",
     "on" => On, "off" => Off, "verify" => Verify);
 
+/// Where the blocks of peers' bandwidth tests lie on this side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BenchPlace {
+    /// As the peer's: in host memory, or on a GPU.
+    Peer,
+    /// In host memory.
+    Host,
+    /// On a GPU.
+    Gpu,
+}
+
+impl fmt::Display for BenchPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Peer => "peer",
+            Self::Host => "host",
+            Self::Gpu => "gpu",
+        })
+    }
+}
+
+words!(BenchPlace, "peer, host or gpu", "peer" => Peer, "host" => Host, "gpu" => Gpu);
+
 /// The paths that a configuration can name, in the order in which they are shown.
 const PATHS: [PathKind; 6] = [
     PathKind::Arena,
