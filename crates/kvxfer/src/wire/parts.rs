@@ -35,6 +35,8 @@ pub mod limits {
     pub const TICKET: usize = 8 << 20;
     /// Bytes of a handle of a GPU's memory.
     pub const HANDLE: usize = 512;
+    /// Bytes that a side which stages takes at a time: no fewer.
+    pub const LEAST_STAGED: u64 = 1 << 16;
     /// Stretches of memory that are staged together.
     pub const STRETCHES: usize = 1 << 13;
     /// Bytes of an encoded cause.

@@ -14,7 +14,7 @@ use kvxfer::wire::{
 };
 use kvxfer_verbs::{SendOp, WcStatus};
 
-use crate::liar::{Liar, at};
+use crate::liar::{Liar, at, endpoint, offer_of};
 use crate::support::{LONG, POISON, groups, pairs, until};
 use crate::world::{BLOCK, BLOCKS, World};
 
@@ -186,6 +186,35 @@ fn nothing_is_staged_between_memories_of_the_host() {
         });
         liar.wire.say(message);
         world.was_cut_off(&liar.name, ErrorCode::Lie);
+    }
+    world.works();
+}
+
+/// Buffers that hold nothing, or that are not there, lead nowhere.
+#[test]
+fn what_cannot_be_staged_in_is_no_way() {
+    let world = World::new(PathKind::Arena);
+    for (staged, memory) in [(0, true), (65_535, true), (u64::MAX, true), (65_536, false)] {
+        let mut liar = Liar::new(&world);
+        let mut describe = liar.describe();
+        let handles = vec![Blob(vec![7; 9])];
+        describe.gpu = Some(GpuDesc { handles, staged });
+        let own = describe.rails[0].memories[0];
+        describe.rails[0].staging = memory.then_some(own);
+        describe.rails[0].memories[0] = RemoteSpan {
+            addr: 1 << 40,
+            rkey: 0,
+            ..own
+        };
+        liar.wire.say(describe);
+        liar.hear_describe();
+        let qp = liar.device.queue_pair();
+        let offer = offer_of(PathKind::Arena, vec![endpoint(&qp)]);
+        liar.wire.say(offer);
+        let Message::QpAnswer(answer) = liar.wire.hear_kind(MessageKind::QpAnswer) else {
+            unreachable!("that kind");
+        };
+        assert_eq!(answer.path, None, "{staged} {memory}");
     }
     world.works();
 }

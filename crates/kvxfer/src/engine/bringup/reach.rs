@@ -5,7 +5,7 @@ use crate::engine::Inner;
 use crate::engine::gpu::GpuPeer;
 use crate::error::chain;
 use crate::transport::OnGpu;
-use crate::wire::RemoteSpan;
+use crate::wire::{RemoteSpan, limits};
 
 impl Bringup {
     /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
@@ -43,7 +43,9 @@ impl Bringup {
         let theirs = known.describe.gpu.as_ref()?;
         let spans = known.describe.rails.iter().map(|rail| rail.staging);
         let bytes = |span: Option<RemoteSpan>| span.map_or(0, |span| span.len);
-        match theirs.staged > 0 && spans.map(bytes).all(|bytes| bytes >= theirs.staged) {
+        // No fewer, or operations would be cut to nothing.
+        let enough = theirs.staged >= limits::LEAST_STAGED;
+        match enough && spans.map(bytes).all(|bytes| bytes >= theirs.staged) {
             true => None,
             false => Some("the peer has no pinned memory to stage blocks in".to_owned()),
         }

@@ -53,7 +53,7 @@ pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
 use rails::Retired;
-pub(crate) use stages::Staging;
+pub(crate) use stages::ToStage;
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -162,7 +162,7 @@ pub(crate) enum Command {
     /// A peer wants stretches of a GPU's memory staged.
     Stage {
         peer: Arc<PeerSession>,
-        staging: Box<Staging>,
+        staging: Box<ToStage>,
     },
     /// And reads them no more.
     StageFree { peer: Arc<PeerSession>, number: u64 },

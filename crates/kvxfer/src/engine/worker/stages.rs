@@ -18,7 +18,7 @@ use crate::wire::Staged;
 
 /// What a peer wants staged.
 #[derive(Debug)]
-pub(crate) struct Staging {
+pub(crate) struct ToStage {
     /// The peer's number for it.
     pub(crate) number: u64,
     pub(crate) packed: Vec<Packed>,
@@ -28,7 +28,7 @@ pub(crate) struct Staging {
 #[derive(Debug)]
 struct Asked {
     peer: Arc<PeerSession>,
-    staging: Box<Staging>,
+    staging: Box<ToStage>,
 }
 
 #[derive(Debug)]
@@ -119,7 +119,7 @@ fn tell(peer: &PeerSession, number: u64, cause: &Cause) {
 
 impl Worker {
     /// A peer wants stretches staged.
-    pub(super) fn stage(&mut self, peer: Arc<PeerSession>, staging: Box<Staging>) {
+    pub(super) fn stage(&mut self, peer: Arc<PeerSession>, staging: Box<ToStage>) {
         let open: Vec<u64> = self.gathers.stages.of(peer.key).collect();
         if open.len() >= MOST_STAGED as usize || open.contains(&staging.number) {
             return peer
@@ -254,7 +254,7 @@ impl Inner {
         };
         let lengths = self.placement.desc().memory_len();
         let packed = crate::engine::gpu::packed(&stage, lengths, buffers.piece_bytes())?;
-        let staging = Box::new(Staging {
+        let staging = Box::new(ToStage {
             number: stage.number,
             packed,
             gpu: Arc::clone(gpu),
