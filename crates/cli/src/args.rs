@@ -109,12 +109,7 @@ pub(crate) struct BwArgs {
 
     /// Where those of the target lie that is started where no host is named [default: as --mem, on the
     /// next GPU]
-    #[arg(
-        long,
-        value_name = "host|gpu[:N]",
-        requires = "mem",
-        conflicts_with = "host"
-    )]
+    #[arg(long, value_name = "host|gpu[:N]", conflicts_with = "host")]
     pub(crate) peer_mem: Option<Mem>,
 
     #[command(flatten)]
@@ -374,7 +369,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) pattern: ServePattern,
 
-    /// The GPU for clients whose blocks are a GPU's: the N-th that this process sees [default: gpu:0]
+    /// Where clients' blocks lie on this side: in the host's memory, or a GPU's (the N-th that this process
+    /// sees) [default: as the client's, on gpu:0]
     #[arg(long, value_name = "host|gpu[:N]")]
     pub(crate) mem: Option<Mem>,
 
@@ -439,6 +435,8 @@ pub(crate) enum PathChoice {
     Rdma,
     /// GPU links, this machine
     Ipc,
+    /// GPU memory through pinned host memory, any machine
+    Staged,
     /// The best that can be used
     Auto,
 }
@@ -461,6 +459,7 @@ impl fmt::Display for PathChoice {
             Self::Tcp => "tcp",
             Self::Rdma => "rdma",
             Self::Ipc => "ipc",
+            Self::Staged => "staged",
             Self::Auto => "auto",
         })
     }

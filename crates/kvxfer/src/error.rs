@@ -72,15 +72,17 @@ pub enum Error {
         /// Another memory's.
         other: kvxfer_verbs::PciAddress,
     },
-    /// An engine on RDMA devices was given a GPU's memory.
+    /// An engine on RDMA devices was given a GPU's memory, which it cannot stage.
     #[error(
-        "an engine on RDMA devices ({device}) moves host memory, and the placement's is of GPU {gpu}: nothing here orders yet what a NIC writes with what a GPU reads; without rdma_devices, peers on this node are reached by GPU links"
+        "an engine on RDMA devices ({device}) moves host memory, and the placement's is of GPU {gpu}: it is staged where the path `staged` is allowed and its buffers can be had: {reason}"
     )]
     GpuOverRdma {
         /// The first of the devices.
         device: String,
         /// The GPU.
         gpu: kvxfer_verbs::PciAddress,
+        /// Why it cannot be staged.
+        reason: String,
     },
     /// A stream was given for memory that is the host's.
     #[error("a stream to put the fence on, and the engine's memory is the host's")]

@@ -17,11 +17,12 @@ use support::{LONG, Node, dealt, groups, pairs, recipe, until};
 const BLOCK: u64 = 32 << 10;
 const BLOCKS: u32 = 256;
 const SEED: u64 = 5;
-const PATHS: [PathKind; 4] = [
+const PATHS: [PathKind; 5] = [
     PathKind::Arena,
     PathKind::ProcessVm,
     PathKind::Tcp,
     PathKind::Ipc,
+    PathKind::Staged,
 ];
 
 /// Where in its life a peer is killed.
@@ -170,7 +171,7 @@ fn lives_of_a_peer() {
         // The last one is met as the first one was.
         live(&node, &instance, &mut child, Stage::Idle, "last");
         let mut before = before.expect("more lives than stages");
-        if path == PathKind::Ipc {
+        if matches!(path, PathKind::Ipc | PathKind::Staged) {
             // Launches' memory is kept and used again, and each allocation of the stand-in is a file: there are as
             // many as launches have run at once. One file for each life would be more.
             before.fds += each / 2;

@@ -461,7 +461,7 @@ fn a_producer_that_dies_while_it_is_read() {
 }
 
 #[test]
-fn a_gpus_memory_and_the_hosts_do_not_meet_yet_and_say_so() {
+fn a_gpus_memory_that_is_not_to_be_staged_does_not_meet_the_hosts() {
     let gpu = node(KvRole::Producer);
     let host = recipe(KvRole::Consumer, PathKind::Arena, BLOCK, BLOCKS);
     let host = host
@@ -479,6 +479,8 @@ fn a_gpus_memory_and_the_hosts_do_not_meet_yet_and_say_so() {
     assert_eq!(why(PathKind::Ipc), "this side's memory is the host's");
     // The GPU's engine allows no other path, which is not asked before this side knows of none.
     assert_eq!(why(PathKind::Arena), "the peer's memory is a GPU's");
+    let no_buffers = "the peer has no pinned memory to stage blocks in";
+    assert_eq!(why(PathKind::Staged), no_buffers);
 }
 
 #[test]

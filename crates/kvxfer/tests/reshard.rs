@@ -42,7 +42,16 @@ struct Pair {
 }
 
 fn pair(producer: Cut, consumer: Cut) -> Pair {
-    let cluster = |name: &str, role, cut: Cut| Cluster::new(name, role, cut, ROOM / cut.tokens);
+    pair_over(PathKind::Arena, producer, consumer)
+}
+
+fn pair_over(path: PathKind, producer: Cut, consumer: Cut) -> Pair {
+    let cluster = |name: &str, role, cut: Cut| {
+        let blocks = ROOM / cut.tokens;
+        Cluster::over(path, name, role, cut, blocks, |config| {
+            config.staging_slot_bytes.0 = 64 << 10;
+        })
+    };
     let producers = cluster("prefill", KvRole::Producer, producer);
     let consumers = cluster("decode", KvRole::Consumer, consumer);
     let src = table(producer.tokens, 5);
@@ -89,7 +98,11 @@ impl Pair {
 
 /// Every consumer rank pulls from all producer ranks; then all offers are free.
 fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
-    let pair = pair(producer, consumer);
+    pulls_over(PathKind::Arena, producer, consumer, tokens);
+}
+
+fn pulls_over(path: PathKind, producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
+    let pair = pair_over(path, producer, consumer);
     let tickets = pair.offers("r");
     let offered = |node: &&support::Node| tickets.iter().any(|t| t.rank == node.engine.rank());
     let offerers = pair.producers.nodes.iter().filter(offered);
@@ -129,7 +142,11 @@ fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
 
 /// Every producer rank pushes to all consumer ranks, layer by layer.
 fn pushes(producer: Cut, consumer: Cut, senders: u32) {
-    let pair = pair(producer, consumer);
+    pushes_over(PathKind::Arena, producer, consumer, senders);
+}
+
+fn pushes_over(path: PathKind, producer: Cut, consumer: Cut, senders: u32) {
+    let pair = pair_over(path, producer, consumer);
     let request = RequestId::from("w");
     let mut logs: Vec<Log> = pair
         .consumers
@@ -321,6 +338,16 @@ fn blocks_of_other_sizes() {
     pulls(cut(1, 1, 48), cut(1, 1, 32), None);
     pushes(cut(1, 1, 16), cut(1, 1, 64), 1);
     pushes(cut(1, 1, 64), cut(1, 1, 16), 1);
+}
+
+/// Pieces of blocks, through buffers that hold a few of them.
+#[test]
+fn what_is_staged_is_cut_differently_too() {
+    let staged = PathKind::Staged;
+    pulls_over(staged, cut(3, 1, 16), cut(6, 1, 16), None);
+    pulls_over(staged, cut(1, 1, 48), cut(1, 1, 32), None);
+    pushes_over(staged, cut(6, 1, 16), cut(2, 1, 16), 3);
+    pushes_over(staged, cut(1, 1, 64), cut(1, 1, 16), 1);
 }
 
 #[test]

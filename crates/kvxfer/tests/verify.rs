@@ -16,11 +16,12 @@ use support::{LONG, Log, Node, groups, pairs, recipe, until};
 
 const BLOCKS: u32 = 64;
 const BLOCK_BYTES: u64 = 4096;
-const PATHS: [PathKind; 4] = [
+const PATHS: [PathKind; 5] = [
     PathKind::Arena,
     PathKind::ProcessVm,
     PathKind::Tcp,
     PathKind::Ipc,
+    PathKind::Staged,
 ];
 /// Those that the software device carries blocks over, which can send them astray.
 const SOFT: [PathKind; 3] = [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp];

@@ -26,7 +26,7 @@ struct Program {
     file: &'static str,
 }
 
-const PROGRAMS: [Program; 6] = [
+const PROGRAMS: [Program; 7] = [
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer-hipmem", "--test", "gpu"],
         target: "gpu",
@@ -41,6 +41,11 @@ const PROGRAMS: [Program; 6] = [
         cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "ipc"],
         target: "ipc",
         file: "engine-tests",
+    },
+    Program {
+        cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "staged"],
+        target: "staged",
+        file: "staged-tests",
     },
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "gpu_queue"],

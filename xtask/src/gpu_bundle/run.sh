@@ -43,7 +43,21 @@ command "$here/kvxfer" devices 2>&1 | tee "$out/devices.txt"
 command timeout -k 5 200 "$here/kvxfer" bw --mem gpu --size 4K,16K,64K,4M,16M --json >"$out/bw.json" 2>"$out/bw.txt"
 bw=$?
 cat "$out/bw.txt"
-sed 's/"op":"/\n/g' "$out/bw.json" | sed -n 's/^\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
+# Through pinned memory: to this host's memory and back, and between GPUs as if they were on two hosts. The limit is
+# what goes beneath.
+staged() {
+    file=$1 path=$2
+    shift 2
+    KVXFER_PATH=$path command timeout -k 5 40 "$here/kvxfer" bw "$@" -D 500ms --size 16K,1M --json \
+        >"$out/$file.json" 2>"$out/$file.txt"
+    ended=$?
+    cat "$out/$file.txt"
+    [ $ended -ne 0 ] && echo "kvxfer bw, staged, ended with $ended" && bw=$ended
+}
+staged bw-to-host staged,arena --mem gpu --peer-mem host
+staged bw-from-host staged,arena --mem host --peer-mem gpu
+staged bw-tcp staged,tcp --mem gpu
+cat "$out"/bw*.json | sed 's/"op":"/\n/g' | sed -n 's/^\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
 [ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
 # The same blocks, each posted by a kernel.
 command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --size 4K,16K,64K --iters 20 --json >"$out/bw-kernel.json" 2>"$out/bw-kernel.txt"
@@ -58,8 +72,8 @@ echo "== tests =="
 : >"$out/tests.jsonl"
 passed=0
 failed=
-for of in gpu-tests engine-tests queue-tests; do
-for name in $("$here/$of" --list --format terse 2>/dev/null | sed -n 's/: test$//p'); do
+for of in gpu-tests engine-tests staged-tests queue-tests; do
+for name in $("$here/$of" --list --format terse 2>/dev/null | sed -n '/on_rdma_/d; s/: test$//p'); do
     if [ "$(left)" -le 0 ]; then
         echo "not run, the time is over: $name"
         failed="$failed $name"

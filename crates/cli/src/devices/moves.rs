@@ -39,19 +39,23 @@ pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> 
         None => "",
     };
     let no_gpu = gpus.runtime.missing.as_ref().map(|_| "no GPU".to_owned());
-    let links = known([GPU, GPU], "ipc", "same host", no_gpu);
+    let of_gpus = [
+        known([GPU, GPU], "ipc", "same host", no_gpu.clone()),
+        known([GPU, GPU], "staged", "any host", no_gpu.clone()),
+        known([GPU, HOST], "staged", "any host", no_gpu),
+    ];
+    // What goes between the two is staged.
     let unbuilt = [
         ([GPU, HOST], "ipc", "same host"),
         ([GPU, GPU], "rdma", "any host"),
         ([GPU, HOST], "rdma", "any host"),
-        ([GPU, GPU], "staged", "any host"),
-        ([GPU, HOST], "staged", "any host"),
     ];
     let unbuilt = unbuilt.map(|(between, path, reach)| {
         let why_not = format!("{without}not built into transfers yet");
         known(between, path, reach, Some(why_not))
     });
-    paths.chain([network, links]).chain(unbuilt).collect()
+    let paths = paths.chain([network]).chain(of_gpus);
+    paths.chain(unbuilt).collect()
 }
 
 fn known(

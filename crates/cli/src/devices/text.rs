@@ -202,19 +202,24 @@ fn moves(out: &mut String, report: &Report) {
         let _ = writeln!(out, "host to host over {:<10}  {state}", a_move.path);
     }
     let of_gpus = |a_move: &&Move| a_move.between[0] == "gpu";
-    let (links, others): (Vec<_>, Vec<_>) = report
-        .moves
-        .iter()
-        .filter(of_gpus)
-        .partition(|a_move| (a_move.between[1], a_move.path) == ("gpu", "ipc"));
-    for link in links {
-        let state = link.why_not.as_deref().unwrap_or(link.reach);
-        let _ = writeln!(out, "GPU to GPU over {:<12}  {state}", link.path);
+    let is_built = |a_move: &&Move| match a_move.path {
+        "ipc" => a_move.between[1] == "gpu",
+        path => path == "staged",
+    };
+    let (built, others): (Vec<_>, Vec<_>) = report.moves.iter().filter(of_gpus).partition(is_built);
+    for a_move in built {
+        let state = a_move.why_not.as_deref().unwrap_or(a_move.reach);
+        let whom = match a_move.between[1] {
+            "gpu" => "GPU to GPU over",
+            _ => "GPU to host over",
+        };
+        let way = format!("{whom} {}", a_move.path);
+        let _ = writeln!(out, "{way:<28}  {state}");
     }
     if let Some(why_not) = others.iter().find_map(|a_move| a_move.why_not.as_deref()) {
         let _ = writeln!(
             out,
-            "memory of GPUs over rdma and staged, and over ipc to the host's: {why_not}"
+            "memory of GPUs over rdma, and over ipc to the host's: {why_not}"
         );
     }
 }

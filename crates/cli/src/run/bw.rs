@@ -8,6 +8,7 @@ use anyhow::Context;
 use kvxfer::bench::BenchClient;
 use kvxfer::config::Config;
 use kvxfer::{RdmaLink, SkippedRail};
+use kvxfer_hipmem::gpu::Gpu;
 
 use super::case::{self, Case, Room};
 use super::initiator::{self, Initiator};
@@ -188,8 +189,9 @@ fn cases(
     let (memory, most) = match gpus {
         Some(gpus) if gpus.stands_in() => (gpus.memory(), case::ON_HOST),
         Some(gpus) => (gpus.memory(), case::ON_GPU),
-        None => (mem::of_host(config), case::ON_HOST),
+        None => (None, case::ON_HOST),
     };
+    let memory = memory.unwrap_or_else(|| mem::of_host(config));
     // Ours, the limit's, and that of a target of our own.
     let sides = if args.host.is_none() { 3 } else { 2 };
     let room = Room {
@@ -197,7 +199,7 @@ fn cases(
         most,
         sides,
         // A GPU says itself what it does not have.
-        available: available_memory().filter(|_| gpus.is_none_or(Gpus::stands_in)),
+        available: available_memory().filter(|_| gpus.is_none_or(Gpus::is_on_host)),
     };
     if let Some(pattern) = case::pattern(args) {
         return Ok(vec![Case::of_model(&pattern, seed, room)?]);
@@ -239,9 +241,9 @@ fn start_target(
         Some(config.qp_per_transfer.to_string()),
     );
     add("--threads", Some(config.num_worker_threads.to_string()));
-    if let Some(target) = gpus.and_then(Gpus::target) {
-        add("--mem", Some(format!("gpu:{}", target.info().ordinal)));
-    }
+    let place = |target: &Gpu| format!("gpu:{}", target.info().ordinal);
+    let of_target = |gpus: &Gpus| gpus.target().map_or_else(|| "host".to_owned(), place);
+    add("--mem", gpus.map(of_target));
     add("--fence", Some(config.fence.to_string()));
     add("--gpu-workgroups", Some(config.gpu_workgroups.to_string()));
     add(
@@ -377,13 +379,14 @@ impl Run<'_> {
     fn ways(&self, client: &BenchClient, op: Op) -> Result<Ways<'_>, kvxfer::Error> {
         let peer = client.peer();
         let (lanes, workers) = peer.lanes()?;
-        let facts = peer.facts()?;
+        let (facts, path) = (peer.facts()?, peer.path()?);
         let target = self.target.and_then(|target| {
             let span = facts.memory.first()?;
             Some((i32::try_from(target.pid()).ok()?, span.addr))
         });
         Ok(Ways {
-            path: peer.path()?.path,
+            path: path.path,
+            beneath: path.beneath(),
             op,
             lanes,
             workers,

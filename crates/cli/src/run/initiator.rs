@@ -70,8 +70,8 @@ impl Initiator {
     ///
     /// A [`Problem`] for a GPU that was asked for and cannot be had.
     pub(crate) fn open(config: &Config, gpus: Option<&Gpus>) -> anyhow::Result<Self> {
-        let gpu = match gpus {
-            Some(gpus) => gpus.own().clone(),
+        let gpu = match gpus.and_then(Gpus::own) {
+            Some(gpu) => gpu.clone(),
             None => first(config)?,
         };
         let device = |error: kvxfer_hipmem::Error| Problem::from_chain(Exit::Device, &error);

@@ -26,6 +26,8 @@ const TAKE: u64 = 1 << 20;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ways<'a> {
     pub(crate) path: PathKind,
+    /// What its queue pairs go by.
+    pub(crate) beneath: PathKind,
     pub(crate) op: Op,
     /// Queue pairs, which are streams over TCP.
     pub(crate) lanes: usize,
@@ -59,7 +61,7 @@ impl Stretch {
 /// A path's limit, ready to run.
 #[derive(Debug)]
 pub(crate) enum Limit {
-    /// Of a path between memories of the host.
+    /// Of a path between memories of the host, also beneath what is staged.
     Bare(Box<BareLimit>),
     /// Of one between GPUs.
     Engine(EngineLimit),
@@ -131,16 +133,28 @@ impl Limit {
 
 impl BareLimit {
     fn new(ways: Ways<'_>, case: &Case, side: &BenchSide) -> anyhow::Result<Option<Self>> {
-        let Some(local) = side.memory().first().and_then(BlockMemory::host) else {
-            return Ok(None);
+        let of_gpu;
+        let local = match side.memory().first() {
+            Some(memory) => match (memory.host(), memory.gpu()) {
+                (Some(host), _) => host,
+                // Staged: what the pinned memory of both sides could do at best.
+                (None, Some(gpu)) => {
+                    of_gpu = HostArena::new(gpu.len())?;
+                    of_gpu.memory()
+                }
+                (None, None) => return Ok(None),
+            },
+            None => return Ok(None),
         };
         // A READ is copied by the workers that have queue pairs, a WRITE by the target's one
         // responder.
         let copying = match ways.op {
+            // What is staged is read both ways.
+            _ if ways.path == PathKind::Staged => ways.workers.max(1),
             Op::Read => ways.workers.max(1),
             Op::Write => 1,
         };
-        let how = match ways.path {
+        let how = match ways.beneath {
             PathKind::Arena => How::Copy { threads: copying },
             PathKind::ProcessVm => How::ProcessVm {
                 threads: copying,
@@ -149,6 +163,8 @@ impl BareLimit {
             },
             PathKind::Tcp if ways.same_host => {
                 let (senders, receivers) = match ways.op {
+                    // By one responder, on either side.
+                    _ if ways.path == PathKind::Staged => (1, ways.workers),
                     Op::Read => (1, ways.workers),
                     Op::Write => (ways.workers, 1),
                 };
@@ -158,7 +174,9 @@ impl BareLimit {
             }
             _ => return Ok(None),
         };
-        let mirror = match (&how, ways.target) {
+        // The target's blocks may be a GPU's, where nobody reads them so.
+        let target = ways.target.filter(|_| ways.path != PathKind::Staged);
+        let mirror = match (&how, target) {
             // The target's own memory is read: none is needed here.
             (How::ProcessVm { .. }, Some(_)) => local.clone(),
             (How::ProcessVm { .. }, None) => HostBuffer::new(local.len())?.memory().clone(),
@@ -167,7 +185,7 @@ impl BareLimit {
         let how = match how {
             How::ProcessVm { threads, .. } => {
                 let own = i32::try_from(std::process::id()).unwrap_or(0);
-                let (pid, base) = ways.target.unwrap_or((own, mirror.addr()));
+                let (pid, base) = target.unwrap_or((own, mirror.addr()));
                 How::ProcessVm { threads, pid, base }
             }
             how => how,

@@ -46,18 +46,19 @@ impl fmt::Display for Mem {
     }
 }
 
-/// The GPUs of both sides, if there are any.
+/// The GPUs of both sides; of one side at least.
 #[derive(Debug)]
 pub(crate) struct Gpus {
     runtime: RuntimeChoice,
-    own: Gpu,
+    /// `None`: this side's blocks are the host's.
+    own: Option<Gpu>,
     /// That of a target of our own.
     target: Option<Gpu>,
 }
 
 impl Gpus {
     /// Those that the options mean: `peer` is for a target of our own, which gets the next GPU where there are
-    /// several and nothing is said.
+    /// several and nothing is said. `None`: all blocks are the host's.
     ///
     /// # Errors
     ///
@@ -68,16 +69,13 @@ impl Gpus {
         config: &Config,
         own_target: bool,
     ) -> anyhow::Result<Option<Self>> {
-        let own = match (mem, peer) {
-            (Some(Mem::Gpu(number)), None | Some(Mem::Gpu(_))) => number,
-            (None | Some(Mem::Host), None | Some(Mem::Host)) => return Ok(None),
-            _ => {
-                let cause = "the blocks of one side are to be the host's, of the other a GPU's";
-                return Err(Problem::usage(cause)
-                    .with_fix("say --mem gpu --peer-mem gpu, or neither: what goes between the two is not there yet")
-                    .into());
-            }
+        let own = match mem {
+            Some(Mem::Gpu(number)) => Some(number.unwrap_or(config.gpu_device)),
+            None | Some(Mem::Host) => None,
         };
+        if let (None, None | Some(Mem::Host)) = (own, peer) {
+            return Ok(None);
+        }
         let found = GpuRuntime::open(config.gpu).map_err(|error| {
             Problem::from_chain(Exit::Device, &error)
                 .with_fix("`kvxfer devices` shows the GPUs there are; KVXFER_GPU=host takes a stand-in, to try the way")
@@ -87,7 +85,6 @@ impl Gpus {
                 "the GPU is a stand-in, which is this machine's processor: figures say nothing of a GPU",
             );
         }
-        let own = own.unwrap_or(config.gpu_device);
         let gpu = |number| {
             found
                 .gpu(number)
@@ -95,27 +92,31 @@ impl Gpus {
                 .map_err(|error| Problem::from_chain(Exit::Usage, &error))
         };
         let count = u32::try_from(found.gpus().len()).unwrap_or(1).max(1);
-        let target = match peer {
-            Some(Mem::Gpu(Some(number))) => number,
-            _ => (own + 1) % count,
+        let target = match (peer, own) {
+            (Some(Mem::Host), _) => None,
+            (Some(Mem::Gpu(Some(number))), _) => Some(number),
+            (_, Some(own)) => Some((own + 1) % count),
+            (_, None) => Some(config.gpu_device),
         };
         Ok(Some(Self {
             runtime: config.gpu,
-            own: gpu(own)?,
-            target: own_target.then(|| gpu(target)).transpose()?,
+            own: own.map(gpu).transpose()?,
+            target: target.filter(|_| own_target).map(gpu).transpose()?,
         }))
     }
 
-    pub(crate) fn memory(&self) -> BenchMemory {
-        BenchMemory::Gpu {
+    /// What this side's blocks lie in, if it is a GPU's.
+    pub(crate) fn memory(&self) -> Option<BenchMemory> {
+        let own = self.own.as_ref()?;
+        Some(BenchMemory::Gpu {
             runtime: self.runtime,
-            ordinal: self.own.info().ordinal,
-        }
+            ordinal: own.info().ordinal,
+        })
     }
 
-    /// This side's GPU.
-    pub(crate) fn own(&self) -> &Gpu {
-        &self.own
+    /// This side's GPU, if its blocks lie there.
+    pub(crate) fn own(&self) -> Option<&Gpu> {
+        self.own.as_ref()
     }
 
     /// The GPU of a target of our own.
@@ -123,9 +124,17 @@ impl Gpus {
         self.target.as_ref()
     }
 
+    /// Whether this side's blocks are in the host's memory after all.
+    pub(crate) fn is_on_host(&self) -> bool {
+        self.own.is_none() || self.stands_in()
+    }
+
     /// Whether there is only a stand-in.
     pub(crate) fn stands_in(&self) -> bool {
-        self.own.runtime() == RuntimeKind::Host
+        let known = self.own.iter().chain(&self.target);
+        known
+            .into_iter()
+            .any(|gpu| gpu.runtime() == RuntimeKind::Host)
     }
 }
 
@@ -142,8 +151,11 @@ pub(crate) fn shown(gpus: Option<&Gpus>) -> MemoryConfig {
         }
     };
     MemoryConfig {
-        kind: if gpus.is_some() { "gpu" } else { "host" },
-        gpu: gpus.map(|gpus| of(&gpus.own)),
+        kind: match gpus.and_then(|gpus| gpus.own.as_ref()) {
+            Some(_) => "gpu",
+            None => "host",
+        },
+        gpu: gpus.and_then(|gpus| gpus.own.as_ref()).map(of),
         target_gpu: gpus.and_then(Gpus::target).map(of),
     }
 }

@@ -42,6 +42,14 @@ pub(crate) fn run_serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if let Some(Mem::Gpu(Some(number))) = args.mem {
         flags.push(("gpu_device", "--mem", number.to_string()));
     }
+    let place = match args.mem {
+        None => None,
+        Some(Mem::Host) => Some("host"),
+        Some(Mem::Gpu(_)) => Some("gpu"),
+    };
+    if let Some(place) = place {
+        flags.push(("bench_memory", "--mem", place.to_owned()));
+    }
     // A parent has warned of its own settings, which these are.
     let warn = args.exit_with_parent.is_none();
     let settings = Settings::gather(&args.tuning, &args.trust, &flags, args.timeout, warn)?;

@@ -9,6 +9,7 @@ mod gather_ipc;
 mod ipc;
 mod memory;
 mod on_gpu;
+mod pieces;
 mod post;
 mod streams;
 

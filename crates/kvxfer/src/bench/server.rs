@@ -12,7 +12,7 @@ use super::memory::BenchMemory;
 use super::message::{Answer, Ask, pack};
 use super::side::BenchSide;
 use crate::blocks::GroupBlocks;
-use crate::config::{Config, KvRole};
+use crate::config::{BenchPlace, Config, KvRole};
 use crate::engine::{Engine, Inner, PeerSession, spawn};
 use crate::error::Error;
 use crate::event::Event;
@@ -102,7 +102,12 @@ impl BenchSeat {
         placement: &PlacementDesc,
         bytes: u64,
     ) -> Result<Self, Error> {
-        let kind = if describe.gpu.is_some() {
+        let on_gpu = match host.config.bench_memory {
+            BenchPlace::Peer => describe.gpu.is_some(),
+            BenchPlace::Host => false,
+            BenchPlace::Gpu => true,
+        };
+        let kind = if on_gpu {
             BenchMemory::Gpu {
                 runtime: host.config.gpu,
                 ordinal: host.config.gpu_device,

@@ -11,7 +11,8 @@ use kvxfer_verbs::FaultPlan;
 use crate::wire::KvRole;
 
 use super::value::{
-    Any, Bytes, DeviceFilter, FencePolicy, IfSet, Listen, Or, PathSet, Rule, Setting, Within,
+    Any, BenchPlace, Bytes, DeviceFilter, FencePolicy, IfSet, Listen, Or, PathSet, Rule, Setting,
+    Within,
 };
 
 /// One setting.
@@ -118,6 +119,10 @@ keys! {
     fence: FencePolicy = FencePolicy::On, Any;
     /// Most workgroups of a kernel that moves blocks: an engine wants its compute units.
     gpu_workgroups: u32 = 0, Or(0, "auto", 1, 1024);
+    /// Buffers of pinned host memory each way, out of a GPU's memory and into it, where blocks are staged.
+    staging_slots: u32 = 8, Within(2, 256);
+    /// Bytes of each.
+    staging_slot_bytes: Bytes = Bytes(2 << 20), Within(Bytes(1 << 16), Bytes(1 << 30));
     /// The runtime by which this side has GPUs of its own accord, for bandwidth tests: HIP, else CUDA (auto),
     /// one of the two, or a stand-in that is the host.
     gpu: RuntimeChoice = RuntimeChoice::Auto, Any;
@@ -142,6 +147,9 @@ keys! {
     allow_bench: bool = false, Any;
     /// Most memory that bandwidth tests of peers may make this side allocate.
     max_memory: Bytes = Bytes(1 << 30), Within(Bytes(1 << 20), Bytes(1 << 50));
+    /// Where the blocks of peers' bandwidth tests lie on this side: as the peer's do (peer), in host memory, or on
+    /// the GPU.
+    bench_memory: BenchPlace = BenchPlace::Peer, Any;
 
     /// How long a transfer may take.
     transfer_timeout: Duration = 30 * SECOND, Within(10 * MS, DAY);

@@ -16,7 +16,7 @@ pub use crate::wire::{KvRole, PathKind};
 pub use builder::{ConfigBuilder, Place, Row, Source, UnknownKeys};
 pub use error::ConfigError;
 pub use keys::{Config, KEYS, Key};
-pub use value::{Bytes, DeviceFilter, FencePolicy, Listen, PathSet};
+pub use value::{BenchPlace, Bytes, DeviceFilter, FencePolicy, Listen, PathSet};
 
 use std::fmt::Write;
 

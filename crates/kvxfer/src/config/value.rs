@@ -277,13 +277,46 @@ impl fmt::Display for FencePolicy {
 words!(FencePolicy, "on, off or verify",
     "on" => On, "off" => Off, "verify" => Verify);
 
+/// Where the blocks of peers' bandwidth tests lie on this side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BenchPlace {
+    /// As the peer's: in host memory, or on a GPU.
+    Peer,
+    /// In host memory.
+    Host,
+    /// On a GPU.
+    Gpu,
+}
+
+impl fmt::Display for BenchPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Peer => "peer",
+            Self::Host => "host",
+            Self::Gpu => "gpu",
+        })
+    }
+}
+
+words!(BenchPlace, "peer, host or gpu", "peer" => Peer, "host" => Host, "gpu" => Gpu);
+
 /// The paths that a configuration can name, in the order in which they are shown.
-const PATHS: [PathKind; 5] = [
+const PATHS: [PathKind; 6] = [
     PathKind::Arena,
     PathKind::ProcessVm,
     PathKind::Tcp,
     PathKind::Rdma,
     PathKind::Ipc,
+    PathKind::Staged,
+];
+
+/// Those that queue pairs go by, beneath what is staged too.
+const BENEATH: [PathKind; 4] = [
+    PathKind::Arena,
+    PathKind::ProcessVm,
+    PathKind::Tcp,
+    PathKind::Rdma,
 ];
 
 fn path_named(name: &str) -> Option<PathKind> {
@@ -307,10 +340,26 @@ impl PathSet {
         PathSet(vec![path])
     }
 
+    /// These ways.
+    #[must_use]
+    pub fn some(paths: impl IntoIterator<Item = PathKind>) -> PathSet {
+        let mut paths: Vec<PathKind> = paths.into_iter().collect();
+        paths.sort_unstable();
+        paths.dedup();
+        PathSet(paths)
+    }
+
     /// Whether this one may be used.
     #[must_use]
     pub fn allows(&self, path: PathKind) -> bool {
         self.0.contains(&path)
+    }
+
+    /// Whether what is staged may go over this one: where none that queue pairs go by is named, any may.
+    #[must_use]
+    pub fn allows_beneath(&self, path: PathKind) -> bool {
+        let named = BENEATH.iter().any(|path| self.allows(*path));
+        BENEATH.contains(&path) && (!named || self.allows(path))
     }
 
     /// The only one that may be used, if it is one.
@@ -324,16 +373,14 @@ impl PathSet {
 }
 
 impl Setting for PathSet {
-    const SYNTAX: &'static str = "auto, or some of arena, process-vm, tcp, rdma, ipc";
+    const SYNTAX: &'static str = "auto, or some of arena, process-vm, tcp, rdma, ipc, staged";
 
     fn read(text: &str) -> Option<Self> {
         if text == "auto" {
             return Some(PathSet::auto());
         }
-        let mut paths = list(text).map(path_named).collect::<Option<Vec<_>>>()?;
-        paths.sort_unstable();
-        paths.dedup();
-        (!paths.is_empty()).then_some(PathSet(paths))
+        let paths = list(text).map(path_named).collect::<Option<Vec<_>>>()?;
+        (!paths.is_empty()).then(|| PathSet::some(paths))
     }
 
     fn show(&self) -> String {

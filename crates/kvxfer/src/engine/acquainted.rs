@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use tracing::info;
 
-use super::gpu::GpuPeer;
+use super::gpu::{GpuPeer, StagedPeer};
 use super::lanes::Lanes;
 use super::link::Link;
 use super::pairing::{KnownRail, Pair};
@@ -18,7 +18,7 @@ use crate::layout::{KvFormat, PlacementDesc};
 use crate::plan::PlanLimits;
 use crate::transfer::PeerKey;
 use crate::transport::{PathInfo, RdmaLink};
-use crate::wire::Describe;
+use crate::wire::{Describe, PathKind};
 
 /// What is known of the peer before it is one.
 #[derive(Debug)]
@@ -82,6 +82,13 @@ impl Acquainted {
             "peer is up"
         );
         let describe = known.describe;
+        let staged = (self.path.path == PathKind::Staged).then(|| {
+            StagedPeer::new(
+                engine.gpu.as_deref(),
+                describe.gpu.as_ref(),
+                &known.layout.1,
+            )
+        });
         let peer = Arc::new(PeerSession {
             key: self.key,
             name: PeerName {
@@ -92,6 +99,7 @@ impl Acquainted {
             rails,
             path: self.path,
             gpu: self.gpu,
+            staged,
             notices: self.notices,
             facts: describe.facts,
             same_host,
@@ -125,7 +133,9 @@ impl Acquainted {
                 link: link.cloned(),
                 aside: Mutex::default(),
                 regions: Arc::clone(&engine.rails.get(pair.rail)?.regions),
-                remote: theirs.memories.clone(),
+                remote: (theirs.memories.iter().chain(&theirs.staging))
+                    .copied()
+                    .collect(),
                 leases: theirs.leases,
             })
         });

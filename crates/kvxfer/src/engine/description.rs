@@ -85,7 +85,12 @@ fn of_rail(rail: &RailDesc, placement: &PlacementDesc) -> Result<(), String> {
         return Err("memories are not of the lengths that the placement says".to_owned());
     }
     // None of them reaches past the last address: that was checked when they were decoded.
-    let mut spans: Vec<&RemoteSpan> = rail.memories.iter().chain(&rail.leases).collect();
+    let mut spans: Vec<&RemoteSpan> = rail
+        .memories
+        .iter()
+        .chain(&rail.leases)
+        .chain(&rail.staging)
+        .collect();
     spans.sort_unstable_by_key(|span| span.addr);
     if let Some((_, second)) = (spans.iter().zip(spans.iter().skip(1)))
         .find(|(first, second)| second.addr - first.addr < first.len)

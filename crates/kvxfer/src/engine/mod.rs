@@ -99,8 +99,8 @@ use crate::time::Time;
 use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
-    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, Taken,
-    limits,
+    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, StageFree,
+    Taken, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -183,11 +183,13 @@ impl Inner {
     ) -> Result<Arc<Self>, Error> {
         placement.desc().validate(&format)?;
         let gpu = GpuSide::of(placement.memory(), &config)?;
-        if let Some(gpu) = gpu.as_ref().filter(|_| runtime.is_rdma()) {
+        let staging = gpu.as_ref().map(|gpu| gpu.staging());
+        if let (Some(Err(reason)), Some(gpu), true) = (staging, &gpu, runtime.is_rdma()) {
             let device = runtime.rails().first();
             return Err(Error::GpuOverRdma {
                 device: device.map_or_else(String::new, |d| d.context.device().name.clone()),
                 gpu: gpu.pci(),
+                reason: reason.to_owned(),
             });
         }
         let mut random = [0; 16];
@@ -208,7 +210,9 @@ impl Inner {
         let lease_table = LeaseTable::new(config.lease_slots)?;
         let register = |rail: &rail::Rail| {
             let own = (registered, access);
-            RailMemory::register(&rail.pd, own, scratch.memory(), lease_table.memory())
+            let leases = lease_table.memory();
+            let staging = staging.and_then(Result::ok);
+            RailMemory::register(&rail.pd, own, scratch.memory(), leases, staging)
         };
         let rails = runtime.rails().iter().map(register);
         let rails = rails.collect::<Result<Vec<_>, _>>()?;
@@ -316,6 +320,9 @@ impl Inner {
                 },
                 leases: memory.leases.regions().first().map(span),
                 scratch: None,
+                staging: (memory.staging.iter())
+                    .find_map(|table| table.regions().first())
+                    .map(span),
             })
         };
         let config = &self.config;
@@ -518,6 +525,11 @@ impl Inner {
                     let peer = Arc::clone(peer);
                     worker.send(Command::Taken { peer, job, failed });
                 }
+            }
+            Message::Stage(stage) => return self.stage(peer, stage),
+            Message::Staged(staged) => return self.staged(peer, staged),
+            Message::StageFree(StageFree { number }) => {
+                peer.to_taker(number, |peer| Command::StageFree { peer, number });
             }
             Message::SumsWanted(wanted) => self.runtime.verifier.asked(self, peer, wanted),
             Message::Sums(sums) => return self.runtime.verifier.answered(self, peer, sums),

@@ -23,6 +23,7 @@ pub(super) struct KnownRail {
     pub(super) device: DeviceAddr,
     pub(super) memories: Vec<RemoteSpan>,
     pub(super) leases: Option<RemoteSpan>,
+    pub(super) staging: Option<RemoteSpan>,
 }
 
 impl KnownRail {
@@ -38,6 +39,7 @@ impl KnownRail {
                 device: device.map_err(|error| error.to_string())?,
                 memories: rail.memories.clone(),
                 leases: rail.leases,
+                staging: rail.staging,
             })
         };
         let mut places: Vec<u16> = rails.iter().map(|rail| rail.place).collect();

@@ -26,7 +26,7 @@ pub(crate) struct PeerRail {
     pub(crate) aside: Mutex<Option<String>>,
     /// The memories of this side, as the plans number them.
     pub(crate) regions: Arc<RegionTable>,
-    /// The peer's memories, as the plans number them.
+    /// The peer's memories, as the plans number them; then where it stages.
     pub(crate) remote: Vec<RemoteSpan>,
     /// Its lease slots, if it offers.
     pub(crate) leases: Option<RemoteSpan>,

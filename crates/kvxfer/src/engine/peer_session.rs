@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use super::gpu::GpuPeer;
+use super::gpu::{GpuPeer, StagedPeer};
 use super::link::Link;
 use super::peer_lanes::{LanePlace, PeerRail};
 use super::worker::{Command, Live, WorkerHandle};
@@ -173,6 +173,8 @@ pub(crate) struct PeerSession {
     pub(crate) path: PathInfo,
     /// What this rank fetches out of its GPU.
     pub(crate) gpu: Option<GpuPeer>,
+    /// What of its blocks, or of this rank's, is staged at a time.
+    pub(crate) staged: Option<StagedPeer>,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
@@ -274,20 +276,26 @@ impl PeerSession {
         self.summing.asked.fetch_sub(weight, Ordering::Relaxed);
     }
 
-    /// Whether blocks go from GPU to GPU. Then one worker has a whole job, and the queue pairs carry lease checks
-    /// and notices.
+    /// Whether blocks go from GPU to GPU. Then the queue pairs carry lease checks and notices alone.
     pub(crate) fn is_ipc(&self) -> bool {
         self.path.path == PathKind::Ipc
     }
 
+    /// Whether one worker has a whole job, for a GPU has a part in it.
+    pub(crate) fn has_whole_jobs(&self) -> bool {
+        self.is_ipc() || self.staged.is_some()
+    }
+
     /// Whether the way to it goes over RDMA devices.
     pub(crate) fn is_rdma(&self) -> bool {
-        self.path.path == PathKind::Rdma
+        self.path.beneath() == PathKind::Rdma
     }
 
     /// Its memories, at the addresses of its own process.
     pub(crate) fn memory(&self) -> &[RemoteSpan] {
-        self.rails.first().map_or(&[], |rail| &rail.remote)
+        let count = self.layout.1.memory_len().len();
+        let spans = self.rails.first().map(|rail| rail.remote.as_slice());
+        spans.and_then(|spans| spans.get(..count)).unwrap_or(&[])
     }
 
     /// A lane is to have a successor: from here on the session is not drained before
@@ -392,6 +400,8 @@ impl PeerSession {
         let chunk = share
             .clamp(MIN_CHUNK, MAX_CHUNK)
             .next_multiple_of(MIN_CHUNK);
+        let staged = self.staged.as_ref().map_or(chunk, |staged| staged.piece);
+        let chunk = chunk.min(staged);
         PlanLimits {
             max_msg_bytes: self.limits.max_msg_bytes.min(chunk),
             ..self.limits
@@ -400,7 +410,7 @@ impl PeerSession {
 
     /// How many workers have a part of each of its jobs.
     pub(crate) fn worker_count(&self) -> u16 {
-        if self.is_ipc() {
+        if self.has_whole_jobs() {
             return 1;
         }
         u16::try_from(self.workers.len()).unwrap_or(u16::MAX)
@@ -414,6 +424,7 @@ impl PeerSession {
             | MessageKind::PushSums
             | MessageKind::Take
             | MessageKind::TakeStop
+            | MessageKind::Staged
             | MessageKind::Sums
             | MessageKind::PushDone
             | MessageKind::PushAborted
@@ -421,6 +432,8 @@ impl PeerSession {
             | MessageKind::Retracted => self.pull.is_some(),
             MessageKind::Release
             | MessageKind::SumsWanted
+            | MessageKind::Stage
+            | MessageKind::StageFree
             | MessageKind::Taken
             | MessageKind::Announce
             | MessageKind::Revoke => self.push.is_some(),

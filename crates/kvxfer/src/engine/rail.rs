@@ -7,6 +7,7 @@ use kvxfer_verbs::{Access, Context, Memory, ProtectionDomain, RegionTable};
 
 use super::Clock;
 use super::async_events::AsyncEvents;
+use super::gpu::Staging;
 use super::health::Health;
 use crate::error::Error;
 
@@ -47,10 +48,12 @@ impl Rail {
 /// An engine's memory as it is registered on one rail.
 #[derive(Debug)]
 pub(crate) struct RailMemory {
-    /// The placement's memories, then the landing slots.
+    /// The placement's memories, then the landing slots; then where what is staged is read into.
     pub(crate) regions: Arc<RegionTable>,
     /// The lease slots.
     pub(crate) leases: RegionTable,
+    /// Where peers read what is staged for them.
+    pub(crate) staging: Option<RegionTable>,
 }
 
 impl RailMemory {
@@ -62,13 +65,21 @@ impl RailMemory {
         (memories, access): (&[Arc<dyn Memory>], Access),
         landings: Arc<dyn Memory>,
         leases: Arc<dyn Memory>,
+        staging: Option<&Staging>,
     ) -> Result<Self, Error> {
         let mut regions = memories
             .iter()
             .map(|memory| pd.register(Arc::clone(memory), access))
             .collect::<Result<Vec<_>, _>>()?;
         regions.push(pd.register(landings, Access::LOCAL_WRITE)?);
+        let mut out = None;
+        if let Some(staging) = staging {
+            regions.push(pd.register(staging.into.memory(), Access::LOCAL_WRITE)?);
+            let staged = pd.register(staging.out.memory(), Access::REMOTE_READ)?;
+            out = Some(RegionTable::new(vec![staged]));
+        }
         Ok(Self {
+            staging: out,
             regions: Arc::new(RegionTable::new(regions)),
             leases: RegionTable::new(vec![pd.register(leases, Access::REMOTE_READ)?]),
         })

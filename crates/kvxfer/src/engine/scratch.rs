@@ -70,7 +70,7 @@ fn shown<E>(load: impl Fn(u64) -> Result<u64, E>) -> Result<LeaseWord, E> {
 }
 
 /// Makes a slot show something else, by a release store to the words at 0 and 8.
-fn turn_over<E>(
+pub(crate) fn turn_over<E>(
     word: LeaseWord,
     mut store: impl FnMut(u64, u64) -> Result<(), E>,
 ) -> Result<(), E> {

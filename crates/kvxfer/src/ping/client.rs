@@ -371,6 +371,7 @@ impl Bringup<'_> {
             peer_shareable: describe.fd_backed,
             on_gpu: OnGpu::NONE,
             unreachable: None,
+            unstaged: None,
             allowed: &self.config.path,
         }
         .choose()?;
@@ -511,6 +512,7 @@ fn describe(context: &Context) -> Result<Describe, Error> {
             memories: Vec::new(),
             leases: None,
             scratch: None,
+            staging: None,
         }],
         facts: ConfigFacts {
             qp_per_transfer: 1,

@@ -130,6 +130,9 @@ impl Session {
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken
+            | MessageKind::Stage
+            | MessageKind::Staged
+            | MessageKind::StageFree
             | MessageKind::SumsWanted
             | MessageKind::Sums
             | MessageKind::Revoke
@@ -163,6 +166,9 @@ impl Session {
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken
+            | MessageKind::Stage
+            | MessageKind::Staged
+            | MessageKind::StageFree
             | MessageKind::SumsWanted
             | MessageKind::Sums
             | MessageKind::Revoke

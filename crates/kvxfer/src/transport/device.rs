@@ -25,14 +25,23 @@ const SOFT_RTS: RtsAttr = RtsAttr {
 /// RDMA devices that one engine takes; more that are named are left alone.
 const MAX_RAILS: usize = limits::RAILS;
 
-/// Whether the configuration asks for an RDMA device: it allows no other path, or names devices. An
-/// engine that is left the choice takes the software device.
+/// Whether the configuration asks for an RDMA device: it allows no other path, beneath what is staged either, or
+/// names devices. An engine that is left the choice takes the software device.
 fn wants_rdma(config: &Config) -> bool {
     let named = config
         .rdma_devices
         .as_ref()
         .is_some_and(|d| !d.is_exclusion());
-    config.path.forced() == Some(PathKind::Rdma) || named && config.path.allows(PathKind::Rdma)
+    let path = &config.path;
+    let others = [
+        PathKind::Arena,
+        PathKind::ProcessVm,
+        PathKind::Tcp,
+        PathKind::Ipc,
+    ];
+    let alone = path.allows(PathKind::Rdma) && !others.iter().any(|other| path.allows(*other));
+    let staged = path.allows(PathKind::Staged) && path.allows_beneath(PathKind::Rdma);
+    alone || named && (path.allows(PathKind::Rdma) || staged)
 }
 
 /// The devices that an engine stands on, in the order of the configuration; never none.
@@ -280,6 +289,13 @@ mod tests {
         let wants = |settings: &[(&str, &str)]| wants_rdma(&config(settings));
         assert!(!wants(&[]), "the engine has the choice");
         assert!(wants(&[("path", "rdma")]));
+        assert!(wants(&[("path", "rdma,staged")]));
+        assert!(!wants(&[("path", "staged")]));
+        assert!(wants(&[("rdma_devices", "mlx5_0"), ("path", "staged")]));
+        assert!(!wants(&[
+            ("rdma_devices", "mlx5_0"),
+            ("path", "tcp,staged")
+        ]));
         assert!(wants(&[("rdma_devices", "mlx5_0,mlx5_1")]));
         assert!(
             !wants(&[("rdma_devices", "^mlx5_0")]),

@@ -10,9 +10,18 @@ use crate::config::PathSet;
 use crate::error::{Error, chain};
 use crate::wire::{Candidate, PathKind};
 
-/// The paths that are looked at, the preferred first. The first is for memory of GPUs alone.
-const PREFERENCE: [PathKind; 5] = [
+/// The paths that are looked at, the preferred first. The first and the last are for memory of GPUs alone.
+const PREFERENCE: [PathKind; 6] = [
     PathKind::Ipc,
+    PathKind::Rdma,
+    PathKind::Arena,
+    PathKind::ProcessVm,
+    PathKind::Tcp,
+    PathKind::Staged,
+];
+
+/// Those that what is staged may go over, the preferred first.
+const BENEATH: [PathKind; 4] = [
     PathKind::Rdma,
     PathKind::Arena,
     PathKind::ProcessVm,
@@ -24,6 +33,9 @@ const PREFERENCE: [PathKind; 5] = [
 pub struct PathInfo {
     /// The path.
     pub path: PathKind,
+    /// By which the queue pairs go, where blocks are staged.
+    #[serde(default)]
+    pub over: Option<PathKind>,
     /// Why this one.
     pub reason: String,
     /// Every path that was looked at, the preferred first.
@@ -34,6 +46,14 @@ pub struct PathInfo {
     /// Devices of this side that the configuration names and that the way does without, and why.
     #[serde(default)]
     pub skipped: Vec<SkippedRail>,
+}
+
+impl PathInfo {
+    /// What the queue pairs go by, whatever moves the blocks of GPUs.
+    #[must_use]
+    pub fn beneath(&self) -> PathKind {
+        self.over.unwrap_or(self.path)
+    }
 }
 
 /// The soft device's name for a path inside a host. Where blocks go from GPU to GPU, lease slots and notices go by
@@ -93,8 +113,19 @@ impl OnGpu {
         }
     }
 
+    /// The path that blocks have over queue pairs of this one.
+    pub(crate) fn path_over(self, beneath: PathKind) -> PathKind {
+        match (self, beneath) {
+            (Self::NONE, path) | (_, path @ PathKind::Ipc) => path,
+            _ => PathKind::Staged,
+        }
+    }
+
     /// Why a path does not carry the blocks of these two.
     pub(crate) fn why_not(self, path: PathKind) -> Option<&'static str> {
+        if path == PathKind::Staged {
+            return (self == Self::NONE).then_some("neither side's memory is a GPU's");
+        }
         let ipc = path == PathKind::Ipc;
         match (self.here == ipc, self.there == ipc) {
             (true, true) => None,
@@ -120,6 +151,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) on_gpu: OnGpu,
     /// Why this side cannot fetch blocks out of the peer's GPU, if it has to.
     pub(crate) unreachable: Option<String>,
+    /// Why blocks cannot be staged between the two, if they cannot.
+    pub(crate) unstaged: Option<String>,
     /// The paths that the configuration allows.
     pub(crate) allowed: &'a PathSet,
 }
@@ -132,10 +165,13 @@ impl Choice<'_> {
     /// [`Error::NoPath`] with every candidate's reason.
     pub(crate) fn choose(&self) -> Result<PathInfo, Error> {
         let forced = self.allowed.forced();
-        let of_gpus = self.on_gpu != OnGpu::NONE || forced == Some(PathKind::Ipc);
+        let of_gpus = |path| self.on_gpu != OnGpu::NONE || forced == Some(path);
         let candidates: Vec<Candidate> = PREFERENCE
             .into_iter()
-            .filter(|path| *path != PathKind::Ipc || of_gpus)
+            .filter(|path| match path {
+                PathKind::Ipc | PathKind::Staged => of_gpus(*path),
+                _ => true,
+            })
             .map(|path| Candidate {
                 path,
                 why_not: self.why_not(path),
@@ -145,17 +181,28 @@ impl Choice<'_> {
         let Some(path) = chosen else {
             return Err(Error::NoPath { forced, candidates });
         };
+        let over = match path {
+            PathKind::Staged => self.beneath().ok(),
+            _ => None,
+        };
+        let of_ipc = candidates.iter().find(|c| c.path == PathKind::Ipc);
+        let no_link = of_ipc.and_then(|c| c.why_not.as_deref());
         let reason = match path {
+            PathKind::Staged => format!(
+                "through pinned host memory over {}; not by GPU links: {}",
+                over.map_or("nothing", PathKind::name),
+                no_link.unwrap_or("not asked for")
+            ),
             _ if forced.is_some() => format!("{path} was asked for"),
             PathKind::Arena => "same host, and both sides' memory can be mapped".to_owned(),
             PathKind::ProcessVm => "same host, memory registered by address".to_owned(),
             PathKind::Tcp => "no faster path leads to the peer".to_owned(),
             PathKind::Rdma => "both sides use RDMA devices".to_owned(),
             PathKind::Ipc => "same node, and this side's GPU reaches the peer's memory".to_owned(),
-            other => format!("{other} leads to the peer"),
         };
         Ok(PathInfo {
             path,
+            over,
             reason,
             candidates,
             rails: Vec::new(),
@@ -164,13 +211,38 @@ impl Choice<'_> {
     }
 
     fn why_not(&self, path: PathKind) -> Option<String> {
+        if !self.allowed.allows(path) {
+            return Some("the configuration does not allow it".to_owned());
+        }
+        if let Some(why_not) = self.on_gpu.why_not(path) {
+            return Some(why_not.to_owned());
+        }
         match path {
-            _ if !self.allowed.allows(path) => {
-                Some("the configuration does not allow it".to_owned())
+            PathKind::Staged if self.unstaged.is_some() => self.unstaged.clone(),
+            PathKind::Staged => self.beneath().err(),
+            path => self.why_not_there(path),
+        }
+    }
+
+    /// The path by which queue pairs carry what is staged; or why none does.
+    fn beneath(&self) -> Result<PathKind, String> {
+        let mut reasons = Vec::new();
+        for path in BENEATH {
+            let why_not = match self.allowed.allows_beneath(path) {
+                true => self.why_not_there(path),
+                false => Some("the configuration does not allow it".to_owned()),
+            };
+            match why_not {
+                None => return Ok(path),
+                Some(why_not) => reasons.push(format!("{path}: {why_not}")),
             }
-            _ if self.on_gpu.why_not(path).is_some() => {
-                self.on_gpu.why_not(path).map(ToOwned::to_owned)
-            }
+        }
+        Err(reasons.join("; "))
+    }
+
+    /// Why a path that may be used does not lead to the peer, whose memory it is not asked about.
+    fn why_not_there(&self, path: PathKind) -> Option<String> {
+        match path {
             PathKind::Ipc if self.unreachable.is_some() => self.unreachable.clone(),
             PathKind::Rdma if !is_rdma(self.context.device().kind) => Some(
                 "this engine uses the software device: name RDMA devices, or this path alone"

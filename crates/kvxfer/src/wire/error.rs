@@ -123,6 +123,14 @@ pub enum WireError {
         /// How many there are.
         len: usize,
     },
+    /// Bytes that should be stretches of memory.
+    #[error(
+        "{len} bytes of stretches, which are 16 bytes each, at least one, and none of no bytes"
+    )]
+    BadStretches {
+        /// How many there are.
+        len: usize,
+    },
     /// A rail that is not one of those that it is said to be of.
     #[error("rail {rail} is not among {rails}")]
     BadRail {

@@ -12,8 +12,8 @@ use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
 use super::parts::{
     Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
-    RailEndpoint, Refusal, SumsOf, TakeOf, bounded, check_candidates, check_endpoints, check_sums,
-    check_units, clean, limits, text,
+    RailEndpoint, Refusal, Stretch, SumsOf, TakeOf, bounded, check_candidates, check_endpoints,
+    check_sums, check_units, clean, limits, text,
 };
 use super::{pack, unpack};
 
@@ -148,6 +148,12 @@ messages! {
     0x2c TakeStop SMALL;
     /// The consumer fetches no more of what it was asked to.
     0x2d Taken SMALL;
+    /// The consumer wants stretches of the producer's GPU memory staged.
+    0x2e Stage LARGE;
+    /// They are, or why not.
+    0x2f Staged SMALL;
+    /// The consumer reads them no more.
+    0x31 StageFree SMALL;
     /// A benchmark's own message.
     0x30 Bench LARGE;
     /// The session ends in good order.
@@ -311,7 +317,7 @@ macro_rules! unchecked {
         }
     )*};
 }
-unchecked!(Ready Ping Pong TakeStop Goodbye);
+unchecked!(Ready Ping Pong TakeStop StageFree Goodbye);
 
 /// The reader has finished with an offer, whether it read or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -580,6 +586,56 @@ impl Taken {
             None => Ok(()),
         }
     }
+}
+
+/// Asks for stretches of a GPU's memory in pinned host memory, packed: each begins at the next multiple of
+/// [`GRAIN`](Stage::GRAIN) behind the one before. Answered with [`Staged`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// The consumer's number for this.
+    pub number: u64,
+    /// The stretches: memory and length, 4 bytes each, and 8 of offset, the lowest byte first.
+    pub of: Blob,
+}
+
+impl Stage {
+    /// What packed stretches begin at a multiple of: words that a GPU copies.
+    pub const GRAIN: u64 = 16;
+
+    fn check(&self) -> Result<(), WireError> {
+        Stretch::check_all(&self.of)
+    }
+}
+
+/// The stretches of a [`Stage`] can be read, until [`StageFree`] says that they have been.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Staged {
+    /// The number of it.
+    pub number: u64,
+    /// Where, in bytes from where the staging memory begins.
+    pub offset: u64,
+    /// Where the buffer's stamp is, which says whether it is still this one's: 64 bytes, as a lease slot.
+    pub stamp: u64,
+    /// What the stamp shows.
+    pub word: u64,
+    /// The encoded cause why they cannot; `None`: they can.
+    pub failed: Option<Blob>,
+}
+
+impl Staged {
+    fn check(&self) -> Result<(), WireError> {
+        match &self.failed {
+            Some(cause) => bounded("cause size", cause.len(), limits::CAUSE),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The stretches of a [`Stage`] are not read any more. Said once they have been told to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageFree {
+    /// The number of it.
+    pub number: u64,
 }
 
 /// A message between the two ends of a benchmark.

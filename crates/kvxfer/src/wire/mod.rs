@@ -26,11 +26,11 @@ pub use keys::{FrameKey, SessionId, SessionKeys, Side, StreamKey, Transcript};
 pub use message::{
     Announce, Bench, Describe, ErrorReport, Goodbye, Message, MessageKind, Ping, Pong, PushAborted,
     PushClosed, PushDone, PushStart, PushSums, QpAnswer, QpOffer, QpReset, Ready, Refuse, Release,
-    Retracted, Revoke, Sums, SumsWanted, Take, TakeStop, Taken,
+    Retracted, Revoke, Stage, StageFree, Staged, Sums, SumsWanted, Take, TakeStop, Taken,
 };
 pub use parts::{
     Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
-    RailEndpoint, Refusal, RemoteSpan, SumsOf, TakeOf, limits,
+    RailEndpoint, Refusal, RemoteSpan, Stretch, SumsOf, TakeOf, limits,
 };
 pub(crate) use parts::{pack_sums, unpack_sums};
 pub use preamble::{ConnectionKind, PREAMBLE_LEN, Preamble, PreambleReader, Sniff, sniff};

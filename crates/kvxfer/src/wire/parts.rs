@@ -35,6 +35,10 @@ pub mod limits {
     pub const TICKET: usize = 8 << 20;
     /// Bytes of a handle of a GPU's memory.
     pub const HANDLE: usize = 512;
+    /// Bytes that a side which stages takes at a time: no fewer.
+    pub const LEAST_STAGED: u64 = 1 << 16;
+    /// Stretches of memory that are staged together.
+    pub const STRETCHES: usize = 1 << 13;
     /// Bytes of an encoded cause.
     pub const CAUSE: usize = 4096;
     /// Units that checksums are asked for at once.
@@ -188,6 +192,62 @@ impl TakeOf {
     }
 }
 
+/// A contiguous part of a memory that is to be staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stretch {
+    /// The memory, by its place in the placement.
+    pub memory: u32,
+    /// Bytes; never none.
+    pub len: u32,
+    /// Bytes from the memory's first.
+    pub offset: u64,
+}
+
+impl Stretch {
+    const BYTES: usize = 16;
+
+    /// Packs stretches: memory, length and offset of each, the lowest byte first.
+    pub(crate) fn pack(stretches: impl Iterator<Item = Self>) -> Blob {
+        let bytes = stretches.flat_map(|of| {
+            let word =
+                u128::from(of.offset) << 64 | u128::from(of.len) << 32 | u128::from(of.memory);
+            word.to_le_bytes()
+        });
+        Blob(bytes.collect())
+    }
+
+    /// Reads what [`pack`](Self::pack) has made.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the parts are what is wanted"
+    )]
+    pub(crate) fn unpack(blob: &Blob) -> impl ExactSizeIterator<Item = Self> + '_ {
+        blob.0.chunks_exact(Self::BYTES).map(|bytes| {
+            let mut word = [0; Self::BYTES];
+            word.copy_from_slice(bytes);
+            let word = u128::from_le_bytes(word);
+            Self {
+                memory: word as u32,
+                len: (word >> 32) as u32,
+                offset: (word >> 64) as u64,
+            }
+        })
+    }
+
+    /// Checks that bytes are stretches, and not too many.
+    pub(crate) fn check_all(blob: &Blob) -> Result<(), WireError> {
+        let len = blob.len();
+        if len == 0 || !len.is_multiple_of(Self::BYTES) {
+            return Err(WireError::BadStretches { len });
+        }
+        bounded("number of stretches", len / Self::BYTES, limits::STRETCHES)?;
+        match Self::unpack(blob).all(|of| of.len > 0) {
+            true => Ok(()),
+            false => Err(WireError::BadStretches { len }),
+        }
+    }
+}
+
 /// Checksums as they travel: 8 bytes each, the lowest first.
 pub(crate) fn pack_sums(sums: &[u64]) -> Blob {
     Blob(sums.iter().flat_map(|sum| sum.to_le_bytes()).collect())
@@ -282,7 +342,7 @@ pub enum PathKind {
     Rdma,
     /// GPU links inside a node.
     Ipc,
-    /// RDMA through pinned host memory.
+    /// Through pinned host memory, which queue pairs carry by one of the other ways.
     Staged,
 }
 
@@ -353,6 +413,8 @@ pub struct RailDesc {
     pub leases: Option<RemoteSpan>,
     /// The scratch region, for pings.
     pub scratch: Option<RemoteSpan>,
+    /// Where blocks of a GPU's memory are staged for peers to read.
+    pub staging: Option<RemoteSpan>,
 }
 
 impl RailDesc {
@@ -361,7 +423,8 @@ impl RailDesc {
         bounded("number of memories", self.memories.len(), limits::MEMORIES)?;
         self.memories.iter().try_for_each(|m| m.check("memory"))?;
         (self.leases.iter()).try_for_each(|m| m.check("lease table"))?;
-        (self.scratch.iter()).try_for_each(|m| m.check("scratch region"))
+        (self.scratch.iter()).try_for_each(|m| m.check("scratch region"))?;
+        (self.staging.iter()).try_for_each(|m| m.check("staging memory"))
     }
 }
 
@@ -371,6 +434,8 @@ pub struct GpuDesc {
     /// A handle for each memory, in the order of the placement's indices, as
     /// [`IpcHandle::to_bytes`](crate::mem::gpu::IpcHandle::to_bytes) makes them.
     pub handles: Vec<Blob>,
+    /// The most bytes that are staged at a time for one [`Stage`](crate::wire::Stage); 0: nothing is staged.
+    pub staged: u64,
 }
 
 impl GpuDesc {

@@ -68,6 +68,16 @@ fn tcp_read_producer_stopped() {
 }
 
 #[test]
+fn staged_read_producer_killed() {
+    producer_struck_while_read(PathKind::Staged, Fault::Kill);
+}
+
+#[test]
+fn staged_read_producer_stopped() {
+    producer_struck_while_read(PathKind::Staged, Fault::Stop);
+}
+
+#[test]
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_read_producer_killed() {
     producer_struck_while_read(PathKind::Rdma, Fault::Kill);

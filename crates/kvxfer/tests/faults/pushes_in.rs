@@ -104,6 +104,16 @@ fn ipc_write_producer_stopped() {
 }
 
 #[test]
+fn staged_write_producer_killed() {
+    producer_struck_while_it_pushes(PathKind::Staged, Fault::Kill);
+}
+
+#[test]
+fn staged_write_producer_stopped() {
+    producer_struck_while_it_pushes(PathKind::Staged, Fault::Stop);
+}
+
+#[test]
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write_producer_killed() {
     producer_struck_while_it_pushes(PathKind::Rdma, Fault::Kill);

@@ -93,6 +93,16 @@ fn ipc_write_consumer_stopped() {
 }
 
 #[test]
+fn staged_write_consumer_killed() {
+    consumer_struck_while_pushed_to(PathKind::Staged, Fault::Kill);
+}
+
+#[test]
+fn staged_write_consumer_stopped() {
+    consumer_struck_while_pushed_to(PathKind::Staged, Fault::Stop);
+}
+
+#[test]
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_write_consumer_killed() {
     consumer_struck_while_pushed_to(PathKind::Rdma, Fault::Kill);

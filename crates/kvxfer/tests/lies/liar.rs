@@ -187,6 +187,7 @@ impl Liar {
                     rkey: span.rkey,
                 }),
                 scratch: None,
+                staging: None,
             }],
             facts: ConfigFacts {
                 qp_per_transfer: 1,

@@ -15,6 +15,7 @@ mod observers;
 mod owner;
 mod queue_pairs;
 mod reasons;
+mod stages;
 mod strangers;
 mod sums;
 mod takes;

@@ -43,7 +43,7 @@ fn handle(memory: &GpuMemory) -> Blob {
 fn on_gpu(liar: &Liar, memory: &GpuMemory) -> Describe {
     let mut describe = liar.describe();
     let handles = vec![handle(memory)];
-    describe.gpu = Some(GpuDesc { handles });
+    describe.gpu = Some(GpuDesc { handles, staged: 0 });
     describe.rails[0].memories[0].rkey = 0;
     describe
 }
@@ -221,7 +221,8 @@ fn handles_that_are_not_of_the_memory_lead_nowhere() {
         };
         assert_eq!(answer.path, None);
     };
-    let set = |describe: &mut Describe, handles| describe.gpu = Some(GpuDesc { handles });
+    let set =
+        |describe: &mut Describe, handles| describe.gpu = Some(GpuDesc { handles, staged: 0 });
     refused(&|describe, _| set(describe, Vec::new()));
     refused(&|describe, memory| set(describe, vec![handle(memory), handle(memory)]));
     refused(&|describe, _| set(describe, vec![Blob(vec![7; 100])]));

@@ -58,7 +58,7 @@ impl World {
         std::fs::write(&file.0, WORDS).expect("a secret");
         // Both have memory of the kind that the path wants.
         let memory = match path {
-            PathKind::Ipc => PathKind::Ipc,
+            PathKind::Ipc | PathKind::Staged => PathKind::Ipc,
             _ => PathKind::Arena,
         };
         let side = |path: Option<PathKind>| -> Recipe {

@@ -59,7 +59,9 @@ fn describe() -> impl Strategy<Value = Describe> {
             listen_port,
         },
     );
-    let gpu = prop::option::of(vec(blob(), 0..4).prop_map(|handles| GpuDesc { handles }));
+    let gpu = prop::option::of(
+        (vec(blob(), 0..4), any::<u64>()).prop_map(|(handles, staged)| GpuDesc { handles, staged }),
+    );
     (
         (
             text(),
@@ -96,15 +98,18 @@ fn rail_desc() -> impl Strategy<Value = RailDesc> {
         blob(),
         vec(span(), 0..5),
         prop::option::of(span()),
-        prop::option::of(span()),
+        [prop::option::of(span()), prop::option::of(span())],
     )
-        .prop_map(|(place, device, memories, leases, scratch)| RailDesc {
-            place,
-            device,
-            memories,
-            leases,
-            scratch,
-        })
+        .prop_map(
+            |(place, device, memories, leases, [scratch, staging])| RailDesc {
+                place,
+                device,
+                memories,
+                leases,
+                scratch,
+                staging,
+            },
+        )
 }
 
 fn rail_endpoint() -> impl Strategy<Value = RailEndpoint> {
@@ -278,6 +283,31 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
             .boxed(),
         MessageKind::Taken => (any::<u64>(), prop::option::of(blob()))
             .prop_map(|(number, failed)| Taken { number, failed }.into())
+            .boxed(),
+        MessageKind::Stage => (any::<u64>(), vec(any::<[u8; 16]>(), 1..5))
+            .prop_map(|(number, mut of)| {
+                for stretch in &mut of {
+                    // Not of no bytes.
+                    stretch[4] |= 1;
+                }
+                let of = Blob(of.concat());
+                Stage { number, of }.into()
+            })
+            .boxed(),
+        MessageKind::Staged => (any::<[u64; 4]>(), prop::option::of(blob()))
+            .prop_map(|([number, offset, stamp, word], failed)| {
+                Staged {
+                    number,
+                    offset,
+                    stamp,
+                    word,
+                    failed,
+                }
+                .into()
+            })
+            .boxed(),
+        MessageKind::StageFree => any::<u64>()
+            .prop_map(|number| StageFree { number }.into())
             .boxed(),
         MessageKind::PushDone => (request(), rank(), any::<[u64; 2]>(), [0..16_u16, 0..16])
             .prop_map(|((request, nonce), sender, [bytes, sums], [rail, other])| {

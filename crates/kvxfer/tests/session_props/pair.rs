@@ -55,6 +55,7 @@ pub(crate) fn plain_describe(engine: &str) -> Describe {
                 len: 4096,
                 rkey: 79,
             }),
+            staging: None,
         }],
         facts: ConfigFacts {
             qp_per_transfer: 4,

@@ -319,6 +319,7 @@ fn build(text: &str) -> (Node, u64) {
         PathKind::Tcp,
         PathKind::Rdma,
         PathKind::Ipc,
+        PathKind::Staged,
     ]
     .into_iter()
     .find(|p| p.name() == path)

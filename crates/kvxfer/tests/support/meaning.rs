@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use kvxfer::bench::{BenchMemory, BenchShape, BenchSide};
+use kvxfer::bench::{BenchShape, BenchSide};
 use kvxfer::blocks::GroupBlocks;
 use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::Engine;
@@ -106,6 +106,18 @@ impl Cluster {
         blocks: u32,
         change: impl Fn(&mut Config),
     ) -> Self {
+        Self::over(PathKind::Arena, name, role, cut, blocks, change)
+    }
+
+    /// Over this path, with memory of the kind that it wants.
+    pub(crate) fn over(
+        path: PathKind,
+        name: &str,
+        role: KvRole,
+        cut: Cut,
+        blocks: u32,
+        change: impl Fn(&mut Config),
+    ) -> Self {
         let format = format(cut);
         let mut nodes = Vec::new();
         let mut addresses = Vec::new();
@@ -118,11 +130,11 @@ impl Cluster {
                     format: format.clone(),
                     num_blocks: vec![blocks],
                     topology,
-                    memory: BenchMemory::Arena,
+                    memory: recipe(role, path, 64, 1).memory,
                 };
                 let side = BenchSide::new(&shape).expect("memory");
                 side.poison().expect("poisoned");
-                let mut config = recipe(role, PathKind::Arena, 64, 1).config;
+                let mut config = recipe(role, path, 64, 1).config;
                 config.engine_id = Some(name.into());
                 config.num_worker_threads = 1;
                 config.qp_per_transfer = 2;

@@ -96,7 +96,7 @@ pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32
         blocks,
         memory: match path {
             PathKind::ProcessVm => BenchMemory::Anonymous,
-            PathKind::Ipc => gpu_memory(role),
+            PathKind::Ipc | PathKind::Staged => gpu_memory(role),
             _ => BenchMemory::Arena,
         },
         dp: (0, 1),

@@ -151,7 +151,9 @@ host to host over rdma        {rdma}
 
 const GPU_MOVES: &str = "\
 GPU to GPU over ipc           no GPU
-memory of GPUs over rdma and staged, and over ipc to the host's: no GPU, and not built into transfers yet
+GPU to GPU over staged        no GPU
+GPU to host over staged       no GPU
+memory of GPUs over rdma, and over ipc to the host's: no GPU, and not built into transfers yet
 ";
 
 const SOFTWARE: &str = "\
@@ -346,7 +348,9 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
 {second}{nics}  to GPU 0  no P2P, no IPC: no link
 
 {moves}GPU to GPU over ipc           same host
-memory of GPUs over rdma and staged, and over ipc to the host's: not built into transfers yet
+GPU to GPU over staged        any host
+GPU to host over staged       any host
+memory of GPUs over rdma, and over ipc to the host's: not built into transfers yet
 "
     );
     assert_eq!(told, wanted);

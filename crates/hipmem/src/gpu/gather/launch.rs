@@ -12,6 +12,7 @@ use super::super::stream::{Keep, way};
 use super::GpuKernels;
 use super::error::GatherFault;
 use super::request::{Run, runs};
+use super::route::Grid;
 use super::scratch::{MAX_WORKGROUPS, SLOT, Scratch, TABLES};
 use super::table::{GatherTable, Section, Tensors};
 use crate::error::{Error, Operation};
@@ -250,6 +251,103 @@ pub(super) unsafe fn put_tables(
     Ok(())
 }
 
+/// A launch whose tables go into a scratch.
+pub(super) struct Launch {
+    pub(super) scratch: Arc<Scratch>,
+    pub(super) shape: GatherShape,
+    /// 0: there is nothing to launch.
+    pub(super) workgroups: u32,
+    launched: u64,
+    /// Bytes of the tables, and whether they are read where they were written.
+    len: u64,
+    over_bus: bool,
+}
+
+impl Launch {
+    /// Of a launch that copies so many bytes and has tables of so many.
+    pub(super) fn new(
+        kernels: &GpuKernels,
+        grid: Grid,
+        launched: u64,
+        len: u64,
+    ) -> Result<Self, Error> {
+        let most = grid.workgroups.min(MAX_WORKGROUPS);
+        let shape = GatherShape::new(launched, kernels.0.warp, most, grid.threads);
+        Ok(Self {
+            scratch: kernels.scratch(len)?,
+            workgroups: match launched {
+                0 => 0,
+                _ => shape.workgroups,
+            },
+            shape,
+            launched,
+            len,
+            over_bus: launched <= READ_OVER_BUS && len <= BUS_TABLES,
+        })
+    }
+
+    /// Where the kernel finds the tables.
+    pub(super) fn tables(&self) -> u64 {
+        let base = match self.over_bus {
+            true => self.scratch.staging().device_addr(),
+            false => self.scratch.device().addr(),
+        };
+        base + TABLES
+    }
+
+    pub(super) fn args(&self, kernels: &GpuKernels, sections: usize) -> GatherArgs {
+        GatherArgs {
+            sections: self.tables(),
+            slots: self.scratch.slots().device_addr(),
+            abort: self.scratch.device().addr(),
+            sequence: kernels.sequence(),
+            sections_len: u32::try_from(sections).unwrap_or(0),
+            poll_bytes: self.shape.poll_bytes,
+        }
+    }
+
+    /// Puts it on a stream.
+    ///
+    /// # Safety
+    ///
+    /// The tables in the scratch name memory that is there, and it and the scratch are held until the launch has
+    /// ended; the device is current.
+    pub(super) unsafe fn put(
+        &self,
+        kernels: &GpuKernels,
+        args: &GatherArgs,
+        stream: u64,
+    ) -> Result<(), Error> {
+        if self.workgroups == 0 {
+            return Ok(());
+        }
+        let copied = (!self.over_bus).then_some(self.len);
+        // SAFETY: the caller holds the scratch, and the device is current.
+        unsafe { put_tables(kernels, &self.scratch, copied, stream) }?;
+        let args = bytes_of(std::slice::from_ref(args));
+        let (workgroups, threads) = (self.workgroups, self.shape.threads);
+        // SAFETY: the kernels hold the module, and the caller all that the tables name. It ends: its counts are
+        // finite.
+        unsafe { kernels.0.gather.put(stream, workgroups, threads, args) }
+    }
+
+    /// The transfer that it is, once it is on the stream.
+    pub(super) fn begun(self, kernels: &GpuKernels, pending: Pending, args: &GatherArgs) -> Gather {
+        Gather {
+            kernels: kernels.clone(),
+            pending,
+            _beside: Vec::new(),
+            scratch: self.scratch,
+            sequence: args.sequence,
+            workgroups: self.workgroups,
+            ended: 0,
+            launched: self.launched,
+            copied: 0,
+            since: Instant::now(),
+        }
+    }
+}
+
 impl GatherTable {
     /// Puts a transfer of these block pairs, a list for each section, on a stream of the kernels' GPU.
     ///
@@ -278,51 +376,27 @@ impl GatherTable {
         let kernels = &self.0.kernels;
         same("the table", kernels.gpu(), stream.gpu())?;
         let cut = Cut::new(self.check(of)?.into_iter())?;
-        let warp = kernels.0.warp;
-        let grid = self.0.grid;
-        let most = grid.workgroups.min(MAX_WORKGROUPS);
-        let shape = GatherShape::new(cut.launched, warp, most, grid.threads);
         let len = tables_len(&cut.parts);
-        let scratch = kernels.scratch(len)?;
-        let over_bus = cut.launched <= READ_OVER_BUS && len <= BUS_TABLES;
-        let base = match over_bus {
-            true => scratch.staging().device_addr(),
-            false => scratch.device().addr(),
-        };
-        let workgroups = match cut.launched {
-            0 => 0,
-            _ => shape.workgroups,
-        };
-        if workgroups > 0 {
+        let launch = Launch::new(kernels, self.0.grid, cut.launched, len)?;
+        if launch.workgroups > 0 {
             let small = |section: &Section| (section.small, section.longest);
-            let shape = (shape.chunk, shape.warps(warp));
-            stage_tables(&scratch, &cut.parts, base + TABLES, small, shape)?;
+            let shape = (launch.shape.chunk, launch.shape.warps(kernels.0.warp));
+            stage_tables(&launch.scratch, &cut.parts, launch.tables(), small, shape)?;
         }
-        let sequence = kernels.sequence();
-        let args = GatherArgs {
-            sections: base + TABLES,
-            slots: scratch.slots().device_addr(),
-            abort: scratch.device().addr(),
-            sequence,
-            sections_len: u32::try_from(cut.parts.len()).unwrap_or(0),
-            poll_bytes: shape.poll_bytes,
-        };
-        clear_abort(kernels, &scratch, stream)?;
-        let keep: Vec<Keep> = vec![Arc::clone(&scratch) as Keep, Arc::clone(&self.0) as Keep];
+        let args = launch.args(kernels, cut.parts.len());
+        clear_abort(kernels, &launch.scratch, stream)?;
+        let keep: Vec<Keep> = vec![
+            Arc::clone(&launch.scratch) as Keep,
+            Arc::clone(&self.0) as Keep,
+        ];
         let mut beside = Vec::new();
         let pending = stream.put(keep, |raw| {
             // First, for the sides' copies need not wait for the launch.
             let (own, more) = self.share(&cut.copies);
             beside = self.copy_beside(stream, more)?;
-            if workgroups > 0 {
-                // SAFETY: `keep` has the scratch.
-                unsafe { put_tables(kernels, &scratch, (!over_bus).then_some(len), raw) }?;
-                let args = bytes_of(std::slice::from_ref(&args));
-                // SAFETY: `keep` has the module, and every memory that the tables name: the table's own, each
-                // section inside it as `table` and `check` have found, and the scratch. It ends: its counts are
-                // finite.
-                unsafe { kernels.0.gather.put(raw, workgroups, shape.threads, args) }?;
-            }
+            // SAFETY: `keep` has every memory that the tables name: the table's own, each section inside it as
+            // `table` and `check` have found; and the scratch.
+            unsafe { launch.put(kernels, &args, raw) }?;
             let api = kernels.gpu().api();
             // SAFETY: all spans are of the table's memories, which `keep` has.
             unsafe { api.copy_all(own, raw) }?;
@@ -331,18 +405,10 @@ impl GatherTable {
             }
             Ok(())
         })?;
-        Ok(Gather {
-            kernels: kernels.clone(),
-            pending,
-            _beside: beside,
-            scratch,
-            sequence,
-            workgroups,
-            ended: 0,
-            launched: cut.launched,
-            copied: cut.copied,
-            since: Instant::now(),
-        })
+        let mut gather = launch.begun(kernels, pending, &args);
+        gather._beside = beside;
+        gather.copied = cut.copied;
+        Ok(gather)
     }
 
     /// The copies that go onto the transfer's own stream, and those for the streams beside it: where copies go in

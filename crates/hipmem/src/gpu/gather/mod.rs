@@ -5,7 +5,8 @@
 //! tensors, which pieces of a block and how many blocks there are, is checked against the memories, and lies in
 //! the GPU's memory from then on. [`GatherTable::gather`] for each transfer: it takes block pairs, which it
 //! checks against the table, and puts one launch on a stream. Where blocks lie behind each other on both
-//! sides, the copy engine takes them if that is faster.
+//! sides, the copy engine takes them if that is faster. [`GpuKernels::pieces`] copies what no table names: a list
+//! of stretches, such as those that are packed into pinned memory for a NIC, or unpacked from there.
 //!
 //! Nothing here is `unsafe` to call. What a kernel touches is named by offsets into memories, has been checked,
 //! and is held until the launch has ended, whoever still waits for it. Two stretches with the same destination,
@@ -20,6 +21,7 @@
 mod error;
 mod fence;
 mod launch;
+mod pieces;
 mod request;
 mod route;
 mod scratch;
@@ -33,6 +35,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use self::error::{GatherFault, Side};
 pub use self::fence::Fence;
 pub use self::launch::{Gather, GatherEnd, GatherPart};
+pub use self::pieces::PieceList;
 pub use self::table::{GatherOptions, GatherSection, GatherTable, TensorPlaces};
 pub use self::verify::Verify;
 

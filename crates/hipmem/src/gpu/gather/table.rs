@@ -116,7 +116,7 @@ impl Owned {
 }
 
 /// Where the last byte ends that a section names of a tensor, from where block 0 begins.
-fn end(stride: u64, blocks: u32, pieces: impl Iterator<Item = (u64, u64)>) -> u128 {
+pub(super) fn end(stride: u64, blocks: u32, pieces: impl Iterator<Item = (u64, u64)>) -> u128 {
     let Some(last) = blocks.checked_sub(1) else {
         return 0;
     };
@@ -125,7 +125,7 @@ fn end(stride: u64, blocks: u32, pieces: impl Iterator<Item = (u64, u64)>) -> u1
 }
 
 /// Checks one side of a tensor: that all its blocks are inside its memory, which the GPU reaches.
-fn check(
+pub(super) fn check(
     gpu: &Gpu,
     (section, tensor, side): (usize, usize, Side),
     place: Place<'_>,
@@ -162,7 +162,7 @@ fn check(
     }
 }
 
-fn count(section: usize, what: &'static str, count: usize) -> Result<u32, Error> {
+pub(super) fn count(section: usize, what: &'static str, count: usize) -> Result<u32, Error> {
     let fits = u32::try_from(count).ok().filter(|n| *n < 1 << 31);
     fits.ok_or_else(|| {
         GatherFault::TooMany {

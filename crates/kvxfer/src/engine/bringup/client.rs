@@ -66,7 +66,7 @@ impl Bringup {
         let offer = QpOffer {
             offer: 1,
             replaces: None,
-            path: path.path,
+            path: path.beneath(),
             candidates: path.candidates.clone(),
             endpoints,
         };
@@ -84,6 +84,7 @@ impl Bringup {
             false => None,
         };
         let on_gpu = self.on_gpu(engine);
+        let unstaged = self.unstaged(engine);
         let Some(known) = &self.known else {
             return Err(Error::ShuttingDown);
         };
@@ -106,6 +107,7 @@ impl Bringup {
             peer_shareable: known.describe.fd_backed,
             on_gpu,
             unreachable,
+            unstaged,
             allowed: &engine.config.path,
         }
         .choose()
@@ -126,7 +128,7 @@ impl Bringup {
                 candidates: answer.candidates,
             });
         };
-        if self.path.as_ref().map(|chosen| chosen.path) != Some(path) {
+        if self.path.as_ref().map(PathInfo::beneath) != Some(path) {
             let detail = format!("path {path} is not the one that was offered");
             return Ok(vec![refuse(Refusal::BadDescription { detail })]);
         }

@@ -5,6 +5,7 @@ use crate::engine::Inner;
 use crate::engine::gpu::GpuPeer;
 use crate::error::chain;
 use crate::transport::OnGpu;
+use crate::wire::{RemoteSpan, limits};
 
 impl Bringup {
     /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
@@ -30,6 +31,23 @@ impl Bringup {
                 Ok(())
             }
             Err(error) => Err(chain(&error)),
+        }
+    }
+
+    /// Why blocks cannot be staged: a side whose memory is a GPU's needs buffers.
+    pub(super) fn unstaged(&self, engine: &Inner) -> Option<String> {
+        if let Some(Err(reason)) = engine.gpu.as_ref().map(|gpu| gpu.staging()) {
+            return Some(format!("no pinned memory: {reason}"));
+        }
+        let known = self.known.as_ref()?;
+        let theirs = known.describe.gpu.as_ref()?;
+        let spans = known.describe.rails.iter().map(|rail| rail.staging);
+        let bytes = |span: Option<RemoteSpan>| span.map_or(0, |span| span.len);
+        // No fewer, or operations would be cut to nothing.
+        let enough = theirs.staged >= limits::LEAST_STAGED;
+        match enough && spans.map(bytes).all(|bytes| bytes >= theirs.staged) {
+            true => None,
+            false => Some("the peer has no pinned memory to stage blocks in".to_owned()),
         }
     }
 

@@ -133,7 +133,7 @@ impl Bringup {
         Ok(QpOffer {
             offer,
             replaces: Some(number),
-            path: peer.path.path,
+            path: peer.path.beneath(),
             candidates: Vec::new(),
             endpoints,
         })
@@ -185,7 +185,7 @@ impl Bringup {
                 return Ok(Vec::new());
             }
         };
-        let link = match soft_path(peer.path.path) {
+        let link = match soft_path(peer.path.beneath()) {
             Some(path) => QpLink::SoftDial {
                 peer: device.clone(),
                 path,
@@ -250,7 +250,7 @@ impl Bringup {
             Ok(vec![Step::Send(answer.into())])
         };
         let now = engine.clock().now();
-        let wanted = offer.path == peer.path.path && peer.usable().is_ok();
+        let wanted = offer.path == peer.path.beneath() && peer.usable().is_ok();
         if !wanted || !peer.may_rebuild(number) || !self.rebuilding.pace.allows(number, now) {
             return answer(None, Vec::new());
         }

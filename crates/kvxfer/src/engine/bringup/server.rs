@@ -24,27 +24,29 @@ type JoinedRails = (Vec<(Pair, Vec<kvxfer_verbs::QpEndpoint>)>, Vec<SkippedRail>
 impl Bringup {
     /// Why the path that the client has chosen cannot be taken, as it is told there.
     fn why_not(&mut self, engine: &Inner, path: PathKind) -> Option<String> {
-        if !engine.config.path.allows(path) {
-            return Some("the peer's configuration does not allow it".to_owned());
-        }
-        if engine.runtime.is_rdma() != (path == PathKind::Rdma) {
-            return Some("the peer uses another kind of device".to_owned());
-        }
         let memory = match self.probe {
             // It has nothing to do with the engine's memory.
             Some(_) => OnGpu::NONE,
             None => self.on_gpu(engine).seen_from_there(),
         };
-        if let Some(why_not) = memory.why_not(path) {
+        let blocks = memory.path_over(path);
+        let allowed = &engine.config.path;
+        let staged = blocks == PathKind::Staged;
+        if !allowed.allows(blocks) || staged && !allowed.allows_beneath(path) {
+            return Some("the peer's configuration does not allow it".to_owned());
+        }
+        if engine.runtime.is_rdma() != (path == PathKind::Rdma) {
+            return Some("the peer uses another kind of device".to_owned());
+        }
+        if let Some(why_not) = memory.why_not(blocks) {
             return Some(why_not.to_owned());
         }
-        let reached = match path {
-            PathKind::Ipc => self.reach_gpu(engine),
-            _ => Ok(()),
+        let why_not = match blocks {
+            PathKind::Ipc => self.reach_gpu(engine).err(),
+            PathKind::Staged => self.unstaged(engine),
+            _ => None,
         };
-        reached
-            .err()
-            .map(|error| cut(format!("at the peer: {error}")))
+        why_not.map(|why_not| cut(format!("at the peer: {why_not}")))
     }
 
     /// A server takes the path that the client has chosen, if it may.
@@ -72,8 +74,12 @@ impl Bringup {
         }
         let mut candidates = offer.candidates.clone();
         let soft = soft_path(offer.path);
+        let path = match self.probe {
+            Some(_) => offer.path,
+            None => self.on_gpu(engine).path_over(offer.path),
+        };
         if let Some(why_not) = self.why_not(engine, offer.path) {
-            for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
+            for candidate in candidates.iter_mut().filter(|c| c.path == path) {
                 candidate.why_not = Some(why_not.clone());
             }
             return Ok(none(candidates));
@@ -98,7 +104,7 @@ impl Bringup {
         };
         if joined.is_empty() {
             let why_not = skipped.first().map(|rail| cut(rail.reason.clone()));
-            for candidate in candidates.iter_mut().filter(|c| c.path == offer.path) {
+            for candidate in candidates.iter_mut().filter(|c| c.path == path) {
                 candidate.why_not.clone_from(&why_not);
             }
             return Ok(none(candidates));
@@ -157,7 +163,8 @@ impl Bringup {
         };
         self.taken = true;
         self.path = Some(PathInfo {
-            path: offer.path,
+            path,
+            over: (path == PathKind::Staged).then_some(offer.path),
             reason: "chosen by the peer that connected".to_owned(),
             candidates: offer.candidates,
             rails: Vec::new(),

@@ -4,6 +4,8 @@
 //! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
 //! and a consumer that is stopped or dead writes nothing.
 
+mod portion;
+mod staging;
 mod takes;
 mod taking;
 
@@ -11,6 +13,8 @@ use std::sync::Arc;
 
 use kvxfer_verbs::{Memory, MemoryKind, PciAddress};
 
+pub(crate) use portion::{MOST_STAGED, Portion, Reads, StagedPeer, packed, told};
+pub(crate) use staging::{Packed, Slots, Staging};
 pub(crate) use takes::OpenTakes;
 pub(crate) use taking::Taking;
 
@@ -18,7 +22,7 @@ use super::peer::PullOptions;
 use super::peer_session::Plans;
 use crate::config::{Config, FencePolicy};
 use crate::engine::Inner;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::mem::gather::{
     Fence, Gather, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels, TensorPlaces,
 };
@@ -26,7 +30,7 @@ use crate::mem::gpu::{GpuFault, GpuMemory, IpcHandle, Place, Stream};
 use crate::mem::kernels::{Pair, Piece};
 use crate::plan::{Compiled, Plan};
 use crate::transfer::{Cause, GpuOperation};
-use crate::wire::{Blob, GpuDesc};
+use crate::wire::{Blob, GpuDesc, PathKind};
 
 /// Transfers of so few bytes need not wait for long ones, and hardly slow them down. Two long ones side by side are
 /// slower than one after the other: on two H200s 0.78 of the link against 0.94.
@@ -44,6 +48,8 @@ pub(crate) struct GpuSide {
     short: Stream,
     options: GatherOptions,
     fence: FencePolicy,
+    /// Buffers for peers that the GPU does not reach; or why there are none.
+    staging: Result<Staging, String>,
 }
 
 impl GpuSide {
@@ -83,10 +89,17 @@ impl GpuSide {
         let handle = |memory: &GpuMemory| Ok(Blob(memory.export()?.to_bytes().to_vec()));
         let handles = memories.iter().map(handle).collect::<Result<_, Error>>()?;
         let most = config.gpu_workgroups;
+        let kernels = GpuKernels::load(&gpu)?;
+        let staging = match config.path.allows(PathKind::Staged) {
+            true => Staging::new(&kernels, config).map_err(|error| chain(&error)),
+            false => Err("the configuration does not allow it".to_owned()),
+        };
+        let staged = staging.as_ref().map_or(0, Staging::piece_bytes);
         Ok(Some(Arc::new(Self {
-            kernels: GpuKernels::load(&gpu)?,
+            kernels,
             memories,
-            shown: GpuDesc { handles },
+            shown: GpuDesc { handles, staged },
+            staging,
             long: Stream::new(&gpu)?,
             short: Stream::new(&gpu)?,
             options: GatherOptions {
@@ -100,6 +113,11 @@ impl GpuSide {
     /// Where the GPU is.
     pub(crate) fn pci(&self) -> PciAddress {
         self.kernels.gpu().info().pci
+    }
+
+    /// Its buffers for what is staged; or why there are none.
+    pub(crate) fn staging(&self) -> Result<&Staging, &str> {
+        self.staging.as_ref().map_err(String::as_str)
     }
 
     /// What peers are shown.
@@ -279,7 +297,7 @@ impl Inner {
 
 /// What a transfer is told of a GPU that has refused or lost something; the log has its words.
 pub(crate) fn cause(operation: GpuOperation, error: &Error) -> Cause {
-    tracing::error!(error = crate::error::chain(error), "{operation}");
+    tracing::error!(error = chain(error), "{operation}");
     let code = match error {
         Error::Memory(crate::mem::Error::Gpu(fault)) => fault.code().map_or(0, |code| code.number),
         _ => 0,

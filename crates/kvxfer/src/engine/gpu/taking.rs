@@ -76,7 +76,7 @@ impl Inner {
         peer: &Arc<PeerSession>,
         take: Take,
     ) -> Result<(), String> {
-        let (Some(_), Some(plans)) = (&peer.gpu, &peer.pull) else {
+        let Some(plans) = peer.pull.as_ref().filter(|_| peer.has_whole_jobs()) else {
             return Err(format!("blocks to be fetched over {}", peer.path.path));
         };
         let refuse = |reason| self.tell_taken(peer, take.number, Some(Cause::Refused { reason }));
@@ -147,8 +147,12 @@ impl Inner {
 }
 
 impl PeerSession {
-    /// Gives a command to the worker that fetches what a producer has given this number.
-    fn to_taker(self: &Arc<Self>, number: u64, command: impl FnOnce(Arc<Self>) -> Command) {
+    /// Gives a command to the worker that answers for what the peer has given this number.
+    pub(crate) fn to_taker(
+        self: &Arc<Self>,
+        number: u64,
+        command: impl FnOnce(Arc<Self>) -> Command,
+    ) {
         let worker = self.owner(TransferId(number));
         if let Some(worker) = self.all_workers.get(usize::from(worker)) {
             worker.send(command(Arc::clone(self)));

@@ -31,6 +31,7 @@ impl Worker {
             self.scheduler.lane_failed(*lane, cause.clone());
         }
         self.gathers.stop_peer(peer.key);
+        self.stop_fetches(peer.key);
         // Their numbers may be those of others next.
         self.failing.retain(|lane| !lanes.contains(lane));
         self.laneless.retain(|of| of.peer.key != peer.key);

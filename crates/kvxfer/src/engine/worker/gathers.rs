@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error};
 
-use super::Worker;
+use super::fetches::Fetches;
+use super::stages::Stages;
+use super::{RETRY, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::{Taking, cause};
 use crate::engine::moves::Moves;
@@ -57,16 +59,23 @@ enum For {
 }
 
 #[derive(Debug)]
-struct Wanted {
-    peer: Arc<PeerSession>,
+pub(super) struct Wanted {
+    pub(super) peer: Arc<PeerSession>,
     by: For,
 }
 
 impl Wanted {
-    fn plan(&self) -> Option<&Arc<Plan>> {
+    pub(super) fn plan(&self) -> Option<&Arc<Plan>> {
         match &self.by {
             For::Job(job) => Moves::of(&*job.source).map(|moves| &moves.plan),
             For::Producer(taking) => Some(&taking.plan),
+        }
+    }
+
+    pub(super) fn job(&self) -> Option<&Job> {
+        match &self.by {
+            For::Job(job) => Some(job),
+            For::Producer(_) => None,
         }
     }
 
@@ -114,6 +123,9 @@ pub(super) struct Gathers {
     /// it. What they touch is never given back.
     lost: Vec<PeerKey>,
     asked: HashMap<JobId, Asked>,
+    /// What comes through pinned memory, and what peers want there.
+    pub(super) fetches: Fetches,
+    pub(super) stages: Stages,
     /// When something was last begun.
     begun: Option<Instant>,
 }
@@ -121,20 +133,39 @@ pub(super) struct Gathers {
 impl Gathers {
     /// How long the worker may rest before it has to look again; `None`: there is nothing to look at.
     pub(super) fn rest(&self) -> Option<Duration> {
-        if self.held.is_empty() && self.running.is_empty() {
-            return None;
+        let staged = self.fetches.on_gpu() || self.stages.on_gpu();
+        if self.held.is_empty() && self.running.is_empty() && !staged {
+            let blocked = self.fetches.blocked() || self.stages.blocked();
+            return blocked.then_some(RETRY);
         }
         let young = self.begun.is_some_and(|begun| begun.elapsed() < YOUNG);
         Some(if young { Duration::ZERO } else { REST })
     }
 
-    /// The first of the peer that has fewest launches: one that wants much does not hold up the others.
+    /// A GPU has work since now.
+    pub(super) fn begun(&mut self) {
+        self.begun = Some(Instant::now());
+    }
+
+    /// Nobody knows whether a GPU goes on for a peer.
+    pub(super) fn lost(&mut self, peer: PeerKey) {
+        self.lost.push(peer);
+    }
+
+    /// The first of the peer that has fewest launches, of those that there is room for: one that wants much does
+    /// not hold up the others.
     fn next_waiting(&mut self) -> Option<Wanted> {
         let running = |wanted: &Wanted| {
             let of_peer = |run: &&Running| run.wanted.peer.key == wanted.peer.key;
-            self.running.iter().filter(of_peer).count()
+            let launched = self.running.iter().filter(of_peer).count();
+            launched + self.fetches.of(wanted.peer.key)
+        };
+        let room = |wanted: &Wanted| match wanted.peer.is_ipc() {
+            true => self.running.len() < MOST_RUNNING,
+            false => self.fetches.room(wanted.peer.key),
         };
         let waiting = self.waiting.iter().enumerate();
+        let waiting = waiting.filter(|(_, wanted)| room(wanted));
         let (at, _) = waiting.min_by_key(|(_, wanted)| running(wanted))?;
         self.waiting.remove(at)
     }
@@ -142,7 +173,8 @@ impl Gathers {
     /// Whether a peer's memory may be read here, or this rank's written for it.
     pub(super) fn touch(&self, peer: PeerKey) -> bool {
         let runs = self.running.iter().any(|run| run.wanted.peer.key == peer);
-        runs || self.lost.contains(&peer)
+        let staged = self.fetches.touch(peer) || self.stages.touch(peer);
+        runs || staged || self.lost.contains(&peer)
     }
 
     /// A peer's queue pairs are taken down: nothing more is copied from it. What has not been begun is found out
@@ -153,6 +185,7 @@ impl Gathers {
             .iter_mut()
             .filter(of_peer)
             .for_each(Running::stop);
+        self.stages.stop_peer(peer);
     }
 
     /// Nothing is known of a peer any more.
@@ -160,6 +193,7 @@ impl Gathers {
         self.asked.retain(|_, asked| asked.peer.key != peer);
         self.held.retain(|held| held.job.peer != peer);
         self.waiting.retain(|wanted| wanted.peer.key != peer);
+        self.stages.forget_peer(peer);
     }
 
     /// Tells everything to stop and waits for the ends, for a while. The peers whose memory is being read all the
@@ -170,13 +204,16 @@ impl Gathers {
         self.running.iter_mut().for_each(Running::stop);
         let deadline = Instant::now() + LAST_WAIT;
         let mut left = self.lost.clone();
-        for run in &mut self.running {
-            if let Err(error) = run.gather.wait(deadline) {
+        let running = std::mem::take(&mut self.running).into_iter();
+        let running = running.map(|run| (run.wanted.peer.key, run.gather));
+        let staged = self.fetches.end().into_iter().chain(self.stages.end());
+        let all: Vec<(PeerKey, Gather)> = running.chain(staged).collect();
+        for (peer, mut gather) in all {
+            if let Err(error) = gather.wait(deadline) {
                 error!(%error, "a gather goes on after its worker's end");
-                left.push(run.wanted.peer.key);
+                left.push(peer);
             }
         }
-        self.running.clear();
         left
     }
 }
@@ -304,6 +341,10 @@ impl Worker {
             run.stop();
             return true;
         }
+        if let Some(at) = gathers.fetches.find(|wanted| wanted.is_job(id)) {
+            self.stop_fetch(at);
+            return true;
+        }
         if let Some(asked) = gathers.asked.get(&id) {
             asked.peer.link.send(TakeStop { number: id.0 }.into());
             return true;
@@ -338,6 +379,9 @@ impl Worker {
         if let Some(run) = gathers.running.iter_mut().find(|run| is_it(&run.wanted)) {
             return run.stop();
         }
+        if let Some(at) = gathers.fetches.find(is_it) {
+            return self.stop_fetch(at);
+        }
         if let Some(at) = gathers.waiting.iter().position(is_it)
             && let Some(wanted) = gathers.waiting.remove(at)
         {
@@ -346,7 +390,7 @@ impl Worker {
     }
 
     /// Nothing more is copied.
-    fn over(&mut self, wanted: Wanted, end: Result<(), Cause>) {
+    pub(super) fn over(&mut self, wanted: Wanted, end: Result<(), Cause>) {
         let Wanted { peer, by } = wanted;
         match by {
             For::Job(job) => {
@@ -369,12 +413,14 @@ impl Worker {
     /// Looks at everything that a GPU has to end; whether something has.
     pub(super) fn look_at_gpus(&mut self) -> bool {
         let mut any = self.look_at_held();
-        while self.gathers.running.len() < MOST_RUNNING
-            && let Some(wanted) = self.gathers.next_waiting()
-        {
+        while let Some(wanted) = self.gathers.next_waiting() {
             any = true;
-            self.launch(wanted);
+            match wanted.peer.is_ipc() {
+                true => self.launch(wanted),
+                false => self.begin_fetch(wanted),
+            }
         }
+        any |= self.look_at_stages() | self.look_at_fetches();
         let mut at = 0;
         while let Some(run) = self.gathers.running.get_mut(at) {
             let Some(end) = run.gather.poll() else {
@@ -400,7 +446,7 @@ impl Worker {
 
     /// A GPU has refused a part of a launch, or lost one: whether anything of it moves is for nobody here to know.
     /// The session ends, and neither side is told that its memory is free.
-    fn lose(&mut self, wanted: Wanted, error: &Error) {
+    pub(super) fn lose(&mut self, wanted: Wanted, error: &Error) {
         let cause = cause(GpuOperation::Gather, error);
         let Wanted { peer, by } = wanted;
         self.gathers.lost.push(peer.key);

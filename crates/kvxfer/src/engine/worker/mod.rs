@@ -4,11 +4,13 @@
 mod async_events;
 mod completions;
 mod drops;
+mod fetches;
 mod gathers;
 mod outputs;
 mod posting;
 mod queues;
 mod rails;
+mod stages;
 mod wreck;
 
 use std::collections::{HashMap, VecDeque};
@@ -47,12 +49,13 @@ use crate::transfer::{
     Batch, Cause, DrainToken, Job, JobId, JobReport, LaneId, LaneLimits, PeerKey, Refusal,
     Scheduler, SchedulerConfig, Spec, TransferId, Transfers, TransfersConfig,
 };
-use crate::wire::PushDone;
+use crate::wire::{PushDone, Staged};
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
 pub(crate) use queues::{KernelQueue, QueueOrder};
 use rails::{Laneless, Retired};
+pub(crate) use stages::ToStage;
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -157,6 +160,19 @@ pub(crate) enum Command {
     Taken {
         peer: Arc<PeerSession>,
         job: JobId,
+        failed: Option<Cause>,
+    },
+    /// A peer wants stretches of a GPU's memory staged.
+    Stage {
+        peer: Arc<PeerSession>,
+        staging: Box<ToStage>,
+    },
+    /// And reads them no more.
+    StageFree { peer: Arc<PeerSession>, number: u64 },
+    /// A peer has staged what was asked for, or why not.
+    Staged {
+        peer: Arc<PeerSession>,
+        staged: Box<Staged>,
         failed: Option<Cause>,
     },
     /// The device has told something that matters: look what it is.
@@ -545,13 +561,20 @@ impl Worker {
             }
             Command::Start(job) => self.scheduler.start(job),
             Command::Stop(job) => self.scheduler.stop(job),
-            Command::Report(report) => self.job_report(&report),
+            Command::Report(report) => self.reported(&report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::Take { peer, taking } => self.take(peer, taking),
             Command::TakeStop { peer, number } => self.take_stop(&peer, number),
             Command::Taken { peer, job, failed } => self.taken(&peer, job, failed),
+            Command::Stage { peer, staging } => self.stage(peer, staging),
+            Command::StageFree { peer, number } => self.stage_free(&peer, number),
+            Command::Staged {
+                peer,
+                staged,
+                failed,
+            } => self.staged(&peer, *staged, failed),
             Command::AsyncEvents => self.events_read(),
             Command::Shutdown => self.stopping = true,
             #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
+use super::fetches::is_of_portion;
 use super::posting::Noticed;
 use super::{Command, Live, Worker};
 use crate::blocks::GroupBlocks;
@@ -13,8 +14,8 @@ use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
 use crate::time::Time;
 use crate::transfer::{
-    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, Notice, Output, PeerKey,
-    TransferId,
+    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice, Output,
+    PeerKey, TransferId,
 };
 use crate::wire::{Message, PushDone};
 
@@ -26,7 +27,7 @@ impl Worker {
             while let Some(report) = self.scheduler.poll_report() {
                 more = true;
                 if report.owner == self.index {
-                    self.job_report(&report);
+                    self.reported(&report);
                 } else if let Some(owner) = self.others.get(usize::from(report.owner)) {
                     owner.send(Command::Report(report));
                 }
@@ -39,6 +40,14 @@ impl Worker {
                 return any;
             }
             any = true;
+        }
+    }
+
+    /// What a worker has done of a job that this one has begun.
+    pub(super) fn reported(&mut self, report: &JobReport) {
+        match is_of_portion(report.job) {
+            true => self.portion_read(report),
+            false => self.job_report(report),
         }
     }
 
@@ -70,7 +79,7 @@ impl Worker {
     /// A job's bytes may move.
     pub(super) fn begin(&mut self, job: Arc<Job>) {
         let peer = self.live.get(&job.transfer).map(|live| &live.peer);
-        match peer.filter(|peer| peer.is_ipc()).map(Arc::clone) {
+        match peer.filter(|peer| peer.has_whole_jobs()).map(Arc::clone) {
             Some(peer) => self.begin_gather(peer, job),
             None => self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job))),
         }
@@ -103,7 +112,7 @@ impl Worker {
             .map(Arc::clone)
     }
 
-    fn broadcast(&mut self, peer: &PeerSession, command: impl Fn() -> Command) {
+    pub(super) fn broadcast(&mut self, peer: &PeerSession, command: impl Fn() -> Command) {
         for &worker in &peer.workers {
             if worker == self.index {
                 self.command(command());
