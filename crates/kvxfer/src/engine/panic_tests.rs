@@ -349,7 +349,8 @@ pub(super) fn name_of(node: &Node) -> PeerName {
 #[test]
 fn links_that_panic() {
     for (path, of_producer) in PATHS.into_iter().flat_map(|p| [(p, true), (p, false)]) {
-        let (producer, consumer, instance, address) = pair(path);
+        // However busy the machine is, what has been begun is not over at once.
+        let (producer, consumer, instance, address) = pair_with(path, Some("delay=1:30ms"));
         let ticket = producer
             .engine
             .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)

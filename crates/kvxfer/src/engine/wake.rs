@@ -1,4 +1,4 @@
-//! Waking a thread that sleeps in poll(2), at the cost of a system call only while it sleeps.
+//! Waking a thread that sleeps in ppoll(2), at the cost of a system call only while it sleeps.
 
 #[cfg(not(all(loom, test)))]
 use std::os::fd::AsFd;
@@ -7,13 +7,19 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 #[cfg(not(all(loom, test)))]
-use nix::poll::{PollFd, poll};
+use nix::poll::{PollFd, ppoll};
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::EfdFlags;
+#[cfg(not(all(loom, test)))]
+use nix::sys::time::TimeSpec;
 
 use crate::error::Error;
 use crate::sync::EventFd;
 use crate::sync::atomic::{AtomicBool, Ordering};
+
+/// No sleep is longer: the kernel takes no time that it cannot count.
+#[cfg(not(all(loom, test)))]
+const LONGEST: Duration = Duration::from_secs(3600);
 
 /// One sleeper and any number of wakers.
 #[derive(Debug)]
@@ -79,7 +85,9 @@ impl Wake {
         fds.push(PollFd::new(self.fd.as_fd(), PollFlags::POLLIN));
         fds.extend(others.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
         // An interrupted or failed poll is a spurious wake: the caller looks for work again.
-        poll(&mut fds, poll_timeout(timeout)).ok()?;
+        // Not poll(2), which counts milliseconds: what a GPU does is waited for by shorter rests.
+        let timeout = timeout.map(|timeout| TimeSpec::from_duration(timeout.min(LONGEST)));
+        ppoll(&mut fds, timeout, None).ok()?;
         let others = fds.iter().skip(1);
         Some(others.map(|fd| fd.any().unwrap_or(true)).collect())
     }
