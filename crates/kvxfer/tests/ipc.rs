@@ -73,8 +73,8 @@ fn busy_stream(node: &Node) -> (Stream, GpuMemory) {
     let gpu = memory(node).gpu();
     let stream = Stream::new(gpu).expect("a stream");
     let room = GpuMemory::new(gpu, BUSY).expect("memory");
-    // Some tenths of a second of a GPU's time, some seconds of a processor's.
-    let rounds = if on_stand_in() { 8 } else { 600 };
+    // A second or two of a GPU's time, some seconds of a processor's.
+    let rounds = if on_stand_in() { 8 } else { 3000 };
     for round in (0..=u8::MAX).cycle().take(rounds) {
         drop(stream.fill(&room, 0, BUSY, round).expect("a fill"));
     }

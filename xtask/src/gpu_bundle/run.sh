@@ -57,10 +57,10 @@ staged() {
 staged bw-to-host staged,arena --mem gpu --peer-mem host
 staged bw-from-host staged,arena --mem host --peer-mem gpu
 staged bw-tcp staged,tcp --mem gpu
-cat "$out"/bw*.json | sed 's/"op":"/\n/g' | sed -n 's/^\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
+cat "$out"/bw*.json | sed 's/"op":"/\n/g' | sed -n 's/^\([a-z]*\)",[^{[]*"path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
 [ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
 # The same blocks, each posted by a kernel.
-command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --size 4K,16K,64K --iters 20 --json >"$out/bw-kernel.json" 2>"$out/bw-kernel.txt"
+command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --size 4K,16K,64K --blocks 1024 --iters 10 --json >"$out/bw-kernel.json" 2>"$out/bw-kernel.txt"
 by_kernel=$?
 cat "$out/bw-kernel.txt"
 sed 's/"op":"/\n/g' "$out/bw-kernel.json" | sed -n 's/^write.*"executor":"\([a-z-]*\)".*"hca":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),.*"blocks_per_s":\([0-9.]*\).*/posted by a kernel (\1, NIC: \2) over \3, \4 bytes a block: \5 GB\/s of \6, \7 posts\/s/p'

@@ -120,9 +120,9 @@ keys! {
     /// Most workgroups of a kernel that moves blocks: an engine wants its compute units.
     gpu_workgroups: u32 = 0, Or(0, "auto", 1, 1024);
     /// Buffers of pinned host memory each way, out of a GPU's memory and into it, where blocks are staged.
-    staging_slots: u32 = 8, Within(2, 256);
+    staging_slots: u32 = 16, Within(2, 256);
     /// Bytes of each.
-    staging_slot_bytes: Bytes = Bytes(2 << 20), Within(Bytes(1 << 16), Bytes(1 << 30));
+    staging_slot_bytes: Bytes = Bytes(4 << 20), Within(Bytes(1 << 16), Bytes(1 << 30));
     /// The runtime by which this side has GPUs of its own accord, for bandwidth tests: HIP, else CUDA (auto),
     /// one of the two, or a stand-in that is the host.
     gpu: RuntimeChoice = RuntimeChoice::Auto, Any;

@@ -37,6 +37,8 @@ mod rail;
 mod rail_tests;
 mod runtime;
 mod scratch;
+#[cfg(test)]
+mod staged_tests;
 mod tether;
 mod verify;
 mod wake;

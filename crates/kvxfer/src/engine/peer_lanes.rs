@@ -162,8 +162,7 @@ impl PeerSession {
             }
             // What the peer says to a reset from here says nothing of its own way.
             let of_path = cause.is_of_path() && *cause != Cause::PeerReset;
-            let left_out =
-                matches!(cause, Cause::LocalDevice { .. }) || !is_rebuilt(self.path.path);
+            let left_out = matches!(cause, Cause::LocalDevice { .. }) || !is_rebuilt(&self.path);
             if self.rails.len() > 1 && (of_path || left_out && self.is_down_there(lane.pair)) {
                 self.note_aside(lane.pair, || format!("taken down by the peer: {cause}"));
             }
@@ -208,7 +207,7 @@ impl PeerSession {
     pub(crate) fn has_successor(&self, number: u16) -> bool {
         let lane = self.lanes.get(usize::from(number));
         let rail = lane.and_then(|lane| self.rails.get(lane.pair));
-        is_rebuilt(self.path.path) && rail.is_some_and(|rail| rail.aside().is_none())
+        is_rebuilt(&self.path) && rail.is_some_and(|rail| rail.aside().is_none())
     }
 
     /// Whether it may have it now: both sides have destroyed it.

@@ -47,6 +47,14 @@ impl Landings {
             .pop()
     }
 
+    #[cfg(test)]
+    pub(crate) fn free(&self) -> usize {
+        self.free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
     pub(crate) fn give(&self, slot: u32) {
         self.free
             .lock()

@@ -4,6 +4,8 @@ use std::fmt;
 
 use kvxfer_verbs::PciAddress;
 
+use crate::gpu::GpuFault;
+
 /// A side of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {
@@ -26,6 +28,9 @@ impl fmt::Display for Side {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GatherFault {
+    /// There is nothing to launch it with, memory of the GPU most likely: nothing was put on the GPU.
+    #[error("nothing was launched: {0}")]
+    NotBegun(#[source] Box<GpuFault>),
     /// A tensor's last block does not end inside its memory.
     #[error(
         "section {section}, tensor {tensor}: the {side}'s blocks end {end} bytes after block 0 begins, the memory has {room} there"

@@ -273,8 +273,12 @@ impl Launch {
     ) -> Result<Self, Error> {
         let most = grid.workgroups.min(MAX_WORKGROUPS);
         let shape = GatherShape::new(launched, kernels.0.warp, most, grid.threads);
+        let scratch = kernels.scratch(len).map_err(|error| match error {
+            Error::Gpu(fault) => GatherFault::NotBegun(fault).into(),
+            error => error,
+        })?;
         Ok(Self {
-            scratch: kernels.scratch(len)?,
+            scratch,
             workgroups: match launched {
                 0 => 0,
                 _ => shape.workgroups,

@@ -18,7 +18,7 @@ use crate::engine::pairing::{self, Pair};
 use crate::engine::peer_session::PeerSession;
 use crate::error::Error;
 use crate::time::Time;
-use crate::transport::soft_path;
+use crate::transport::{PathInfo, soft_path};
 use crate::wire::{PathKind, QpAnswer, QpOffer};
 
 /// How often a lane gets a successor within a time; and how long after its end the first one is offered. The
@@ -296,8 +296,9 @@ fn only(ends: Vec<pairing::Ends>, pair: &Pair) -> Result<kvxfer_verbs::QpEndpoin
     }
 }
 
-/// Whether queue pairs of a path can be rebuilt.
-pub(crate) fn is_rebuilt(path: PathKind) -> bool {
+/// Whether the queue pairs of a way can be rebuilt.
+pub(crate) fn is_rebuilt(way: &PathInfo) -> bool {
+    let path = way.beneath();
     path == PathKind::Rdma || soft_path(path).is_some()
 }
 

@@ -24,7 +24,8 @@ use crate::config::{Config, FencePolicy};
 use crate::engine::Inner;
 use crate::error::{Error, chain};
 use crate::mem::gather::{
-    Fence, Gather, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels, TensorPlaces,
+    Fence, Gather, GatherFault, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels,
+    TensorPlaces,
 };
 use crate::mem::gpu::{GpuFault, GpuMemory, IpcHandle, Place, Stream};
 use crate::mem::kernels::{Pair, Piece};
@@ -298,9 +299,15 @@ impl Inner {
 /// What a transfer is told of a GPU that has refused or lost something; the log has its words.
 pub(crate) fn cause(operation: GpuOperation, error: &Error) -> Cause {
     tracing::error!(error = chain(error), "{operation}");
-    let code = match error {
-        Error::Memory(crate::mem::Error::Gpu(fault)) => fault.code().map_or(0, |code| code.number),
-        _ => 0,
+    let fault = match error {
+        Error::Memory(crate::mem::Error::Gpu(fault)) => Some(fault),
+        Error::Memory(crate::mem::Error::Gather(fault)) => match &**fault {
+            GatherFault::NotBegun(fault) => Some(fault),
+            _ => None,
+        },
+        _ => None,
     };
+    let code = fault.and_then(|fault| fault.code());
+    let code = code.map_or(0, |code| code.number);
     Cause::Gpu { operation, code }
 }

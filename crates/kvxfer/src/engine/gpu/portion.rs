@@ -85,7 +85,9 @@ impl Portion {
     pub(crate) fn cut(plan: &Plan, from: u64, room: u64) -> (Self, u64) {
         let mut list = OpList::default();
         list.begin(limits::STRETCHES, room);
-        plan.list(from..plan.ops(), &mut list);
+        // What lies behind is not asked for: plans have many more.
+        let most = from.saturating_add(limits::STRETCHES as u64);
+        plan.list(from..plan.ops().min(most), &mut list);
         let mut portion = Self {
             parts: Vec::with_capacity(list.len()),
             local: Vec::with_capacity(list.len()),

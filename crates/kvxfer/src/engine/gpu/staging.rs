@@ -58,7 +58,7 @@ impl Slots {
             memory,
             first,
             bytes,
-            share: (count / 2).max(2),
+            share: (count / 2).max(1),
             pool: Mutex::new(Pool {
                 free: (0..u32::try_from(count).unwrap_or(u32::MAX))
                     .rev()
@@ -92,6 +92,12 @@ impl Slots {
         let slot = pool.free.pop()?;
         *pool.held.entry(peer).or_default() += 1;
         Some(slot)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn free(&self) -> usize {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.free.len()
     }
 
     /// Nothing touches a peer's buffer any more.

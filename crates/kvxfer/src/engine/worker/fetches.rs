@@ -81,6 +81,8 @@ pub(super) struct Fetch {
     ended: Option<Cause>,
     /// It waits for a buffer.
     blocked: bool,
+    /// A GPU has lost a part of it: that it has ended is told to nobody.
+    lost: bool,
 }
 
 impl Fetch {
@@ -187,6 +189,7 @@ impl Worker {
             under_way: Vec::with_capacity(DEPTH),
             ended: None,
             blocked: false,
+            lost: false,
         });
     }
 
@@ -203,7 +206,7 @@ impl Worker {
         while fetch.ended.is_none() && fetch.at < fetch.plan.ops() && fetch.under_way.len() < DEPTH
         {
             if let Err(cause) = fetch.peer().usable() {
-                fetch.ended = Some(cause);
+                self.fail_fetch(&mut fetch, cause);
             } else if !self.begin_portion(&mut fetch) {
                 break;
             }
@@ -213,16 +216,25 @@ impl Worker {
             self.gathers.fetches.all.push(fetch);
             return begun;
         }
-        let end = fetch.ended.map_or(Ok(()), Err);
-        self.over(fetch.wanted, end);
+        if !fetch.lost {
+            let end = fetch.ended.map_or(Ok(()), Err);
+            self.over(fetch.wanted, end);
+        }
         true
+    }
+
+    /// A GPU has lost what it wrote of a portion, whose buffer nobody gets any more. The others end as ever.
+    fn lose_portion(&mut self, fetch: &mut Fetch, error: &Error) {
+        fetch.lost = true;
+        let cause = self.lose(&fetch.wanted, error);
+        self.fail_fetch(fetch, cause);
     }
 
     /// False: nothing is free, or something is wrong.
     fn begin_portion(&mut self, fetch: &mut Fetch) -> bool {
         let peer = Arc::clone(fetch.peer());
         let Some(staged) = &peer.staged else {
-            fetch.ended = Some(Cause::NoPath);
+            self.fail_fetch(fetch, Cause::NoPath);
             return false;
         };
         let own = fetch.engine.gpu.as_ref();
@@ -262,8 +274,8 @@ impl Worker {
         if next == fetch.at {
             // Plans are cut to what fits.
             let missing = fetch.plan.ops() - next;
-            fetch.ended = Some(Cause::LostWork { missing });
             self.give_back(fetch, &part, false);
+            self.fail_fetch(fetch, Cause::LostWork { missing });
             return false;
         }
         fetch.at = next;
@@ -317,15 +329,15 @@ impl Worker {
         if let (Some(slot), Some(Ok(staging))) = (part.slot, own.map(|gpu| gpu.staging())) {
             staging.into.give(peer.key, slot);
         }
-        if let Some(landing) = part.landing {
-            fetch.engine.scratch.give(landing);
-            if let Some(staged) = &peer.staged {
-                staged.close();
-            }
-        }
-        if tell && part.landing.is_some() {
+        let Some(landing) = part.landing else { return };
+        fetch.engine.scratch.give(landing);
+        if tell {
             let number = part.number;
             peer.link.send(StageFree { number }.into());
+        }
+        // Behind the word: what another worker asks for then comes after it.
+        if let Some(staged) = &peer.staged {
+            staged.close();
         }
     }
 
@@ -443,10 +455,17 @@ impl Worker {
         };
         reading.bytes = reading.bytes.saturating_sub(report.bytes_done);
         reading.left -= u16::from(report.quiescent && reading.left > 0);
-        let over = reading.left == 0;
+        // A worker without a lane that works would not look whether there is any left.
+        let whole = reading.bytes == 0 && reading.left > 0;
+        let over = whole || reading.left == 0;
+        let id = reading.job.id;
         let error = reading.job.error().map(|error| error.cause.clone());
         let missing = reading.bytes;
         let checked = matches!(part.state, State::Checking(_));
+        if whole {
+            let peer = Arc::clone(fetch.peer());
+            self.broadcast(&peer, || Command::Stop(id));
+        }
         if !over {
             fetch.under_way.push(part);
             if let Some(cause) = error {
@@ -470,7 +489,7 @@ impl Worker {
             Ok(()) if part.landing.is_some() && !checked => self.check_stamp(&mut fetch, part),
             Ok(()) => {
                 if let Some(lost) = self.portion_here(&mut fetch, part) {
-                    return self.lose(fetch.wanted, &lost);
+                    self.lose_portion(&mut fetch, &lost);
                 }
             }
         }
@@ -537,7 +556,6 @@ impl Worker {
             // In turn: what is put back goes to the end.
             let mut fetch = self.gathers.fetches.all.remove(0);
             let mut at = 0;
-            let mut lost = None;
             while let Some(part) = fetch.under_way.get_mut(at) {
                 let end = match &mut part.state {
                     State::Unpacking { gather, .. } => gather.poll(),
@@ -552,8 +570,8 @@ impl Worker {
                 let ended = match end {
                     GatherEnd::Whole => None,
                     GatherEnd::Failed(error @ crate::mem::Error::Gpu(_)) => {
-                        lost = Some(Error::Memory(error));
-                        break;
+                        self.lose_portion(&mut fetch, &Error::Memory(error));
+                        continue;
                     }
                     GatherEnd::Failed(error) => {
                         Some(cause(GpuOperation::Gather, &Error::Memory(error)))
@@ -565,10 +583,7 @@ impl Worker {
                     self.fail_fetch(&mut fetch, cause);
                 }
             }
-            match lost {
-                Some(error) => self.lose(fetch.wanted, &error),
-                None => any |= self.go_on(fetch),
-            }
+            any |= self.go_on(fetch);
         }
         any
     }

@@ -432,7 +432,7 @@ impl Worker {
             let end = match end {
                 GatherEnd::Whole => Ok(()),
                 GatherEnd::Failed(error @ crate::mem::Error::Gpu(_)) => {
-                    self.lose(run.wanted, &Error::Memory(error));
+                    self.lose(&run.wanted, &Error::Memory(error));
                     continue;
                 }
                 GatherEnd::Failed(error) => Err(cause(GpuOperation::Gather, &Error::Memory(error))),
@@ -446,16 +446,16 @@ impl Worker {
 
     /// A GPU has refused a part of a launch, or lost one: whether anything of it moves is for nobody here to know.
     /// The session ends, and neither side is told that its memory is free.
-    pub(super) fn lose(&mut self, wanted: Wanted, error: &Error) {
+    pub(super) fn lose(&mut self, wanted: &Wanted, error: &Error) -> Cause {
         let cause = cause(GpuOperation::Gather, error);
-        let Wanted { peer, by } = wanted;
-        self.gathers.lost.push(peer.key);
-        peer.fail(cause.clone());
-        if let For::Job(job) = by {
-            let mut report = report(&job, Some(cause), false);
+        self.gathers.lost.push(wanted.peer.key);
+        wanted.peer.fail(cause.clone());
+        if let For::Job(job) = &wanted.by {
+            let mut report = report(job, Some(cause.clone()), false);
             report.quiescent = false;
             self.job_report(&report);
         }
+        cause
     }
 
     fn launch(&mut self, wanted: Wanted) {
@@ -480,7 +480,9 @@ impl Worker {
                     stopped: false,
                 });
             }
-            Err(error @ Error::Memory(crate::mem::Error::Gpu(_))) => self.lose(wanted, &error),
+            Err(error @ Error::Memory(crate::mem::Error::Gpu(_))) => {
+                self.lose(&wanted, &error);
+            }
             // Nothing was put on the GPU.
             Err(error) => {
                 let cause = cause(GpuOperation::Gather, &error);

@@ -472,7 +472,7 @@ impl Worker {
                 let limits = LaneLimits {
                     send_wr,
                     pair: u16::try_from(pair).unwrap_or(u16::MAX),
-                    rebuilt: is_rebuilt(peer.path.path),
+                    rebuilt: is_rebuilt(&peer.path),
                 };
                 self.make_room(peer.key, number);
                 if rebuilt && peer.usable().is_err() {

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::{debug, error};
 
@@ -13,6 +14,7 @@ use crate::engine::gpu::{GpuSide, MOST_STAGED, Packed, cause, told};
 use crate::engine::peer_session::PeerSession;
 use crate::error::Error;
 use crate::mem::gather::{Gather, GatherEnd};
+use crate::time::Time;
 use crate::transfer::{Cause, GpuOperation, PeerKey};
 use crate::wire::Staged;
 
@@ -38,12 +40,22 @@ struct Packing {
     gather: Gather,
 }
 
+/// How long a peer may read a buffer that others wait for. It may have one again.
+const READ_FOR: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+struct Told {
+    gpu: Arc<GpuSide>,
+    slot: u32,
+    since: Time,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Stages {
     waiting: VecDeque<Asked>,
     packing: Vec<Packing>,
     /// Buffers that peers have been told of and read.
-    told: HashMap<(PeerKey, u64), (Arc<GpuSide>, u32)>,
+    told: HashMap<(PeerKey, u64), Told>,
 }
 
 impl Stages {
@@ -82,9 +94,21 @@ impl Stages {
     /// Nothing is known of a peer any more. What it should read still, its stamp says it may not believe.
     pub(super) fn forget_peer(&mut self, peer: PeerKey) {
         self.waiting.retain(|asked| asked.peer.key != peer);
-        let of_peer = |(of, _): &(PeerKey, u64), _: &mut (Arc<GpuSide>, u32)| *of == peer;
-        for (_, (gpu, slot)) in self.told.extract_if(of_peer) {
-            take_back(&gpu, peer, slot);
+        let of_peer = |(of, _): &(PeerKey, u64), _: &mut Told| *of == peer;
+        for (_, told) in self.told.extract_if(of_peer) {
+            take_back(&told, peer);
+        }
+    }
+
+    /// Takes buffers back that have been read for long while others wait: their stamps tell whoever reads still.
+    fn take_late_back(&mut self, now: Time) {
+        let late = |_: &(PeerKey, u64), told: &mut Told| now.since(told.since) >= READ_FOR;
+        for ((peer, number), told) in self.told.extract_if(late) {
+            debug!(
+                number,
+                "a buffer is taken back from a peer that reads it for long"
+            );
+            take_back(&told, peer);
         }
     }
 
@@ -100,9 +124,9 @@ impl Stages {
     }
 }
 
-fn take_back(gpu: &GpuSide, peer: PeerKey, slot: u32) {
-    if let Ok(staging) = gpu.staging() {
-        staging.take_back(peer, slot);
+fn take_back(told: &Told, peer: PeerKey) {
+    if let Ok(staging) = told.gpu.staging() {
+        staging.take_back(peer, told.slot);
     }
 }
 
@@ -138,7 +162,7 @@ impl Worker {
     pub(super) fn stage_free(&mut self, peer: &PeerSession, number: u64) {
         let stages = &mut self.gathers.stages;
         match stages.told.remove(&(peer.key, number)) {
-            Some((gpu, slot)) => take_back(&gpu, peer.key, slot),
+            Some(told) => take_back(&told, peer.key),
             None if stages.of(peer.key).any(|of| of == number) => {
                 let lie = "what is not staged yet is not read any more";
                 peer.link.cut_off(lie.to_owned());
@@ -155,6 +179,10 @@ impl Worker {
                 break;
             };
             any |= self.pack(asked);
+        }
+        if self.gathers.stages.blocked() {
+            let now = self.clock.now();
+            self.gathers.stages.take_late_back(now);
         }
         let mut at = 0;
         while let Some(packing) = self.gathers.stages.packing.get_mut(at) {
@@ -215,7 +243,11 @@ impl Worker {
                 Ok(word) => {
                     peer.link
                         .send(told(number, &buffers.out, slot, word).into());
-                    let of = (Arc::clone(&staging.gpu), slot);
+                    let of = Told {
+                        gpu: Arc::clone(&staging.gpu),
+                        slot,
+                        since: self.clock.now(),
+                    };
                     self.gathers.stages.told.insert((peer.key, number), of);
                     return;
                 }
