@@ -101,6 +101,26 @@ pub enum Error {
         /// How long they were waited for.
         after: Duration,
     },
+    /// A push was committed while a queue of it was not finished, or after one was dropped without.
+    #[error(
+        "push of request {request} is given up: {queues} of its queues not finished, so what their kernels have posted may be lost: call GpuQueue::finish on each before Push::commit"
+    )]
+    QueueUnfinished {
+        /// The request.
+        request: RequestId,
+        /// How many queues.
+        queues: u64,
+    },
+    /// The event that was said to stand behind a queue's kernels is of another GPU.
+    #[error(
+        "the event is of GPU {event}, and the queue's kernels run on {queue}: record it on their stream, behind the last of them; they were told to stop, and the queue counts as not finished"
+    )]
+    QueueEvent {
+        /// The event's GPU.
+        event: kvxfer_verbs::PciAddress,
+        /// The queue's.
+        queue: kvxfer_verbs::PciAddress,
+    },
     /// A peer's handles are not those of its memories.
     #[error("{handles} handles for {memories} memories of a GPU")]
     GpuHandles {

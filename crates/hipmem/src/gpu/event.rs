@@ -78,6 +78,16 @@ impl Event {
         Self(Arc::new(Inner { gpu, raw, keep }))
     }
 
+    /// An event that no runtime knows, so that every look at it fails: for tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn unknown(gpu: &Gpu) -> Self {
+        let gpu = gpu.clone();
+        let keep: Option<Arc<dyn Any + Send + Sync>> = Some(Arc::new(()));
+        // The handle that no event has, which the runtimes refuse.
+        Self(Arc::new(Inner { gpu, raw: 0, keep }))
+    }
+
     /// The runtime's handle, for an engine that waits for it on a stream of its own.
     #[must_use]
     pub fn as_raw(&self) -> *mut c_void {

@@ -114,6 +114,8 @@ pub(crate) struct Pushing {
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
     written: Mutex<Written>,
+    /// Queues of kernels of which nobody has said that all is posted.
+    unfinished: AtomicU64,
 }
 
 /// The blocks that a push reads, where this rank is written to as well.
@@ -333,6 +335,7 @@ impl Pushing {
             stage: Mutex::new(stage),
             sources: Mutex::default(),
             written: Mutex::default(),
+            unfinished: AtomicU64::new(0),
         });
         engine.pushes.begin(&pushing)?;
         let live = Box::new(Live {
@@ -748,11 +751,22 @@ impl Push {
     /// Says that nothing follows. The transfer is done when every byte has been confirmed; the
     /// consumer is told after that.
     ///
+    /// Every [queue](Self::gpu_queue) of it has to be [finished](GpuQueue::finish) before, for only then is it known what
+    /// its kernels have posted. One that is not, or was dropped without, has the commit refused, and the push is given
+    /// up as by [`abort`](Self::abort).
+    ///
     /// # Errors
     ///
-    /// [`Error::Forked`]. What else goes wrong is the transfer's outcome.
+    /// [`Error::QueueUnfinished`], [`Error::Forked`]. What else goes wrong is the transfer's outcome.
     pub fn commit(mut self) -> Result<Transfer, Error> {
         self.engine.runtime.health.check_process()?;
+        match self.pushing.unfinished.load(Ordering::Acquire) {
+            0 => {}
+            queues => {
+                let request = self.pushing.request.clone();
+                return Err(Error::QueueUnfinished { request, queues });
+            }
+        }
         self.over = true;
         self.pushing.commit();
         let shared = Arc::clone(&self.shared);

@@ -31,7 +31,8 @@ pub struct GpuQueueConfig {
     pub gpu: Gpu,
     /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most.
     pub depth: u32,
-    /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour.
+    /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour. On AMD
+    /// the calls for a thread go lane by lane, each with this patience, so a wave may take as many times as long.
     pub patience: Duration,
     /// How eagerly a worker looks at it.
     pub pace: Pace,
@@ -56,9 +57,10 @@ impl GpuQueueConfig {
 /// How it is known that no kernel posts any more.
 #[derive(Debug, Clone, Copy)]
 pub enum Kernels<'a> {
-    /// The caller knows it: it has waited for their ends.
+    /// The caller knows it: it has waited for their ends, and launches none with the handle any more.
     Ended,
-    /// An event stands behind the last of them.
+    /// An event was recorded behind the last of them, on the queue's GPU, and none is launched with the handle any more.
+    /// One that was never recorded counts as reached.
     Behind(&'a Event),
 }
 

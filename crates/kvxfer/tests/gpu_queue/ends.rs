@@ -137,3 +137,44 @@ fn an_engine_that_goes_ends_its_posters() {
     assert!(ends.iter().all(told), "{ends:?}");
     assert!(ends.iter().any(|end| *end != WELL), "all went well");
 }
+
+#[test]
+fn a_queue_of_a_push_that_has_its_outcome_is_closed() {
+    let mut bench = Bench::small(|config| {
+        // What is under way stays so, and its end is waited for.
+        config.faults = Some("delay=1:3s".parse().expect("a plan"));
+        config.drain_grace = LONG;
+    });
+    bench.expect("r", 0..8);
+    let push = bench.push("r", Duration::from_millis(200));
+    push.all_layers(&pairs((0..8).map(|b| (b, b))), None)
+        .expect("fits");
+    let of = |e: &Event| {
+        matches!(
+            e,
+            Event::Failed {
+                memory: kvxfer::event::MemoryState::Quarantined,
+                ..
+            }
+        )
+    };
+    bench.sent.wait("outcome", of);
+    let queue = bench.queue(&push, 4);
+    let posting = bench.post(&queue, &puts(4), PUT, ALL);
+    for (posted, ended) in ends(&posting) {
+        let told = [Status::Closed, Status::Flushed];
+        let refused = posted == Status::Broken || posted == Status::Ok && told.contains(&ended);
+        assert!(refused, "{posted:?} {ended:?}");
+    }
+    let device = Arc::downgrade(queue.device());
+    drop(posting);
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let sent = push.commit().expect("told");
+    assert_eq!(cause(&sent), Cause::DeadlinePassed);
+    let gpu = bench.stream.gpu().clone();
+    bench.stream = Stream::new(&gpu).expect("a stream");
+    until("the memory is back", || device.upgrade().is_none());
+    assert!(sent.wait_released(LONG));
+    bench.failed("r");
+    bench.over();
+}

@@ -17,11 +17,14 @@ const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 const OWN: u64 = 128;
 /// A word of the value 1 behind the ring: what the abort word is set from.
 const ONE: u64 = 64;
+/// Behind that, a word that the posters' count is read into.
+const COUNT: u64 = 64;
 
-/// The memory of a proxy queue that kernels of a GPU post to. A kernel must have ended before this goes.
+/// The memory of a proxy queue that kernels of a GPU post to. A kernel must have ended before this goes, and who drops
+/// it last may wait for all other kernels of the GPU: the drivers give memory back behind them.
 pub struct DeviceQueue {
     ring: ProxyRing,
-    /// The ring, and the word that the abort word is set from.
+    /// The ring, the word that the abort word is set from, and the one that the posters' count is read into.
     memory: PinnedMemory,
     /// The posters' state, and the abort word.
     own: GpuMemory,
@@ -32,7 +35,8 @@ pub struct DeviceQueue {
 
 impl DeviceQueue {
     /// A queue for kernels of this GPU, and the consumer of its ring. No call of a kernel waits for longer than
-    /// `patience`, nor for longer than an hour.
+    /// `patience`, nor for longer than an hour. On AMD the calls for a thread go lane by lane, each with that patience:
+    /// a wave of them may wait so long for each of its lanes.
     ///
     /// # Errors
     ///
@@ -42,8 +46,8 @@ impl DeviceQueue {
             return Err(Error::Depth { depth });
         }
         let bytes = ProxyRing::bytes(depth);
-        let memory = PinnedMemory::new(gpu, bytes + ONE)?;
-        memory.host().fill(bytes, ONE, 0)?;
+        let memory = PinnedMemory::new(gpu, bytes + ONE + COUNT)?;
+        memory.host().fill(bytes, ONE + COUNT, 0)?;
         memory.host().write(bytes, &1_u32.to_ne_bytes())?;
         let (ring, consumer) = ProxyRing::new(memory.host().slice(0, bytes)?, depth, 0)?;
         let own = GpuMemory::new(gpu, OWN)?;
@@ -59,7 +63,8 @@ impl DeviceQueue {
         Ok((queue, consumer))
     }
 
-    /// What a kernel is given, by value.
+    /// What a kernel is given, by value. It has addresses of this memory, and does not hold it: whoever launches a
+    /// kernel with it keeps this value until that kernel has ended, and does not use the handle later.
     #[must_use]
     pub fn handle(&self) -> Queue {
         let at = RingAddresses {
@@ -87,10 +92,18 @@ impl DeviceQueue {
     ///
     /// # Errors
     ///
-    /// [`Error::Gpu`].
-    pub fn posted(&self) -> Result<u64, Error> {
+    /// [`Error::Gpu`], also where it cannot be read before the deadline.
+    pub fn posted(&self, deadline: Instant) -> Result<u64, Error> {
+        let at = ProxyRing::bytes(self.ring.depth()) + ONE;
+        let copy = Copy {
+            dst: Place::Pinned(&self.memory, at),
+            src: Place::Gpu(&self.own, 0),
+            len: 8,
+        };
+        // Not by a copy that waits: it would wait for other kernels too.
+        self.aborts.copy(&[copy])?.wait(deadline)?;
         let mut next = [0; 8];
-        self.own.read(0, &mut next)?;
+        self.memory.host().read(at, &mut next)?;
         Ok(u64::from_ne_bytes(next))
     }
 
@@ -101,7 +114,8 @@ impl DeviceQueue {
     /// [`Error::Gpu`].
     #[doc(hidden)]
     pub fn lose_a_ticket(&self) -> Result<(), Error> {
-        self.own.write(0, &(self.posted()? + 1).to_ne_bytes())
+        let posted = self.posted(Instant::now() + Duration::from_secs(10))?;
+        self.own.write(0, &(posted + 1).to_ne_bytes())
     }
 
     /// Sets the abort word: whoever waits is told [`Status::Stopped`](crate::post::Status::Stopped), and so is whoever

@@ -1,13 +1,16 @@
 //! Queues that kernels post the blocks of a push to: the owner's handle, and what it shares with the worker.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
 use super::{Inner, LayerScope, Push, Pushing, Stage, Waiting};
 use crate::blocks::{BlockPair, GroupPairs};
+use crate::engine::gpu::cause;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder};
 use crate::error::Error;
 use crate::gpu_queue::{
@@ -19,7 +22,12 @@ use crate::mem::post::Status;
 use crate::mem::post::device::DeviceQueue;
 use crate::plan::{Plan, PlanError};
 use crate::ticket::Ticket;
-use crate::transfer::{Cause, Refusal};
+use crate::transfer::{Cause, GpuOperation, Refusal};
+
+/// How long an event is waited for at most: what is later than that cannot be told from never, nor by every clock.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long it takes at least until it is given up to read what has been posted.
+const TO_READ: Duration = Duration::from_secs(1);
 
 /// What the owner's handle and the worker share of a queue.
 #[derive(Debug)]
@@ -35,7 +43,10 @@ pub(crate) struct SharedQueue {
 #[derive(Debug)]
 struct Kept {
     device: Arc<DeviceQueue>,
+    /// No kernel touches it: nobody has had its handle, or the kernels have ended.
     is_over: AtomicBool,
+    /// Its end tells who gives the memory back. It goes after `device`: fields go in their order.
+    last: Option<Sender<()>>,
 }
 
 impl Drop for Kept {
@@ -44,6 +55,23 @@ impl Drop for Kept {
             warn!(
                 "nobody has said that a queue's kernels have ended: its memory is never given back"
             );
+            std::mem::forget(Arc::clone(&self.device));
+            return;
+        }
+        // The drivers wait for every kernel that runs on the GPU, whoever's it is, before they give memory back: no
+        // worker has that time, nor has who calls `finish`.
+        let device = Arc::clone(&self.device);
+        let (last, is_last) = channel();
+        self.last = Some(last);
+        let freeing = thread::Builder::new()
+            .name("kvx-free".to_owned())
+            .spawn(move || {
+                // Ends with `last`, when nothing of this value holds the memory any more.
+                let _ = is_last.recv();
+                drop(device);
+            });
+        if let Err(error) = freeing {
+            warn!(%error, "no thread to give a queue's memory back: it is kept");
             std::mem::forget(Arc::clone(&self.device));
         }
     }
@@ -175,6 +203,7 @@ impl Pushing {
             }
         };
         let queue = KernelQueue::new(number, (self, self.id), (shared, consumer), table);
+        self.unfinished.fetch_add(1, Ordering::Relaxed);
         // Under the stage: a ticket that comes is told behind it.
         self.send(Command::Queue(QueueOrder::Add(Box::new(queue))));
         Ok(())
@@ -183,7 +212,8 @@ impl Pushing {
 
 impl Push {
     /// A queue that kernels post blocks of this push to. They may begin before the consumer's ticket is here: their
-    /// posts wait for it in the ring.
+    /// posts wait for it in the ring. It has to be [finished](GpuQueue::finish) before the push is
+    /// [committed](Self::commit).
     ///
     /// # Errors
     ///
@@ -206,6 +236,7 @@ impl Push {
                 device: Arc::new(device),
                 // Nobody has its handle.
                 is_over: AtomicBool::new(true),
+                last: None,
             },
             pace: Mutex::new(config.pace),
             taken: AtomicU64::new(0),
@@ -214,7 +245,6 @@ impl Push {
         });
         let number = self.engine.runtime.next_id();
         self.pushing.attach(number, (&shared, consumer))?;
-        shared.device.is_over.store(false, Ordering::Release);
         Ok(GpuQueue {
             number,
             pushing: Arc::clone(&self.pushing),
@@ -228,11 +258,12 @@ impl Push {
 /// A queue that kernels post the blocks of a push to.
 ///
 /// Give kernels its [`handle`](Self::handle). When the last of them has ended, say so with [`finish`](Self::finish),
-/// and then [commit](Push::commit) the push: what was posted by then is part of it, and its outcome is that of all
-/// posts and layers together. A post that is wrong fails the push ([`Cause::KernelPost`](crate::transfer::Cause)), and
+/// and then [commit](Push::commit) the push: what was posted is part of it, and its outcome is that of all
+/// posts and layers together. A commit before is refused. A post that is wrong fails the push ([`Cause::KernelPost`](crate::transfer::Cause)), and
 /// whatever fails the push ends the posts: kernels that wait are told, with the outcome at the latest.
 ///
-/// Dropping a queue without `finish` stops its kernels by their abort word, and its memory is never given back.
+/// Dropping a queue without `finish` stops its kernels by their abort word; its memory is never given back, and its push
+/// can only be aborted, unless nobody has had its handle.
 #[derive(Debug)]
 pub struct GpuQueue {
     number: u64,
@@ -243,16 +274,26 @@ pub struct GpuQueue {
 }
 
 impl GpuQueue {
-    /// What a kernel takes, by value: `kvx_queue` of `kernels/queue.h`.
+    /// What a kernel takes, by value: `kvx_queue` of `kernels/queue.h`. It names memory that it does not hold: no kernel
+    /// uses it after [`finish`](Self::finish), nor is one launched with it then. Whoever launches a kernel with it, which
+    /// is an unsafe call, promises that.
     #[must_use]
     pub fn handle(&self) -> Queue {
+        self.hand_out();
         self.shared.device().handle()
     }
 
-    /// The queue's memory, for the [kernels that are built in](crate::mem::post::device::PostKernels).
+    /// The queue's memory, for the [kernels that are built in](crate::mem::post::device::PostKernels). Of its handle is
+    /// true what [`handle`](Self::handle) says.
     #[must_use]
     pub fn device(&self) -> &Arc<DeviceQueue> {
+        self.hand_out();
         &self.shared.device.device
+    }
+
+    /// From now on kernels may touch its memory.
+    fn hand_out(&self) {
+        self.shared.device.is_over.store(false, Ordering::Release);
     }
 
     /// The GPU whose kernels post.
@@ -288,20 +329,32 @@ impl GpuQueue {
         self.shared.report()
     }
 
-    /// Says that no kernel posts any more. What they have posted is part of the push; the queue's memory is given back
-    /// when that has ended. Waits for an event for at most `within`; kernels that are late are stopped by
-    /// their abort word, and waited for once more.
+    /// Says that no kernel posts any more, and that none uses the [handle](Self::handle) later. What they have posted is
+    /// part of the push; the queue's memory is given back when that has ended, by a thread of its own. Waits for an
+    /// event for at most `within`, and a year; kernels that are late are stopped by their abort word, and waited for
+    /// once more. Then it is read what was posted, for which a second is allowed at least.
+    ///
+    /// An event must have been recorded behind the last kernel that posts, on the same GPU: one that never was counts as
+    /// reached, and nothing here can see that it stands before a kernel.
     ///
     /// # Errors
     ///
     /// [`Error::KernelsLate`]; where the kernels did not end although they were stopped, the queue's memory is
-    /// never given back. [`Error::Memory`], also for what went wrong with the kernels; [`Error::Forked`].
+    /// never given back, and it counts as not finished. [`Error::QueueEvent`] for the event of another GPU: it is as if
+    /// the queue was dropped. [`Error::Memory`], also for what went wrong with the kernels: then the push has failed, with
+    /// [`Cause::Gpu`](crate::transfer::Cause::Gpu). [`Error::Forked`].
     pub fn finish(mut self, kernels: Kernels<'_>, within: Duration) -> Result<(), Error> {
         self.engine.runtime.health.check_process()?;
         let ended = match kernels {
             Kernels::Ended => Ok(()),
+            Kernels::Behind(event) if event.gpu() != self.gpu() => {
+                return Err(Error::QueueEvent {
+                    event: event.gpu().info().pci,
+                    queue: self.gpu().info().pci,
+                });
+            }
             Kernels::Behind(event) => {
-                let wait = || event.wait(Instant::now() + within).map_err(Error::Memory);
+                let wait = || event.wait(after(within)).map_err(Error::Memory);
                 match wait() {
                     Err(Error::Memory(error)) if is_late(&error) => {
                         self.shared.stop();
@@ -311,32 +364,53 @@ impl GpuQueue {
                 }
             }
         };
-        let gone = match &ended {
-            Ok(()) | Err(Error::KernelsLate { .. }) => true,
-            Err(_) => false,
-        };
-        self.shared.device.is_over.store(gone, Ordering::Release);
         // A kernel that was killed may have begun a post that nobody will find.
-        let posted = match gone {
-            true => self.shared.device().posted().map(Some),
-            false => Ok(None),
+        let posted = match &ended {
+            Ok(()) | Err(Error::KernelsLate { .. }) => {
+                self.shared.device.is_over.store(true, Ordering::Release);
+                let posted = self.shared.device().posted(after(within.max(TO_READ)));
+                Some(posted.map_err(Error::Memory))
+            }
+            Err(_) => None,
         };
-        self.close(*posted.as_ref().unwrap_or(&None));
-        match ended {
-            Ok(()) => Ok(posted.map(drop)?),
-            Err(Error::Memory(error)) if is_late(&error) => {
+        match (ended, posted) {
+            (ended, Some(Ok(posted))) => {
+                self.close(Some(posted), true);
+                ended
+            }
+            // They run on, and may post: of what, nobody will know.
+            (Err(Error::Memory(error)), None) if is_late(&error) => {
+                self.close(None, false);
                 Err(Error::KernelsLate { after: within })
             }
-            ended => ended,
+            // What they have posted is not known, nor whether it is what they should have.
+            (_, Some(Err(error))) | (Err(error), None) => {
+                let cause = cause(GpuOperation::Wait, &error);
+                let id = self.pushing.id;
+                self.pushing.send(Command::Fail { id, cause });
+                self.close(None, true);
+                Err(error)
+            }
+            (Ok(()), None) => Ok(()),
         }
     }
 
-    fn close(&mut self, posted: Option<u64>) {
+    /// Tells the worker; `is_finished`: the push may be committed, if it has not failed.
+    fn close(&mut self, posted: Option<u64>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
         self.pushing
             .send(Command::Queue(QueueOrder::Close { number, posted }));
+        if is_finished {
+            // Behind the order: who sees it sends its commit behind that.
+            self.pushing.unfinished.fetch_sub(1, Ordering::Release);
+        }
     }
+}
+
+/// When so much time has passed.
+fn after(within: Duration) -> Instant {
+    Instant::now() + within.min(LONGEST)
 }
 
 fn is_late(error: &crate::mem::Error) -> bool {
@@ -355,6 +429,8 @@ impl Drop for GpuQueue {
             return;
         }
         self.shared.stop();
-        self.close(None);
+        // Nobody can have posted what nobody had the handle for.
+        let is_unused = self.shared.device.is_over.load(Ordering::Acquire);
+        self.close(None, is_unused);
     }
 }

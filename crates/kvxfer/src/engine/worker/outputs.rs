@@ -262,6 +262,7 @@ impl Worker {
     }
 
     pub(super) fn released(&mut self, id: TransferId) {
+        self.close_queues(id);
         if let Some(live) = self.live.get_mut(&id) {
             live.claim = None;
             if live.push {

@@ -107,7 +107,7 @@ impl KernelQueue {
     }
 
     /// All that is under way has ended, and nothing is carried out any more.
-    fn end(&mut self, status: Status) {
+    pub(super) fn end(&mut self, status: Status) {
         self.stage = Stage::Sealed;
         self.jobs.clear();
         let ring = self.shared.device().ring();
@@ -155,9 +155,14 @@ impl KernelQueue {
 
 impl Drop for KernelQueue {
     fn drop(&mut self) {
-        // Of a worker that ends. Of what its posts are to become nobody hears any more.
-        if !self.is_over() {
-            self.end(Status::Closed);
+        let is_over = self.is_over();
+        // Nobody looks at it any more: who posts still is told so, instead of waiting for nobody.
+        self.end(match std::thread::panicking() {
+            true => Status::Device,
+            false => Status::Closed,
+        });
+        if !is_over {
+            // Of a worker that ends.
             self.shared.stop();
         }
     }
@@ -186,7 +191,9 @@ impl Worker {
     pub(super) fn queue_order(&mut self, order: QueueOrder) {
         match order {
             QueueOrder::Add(mut queue) => {
-                if !self.live.contains_key(&queue.id) {
+                // One that has its outcome stays while its memory is quarantined; nothing is posted of it.
+                let is_open = self.live.get(&queue.id).is_some_and(|l| !l.has_outcome());
+                if !is_open {
                     queue.end(Status::Closed);
                 }
                 self.queues.push(*queue);
@@ -270,8 +277,11 @@ impl Worker {
                 Ok(Some(taken)) => taken,
                 Ok(None) => break,
                 Err(error) => {
+                    let was_open = queue.stage == Stage::Open;
                     queue.lose_ring(&error);
-                    self.fail_post(queue.id, 0, PostFault::Malformed);
+                    if was_open {
+                        self.fail_post(queue.id, 0, PostFault::Malformed);
+                    }
                     break;
                 }
             };
@@ -290,6 +300,10 @@ impl Worker {
                 (Taken::Post(post), _) => queue.complete(post.ticket, Status::Closed),
                 (Taken::Refused(fault), _) => {
                     queue.shared.note_ended(1, fault.status());
+                    if queue.stage == Stage::Sealed {
+                        // Behind the commit: no part of the push.
+                        continue;
+                    }
                     let (post, fault) = match fault {
                         DescriptorFault::Op { ticket, .. } => (ticket, PostFault::Operation),
                         DescriptorFault::Ticket { wanted, .. } => (wanted, PostFault::Malformed),
@@ -416,6 +430,15 @@ impl Worker {
                 Outcome::Done => Status::Ok,
                 Outcome::Failed(failure) => status_of(&failure.first_cause),
             });
+        }
+    }
+
+    /// Nothing is kept of a push any more: nor is it looked for what is posted.
+    pub(super) fn close_queues(&mut self, id: TransferId) {
+        for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
+            if queue.stage == Stage::Open {
+                queue.end(Status::Closed);
+            }
         }
     }
 

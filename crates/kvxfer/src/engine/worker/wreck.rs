@@ -13,11 +13,12 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::outputs::by_group;
-use super::{Command, Live, Worker};
+use super::{Command, Live, QueueOrder, Worker};
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::event::MemoryState;
+use crate::mem::post::Status;
 use crate::transfer::{Cause, DrainToken, Incomplete, PeerKey, TransferId};
 
 pub(super) struct Wreck {
@@ -78,6 +79,10 @@ impl Wreck {
         }
         // Launches that have not ended count in the same way.
         undead.extend(worker.gathers.end());
+        // Kernels are told what has become of their posts, as everybody is.
+        for queue in &mut worker.queues {
+            queue.end(Status::Device);
+        }
         worker.queues.clear();
         worker.lane_of.clear();
         worker.singles.clear();
@@ -173,6 +178,7 @@ impl Wreck {
                 }
                 give_up(&peer);
             }
+            Command::Queue(QueueOrder::Add(mut queue)) => queue.end(Status::Device),
             Command::DropLanes { peer } => self.has_no_lanes(&peer),
             Command::PeerLost { peer, .. } => peer.told(),
             Command::PeerDrained { peer, .. } => {
