@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use kvxfer::config::{KvRole, PathKind};
+use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{PullOptions, Transfer};
 use kvxfer::event::MemoryState;
 use kvxfer::ids::RequestId;
@@ -108,7 +108,7 @@ fn what_is_staged_for_a_liar_is_what_is_there_and_for_as_long_as_it_is_its_own()
 fn what_may_not_be_staged_ends_the_session() {
     let world = World::new(PathKind::Staged);
     let len = world.target.side.memory()[0].len();
-    let most = 2 << 20;
+    let most = usize::try_from(Config::default().staging_slot_bytes.0).expect("some mebibytes");
     let lies: Vec<(&str, Vec<Message>)> = vec![
         ("another memory", vec![stage(1, &[stretch(1, 0, 8)]).into()]),
         (
