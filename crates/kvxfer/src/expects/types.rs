@@ -48,7 +48,7 @@ pub enum ExpectOutput {
         /// The try.
         nonce: Nonce,
     },
-    /// Reset all own queue pairs to the peer, then call [`Expects::peer_reset`].
+    /// Reset all own queue pairs to the peer, then call [`Expects::peer_reset`](super::Expects::peer_reset).
     ForceReset {
         /// The peer.
         peer: PeerKey,
