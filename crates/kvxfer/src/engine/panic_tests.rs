@@ -130,9 +130,14 @@ fn groups(blocks: std::ops::Range<u32>) -> Vec<GroupBlocks> {
 }
 
 fn all_blocks() -> Vec<GroupPairs> {
-    let pairs = (0..BLOCKS).map(|b| BlockPair {
+    reversed(BLOCKS)
+}
+
+/// All of so many blocks, so that none merges with its neighbour.
+pub(super) fn reversed(count: u32) -> Vec<GroupPairs> {
+    let pairs = (0..count).map(|b| BlockPair {
         src: b,
-        dst: BLOCKS - 1 - b,
+        dst: count - 1 - b,
     });
     vec![GroupPairs {
         group: 0,

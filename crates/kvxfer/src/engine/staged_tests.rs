@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gpu::{RuntimeChoice, RuntimeKind};
 
-use super::panic_tests::LONG;
+use super::panic_tests::{LONG, reversed};
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
-use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
+use crate::blocks::GroupBlocks;
 use crate::config::{Config, KvRole, PathKind, PathSet};
 use crate::engine::{Engine, Instance, PullOptions, Transfer};
 use crate::event::{Event, PeerName};
@@ -60,23 +60,12 @@ fn joined(producer: &Node, consumer: &Node) -> (Instance, Ticket) {
     (instance.expect("a session"), ticket.expect("an offer"))
 }
 
-fn pairs() -> Vec<GroupPairs> {
-    let pairs = (0..BLOCKS).map(|b| BlockPair {
-        src: b,
-        dst: BLOCKS - 1 - b,
-    });
-    vec![GroupPairs {
-        group: 0,
-        pairs: pairs.collect(),
-    }]
-}
-
 fn pull(instance: &Instance, ticket: &Ticket) -> Option<Transfer> {
     let options = PullOptions {
         hold: true,
         ..PullOptions::default()
     };
-    instance.pull(ticket, &pairs(), options).ok()
+    instance.pull(ticket, &reversed(BLOCKS), options).ok()
 }
 
 impl Node {
@@ -137,7 +126,10 @@ fn what_a_lost_session_held_comes_back() {
                 break;
             }
         }
-        consumer.side.verify(SEED, &pairs()).expect("every byte");
+        consumer
+            .side
+            .verify(SEED, &reversed(BLOCKS))
+            .expect("every byte");
     }
 }
 
@@ -173,7 +165,10 @@ fn staged_reads_wait_for_the_last_queue_pair_to_be_rebuilt() {
                 std::thread::yield_now();
             }
             assert_eq!(transfer.wait(LONG).expect("an outcome").failure(), None);
-            consumer.side.verify(SEED, &pairs()).expect("every byte");
+            consumer
+                .side
+                .verify(SEED, &reversed(BLOCKS))
+                .expect("every byte");
             failed += u32::from(gone);
         }
         let mut seen = Vec::new();

@@ -175,6 +175,7 @@ fn a_committed_push_has_what_was_posted_before() {
     bench.expect("r", 0..8);
     let push = bench.push("r", LONG);
     let queue = bench.queue(&push, 32);
+    let device = Arc::clone(queue.device());
     // All of them fit into the ring, so all of them are posted when the kernel has ended.
     let posted = kvxfer::mem::kernels::queue::POSTED;
     let before = bench.post(&queue, &puts(8), PUT, posted);
@@ -183,6 +184,18 @@ fn a_committed_push_has_what_was_posted_before() {
         .expect("they end");
     let sent = push.commit().expect("finished");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    // Behind it nothing is carried out, not even what makes no sense, and nobody waits for long: the queue may be gone.
+    let posts = Posts {
+        moves: &puts(1),
+        posters: 1,
+        by: PostBy::Blocks,
+        op: 9,
+        until: ALL,
+    };
+    let after = bench.kernels.post(&bench.stream, &device, &posts);
+    let soon = Instant::now() + LONG / 2;
+    let after = after.expect("launched").wait(soon).expect("it ends");
+    assert!(!statuses(&after).contains(&WELL), "{after:?}");
     bench.received("r");
     let table = pairs((0..8).map(|b| (b, b)));
     bench

@@ -155,16 +155,12 @@ impl KernelQueue {
 
 impl Drop for KernelQueue {
     fn drop(&mut self) {
-        let is_over = self.is_over();
-        // Nobody looks at it any more: who posts still is told so, instead of waiting for nobody.
         self.end(match std::thread::panicking() {
             true => Status::Device,
             false => Status::Closed,
         });
-        if !is_over {
-            // Of a worker that ends.
-            self.shared.stop();
-        }
+        // Nobody looks at it any more: a post that still finds room would wait for its end until it is late.
+        self.shared.stop();
     }
 }
 

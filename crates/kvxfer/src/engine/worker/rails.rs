@@ -116,8 +116,7 @@ impl Worker {
     /// gained by moving to one that is down as well, and each side would choose another to keep.
     fn up_elsewhere(&self, lane: LaneId) -> Option<Time> {
         let at = self.lanes.get(&lane)?;
-        let works = |other: &LaneId| self.scheduler.lane_failure(*other).is_none();
-        let others = self.scheduler.peer_lanes(at.peer.key).filter(works);
+        let others = self.working_lanes(at.peer.key);
         let others = others.filter_map(|other| self.lanes.get(&other));
         let others = others.filter(|other| other.pair != at.pair);
         let since = others.filter_map(|other| self.rails.get(other.rail)?.port.up_since());

@@ -520,20 +520,19 @@ fn what_an_event_took_down_has_its_cause() {
     }
 }
 
+fn on_rail(s: &mut Scheduler, pair: u16) -> LaneId {
+    let limits = LaneLimits {
+        send_wr: 100,
+        pair,
+        rebuilt: false,
+    };
+    s.add_lane(PEER, limits)
+}
+
 /// A lane on each of two rails.
 fn two_rails() -> (Scheduler, LaneId, LaneId) {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |pair| {
-        s.add_lane(
-            PEER,
-            LaneLimits {
-                send_wr: 100,
-                pair,
-                rebuilt: false,
-            },
-        )
-    };
-    let (a, b) = (add(0), add(1));
+    let (a, b) = (on_rail(&mut s, 0), on_rail(&mut s, 1));
     (s, a, b)
 }
 
@@ -666,17 +665,7 @@ fn a_stopped_job_waits_for_its_doubts() {
 #[test]
 fn a_request_may_be_unlucky_on_every_rail_but_one() {
     let (mut s, _) = scheduler(BatchSize::Fixed(4), &[]);
-    let mut add = |pair| {
-        s.add_lane(
-            PEER,
-            LaneLimits {
-                send_wr: 100,
-                pair,
-                rebuilt: false,
-            },
-        )
-    };
-    let lanes: Vec<LaneId> = (0..8).map(&mut add).collect();
+    let lanes: Vec<LaneId> = (0..8).map(|pair| on_rail(&mut s, pair)).collect();
     s.start(job(1, 1, 10));
     let (last, others) = lanes.split_last().expect("eight");
     for (at, lane) in others.iter().enumerate() {
