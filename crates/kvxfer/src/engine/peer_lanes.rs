@@ -203,6 +203,12 @@ impl PeerSession {
         before & DOWN_THERE != 0
     }
 
+    /// Whether lanes that fail alone get successors, and work that is lost with them goes on. What a GPU has a part in
+    /// is on no lane, or on several one after the other.
+    pub(crate) fn rebuilds_lanes(&self) -> bool {
+        is_rebuilt(&self.path) && !self.has_whole_jobs()
+    }
+
     /// Whether a lane that fails alone gets a successor: nobody has set its rail aside.
     pub(crate) fn has_successor(&self, number: u16) -> bool {
         let lane = self.lanes.get(usize::from(number));

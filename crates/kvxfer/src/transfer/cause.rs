@@ -418,12 +418,16 @@ impl Cause {
         }
     }
 
-    /// Whether one queue pair has failed, and neither the way that it goes nor a side of it: what was lost with
+    /// Whether one queue pair has failed or was taken down, and neither the way that it goes nor a side of it: what was lost with
     /// it does well on another, or on its successor.
     #[must_use]
     pub fn is_of_one_lane(&self) -> bool {
         match self {
-            Self::LaneFailed | Self::QueuePair { .. } | Self::PeerReset | Self::Post { .. } => true,
+            Self::LaneFailed
+            | Self::LaneReset
+            | Self::QueuePair { .. }
+            | Self::PeerReset
+            | Self::Post { .. } => true,
             Self::Completion { .. } => !self.is_of_path(),
             _ => false,
         }

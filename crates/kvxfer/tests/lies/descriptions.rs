@@ -460,16 +460,21 @@ fn who_it_is() {
     liar.wire.reported(ErrorCode::UnexpectedMessage, "Describe");
 
     // A life of its own that is over.
-    let old = Liar::described(&world);
+    let mut old = Liar::described(&world);
     let (name, generation) = (old.name.clone(), old.generation);
+    // Whose offer is answered has been met.
+    let meets = |liar: &mut Liar| {
+        let offer = crate::liar::offer_of(PathKind::Arena, Vec::new());
+        liar.wire.say(offer);
+        liar.wire.hear_kind(MessageKind::QpAnswer);
+    };
+    meets(&mut old);
     let mut new = Liar::new(&world);
     new.name = name.clone();
     let describe = new.describe();
     new.wire.say(describe);
     new.hear_describe();
-    let offer = crate::liar::offer_of(PathKind::Arena, Vec::new());
-    new.wire.say(offer);
-    new.wire.hear_kind(MessageKind::QpAnswer);
+    meets(&mut new);
     let mut late = Liar::new(&world);
     (late.name, late.generation) = (name, generation);
     let describe = late.describe();

@@ -147,6 +147,8 @@ pub(crate) enum Command {
         peer: Arc<PeerSession>,
         done: PushDone,
     },
+    /// Lanes are to be taken down that these jobs are posted on, and that are rebuilt.
+    ResetLanes { peer: PeerKey, jobs: Arc<[JobId]> },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
     /// A producer wants blocks of its push fetched out of its GPU.
@@ -564,6 +566,7 @@ impl Worker {
             Command::Report(report) => self.reported(&report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
+            Command::ResetLanes { peer, jobs } => self.reset_lanes(peer, &jobs),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::Take { peer, taking } => self.take(peer, taking),
             Command::TakeStop { peer, number } => self.take_stop(&peer, number),

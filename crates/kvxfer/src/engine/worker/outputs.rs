@@ -58,6 +58,7 @@ impl Worker {
             Output::Verify { id, .. } => self.verify(id),
             Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
+            Output::ResetLanes { id, peer, jobs } => self.reset_lanes_of(id, peer, &jobs),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
             Output::Outcome { id, outcome } => self.outcome(id, outcome),
             Output::Released { id } => self.released(id),
@@ -119,6 +120,22 @@ impl Worker {
             } else if let Some(other) = self.others.get(usize::from(worker)) {
                 other.send(command());
             }
+        }
+    }
+
+    /// Takes the queue pairs down, on all workers, that jobs of a transfer are posted on.
+    fn reset_lanes_of(&mut self, id: TransferId, key: PeerKey, jobs: &Arc<[JobId]>) {
+        // Where nothing moves no successor would.
+        let holds_up = self.port_that_holds_up(key).is_some();
+        match self
+            .peer(key)
+            .filter(|peer| peer.rebuilds_lanes() && !holds_up)
+        {
+            Some(peer) => self.broadcast(&peer, || Command::ResetLanes {
+                peer: key,
+                jobs: Arc::clone(jobs),
+            }),
+            None => self.transfers.lanes_stay(id),
         }
     }
 
