@@ -105,7 +105,7 @@ keys! {
     post_batch_size: i32 = -1, Or(-1, "auto", 1, 65_536);
     /// Depth of a send queue.
     max_send_wr: u32 = 0, Or(0, "auto", 1, 65_536);
-    /// Entries of a completion queue.
+    /// Entries of a completion queue for what is posted; receives have room beside them, an eighth as much and for 64 queue pairs at least.
     max_cqe_num: u32 = 0, Or(0, "auto", 1, 4_194_304);
     /// Memory pieces a work request.
     max_msg_sge: u32 = 0, Or(0, "auto", 1, 256);
