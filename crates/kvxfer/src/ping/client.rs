@@ -16,7 +16,8 @@ use crate::event::PeerName;
 use crate::ids::{EngineId, Generation, Rank};
 use crate::session::{Event, Session};
 use crate::transport::{
-    Choice, OnGpu, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path,
+    BothBlocks, Choice, PathInfo, RdmaLink, Unregistered, gid_towards, open_device, retries,
+    soft_path,
 };
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer,
@@ -369,7 +370,8 @@ impl Bringup<'_> {
             others: &[],
             local_shareable: true,
             peer_shareable: describe.fd_backed,
-            on_gpu: OnGpu::NONE,
+            blocks: BothBlocks::ON_HOSTS,
+            unregistered: Unregistered::default(),
             unreachable: None,
             unstaged: None,
             allowed: &self.config.path,

@@ -296,6 +296,8 @@ pub enum GpuOperation {
     Fence,
     /// Copying blocks.
     Gather,
+    /// Making what a network card has written visible to the GPU.
+    Visibility,
 }
 
 impl fmt::Display for GpuOperation {
@@ -304,6 +306,7 @@ impl fmt::Display for GpuOperation {
             Self::Wait => "waiting for the engine's work on a GPU",
             Self::Fence => "a fence on a GPU",
             Self::Gather => "copying blocks between GPUs",
+            Self::Visibility => "making what a network card wrote visible to a GPU",
         })
     }
 }

@@ -8,7 +8,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::ids::Rank;
 use kvxfer::layout::{PlacedTensor, Scaling, TensorFormat};
 use kvxfer::wire::{
-    Blob, Describe, ErrorCode, Fingerprint, MessageKind, Refusal, RemoteSpan, limits,
+    Blob, Describe, ErrorCode, Fingerprint, GpuDesc, MessageKind, Refusal, RemoteSpan, limits,
 };
 
 use crate::liar::Liar;
@@ -181,6 +181,17 @@ fn parts_that_do_not_agree() {
                 });
             },
             "share",
+        ),
+        // The software device registers no memory of a GPU.
+        (
+            |_, d| {
+                d.gpu = Some(GpuDesc {
+                    handles: vec![Blob(vec![7; 9])],
+                    staged: 0,
+                    unregistered: None,
+                });
+            },
+            "which is no RDMA device",
         ),
         (|_, d| d.format = Blob(vec![0xc1]), "format"),
         (|_, d| d.placement = Blob(vec![0xff; 64]), "placement"),

@@ -11,6 +11,7 @@ mod posting;
 mod queues;
 mod rails;
 mod stages;
+mod visible;
 mod wreck;
 
 use std::collections::{HashMap, VecDeque};
@@ -56,6 +57,7 @@ use gathers::Gathers;
 pub(crate) use queues::{KernelQueue, QueueOrder};
 use rails::{Laneless, Retired};
 pub(crate) use stages::ToStage;
+use visible::Visible;
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -336,6 +338,7 @@ pub(crate) struct Worker {
     waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
     gathers: Gathers,
+    visible: Visible,
     /// What kernels post to, of pushes that this worker owns or has owned.
     queues: Vec<KernelQueue>,
     outbox: Outbox,
@@ -391,6 +394,7 @@ impl Worker {
             waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
             gathers: Gathers::default(),
+            visible: Visible::default(),
             queues: Vec::new(),
             outbox,
             next_token: 0,
@@ -429,6 +433,7 @@ impl Worker {
             busy |= self.poll();
             busy |= self.let_go();
             busy |= self.look_at_gpus();
+            busy |= self.look_at_visible();
             busy |= self.look_at_queues();
             self.leave_ports();
             self.give_up_waiting();
@@ -629,7 +634,8 @@ impl Worker {
 
     fn sleep(&mut self) {
         let queues = self.queues_rest();
-        let rest = self.gathers.rest().into_iter().chain(queues).min();
+        let rests = self.gathers.rest().into_iter().chain(queues);
+        let rest = rests.chain(self.visible.rest()).min();
         if rest == Some(Duration::ZERO) {
             if queues == rest {
                 // It may be for long, and who is waited for may be on this processor.

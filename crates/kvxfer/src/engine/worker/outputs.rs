@@ -14,8 +14,8 @@ use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
 use crate::time::Time;
 use crate::transfer::{
-    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice, Output,
-    PeerKey, TransferId,
+    self, Cause, Direction, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice,
+    Output, PeerKey, TransferId,
 };
 use crate::wire::{Message, PushDone};
 
@@ -55,8 +55,8 @@ impl Worker {
         match output {
             Output::StartJob(job) => self.start(job),
             Output::StopJob { job, peer } => self.stop_job(peer, job),
-            Output::Verify { id, .. } => self.verify(id),
-            Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
+            Output::Verify { id, .. } => self.verify_pull(id),
+            Output::CheckLease { id, .. } => self.check_lease(id),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
             Output::ResetLanes { id, peer, jobs } => self.reset_lanes_of(id, peer, &jobs),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
@@ -82,8 +82,13 @@ impl Worker {
         let peer = self.live.get(&job.transfer).map(|live| &live.peer);
         match peer.filter(|peer| peer.has_whole_jobs()).map(Arc::clone) {
             Some(peer) => self.begin_gather(peer, job),
-            None => self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job))),
+            None if job.dir == Direction::Write && self.hold_for_release(&job) => {}
+            None => self.begin_on_lanes(&job),
         }
+    }
+
+    pub(super) fn begin_on_lanes(&mut self, job: &Arc<Job>) {
+        self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(job)));
     }
 
     /// Gives a command to every worker that has lanes of the transfer's peer.
@@ -153,7 +158,7 @@ impl Worker {
         }
     }
 
-    fn verify(&mut self, id: TransferId) {
+    pub(super) fn verify(&mut self, id: TransferId) {
         let own = self.others.get(usize::from(self.index));
         if let (Some(live), Some(own)) = (self.live.get(&id), own) {
             live.engine.runtime.verifier.begin(id, live, own);
