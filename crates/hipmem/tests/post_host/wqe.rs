@@ -47,8 +47,8 @@ impl Sink for Counted {
     }
 }
 
-pub(crate) struct Bench {
-    pub(crate) hca: Hca<HostMemory, Counted>,
+pub(crate) struct Bench<S = Counted> {
+    pub(crate) hca: Hca<HostMemory, S>,
     pub(crate) around: Around,
     pub(crate) queue: Queue,
     pub(crate) sq: HostMemory,
@@ -61,6 +61,29 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new(kind: u32, depth: u32, cq_depth: u32, first: u64, patience: u64) -> Self {
+        let region = |addr| Region {
+            addr,
+            len: 64 * 200_000,
+            writable: true,
+        };
+        let keys = KeyTable {
+            local: [(1, region(0x10_0000))].into(),
+            remote: [(2, region(0x7000_0000_0000))].into(),
+        };
+        let sink = Counted(vec![0; 200_000]);
+        Self::with((kind, depth, cq_depth), first, patience, keys, sink)
+    }
+}
+
+impl<S: Sink> Bench<S> {
+    /// A queue whose device has these keys, and does this.
+    pub(crate) fn with(
+        (kind, depth, cq_depth): (u32, u32, u32),
+        first: u64,
+        patience: u64,
+        keys: KeyTable,
+        sink: S,
+    ) -> Self {
         let mut memory = Memory::new();
         let around = Around::new(&mut memory, first);
         let report = memory.take(16);
@@ -91,20 +114,12 @@ impl Bench {
             qpn: QPN,
             ..Queue::default()
         };
-        let region = |addr| Region {
-            addr,
-            len: 64 * 200_000,
-            writable: true,
-        };
         let setup = HcaSetup {
             qpn: Qpn::new(QPN).expect("24 bits"),
             sq_depth: SqDepth::new(depth).expect("a power"),
             cq_depth: CqDepth::new(cq_depth).expect("a power"),
             first,
-            keys: KeyTable {
-                local: [(1, region(0x10_0000))].into(),
-                remote: [(2, region(0x7000_0000_0000))].into(),
-            },
+            keys,
         };
         let queues = Queues {
             sq: sq.clone(),
@@ -113,7 +128,6 @@ impl Bench {
             cq_record,
             bell: if kind == GPU_WQE { &uar } else { &bell }.clone(),
         };
-        let sink = Counted(vec![0; 200_000]);
         Self {
             hca: Hca::new(queues, setup, sink).expect("large enough"),
             around,
