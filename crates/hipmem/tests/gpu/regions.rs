@@ -14,7 +14,7 @@ use kvxfer_hipmem::post::device::{
 };
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide, Status};
 use kvxfer_hipmem::{Error, HostMemory};
-use kvxfer_verbs::mlx5::model::{Hca, HcaSetup, KeyTable, Region, Sink};
+use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Region, Sink};
 use kvxfer_verbs::mlx5::{CqDepth, Gather, Operation, Qpn, SqDepth, Syndrome};
 
 use crate::{Outcome, gpu, soon};
@@ -35,7 +35,7 @@ struct Mover {
 }
 
 impl Sink for Mover {
-    fn execute(&mut self, _: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, _: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         let Some((remote, Gather::One(one))) = operation.sides() else {
             return Err(Syndrome::LOCAL_QP_OPERATION);
         };
@@ -46,7 +46,7 @@ impl Sink for Mover {
         let written = self.remote.write(remote.addr - FAR, &bytes);
         written.map_err(|_| Syndrome::REMOTE_ACCESS)?;
         self.wqes += 1;
-        Ok(one.len())
+        Ok(Carried::Done(one.len()))
     }
 }
 

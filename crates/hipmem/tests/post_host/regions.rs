@@ -9,7 +9,7 @@ use kvxfer_hipmem::kernels::queue::{
     ticket_number,
 };
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide, Status, region_table};
-use kvxfer_verbs::mlx5::model::{Hca, KeyTable, Region, Sink};
+use kvxfer_verbs::mlx5::model::{Carried, Hca, KeyTable, Region, Sink};
 use kvxfer_verbs::mlx5::{Gather, Operation, SendWqe, Syndrome};
 
 use crate::wqe::Bench;
@@ -30,7 +30,7 @@ struct Mover {
 }
 
 impl Sink for Mover {
-    fn execute(&mut self, _: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, _: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         let Some((remote, Gather::One(one))) = operation.sides() else {
             return Err(Syndrome::LOCAL_QP_OPERATION);
         };
@@ -47,7 +47,7 @@ impl Sink for Mover {
             self.remote.write(there, &bytes).expect("the keys say so");
         }
         self.done.push((remote.addr, one.len().into()));
-        Ok(one.len())
+        Ok(Carried::Done(one.len()))
     }
 }
 

@@ -9,7 +9,9 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, DIRECT, EACH, GET, GPU_WQE, IDLE, LOCAL_PLACE, Move, POSTED, PUT, PUT_IMM, Queue,
 };
 use kvxfer_hipmem::post::Status;
-use kvxfer_verbs::mlx5::model::{Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
+use kvxfer_verbs::mlx5::model::{
+    Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation,
+};
 use kvxfer_verbs::mlx5::{
     CqDepth, Cqe, Gather, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth,
     Syndrome,
@@ -25,7 +27,7 @@ const QPN: u32 = 0x00ab_cdef;
 pub(crate) struct Counted(pub(crate) Vec<u32>);
 
 impl Sink for Counted {
-    fn execute(&mut self, _: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, _: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         let (remote, local) = operation.sides().ok_or(Syndrome::LOCAL_QP_OPERATION)?;
         let Gather::One(one) = local else {
             return Err(Syndrome::LOCAL_QP_OPERATION);
@@ -43,7 +45,7 @@ impl Sink for Counted {
         }
         let i = usize::try_from(i).map_err(|_| Syndrome::LOCAL_LENGTH)?;
         *self.0.get_mut(i).ok_or(Syndrome::LOCAL_LENGTH)? += 1;
-        Ok(one.len())
+        Ok(Carried::Done(one.len()))
     }
 }
 
