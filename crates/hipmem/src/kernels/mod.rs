@@ -67,6 +67,9 @@ pub const KVX_POST_WAVES: &str = "kvx_post_waves";
 /// The same, each workgroup as one.
 pub const KVX_POST_BLOCKS: &str = "kvx_post_blocks";
 
+/// Puts over GPU links, each workgroup as one ([`queue::PostArgs`] of all puts together).
+pub const KVX_PUSH_BLOCKS: &str = "kvx_push_blocks";
+
 /// A producer: makes blocks layer by layer and pushes each ([`queue::ProduceArgs`]), each workgroup as one.
 pub const KVX_PRODUCE: &str = "kvx_produce";
 

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "cdf54785e7972da7cbec03f1b1e15d6d63377e9e14994783224f2736f7d620bd",
+    sources_sha256: "9c066f1b459492562ff2d744dc8a02499819ad0ad3df2dfc335526b968efa319",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "71663a405e941108b0ce235003f1ca775fd507efeef0ea82289999df7a51885f",
+        sha256: "1d5d7b985a11899dee52ca6d261afe50c4e50641e67a24883ae2bf855559e2e2",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "9f6f5df915234546a295cd5ba7d5ac18caafd418c028969b228f42ded62deb67",
+        sha256: "1640a4a1733e13ad361ce6da6e0a44dafdbb59ee7a17d36eeb319b5ca1848f5e",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "4b9f36971b491a7af91c43f85768e0795f6c8b029ae3ec9aa9213cd899621adc",
+        sha256: "23008eb91ac6eb70eee67533cec84adcaa130cacd684d0105f298af88d6c3440",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "bba6dbcb9e7f8abf1c28583c2c8bbfc1656a60496eae36cf5ab9572d7d513a88",
+        sha256: "d083df2d107c5ca4ca2a2a264ac62b9b2c08756cf31251d270772379e3527d4f",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "b957c1875e797c99a2b8cdc757b71a6d05a03177bcb1da02cbe7da8378160508",
+        sha256: "cc21ee2b50ec93945f3595c240c4b32b9b57b47e14c629ad951edf8926b2af02",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "1919d66ef23a367192c6c73683107302722cf5b7890c722d7f884b5e03f43bcb",
+        sha256: "254a1d40630e09ea8c287c43555372770af054d5d9373d9ce10cb1778b603ce9",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "38f15a29ac0e5533e583d876fc88bba30ff7baf554ac5389ffa4836f9b4bd034",
+        sha256: "c174d7e062d15bf7352d462eeb6ea474fec286d24aa581de285aa7dc9d0f31d9",
         warp: 32,
     },
 ];
