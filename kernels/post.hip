@@ -1,5 +1,6 @@
 // What tests, measurements and the example of post.h run: posts in numbers, and a producer that pushes.
 #include "post.h"
+#include "time.hip"
 
 // Who posts as one.
 #define KVX_BY_THREAD 1u

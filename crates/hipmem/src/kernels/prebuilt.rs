@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "9c066f1b459492562ff2d744dc8a02499819ad0ad3df2dfc335526b968efa319",
+    sources_sha256: "b1f1c0676920c9a489c8d10e1f7b5b4f73d4174c0f1b62aec1abcc1f893def71",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "1d5d7b985a11899dee52ca6d261afe50c4e50641e67a24883ae2bf855559e2e2",
+        sha256: "cdca1cea002d3d7f21a7c4e573ad5b4f4bebe65c6a0864002e55482393342b8d",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "1640a4a1733e13ad361ce6da6e0a44dafdbb59ee7a17d36eeb319b5ca1848f5e",
+        sha256: "949f6e50fbe3b6e90b1e838456d401aafa2316386311ef5bdecaaea1d9c72c0c",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "23008eb91ac6eb70eee67533cec84adcaa130cacd684d0105f298af88d6c3440",
+        sha256: "18d71fde95b3ed73f863e3fa26ae9a6e2d1dd894249104752d3a55e7d6bcf11b",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "d083df2d107c5ca4ca2a2a264ac62b9b2c08756cf31251d270772379e3527d4f",
+        sha256: "9dc9be73358369de533f09ccceac55a6ae3e5b2a7cfc669a28b0d8bef010a884",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "cc21ee2b50ec93945f3595c240c4b32b9b57b47e14c629ad951edf8926b2af02",
+        sha256: "41aad1d718aedb7c194e9ea9eb905de9f63d7698c946c66e00c82090c0abf93f",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "254a1d40630e09ea8c287c43555372770af054d5d9373d9ce10cb1778b603ce9",
+        sha256: "b5f0b4a66247ccdfdf367ff8722a2597837bd4d2dea17befcfe34e7c67849104",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "c174d7e062d15bf7352d462eeb6ea474fec286d24aa581de285aa7dc9d0f31d9",
+        sha256: "3dcfb9020403b4fdc6a8ec08a3eb3bc54dfd7084db1da991cdbbd9d0664db9b9",
         warp: 32,
     },
 ];
