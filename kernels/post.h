@@ -252,6 +252,8 @@ KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_mov
   if (!KVX_PLANTED(KVX_WQE_LATE)) {
     kvx_nic_fill(queue, move, block, op, train);
   }
+  // All that was written is there when this is over, and not only before what this thread writes next:
+  // another one, whose turn comes by this one's word, tells of it too.
   kvx_fence_release();
   kvx_vigil vigil = kvx_vigil_begin();
   while (!KVX_PLANTED(KVX_NO_TURN) && kvx_load_device_u64(KVX_STATE(queue, rung)) != first) {

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "c2a3eb042087f8b25adf23fd947087fcc88440be8321450e74f7dedcfd105664",
+    sources_sha256: "bebf9bcafced173cca26d48a932e9e25bd892cb392abc78dc988980ab4d76c5f",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 

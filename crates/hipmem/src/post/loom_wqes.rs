@@ -21,6 +21,8 @@ enum Planted {
     NoTurn,
     /// No release behind the WQEs.
     NoRelease,
+    /// One that orders this poster's own stores alone.
+    PlainRelease,
     /// A slot is used again before the end of what was in it was told.
     NoRoom,
 }
@@ -79,10 +81,12 @@ impl Wqes {
         if planted != Planted::WqeLate {
             self.fill(first, count);
         }
-        if planted != Planted::NoRelease {
-            // Sequentially consistent, as fence.sc.sys: what one poster has written is there before another one, whose
-            // turn comes by this one's word, tells of it.
-            fence(Ordering::SeqCst);
+        match planted {
+            Planted::NoRelease => {}
+            Planted::PlainRelease => fence(Ordering::Release),
+            // As fence.sc.sys, and as a write-back that has been waited for: what one poster has written is there
+            // before another one, whose turn comes by this one's word, tells of it with no fence in between.
+            _ => fence(Ordering::SeqCst),
         }
         while planted != Planted::NoTurn && self.rung.load(Ordering::Acquire) != first {
             thread::yield_now();
@@ -168,6 +172,12 @@ fn loom_planted_no_turn() {
 #[should_panic(expected = "whole")]
 fn loom_planted_no_release_behind_wqes() {
     model(|| one_poster(Planted::NoRelease, &[2]));
+}
+
+#[test]
+#[should_panic(expected = "whole")]
+fn loom_planted_release_that_is_only_ones_own() {
+    model(|| two_posters(Planted::PlainRelease));
 }
 
 #[test]
