@@ -1,7 +1,7 @@
 //! What the PTX must have and must not have.
 
 use super::Source;
-use super::listing::{Kernel, PROXY_ONLY, kernel, wanted};
+use super::listing::{Kernel, kernel, wanted};
 
 /// How posters take tickets from each other.
 const SWAP: &str = "atom.acq_rel.gpu.global.cas.b64";
@@ -37,7 +37,8 @@ pub(super) fn problems(source: Source, target: &str, text: &str) -> Vec<String> 
             "kvx_acquire" | "kvx_release" => fence(kernel),
             "kvx_verify" => verify(kernel),
             "kvx_gather" => gather(kernel),
-            name => post(kernel, name != PROXY_ONLY),
+            "kvx_push_blocks" => push(kernel),
+            _ => post(kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
     }
@@ -139,9 +140,27 @@ fn gather(kernel: &Kernel<'_>) -> Vec<String> {
     problems
 }
 
+/// Vectors in flight together, then a fence, and then the word that it is done.
+fn push(kernel: &Kernel<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let together = kernel.longest_run("ld.global.v4", |i| bare(i).starts_with("st."));
+    if together < 4 {
+        problems.push(format!("{together} loads of 16 bytes under way together"));
+    }
+    // Where in the text the way of one thread alone is put, is the compiler's choice.
+    match (kernel.first("st.global.v4"), kernel.first("fence.sc.sys;")) {
+        (Some(copy), Some(fence)) if copy < fence => {}
+        _ => problems.push("no fence after the copies".into()),
+    }
+    if kernel.count("ld.relaxed.sys.global.u32") < 2 {
+        problems.push("does not look at the abort word again".into());
+    }
+    problems
+}
+
 /// Descriptor, then its phase by a release; WQE, fence; record, then the doorbell by a release; and
 /// completions are given back after a fence.
-fn post(kernel: &Kernel<'_>, writes_wqes: bool) -> Vec<String> {
+fn post(kernel: &Kernel<'_>) -> Vec<String> {
     const V4: &str = "st.global.v4.b32";
     const RELEASE: &str = "st.release.sys.global.u64";
     const RECORD: &str = "st.relaxed.sys.global.u32";
@@ -156,28 +175,21 @@ fn post(kernel: &Kernel<'_>, writes_wqes: bool) -> Vec<String> {
         step.copied().or(other.then_some("other"))
     });
     let steps: Vec<_> = steps.collect();
-    let all: [(bool, &[&str], &str); 4] = [
+    let all: [(&[&str], &str); 4] = [
         (
-            true,
             &[V4, V4, V4, "other", RELEASE],
             "a descriptor's phase is not a release after the rest",
         ),
-        (writes_wqes, &[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (&[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (&[RECORD, RELEASE], "no release doorbell after its record"),
         (
-            writes_wqes,
-            &[RECORD, RELEASE],
-            "no release doorbell after its record",
-        ),
-        (
-            true,
             &[FENCE, RECORD],
             "no fence before completions are given back",
         ),
     ];
-    let wanted = all.iter().filter(|(wanted, ..)| *wanted);
     let has = |sequence: &[&str]| steps.windows(sequence.len()).any(|w| w == sequence);
-    let missing = wanted.filter(|(_, sequence, _)| !has(sequence));
-    let mut problems: Vec<_> = missing.map(|(.., what)| (*what).to_owned()).collect();
+    let missing = all.iter().filter(|(sequence, _)| !has(sequence));
+    let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
     if kernel.count(SWAP) == 0 {
         problems.push("takes no ticket".into());
     }
@@ -256,6 +268,21 @@ mod tests {
                     "{kernel}: {from} -> {to}: {found:?}"
                 );
             }
+        }
+        for (from, to, wanted) in [
+            ("fence.sc.sys;", "", "no fence after"),
+            ("fence.sc.sys;", "fence.acq_rel.gpu;", "no fence after"),
+            ("ld.global.v4", "ld.global.v2", "0 loads of 16"),
+            (
+                "ld.relaxed.sys.global.u32",
+                "ld.global.u32",
+                "abort word again",
+            ),
+        ] {
+            let text = mutated(POSTS, "kvx_push_blocks", from, to);
+            let found = problems(Source::Post, "sm_80", &text);
+            let told = found.iter().any(|p| p.contains(wanted));
+            assert!(told, "{from} -> {to}: {found:?}");
         }
         // What moves blocks may not swap, whatever posts may.
         let swap = "atom.acq_rel.gpu.global.cas.b64 %rd1, [%rd1], %rd1, %rd1;\n\tret;";

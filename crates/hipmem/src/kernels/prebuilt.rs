@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "082138775461abd0ad794643f73cbe85e7158580fcb2ea712d6a4266e0bf5e40",
+    sources_sha256: "bebf9bcafced173cca26d48a932e9e25bd892cb392abc78dc988980ab4d76c5f",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "e66cbab33e017f5ba0d4c0b8e12ace4b52639c4419f60a9c1d7207216779ec5d",
+        sha256: "f75d63e9a510c64c14e6cd4aa778840f7f604e2d98750f8307e15abf3e19f49d",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "8bdda97a0fbd31b28177f9f89cb2c1f732e7e7f7d2d07105ab3ecb1ec4df844d",
+        sha256: "e51916798ff7e6fb54c5214426efa632a46991441f922ce4a472426b3ee08e5a",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "b4fd5d1917bd6ee0cb20441eaa0443afd4714596618da00ac6218f4183709372",
+        sha256: "f298452a2cac6ea652100d335440f85d42db0153ca2f2ea013146feab72a3fda",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "cdccb8549798a2de8172ae34dd0d5f1efdc2d8b3609532e34f6d350fff5392b4",
+        sha256: "8f45282861b82bf6d27200ddb11437b5ba33d531014b42793b5b3b5ee48a0180",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "86f4753f8c8fae098668f2a0e3e15d13da0e5777bdbfc34d8e965592c46a70d6",
+        sha256: "2ba82e7a045d7011efb3dae72080662d92339b44cb3daf99cc8a9af863e49fca",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "9771d065e09a30b537711da1e50b3dff1c9315713fa95fd775255f788cf46708",
+        sha256: "33fe1aca8f6bebb4566ce76f1c406baa169a053cf8e618ba682a8f90eb30a046",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "691fa2075f388e90944849e8ea943c9ca25822302cc7a1fb4bd76612b6b1a80f",
+        sha256: "319e241c9351f10846f9d56ecd984e4c0b2aeb8b639876e118acf1f9cc7e19c9",
         warp: 32,
     },
 ];

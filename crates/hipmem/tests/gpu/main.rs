@@ -7,10 +7,12 @@ mod gather;
 mod gather_ends;
 mod gather_ipc;
 mod ipc;
+mod links;
 mod memory;
 mod on_gpu;
 mod pieces;
 mod post;
+mod regions;
 mod streams;
 
 use std::time::{Duration, Instant};
