@@ -13,7 +13,7 @@ mod fault;
 mod table;
 
 pub use fault::PostFault;
-pub(crate) use table::{Batches, PostTable};
+pub(crate) use table::{Batch, Batches, PostTable, Together};
 
 use std::time::Duration;
 

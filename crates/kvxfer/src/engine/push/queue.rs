@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
-use super::{Inner, LayerScope, Push, Pushing, Stage, Waiting};
-use crate::blocks::{BlockPair, GroupPairs};
+use super::{Inner, Push, Pushing, Stage};
+use crate::blocks::BlockPair;
 use crate::engine::gpu::cause;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder};
 use crate::error::Error;
 use crate::gpu_queue::{
-    GpuQueueConfig, GpuQueueReport, Kernels, MOST_SLOTS, Pace, PostFault, PostTable,
+    GpuQueueConfig, GpuQueueReport, Kernels, MOST_SLOTS, Pace, PostFault, PostTable, Together,
 };
 use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::DeviceQueue;
-use crate::plan::{Plan, PlanError};
+use crate::plan::{BlockOps, PlanError, Posted};
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, GpuOperation, Refusal};
 
@@ -120,8 +120,8 @@ impl SharedQueue {
 /// Why what kernels have posted is not carried out.
 #[derive(Debug)]
 pub(crate) enum NotPosted {
-    /// A post is to blame: the first, or the one that reads this block.
-    Fault(PostFault),
+    /// A post is to blame: this one of them.
+    Fault { fault: PostFault, at: usize },
     /// None of them is.
     Cause(Cause),
 }
@@ -145,42 +145,54 @@ impl Pushing {
         Ok(())
     }
 
-    /// What posts are checked against, once the ticket is here.
-    pub(crate) fn posts(&self, ticket: &Ticket) -> PostTable {
-        PostTable::new(&self.plans, &ticket.groups)
+    /// What posts are checked against, once the ticket is here; `None` where no queue was made.
+    pub(crate) fn posts(&self, ticket: &Ticket) -> Option<PostTable> {
+        let block_ops = self.block_ops.get()?;
+        Some(PostTable::new(block_ops, &ticket.groups))
     }
 
-    /// Plans what kernels have posted of a layer, and claims what that reads. For the worker alone that owns the push:
-    /// it is also the one that lets go of the claims.
-    pub(crate) fn plan_posts(
-        &self,
-        (group, layer): (u8, u16),
-        pairs: Vec<BlockPair>,
-    ) -> Result<Plan, NotPosted> {
+    /// What a block of each layer takes: worked out for the first queue.
+    fn block_ops(&self, groups: u32) -> Result<(), PlanError> {
+        if self.block_ops.get().is_none() {
+            let limits = self.peer.block_limits(&self.plans, groups);
+            let ops = BlockOps::new(&self.plans, limits)?;
+            // Another queue's is the same.
+            let _ = self.block_ops.set(Arc::new(ops));
+        }
+        Ok(())
+    }
+
+    /// How posts go together: where the consumer fetches what it is told of, it plans that by itself.
+    pub(crate) fn together(&self) -> Together {
+        match self.peer.has_whole_jobs() {
+            true => Together::ByLayer,
+            false => Together::All,
+        }
+    }
+
+    /// Claims what kernels have posted, and counts its checksums. For the worker alone that owns the push: it is also
+    /// the one that lets go of the claims. A fault comes with its place among the posts.
+    pub(crate) fn take_posts(&self, posted: &Posted) -> Result<(), NotPosted> {
         let Some(engine) = self.peer.engine.upgrade() else {
             return Err(NotPosted::Cause(Cause::ShuttingDown));
         };
-        let scope = LayerScope::Layer(layer.into());
-        let group_pairs = vec![GroupPairs {
-            group: group.into(),
-            pairs,
-        }];
-        let plan = self.compile(scope, &group_pairs);
-        // What was checked against the table is planned.
-        let plan = plan.map_err(|_| NotPosted::Fault(PostFault::Layer { group, layer }))?;
-        let wanted = Waiting::Pairs(scope, group_pairs);
-        self.claim(&engine, &wanted).map_err(|error| match error {
-            Error::InUse(in_use) => NotPosted::Fault(PostFault::InUse {
-                group,
-                block: in_use.block,
-            }),
-            _ => NotPosted::Cause(Cause::ShuttingDown),
+        let sources = posted.blocks().map(|(group, _, pair)| (group, pair.src));
+        self.claim_sources(&engine, sources).map_err(|in_use| {
+            let (group, block) = (in_use.group, in_use.block);
+            let reads = |of: (u32, u32, BlockPair)| (of.0, of.2.src) == (group, block);
+            NotPosted::Fault {
+                fault: PostFault::InUse {
+                    // It is one of a post's.
+                    group: u8::try_from(group).unwrap_or(u8::MAX),
+                    block,
+                },
+                at: posted.blocks().position(reads).unwrap_or(0),
+            }
         })?;
-        self.count_sums(&plan).map_err(|_| {
+        self.count_posted(posted).map_err(|_| {
             let reason = Refusal::Sums;
             NotPosted::Cause(Cause::Refused { reason })
-        })?;
-        Ok(plan)
+        })
     }
 
     /// Gives a queue to the worker that owns the push.
@@ -194,7 +206,7 @@ impl Pushing {
             Stage::Asked {
                 committed: false, ..
             } => None,
-            Stage::Open(ticket) => Some(self.posts(ticket)),
+            Stage::Open(ticket) => self.posts(ticket),
             Stage::Asked { .. } | Stage::Ended { .. } => {
                 return Err(Error::PushEnded {
                     request: self.request.clone(),
@@ -230,6 +242,7 @@ impl Push {
         }
         let groups = u32::try_from(self.engine.format.groups().len()).unwrap_or(u32::MAX);
         self.pushing.has_equal_blocks(groups)?;
+        self.pushing.block_ops(groups)?;
         let (device, consumer) = DeviceQueue::new(&config.gpu, config.depth, config.patience)?;
         let shared = Arc::new(SharedQueue {
             device: Kept {
@@ -243,7 +256,7 @@ impl Push {
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         });
-        let number = self.engine.runtime.next_id();
+        let number = self.pushing.queues.fetch_add(1, Ordering::Relaxed);
         self.pushing.attach(number, (&shared, consumer))?;
         Ok(GpuQueue {
             number,
@@ -399,8 +412,9 @@ impl GpuQueue {
     fn close(&mut self, posted: Option<u64>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
+        let id = self.pushing.id;
         self.pushing
-            .send(Command::Queue(QueueOrder::Close { number, posted }));
+            .send(Command::Queue(QueueOrder::Close { id, number, posted }));
         if is_finished {
             // Behind the order: who sees it sends its commit behind that.
             self.pushing.unfinished.fetch_sub(1, Ordering::Release);

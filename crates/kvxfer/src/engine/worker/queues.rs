@@ -1,7 +1,7 @@
 //! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
 //! to the posters.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,16 +9,23 @@ use tracing::{debug, error};
 
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
-use crate::engine::moves::Moves;
+use crate::engine::moves::{Moved, Moves};
 use crate::engine::push::{NotPosted, Pushing, SharedQueue};
-use crate::gpu_queue::{Batches, Pace, PostFault, PostTable};
+use crate::gpu_queue::{Batch, Batches, Pace, PostFault, PostTable, Together};
 use crate::mem::post::{Consumer, DescriptorFault, Rest, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
 /// Posts that are taken between two polls, so that completions and deadlines are seen in time.
-const MOST_TAKEN: usize = 256;
+const MOST_TAKEN: usize = 512;
+/// Jobs of a queue that are under way at most: what is posted meanwhile waits in the ring, and goes as one job later.
+/// A job costs about what a hundred posts of one do.
+const MOST_JOBS: usize = 16;
+/// The same where the consumer's GPU fetches the blocks of each job by a launch: those go one after the other.
+const MOST_FETCHED: usize = 4;
+/// A job of so few bytes is not worth waking other workers for.
+const SMALL: u64 = 256 << 10;
 /// How long after a post the next one is waited for without rest.
 const YOUNG: Duration = Duration::from_micros(200);
 /// How a queue is looked at whose push is over.
@@ -33,7 +40,9 @@ pub(crate) enum QueueOrder {
     Add(Box<KernelQueue>),
     /// Nobody posts to it any more, or nobody is to.
     Close {
-        /// Which one.
+        /// Its push.
+        id: TransferId,
+        /// Which of its queues.
         number: u64,
         /// How many posts have been begun, if nobody posts any more.
         posted: Option<u64>,
@@ -50,6 +59,15 @@ enum Stage {
     Sealed,
 }
 
+/// What a look at a ring was good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    Found,
+    Nothing,
+    /// It was not looked: enough is under way.
+    Later,
+}
+
 /// A queue, as the worker has it that owns its push.
 #[derive(Debug)]
 pub(crate) struct KernelQueue {
@@ -60,8 +78,8 @@ pub(crate) struct KernelQueue {
     consumer: Consumer,
     /// What posts may name; `None` before the push's ticket has come.
     table: Option<PostTable>,
-    /// The posts of each job.
-    jobs: HashMap<JobId, Vec<u64>>,
+    /// The posts of each job that is under way, in the order of the jobs.
+    jobs: VecDeque<(JobId, Vec<u64>)>,
     stage: Stage,
     /// It goes when nothing of it is under way.
     is_closing: bool,
@@ -86,7 +104,7 @@ impl KernelQueue {
             shared: Arc::clone(shared),
             consumer,
             table,
-            jobs: HashMap::new(),
+            jobs: VecDeque::new(),
             stage: Stage::Open,
             is_closing: false,
             posted: None,
@@ -95,11 +113,16 @@ impl KernelQueue {
         }
     }
 
-    /// A post has ended. It is counted first: whoever sees a kernel's end finds its posts counted.
     fn complete(&mut self, post: u64, status: Status) {
-        self.shared.note_ended(1, status);
+        self.complete_each(&[post], status);
+    }
+
+    /// Posts have ended. They are counted first: whoever sees a kernel's end finds its posts counted.
+    fn complete_each(&mut self, posts: &[u64], status: Status) {
+        self.shared.note_ended(posts.len() as u64, status);
         let ring = self.shared.device().ring();
-        match self.consumer.complete(ring, post, status) {
+        let posts = posts.iter().copied();
+        match self.consumer.complete_each(ring, posts, status) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(%error, "a post has ended twice"),
             Err(error) => self.lose_ring(&error),
@@ -194,9 +217,9 @@ impl Worker {
                 }
                 self.queues.push(*queue);
             }
-            QueueOrder::Close { number, posted } => {
-                let queue = self.queues.iter_mut().find(|queue| queue.number == number);
-                if let Some(queue) = queue {
+            QueueOrder::Close { id, number, posted } => {
+                let is_it = |queue: &&mut KernelQueue| (queue.id, queue.number) == (id, number);
+                if let Some(queue) = self.queues.iter_mut().find(is_it) {
                     queue.is_closing = true;
                     queue.posted = posted;
                     queue.looks = 0;
@@ -209,7 +232,7 @@ impl Worker {
     /// The ticket of a push is here: posts that waited for it can be checked.
     pub(super) fn open_queues(&mut self, id: TransferId, ticket: &Ticket) {
         for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
-            queue.table = Some(queue.pushing.posts(ticket));
+            queue.table = queue.pushing.posts(ticket);
         }
     }
 
@@ -222,12 +245,13 @@ impl Worker {
         let mut queues = std::mem::take(&mut self.queues);
         let mut any = false;
         for queue in &mut queues {
-            let found = self.look_at_queue(queue);
-            let drained = !found && (queue.table.is_some() || queue.stage == Stage::Sealed);
+            let look = self.look_at_queue(queue, false);
+            let drained =
+                look == Look::Nothing && (queue.table.is_some() || queue.stage == Stage::Sealed);
             if queue.is_closing && drained {
                 self.seal(queue);
             }
-            any |= found;
+            any |= look == Look::Found;
         }
         queues.retain(|queue| !queue.is_over());
         self.queues = queues;
@@ -241,7 +265,7 @@ impl Worker {
             // What was posted before has a slot each; a kernel that goes on is not waited for.
             let looks = (queue.consumer.depth() as usize).div_ceil(MOST_TAKEN);
             for _ in 0..looks {
-                if !self.look_at_queue(queue) {
+                if self.look_at_queue(queue, true) == Look::Nothing {
                     break;
                 }
             }
@@ -262,11 +286,21 @@ impl Worker {
         }
     }
 
-    fn look_at_queue(&mut self, queue: &mut KernelQueue) -> bool {
+    /// `all`: however many jobs are under way.
+    fn look_at_queue(&mut self, queue: &mut KernelQueue, all: bool) -> Look {
         if queue.table.is_none() && queue.stage == Stage::Open {
-            return false;
+            return Look::Nothing;
         }
-        let (mut batches, mut any) = (Batches::default(), false);
+        let together = queue.pushing.together();
+        let most_jobs = match together {
+            Together::ByLayer => MOST_FETCHED,
+            Together::All => MOST_JOBS,
+        };
+        if !all && queue.jobs.len() >= most_jobs {
+            return Look::Later;
+        }
+        let mut batches = None;
+        let mut any = false;
         for _ in 0..MOST_TAKEN {
             let taken = queue.consumer.take(queue.shared.device().ring());
             let taken = match taken {
@@ -286,7 +320,9 @@ impl Worker {
             match (taken, &queue.table) {
                 (Taken::Post(post), Some(table)) if queue.stage == Stage::Open => {
                     match table.check(&post) {
-                        Ok(wanted) => batches.add(post.ticket, wanted),
+                        Ok(wanted) => batches
+                            .get_or_insert_with(|| Batches::new(table.block_ops(), together))
+                            .add(post.ticket, wanted),
                         Err(fault) => {
                             queue.complete(post.ticket, fault.status());
                             self.fail_post(queue.id, post.ticket, fault);
@@ -311,51 +347,61 @@ impl Worker {
                 (Taken::Flushed(_), _) => queue.shared.note_ended(1, Status::Flushed),
             }
         }
-        if any {
-            queue.looks = 0;
-            queue.found = Some(Instant::now());
+        for batch in batches.into_iter().flat_map(Batches::into_all) {
+            self.begin_posts(queue, batch);
         }
-        for batch in batches.into_all() {
-            let begun = Instant::now();
-            let of = (batch.group, batch.layer);
-            let sources: Vec<u32> = batch.pairs.iter().map(|pair| pair.src).collect();
-            match queue.pushing.plan_posts(of, batch.pairs) {
-                Ok(plan) => {
-                    let runs = plan.report().runs;
-                    let source = Moves {
-                        plan: Arc::new(plan),
-                        after: None,
-                        is_released: true,
-                    };
-                    // Of a push that has failed the posts end with its outcome.
-                    if let Some(job) = self.add_job(queue.id, source, runs, begun.elapsed()) {
-                        queue.jobs.insert(job, batch.posts);
-                        self.end_posts(queue, queue.id, job);
-                    }
-                }
-                Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
-                    id: queue.id,
-                    cause,
-                }),
-                Err(NotPosted::Fault(fault)) => {
-                    let blamed = match fault {
-                        PostFault::InUse { block, .. } => {
-                            sources.iter().position(|src| *src == block)
-                        }
-                        _ => None,
-                    };
-                    let post = batch.posts.get(blamed.unwrap_or(0)).copied().unwrap_or(0);
-                    queue.complete(post, fault.status());
-                    self.fail_post(queue.id, post, fault);
+        if !any {
+            return Look::Nothing;
+        }
+        queue.looks = 0;
+        queue.found = Some(Instant::now());
+        Look::Found
+    }
+
+    /// Makes a job of posts.
+    fn begin_posts(&mut self, queue: &mut KernelQueue, batch: Batch) {
+        let begun = Instant::now();
+        let Batch { posted, posts, .. } = batch;
+        match queue.pushing.take_posts(&posted) {
+            Ok(()) => {
+                let source = Moves {
+                    what: Moved::Posted(Arc::new(posted)),
+                    after: None,
+                    is_released: true,
+                };
+                // Of a push that has failed the posts end with its outcome.
+                if let Some(job) = self.add_posts(queue.id, source, begun.elapsed()) {
+                    queue.jobs.push_back((job, posts));
+                    self.end_posts(queue, queue.id, job);
                 }
             }
+            Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
+                id: queue.id,
+                cause,
+            }),
+            Err(NotPosted::Fault { fault, at }) => {
+                let post = posts.get(at).copied().unwrap_or(0);
+                queue.complete(post, fault.status());
+                self.fail_post(queue.id, post, fault);
+            }
         }
-        any
     }
 
     fn fail_post(&mut self, id: TransferId, post: u64, fault: PostFault) {
         let cause = Cause::KernelPost { post, fault };
         self.command(Command::Fail { id, cause });
+    }
+
+    /// Adds what kernels have posted to a push; `None`: it has ended.
+    fn add_posts(&mut self, id: TransferId, source: Moves, prepare: Duration) -> Option<JobId> {
+        let peer = self.live.get(&id).map(|live| Arc::clone(&live.peer))?;
+        let alone = source.bytes() <= SMALL && self.working_lanes(peer.key).next().is_some();
+        let workers = match alone {
+            true => 1,
+            false => peer.worker_count(),
+        };
+        let runs = source.what.runs();
+        self.add_job_of(id, (source, workers), runs, prepare)
     }
 
     /// Adds operations to a push; `None`: it has ended.
@@ -366,16 +412,28 @@ impl Worker {
         runs: u64,
         prepare: Duration,
     ) -> Option<JobId> {
+        let workers = self.live.get(&id)?.peer.worker_count();
+        self.add_job_of(id, (source, workers), runs, prepare)
+    }
+
+    fn add_job_of(
+        &mut self,
+        id: TransferId,
+        (source, workers): (Moves, u16),
+        runs: u64,
+        prepare: Duration,
+    ) -> Option<JobId> {
         if let Some(live) = self.live.get_mut(&id) {
             live.report.operations += source.ops();
             live.report.merged_runs += runs;
             live.report.prepare += prepare;
             if let Some(verify) = &mut live.verify {
-                verify.plans.push(Arc::clone(&source.plan));
+                verify.moved.push(source.what.clone());
             }
         }
         let now = self.clock.now();
-        match self.transfers.add_job(now, id, Arc::new(source)) {
+        let source = (Arc::new(source) as Arc<dyn OpSource>, workers.max(1));
+        match self.transfers.add_job_of(now, id, source) {
             Ok(job) => Some(job),
             // The transfer may have ended meanwhile: its outcome has said so.
             Err(error) => {
@@ -403,11 +461,14 @@ impl Worker {
 
     /// Ends the posts of a job, if it is complete.
     fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
-        if !queue.jobs.contains_key(&job) || !self.transfers.is_complete(id, job) {
+        let Ok(at) = queue.jobs.binary_search_by_key(&job, |(job, _)| *job) else {
+            return;
+        };
+        if !self.transfers.is_complete(id, job) {
             return;
         }
-        for post in queue.jobs.remove(&job).unwrap_or_default() {
-            queue.complete(post, Status::Ok);
+        if let Some((_, posts)) = queue.jobs.remove(at) {
+            queue.complete_each(&posts, Status::Ok);
         }
         // A kernel may post for as long as it likes: what is over is not kept.
         if let Some(live) = self.live.get_mut(&id)
