@@ -37,7 +37,7 @@ KVX_KERNEL void kvx_post_blocks(const kvx_post_args *args, kvx_u32, kvx_u32) {
   kvx_post_host(args, 0, args->posters, 0);
 }
 
-// Every size and offset of args.h and queue.h, in the order in which Rust's mirror lists its own.
+// Every size and offset of args.h, queue.h and regions.h, in the order in which Rust's mirror lists its own.
 extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     sizeof(kvx_tensor),
     __builtin_offsetof(kvx_tensor, src),
@@ -129,6 +129,7 @@ extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     __builtin_offsetof(kvx_queue, record),
     __builtin_offsetof(kvx_queue, cq_record),
     __builtin_offsetof(kvx_queue, bell),
+    __builtin_offsetof(kvx_queue, regions),
     __builtin_offsetof(kvx_queue, kind),
     __builtin_offsetof(kvx_queue, depth),
     __builtin_offsetof(kvx_queue, cq_depth),
@@ -163,5 +164,32 @@ extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     __builtin_offsetof(kvx_produce_args, results),
     __builtin_offsetof(kvx_produce_args, layers_len),
     __builtin_offsetof(kvx_produce_args, pairs_len),
+    sizeof(kvx_region_piece),
+    __builtin_offsetof(kvx_region_piece, local),
+    __builtin_offsetof(kvx_region_piece, local_stride),
+    __builtin_offsetof(kvx_region_piece, remote),
+    __builtin_offsetof(kvx_region_piece, remote_stride),
+    __builtin_offsetof(kvx_region_piece, len),
+    __builtin_offsetof(kvx_region_piece, lkey),
+    __builtin_offsetof(kvx_region_piece, rkey),
+    sizeof(kvx_region_tensor),
+    __builtin_offsetof(kvx_region_tensor, bytes),
+    __builtin_offsetof(kvx_region_tensor, first),
+    __builtin_offsetof(kvx_region_tensor, count),
+    sizeof(kvx_region_layer),
+    __builtin_offsetof(kvx_region_layer, first),
+    __builtin_offsetof(kvx_region_layer, tensors),
+    __builtin_offsetof(kvx_region_layer, local_blocks),
+    __builtin_offsetof(kvx_region_layer, remote_blocks),
+    sizeof(kvx_region_group),
+    __builtin_offsetof(kvx_region_group, first),
+    __builtin_offsetof(kvx_region_group, layers),
+    sizeof(kvx_regions),
+    __builtin_offsetof(kvx_regions, groups),
+    __builtin_offsetof(kvx_regions, layers),
+    __builtin_offsetof(kvx_regions, tensors),
+    __builtin_offsetof(kvx_regions, pieces),
+    __builtin_offsetof(kvx_regions, groups_len),
+    __builtin_offsetof(kvx_regions, reserved),
 };
 #endif

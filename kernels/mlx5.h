@@ -23,11 +23,8 @@ KVX_FN kvx_u32 kvx_mlx5_opcode(kvx_u32 op) {
   return op == KVX_GET ? KVX_MLX5_READ : op == KVX_PUT_IMM ? KVX_MLX5_WRITE_IMM : KVX_MLX5_WRITE;
 }
 
-// Whether the device can do it.
+// Whether the device can do it, by addresses.
 KVX_FN kvx_u32 kvx_nic_can(const kvx_move &move) {
-  if (move.flags != 0) {
-    return KVX_BAD_OP;
-  }
   return move.len <= KVX_MLX5_MAX_LEN ? KVX_OK : KVX_BAD_LENGTH;
 }
 
@@ -41,14 +38,14 @@ KVX_FN kvx_u64 kvx_mlx5_head(const kvx_queue &queue, kvx_u64 n, const kvx_move &
   return (kvx_u64)second << 32 | first;
 }
 
-// Writes WQE `n` into its slot.
+// Writes WQE `n` into its slot. One that is not `told` makes a completion only if it fails.
 KVX_FN void kvx_nic_write(const kvx_queue &queue, kvx_u64 at, kvx_u64 n, const kvx_move &move,
-                          kvx_u32 op) {
+                          kvx_u32 op, kvx_u32 told) {
   kvx_u64 head = kvx_mlx5_head(queue, n, move, op);
   kvx_u64 remote = kvx_be64(move.remote);
   kvx_u64 local = kvx_be64(move.local);
   KVX_GLOBAL kvx_v4 *to = (KVX_GLOBAL kvx_v4 *)at;
-  kvx_v4 control = {(kvx_u32)head, (kvx_u32)(head >> 32), KVX_MLX5_CQ_UPDATE << 24,
+  kvx_v4 control = {(kvx_u32)head, (kvx_u32)(head >> 32), told ? KVX_MLX5_CQ_UPDATE << 24 : 0,
                     op == KVX_PUT_IMM ? kvx_be32(move.imm) : 0};
   kvx_v4 far = {(kvx_u32)remote, (kvx_u32)(remote >> 32), kvx_be32(move.rkey), 0};
   kvx_v4 near = {kvx_be32((kvx_u32)move.len), kvx_be32(move.lkey), (kvx_u32)local,

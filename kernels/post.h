@@ -8,6 +8,10 @@
 //   kvx_u32 kvx_quiet(queue)                    until all that was posted before has ended; the
 //                                               queue's first failure, if it has had one
 //
+// A move is by addresses and keys, or by places on both sides: a block of a layer, all of it or one
+// tensor's. What pieces that is in, the host knows of a proxy's post, and the queue's table of others
+// (regions.h); however many they are, the post has one ticket, whose end is that of all of them.
+//
 // They return a status (queue.h), never later than the queue's patience and never without an end.
 // Plain names are for a thread that posts what is its own; lanes of a wave take turns, for lanes that
 // wait for each other in lockstep would wait for ever. Names with _wave are called by all lanes of a wave, with
@@ -24,6 +28,7 @@
 #include "device.h"
 #include "mlx5.h"
 #include "queue.h"
+#include "regions.h"
 
 // Faults planted on purpose, and looks into the order of stores, are for tests alone (planted.hip).
 #ifndef KVX_PLANTED
@@ -34,6 +39,9 @@
 #define KVX_RECORD_LATE 2u         // the record after the doorbell
 #define KVX_BELL_FROM_SLOT 3u      // the doorbell out of the slot
 #define KVX_NO_CQ_RECORD 4u        // completions are read and not given back
+#define KVX_WQE_LATE 5u            // the WQE after the record that tells of it
+#define KVX_NO_TURN 6u             // rings though those before have not
+#define KVX_TOLD_FIRST 7u          // of several WQEs the first tells of its end
 #define KVX_TRAP_PHASE 1u
 #define KVX_TRAP_RECORD 2u
 #define KVX_TRAP_BELL 3u
@@ -152,18 +160,19 @@ KVX_FN kvx_u32 kvx_look(const kvx_queue &queue) {
   return KVX_OK;
 }
 
-// A ticket, whose slot is free: without one nothing has changed. So a queue that is full for too long
-// has no ticket that nobody posts.
-KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u64 &ticket) {
+// So many numbers in a row, from `first`, whose slots are free: without them nothing has changed. So a
+// queue that is full for too long has none that nobody posts.
+KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u32 count, kvx_u64 &first) {
   kvx_vigil vigil = kvx_vigil_begin();
   for (;;) {
     if (kvx_load_device_u64(KVX_STATE(queue, broken)) != 0) {
       return KVX_BROKEN;
     }
+    // Where somebody else was quicker, the swap finds out.
     kvx_u64 next = kvx_load_device_u64(KVX_STATE(queue, next));
-    if (next - kvx_load_device_u64(KVX_STATE(queue, seen)) < queue.depth) {
-      if (kvx_swap_device_u64(KVX_STATE(queue, next), next, next + 1) == next) {
-        ticket = next;
+    if (next + count - kvx_load_device_u64(KVX_STATE(queue, seen)) <= queue.depth) {
+      if (kvx_swap_device_u64(KVX_STATE(queue, next), next, next + count) == next) {
+        first = next;
         return KVX_OK;
       }
     } else {
@@ -171,7 +180,7 @@ KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u64 &ticket) {
       if (status != KVX_OK) {
         return status;
       }
-      if (next - kvx_load_device_u64(KVX_STATE(queue, seen)) < queue.depth) {
+      if (next + count - kvx_load_device_u64(KVX_STATE(queue, seen)) <= queue.depth) {
         continue;
       }
     }
@@ -207,36 +216,79 @@ KVX_FN void kvx_ring_write(const kvx_queue &queue, kvx_u64 ticket, const kvx_mov
   }
 }
 
-// Puts a WQE into its slot and rings, when all before it have.
-KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 ticket, const kvx_move &move,
-                            kvx_u32 op) {
-  kvx_u64 at = queue.slots + (ticket & (queue.depth - 1)) * 64;
-  kvx_nic_write(queue, at, ticket, move, op);
+// The WQEs of a post: what it moves, or the pieces that it is in.
+struct kvx_train {
+  kvx_u64 first;
+  kvx_u64 next;        // behind the last
+  kvx_move last;       // what the last one moves
+  kvx_u64 last_at;     // its slot
+};
+
+// Puts a WQE for each piece into its slot. Only the last one tells of its end: those of a queue pair
+// end in their order.
+KVX_FN void kvx_nic_fill(const kvx_queue &queue, const kvx_move &move, const kvx_block &block,
+                         kvx_u32 op, kvx_train &train) {
+#pragma nounroll
+  for (kvx_u64 n = train.first; n != train.next; ++n) {
+    kvx_u32 ends = n + 1 == train.next;
+    kvx_u32 told = KVX_PLANTED(KVX_TOLD_FIRST) ? n == train.first : ends;
+    if (block.pieces != 0) {
+      train.last = kvx_piece_of(block, (kvx_u32)(n - train.first), move.imm);
+    }
+    train.last_at = queue.slots + (n & (queue.depth - 1)) * 64;
+    kvx_u32 this_op = ends || op == KVX_GET ? op : KVX_PUT;
+    kvx_nic_write(queue, train.last_at, n, train.last, this_op, told);
+  }
+}
+
+// Writes the WQEs of a post from number `first`, and rings once for all, when all before them have.
+KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_move &move,
+                            const kvx_block &block, kvx_u32 op) {
+  kvx_train train = {first, first + block.count, move, 0};
+  if (!KVX_PLANTED(KVX_WQE_LATE)) {
+    kvx_nic_fill(queue, move, block, op, train);
+  }
   kvx_fence_release();
   kvx_vigil vigil = kvx_vigil_begin();
-  while (kvx_load_device_u64(KVX_STATE(queue, rung)) != ticket) {
+  while (!KVX_PLANTED(KVX_NO_TURN) && kvx_load_device_u64(KVX_STATE(queue, rung)) != first) {
     kvx_u32 status = kvx_vigil_go_on(queue, vigil);
     if (status != KVX_OK) {
       // Its turn never came, so nobody's after it will.
-      kvx_fail(queue, ticket, status);
+      kvx_fail(queue, first, status);
       return status;
     }
   }
   if (!KVX_PLANTED(KVX_RECORD_LATE)) {
-    kvx_store_system_u32(queue.record, kvx_nic_record(ticket + 1));
-    KVX_TRAP(queue, KVX_TRAP_RECORD, ticket + 1);
+    kvx_store_system_u32(queue.record, kvx_nic_record(train.next));
+    KVX_TRAP(queue, KVX_TRAP_RECORD, train.next);
   }
-  kvx_u64 bell = kvx_nic_bell(queue, ticket, move, op);
+  if (KVX_PLANTED(KVX_WQE_LATE)) {
+    kvx_nic_fill(queue, move, block, op, train);
+  }
+  kvx_u64 bell = kvx_nic_bell(queue, train.next - 1, train.last, op);
   if (KVX_PLANTED(KVX_BELL_FROM_SLOT)) {
-    bell = kvx_load_system_u64(at);
+    bell = kvx_load_system_u64(train.last_at);
   }
   kvx_store_release_u64(queue.bell, bell);
   KVX_TRAP(queue, KVX_TRAP_BELL, bell);
   if (KVX_PLANTED(KVX_RECORD_LATE)) {
-    kvx_store_system_u32(queue.record, kvx_nic_record(ticket + 1));
+    kvx_store_system_u32(queue.record, kvx_nic_record(train.next));
   }
-  kvx_store_device_u64(KVX_STATE(queue, rung), ticket + 1);
+  kvx_store_device_u64(KVX_STATE(queue, rung), train.next);
   return KVX_OK;
+}
+
+// Whether a queue of WQEs can do it, and in how many; `block` is what places were found to be.
+KVX_FN kvx_u32 kvx_nic_plan(const kvx_queue &queue, const kvx_move &move, kvx_block &block) {
+  if (move.flags == 0) {
+    block.count = 1;
+    return kvx_nic_can(move);
+  }
+  kvx_u32 status = kvx_find(queue, move, block);
+  if (status == KVX_OK && (block.count > KVX_MOST_PIECES || block.count > queue.depth)) {
+    return KVX_BAD_LENGTH;
+  }
+  return status;
 }
 
 // By one thread, for which no other of its wave waits.
@@ -250,21 +302,24 @@ KVX_FN kvx_u32 kvx_post_one(const kvx_queue &queue, const kvx_move &move, kvx_u3
     if (move.flags > (KVX_LOCAL_PLACE | KVX_REMOTE_PLACE)) {
       return KVX_BAD_OP;
     }
-  } else {
-    status = kvx_nic_can(move);
-    if (status != KVX_OK) {
-      return status;
+    status = kvx_reserve(queue, 1, ticket);
+    if (status == KVX_OK) {
+      kvx_ring_write(queue, ticket, move, op);
     }
+    return status;
   }
-  status = kvx_reserve(queue, ticket);
+  kvx_block block = {0, 0, 0, 0};
+  status = kvx_nic_plan(queue, move, block);
   if (status != KVX_OK) {
     return status;
   }
-  if (queue.kind == KVX_PROXY) {
-    kvx_ring_write(queue, ticket, move, op);
-    return KVX_OK;
+  kvx_u64 first;
+  status = kvx_reserve(queue, block.count, first);
+  if (status != KVX_OK) {
+    return status;
   }
-  return kvx_nic_post(queue, ticket, move, op);
+  ticket = KVX_TICKET(first + block.count - 1, block.count - 1);
+  return kvx_nic_post(queue, first, move, block, op);
 }
 
 // How one ticket has ended; `over` says whether it has.
@@ -275,12 +330,14 @@ KVX_FN kvx_u32 kvx_ended(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 &over) 
     // Where the slot has been used again, all was well.
     return word >> 8 == ticket + 1 ? (kvx_u32)word & 0xff : KVX_OK;
   }
-  over = kvx_load_device_u64(KVX_REPORT(queue, ended)) > ticket;
+  kvx_u64 last = KVX_TICKET_LAST(ticket);
+  over = kvx_load_device_u64(KVX_REPORT(queue, ended)) > last;
   kvx_u64 fault = kvx_load_device_u64(KVX_REPORT(queue, fault));
-  if (fault == 0 || ticket + 1 < fault >> 8) {
+  if (fault == 0 || last + 1 < fault >> 8) {
     return KVX_OK;
   }
-  return ticket + 1 == fault >> 8 ? (kvx_u32)fault & 0xff : KVX_FLUSHED;
+  // Any of its pieces.
+  return KVX_TICKET_FIRST(ticket) + 1 <= fault >> 8 ? (kvx_u32)fault & 0xff : KVX_FLUSHED;
 }
 
 // How all below a ticket have ended; `over` says whether they have.

@@ -13,7 +13,7 @@
 #define KVX_BROKEN 3u       // an operation has failed before: nothing was posted
 #define KVX_BAD_QUEUE 4u    // no such kind, or a depth that is no power of two
 #define KVX_BAD_OP 5u       // an operation, or flags, that the queue does not have
-#define KVX_BAD_LENGTH 6u   // more bytes than an operation can have
+#define KVX_BAD_LENGTH 6u   // more bytes, or pieces, than an operation can have; not the block's bytes
 #define KVX_BAD_KEY 7u      // a key that names nothing
 #define KVX_BAD_RANGE 8u    // bytes outside of what the key or the place names
 #define KVX_BAD_RIGHTS 9u   // not allowed there
@@ -29,8 +29,9 @@
 #define KVX_GET 2u
 #define KVX_PUT_IMM 3u
 
-// kvx_move.flags, kvx_desc.flags: the address is a place in the region table (KVX_PLACE), and its
-// key is not looked at.
+// kvx_move.flags, kvx_desc.flags: the address is a place (KVX_PLACE), and its key is not looked at. The
+// host knows what a proxy's places mean; other queues look them up in their table (regions.h), and take
+// both or neither.
 #define KVX_LOCAL_PLACE 1u
 #define KVX_REMOTE_PLACE 2u
 
@@ -42,6 +43,15 @@
 
 // The tensor of a place that stands for all of its layer: what queues of a push take.
 #define KVX_ALL_TENSORS 0xffu
+
+// A ticket is what a wait is given, as the post gave it. In its high 8 bits it says how many WQEs the
+// post took beside the last one, which has the number in the other 56.
+#define KVX_TICKET(last, more) ((kvx_u64)(more) << 56 | (last))
+#define KVX_TICKET_LAST(ticket) ((ticket) & (1ull << 56) - 1)
+#define KVX_TICKET_FIRST(ticket) (KVX_TICKET_LAST(ticket) - ((ticket) >> 56))
+
+// WQEs of a post at most: pieces of a block.
+#define KVX_MOST_PIECES 256u
 
 static_assert(KVX_PLACE(0x11, 0x2233, 0x44, 0x55667788) == 0x1144223355667788ull, "places");
 
@@ -113,6 +123,7 @@ struct kvx_queue {
   kvx_u64 record;      // WQEs: the send queue's word of the doorbell record
   kvx_u64 cq_record;   // WQEs: the completion queue's word
   kvx_u64 bell;        // WQEs: eight bytes, the doorbell or a word in its place
+  kvx_u64 regions;     // WQEs: kvx_regions for places; 0: it takes addresses alone
   kvx_u32 kind;
   kvx_u32 depth;       // slots: a power of two
   kvx_u32 cq_depth;    // WQEs: a power of two, at least `depth`
@@ -197,7 +208,7 @@ KVX_AT(kvx_queue_state, taken, 32);
 KVX_AT(kvx_queue_state, polling, 40);
 KVX_SIZE(kvx_queue_report, 16);
 KVX_AT(kvx_queue_report, fault, 8);
-KVX_SIZE(kvx_queue, 96);
+KVX_SIZE(kvx_queue, 104);
 KVX_AT(kvx_queue, words, 8);
 KVX_AT(kvx_queue, state, 16);
 KVX_AT(kvx_queue, report, 24);
@@ -207,17 +218,18 @@ KVX_AT(kvx_queue, completions, 48);
 KVX_AT(kvx_queue, record, 56);
 KVX_AT(kvx_queue, cq_record, 64);
 KVX_AT(kvx_queue, bell, 72);
-KVX_AT(kvx_queue, kind, 80);
-KVX_AT(kvx_queue, depth, 84);
-KVX_AT(kvx_queue, cq_depth, 88);
-KVX_AT(kvx_queue, qpn, 92);
-KVX_SIZE(kvx_post_args, 128);
-KVX_AT(kvx_post_args, moves, 96);
-KVX_AT(kvx_post_args, results, 104);
-KVX_AT(kvx_post_args, count, 112);
-KVX_AT(kvx_post_args, posters, 116);
-KVX_AT(kvx_post_args, op, 120);
-KVX_AT(kvx_post_args, until, 124);
+KVX_AT(kvx_queue, regions, 80);
+KVX_AT(kvx_queue, kind, 88);
+KVX_AT(kvx_queue, depth, 92);
+KVX_AT(kvx_queue, cq_depth, 96);
+KVX_AT(kvx_queue, qpn, 100);
+KVX_SIZE(kvx_post_args, 136);
+KVX_AT(kvx_post_args, moves, 104);
+KVX_AT(kvx_post_args, results, 112);
+KVX_AT(kvx_post_args, count, 120);
+KVX_AT(kvx_post_args, posters, 124);
+KVX_AT(kvx_post_args, op, 128);
+KVX_AT(kvx_post_args, until, 132);
 KVX_SIZE(kvx_post_result, 16);
 KVX_AT(kvx_post_result, posted, 8);
 KVX_AT(kvx_post_result, ended, 12);
@@ -229,12 +241,12 @@ KVX_SIZE(kvx_produced_layer, 24);
 KVX_AT(kvx_produced_layer, len, 8);
 KVX_AT(kvx_produced_layer, first, 16);
 KVX_AT(kvx_produced_layer, end, 20);
-KVX_SIZE(kvx_produce_args, 136);
-KVX_AT(kvx_produce_args, tensors, 96);
-KVX_AT(kvx_produce_args, layers, 104);
-KVX_AT(kvx_produce_args, pairs, 112);
-KVX_AT(kvx_produce_args, results, 120);
-KVX_AT(kvx_produce_args, layers_len, 128);
-KVX_AT(kvx_produce_args, pairs_len, 132);
+KVX_SIZE(kvx_produce_args, 144);
+KVX_AT(kvx_produce_args, tensors, 104);
+KVX_AT(kvx_produce_args, layers, 112);
+KVX_AT(kvx_produce_args, pairs, 120);
+KVX_AT(kvx_produce_args, results, 128);
+KVX_AT(kvx_produce_args, layers_len, 136);
+KVX_AT(kvx_produce_args, pairs_len, 140);
 
 #endif

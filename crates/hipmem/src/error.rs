@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use crate::gather::GatherFault;
 use crate::gpu::{GpuFault, NoGpu};
 use crate::kernels::KernelError;
+use crate::post::RegionFault;
 
 /// The operation that an [`Error`] speaks of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -193,6 +194,9 @@ pub enum Error {
     /// Blocks cannot be gathered as was asked, or were not.
     #[error("{0}")]
     Gather(#[source] Box<GatherFault>),
+    /// Kernels cannot be given a table of such blocks.
+    #[error("{0}")]
+    Regions(#[source] RegionFault),
     /// There is no kernel to launch.
     #[error("{0}")]
     Kernel(#[source] KernelError),
@@ -255,6 +259,12 @@ impl From<GpuFault> for Error {
 impl From<GatherFault> for Error {
     fn from(fault: GatherFault) -> Self {
         Self::Gather(Box::new(fault))
+    }
+}
+
+impl From<RegionFault> for Error {
+    fn from(fault: RegionFault) -> Self {
+        Self::Regions(fault)
     }
 }
 

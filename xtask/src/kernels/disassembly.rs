@@ -4,7 +4,7 @@
 //! memory models of the architectures ask for are there, in their order.
 
 use super::Source;
-use super::listing::{Kernel, PROXY_ONLY, kernel, wanted};
+use super::listing::{Kernel, kernel, wanted};
 
 /// How an architecture family spells things.
 struct Family {
@@ -101,7 +101,7 @@ pub(super) fn problems(source: Source, arch: &str, listing: &str) -> Vec<String>
             "kvx_release" => fence(family, kernel, family.release, "release"),
             "kvx_verify" => verify(family, kernel),
             "kvx_gather" => gather(family, kernel),
-            name => post(family, kernel, name != PROXY_ONLY),
+            _ => post(family, kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
     }
@@ -289,35 +289,30 @@ fn steps(family: &Family, kernel: &Kernel<'_>) -> Vec<Step> {
 
 /// Descriptor, release, phase; WQE, release; record, release, doorbell; and completions are given back
 /// after an acquire.
-fn post(family: &Family, kernel: &Kernel<'_>, writes_wqes: bool) -> Vec<String> {
+fn post(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
     use Step::{Acquire, Phase, Release, Store4, Store8, Store16};
     let steps = steps(family, kernel);
-    let all: [(bool, &[Step], &str); 4] = [
+    let all: [(&[Step], &str); 4] = [
         (
-            true,
             &[Store16, Store16, Store16, Store8, Release, Phase],
             "no release between a descriptor and its phase",
         ),
         (
-            writes_wqes,
             &[Store16, Store16, Store16, Release],
             "no release after a WQE",
         ),
         (
-            writes_wqes,
             &[Store4, Release, Store8],
             "no release between a record and its doorbell",
         ),
         (
-            true,
             &[Acquire, Store4],
             "no acquire before completions are given back",
         ),
     ];
-    let wanted = all.iter().filter(|(wanted, ..)| *wanted);
     let has = |sequence: &[Step]| steps.windows(sequence.len()).any(|w| w == sequence);
-    let missing = wanted.filter(|(_, sequence, _)| !has(sequence));
-    let mut problems: Vec<_> = missing.map(|(.., what)| (*what).to_owned()).collect();
+    let missing = all.iter().filter(|(sequence, _)| !has(sequence));
+    let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
     if steps.iter().filter(|step| **step == Phase).count() != 1 {
         problems.push("not one place that stores a phase".into());
     }

@@ -9,9 +9,6 @@ pub(super) struct Kernel<'a> {
     pub(super) code: Vec<&'a str>,
 }
 
-/// The kernel that posts places alone, which WQEs do not have: the compiler leaves them out of it.
-pub(super) const PROXY_ONLY: &str = "kvx_produce";
-
 /// Every kernel that a module must have.
 pub(super) fn wanted(source: Source) -> &'static [&'static str] {
     match source {
@@ -20,7 +17,7 @@ pub(super) fn wanted(source: Source) -> &'static [&'static str] {
             "kvx_post_threads",
             "kvx_post_waves",
             "kvx_post_blocks",
-            PROXY_ONLY,
+            "kvx_produce",
         ],
         Source::Planted => &[],
     }

@@ -1,7 +1,7 @@
 //! What the PTX must have and must not have.
 
 use super::Source;
-use super::listing::{Kernel, PROXY_ONLY, kernel, wanted};
+use super::listing::{Kernel, kernel, wanted};
 
 /// How posters take tickets from each other.
 const SWAP: &str = "atom.acq_rel.gpu.global.cas.b64";
@@ -37,7 +37,7 @@ pub(super) fn problems(source: Source, target: &str, text: &str) -> Vec<String> 
             "kvx_acquire" | "kvx_release" => fence(kernel),
             "kvx_verify" => verify(kernel),
             "kvx_gather" => gather(kernel),
-            name => post(kernel, name != PROXY_ONLY),
+            _ => post(kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
     }
@@ -141,7 +141,7 @@ fn gather(kernel: &Kernel<'_>) -> Vec<String> {
 
 /// Descriptor, then its phase by a release; WQE, fence; record, then the doorbell by a release; and
 /// completions are given back after a fence.
-fn post(kernel: &Kernel<'_>, writes_wqes: bool) -> Vec<String> {
+fn post(kernel: &Kernel<'_>) -> Vec<String> {
     const V4: &str = "st.global.v4.b32";
     const RELEASE: &str = "st.release.sys.global.u64";
     const RECORD: &str = "st.relaxed.sys.global.u32";
@@ -156,28 +156,21 @@ fn post(kernel: &Kernel<'_>, writes_wqes: bool) -> Vec<String> {
         step.copied().or(other.then_some("other"))
     });
     let steps: Vec<_> = steps.collect();
-    let all: [(bool, &[&str], &str); 4] = [
+    let all: [(&[&str], &str); 4] = [
         (
-            true,
             &[V4, V4, V4, "other", RELEASE],
             "a descriptor's phase is not a release after the rest",
         ),
-        (writes_wqes, &[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (&[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (&[RECORD, RELEASE], "no release doorbell after its record"),
         (
-            writes_wqes,
-            &[RECORD, RELEASE],
-            "no release doorbell after its record",
-        ),
-        (
-            true,
             &[FENCE, RECORD],
             "no fence before completions are given back",
         ),
     ];
-    let wanted = all.iter().filter(|(wanted, ..)| *wanted);
     let has = |sequence: &[&str]| steps.windows(sequence.len()).any(|w| w == sequence);
-    let missing = wanted.filter(|(_, sequence, _)| !has(sequence));
-    let mut problems: Vec<_> = missing.map(|(.., what)| (*what).to_owned()).collect();
+    let missing = all.iter().filter(|(sequence, _)| !has(sequence));
+    let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
     if kernel.count(SWAP) == 0 {
         problems.push("takes no ticket".into());
     }

@@ -148,13 +148,14 @@ fn kernel<Args>(library: &Library, symbol: &[u8]) -> Result<Kernel<Args>, Kernel
 #[cfg(test)]
 mod tests {
     use super::HostKernels;
-    use crate::kernels::{args, queue};
+    use crate::kernels::{args, queue, regions};
 
     #[test]
     fn the_mirror_is_what_the_sources_were_built_with() {
         let kernels = HostKernels::load().expect("the host image loads");
         let mut ours = args::layout();
         ours.extend(queue::layout());
+        ours.extend(regions::layout());
         let theirs = kernels.layout(ours.len()).expect("the symbol is there");
         assert_eq!(ours, theirs);
     }

@@ -37,6 +37,7 @@ mod error;
 mod host;
 mod prebuilt;
 pub mod queue;
+pub mod regions;
 mod shape;
 
 pub(crate) use args::bytes_of;

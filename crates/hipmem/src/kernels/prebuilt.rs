@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "082138775461abd0ad794643f73cbe85e7158580fcb2ea712d6a4266e0bf5e40",
+    sources_sha256: "cdf54785e7972da7cbec03f1b1e15d6d63377e9e14994783224f2736f7d620bd",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "e66cbab33e017f5ba0d4c0b8e12ace4b52639c4419f60a9c1d7207216779ec5d",
+        sha256: "71663a405e941108b0ce235003f1ca775fd507efeef0ea82289999df7a51885f",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "8bdda97a0fbd31b28177f9f89cb2c1f732e7e7f7d2d07105ab3ecb1ec4df844d",
+        sha256: "9f6f5df915234546a295cd5ba7d5ac18caafd418c028969b228f42ded62deb67",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "b4fd5d1917bd6ee0cb20441eaa0443afd4714596618da00ac6218f4183709372",
+        sha256: "4b9f36971b491a7af91c43f85768e0795f6c8b029ae3ec9aa9213cd899621adc",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "cdccb8549798a2de8172ae34dd0d5f1efdc2d8b3609532e34f6d350fff5392b4",
+        sha256: "bba6dbcb9e7f8abf1c28583c2c8bbfc1656a60496eae36cf5ab9572d7d513a88",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "86f4753f8c8fae098668f2a0e3e15d13da0e5777bdbfc34d8e965592c46a70d6",
+        sha256: "b957c1875e797c99a2b8cdc757b71a6d05a03177bcb1da02cbe7da8378160508",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "9771d065e09a30b537711da1e50b3dff1c9315713fa95fd775255f788cf46708",
+        sha256: "1919d66ef23a367192c6c73683107302722cf5b7890c722d7f884b5e03f43bcb",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "691fa2075f388e90944849e8ea943c9ca25822302cc7a1fb4bd76612b6b1a80f",
+        sha256: "38f15a29ac0e5533e583d876fc88bba30ff7baf554ac5389ffa4836f9b4bd034",
         warp: 32,
     },
 ];

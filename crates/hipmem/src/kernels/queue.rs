@@ -9,9 +9,9 @@ pub const GPU_WQE: u32 = 2;
 /// [`Queue::kind`]: WQEs; [`Queue::bell`] is the doorbell.
 pub const DIRECT: u32 = 3;
 
-/// [`Move::flags`]: the local address is a place in the region table.
+/// [`Move::flags`]: the local address is a place.
 pub const LOCAL_PLACE: u32 = 1;
-/// [`Move::flags`]: the remote address is a place in the region table.
+/// [`Move::flags`]: the remote address is a place.
 pub const REMOTE_PLACE: u32 = 2;
 
 /// The tensor of a place that stands for all of its layer.
@@ -32,6 +32,15 @@ pub const EACH: u32 = 1;
 pub const ALL: u32 = 2;
 /// [`PostArgs::until`]: when all have been posted, nothing of the queue may be under way.
 pub const IDLE: u32 = 3;
+
+/// The most WQEs of a post: pieces of a block.
+pub const MOST_PIECES: u32 = 256;
+
+/// The number that a post's ticket has: of WQEs that of the last one. The high 8 bits say how many there are beside it.
+#[must_use]
+pub const fn ticket_number(ticket: u64) -> u64 {
+    ticket & ((1 << 56) - 1)
+}
 
 /// What is moved between here and the peer.
 #[repr(C)]
@@ -157,6 +166,8 @@ pub struct Queue {
     pub cq_record: u64,
     /// Of WQEs: eight bytes, the doorbell or a word in its place.
     pub bell: u64,
+    /// Of WQEs: a [`Regions`](super::regions::Regions) for places; 0: addresses alone are taken.
+    pub regions: u64,
     /// [`PROXY`], [`GPU_WQE`] or [`DIRECT`].
     pub kind: u32,
     /// Slots: a power of two.
@@ -208,7 +219,7 @@ impl Move {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PostResult {
-    /// Where it was posted.
+    /// Its ticket, as a wait takes it; [`ticket_number`] is where it was posted.
     pub ticket: u64,
     /// What the post said.
     pub posted: u32,
@@ -312,7 +323,7 @@ pub(super) fn layout() -> Vec<usize> {
         QueueReport { ended, fault }
         Queue {
             slots, words, state, report, abort, patience, completions, record, cq_record, bell,
-            kind, depth, cq_depth, qpn
+            regions, kind, depth, cq_depth, qpn
         }
         PostArgs { queue, moves, results, count, posters, op, until }
         PostResult { ticket, posted, ended }
@@ -334,12 +345,12 @@ mod tests {
             64, 0, 8, 16, 24, 28, 32, 40, 48, 52, 56, 57, 58, 63, // Desc
             48, 0, 8, 16, 24, 32, 40, // QueueState
             16, 0, 8, // QueueReport
-            96, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 84, 88, 92, // Queue
-            128, 0, 96, 104, 112, 116, 120, 124, // PostArgs
+            104, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 92, 96, 100, // Queue
+            136, 0, 104, 112, 120, 124, 128, 132, // PostArgs
             16, 0, 8, 12, // PostResult
             32, 0, 8, 16, 24, // Produced
             24, 0, 8, 16, 20, // ProducedLayer
-            136, 0, 96, 104, 112, 120, 128, 132, // ProduceArgs
+            144, 0, 104, 112, 120, 128, 136, 140, // ProduceArgs
         ];
         assert_eq!(layout(), wanted);
     }

@@ -9,6 +9,8 @@
 //! posters take no slot again that is not before it; so a wait that finds its slot used again knows that
 //! its own post went well. A queue that has failed is made anew.
 //!
+//! Queues of WQEs look the blocks that kernels name up themselves, in a table of [`RegionLayer`]s.
+//!
 //! The memory of a queue for kernels of a GPU, and the built-in kernels that post, are in [`device`].
 
 mod checks;
@@ -18,6 +20,7 @@ mod descriptor;
 mod loom_models;
 mod pace;
 mod proxy;
+mod regions;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -28,4 +31,6 @@ pub use consumer::{Consumer, NotUnderWay, RingWords, Taken, Word};
 pub use descriptor::{Descriptor, DescriptorFault, End, Place, PostOp, WORDS};
 pub use pace::{Pace, Rest};
 pub use proxy::{ProxyRing, RingAddresses};
+pub(crate) use regions::Compiled;
+pub use regions::{RegionFault, RegionLayer, RegionPiece, RegionSide, region_table};
 pub use status::Status;

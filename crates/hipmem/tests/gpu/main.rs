@@ -11,6 +11,7 @@ mod memory;
 mod on_gpu;
 mod pieces;
 mod post;
+mod regions;
 mod streams;
 
 use std::time::{Duration, Instant};

@@ -23,7 +23,7 @@ use kvxfer_hipmem::post::device::{
 use kvxfer_hipmem::post::{
     Consumer, End, Place as BlockPlace, ProxyRing, RingAddresses, Status, Taken,
 };
-use kvxfer_verbs::mlx5::model::{Hca, HcaSetup, KeyTable, Queues, Region, Sink};
+use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink};
 use kvxfer_verbs::mlx5::{CqDepth, Cqe, Gather, Operation, Qpn, SqDepth, Syndrome};
 
 use crate::{Outcome, gpu, soon};
@@ -252,7 +252,7 @@ fn kernels_post_through_the_ring() -> Outcome {
 struct Counted(Vec<u32>);
 
 impl Sink for Counted {
-    fn execute(&mut self, _: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, _: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         let Some((remote, Gather::One(one))) = operation.sides() else {
             return Err(Syndrome::LOCAL_QP_OPERATION);
         };
@@ -261,7 +261,7 @@ impl Sink for Counted {
         }
         let seen = self.0.get_mut(number(one.addr()));
         *seen.ok_or(Syndrome::LOCAL_LENGTH)? += 1;
-        Ok(one.len())
+        Ok(Carried::Done(one.len()))
     }
 }
 

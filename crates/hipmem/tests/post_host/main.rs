@@ -5,6 +5,7 @@
 //! model; nothing of it has run on a NIC.
 
 mod planted;
+mod regions;
 mod ring;
 mod wqe;
 
@@ -78,6 +79,11 @@ impl Around {
     fn lose_a_ticket(&self) {
         let next = self.state.load_u64(0).expect("inside");
         self.state.store_u64(0, next + 1).expect("inside");
+    }
+
+    /// The number that the next post gets.
+    fn next(&self) -> u64 {
+        self.state.load_u64(0).expect("inside")
     }
 
     fn set_abort(&self) {

@@ -15,7 +15,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::ring::{self, moves};
-use crate::{LONG, SHORT, ends, run, wqe};
+use crate::{LONG, SHORT, ends, regions, run, wqe};
 
 #[cfg(target_arch = "x86_64")]
 const IMAGE: &[u8] = include_bytes!("../../prebuilt/planted-x86_64.so");
@@ -28,6 +28,9 @@ const PHASE_FIRST: u32 = 1;
 const RECORD_LATE: u32 = 2;
 const BELL_FROM_SLOT: u32 = 3;
 const NO_CQ_RECORD: u32 = 4;
+const WQE_LATE: u32 = 5;
+const NO_TURN: u32 = 6;
+const TOLD_FIRST: u32 = 7;
 const AT_PHASE: u32 = 1;
 const AT_RECORD: u32 = 2;
 const AT_BELL: u32 = 3;
@@ -109,6 +112,10 @@ fn trapped(
     let image = Image::planted(fault);
     let patience = if fault == NOTHING { LONG } else { SHORT };
     let bench = wqe::Bench::new(kind, 4, 4, 0xfff0, patience);
+    if fault == NO_TURN {
+        // Its turn never comes.
+        bench.around.lose_a_ticket();
+    }
     let hca = Arc::new(Mutex::new((bench.hca, None)));
     let looking = Arc::clone(&hca);
     let abort = (fault == NOTHING).then(|| bench.around.abort.clone());
@@ -170,6 +177,35 @@ fn a_doorbell_built_from_the_slot_is_found() {
         matches!(violation, Some(Violation::Doorbell { .. })),
         "{violation:?}"
     );
+}
+
+#[test]
+fn a_wqe_written_after_its_record_is_found() {
+    // The model's memory is zeros before the first lap: no WQE that there is.
+    let (violation, _) = trapped(WQE_LATE, DIRECT, 1, 1);
+    assert!(
+        matches!(violation, Some(Violation::Wqe { n: 0xfff0, .. })),
+        "{violation:?}"
+    );
+}
+
+#[test]
+fn a_poster_that_rings_before_its_turn_is_found() {
+    let (violation, _) = trapped(NO_TURN, DIRECT, 1, 1);
+    assert!(
+        matches!(violation, Some(Violation::Wqe { n: 0xfff0, .. })),
+        "{violation:?}"
+    );
+}
+
+#[test]
+fn a_ticket_that_ends_with_its_first_piece_is_found() {
+    let image = Image::planted(TOLD_FIRST);
+    let late = regions::told(&image.post(), SHORT);
+    assert_eq!(late, [(Status::Ok, Status::Timeout)], "and nobody hangs");
+    let image = Image::planted(NOTHING);
+    let well = regions::told(&image.post(), LONG);
+    assert_eq!(well, [(Status::Ok, Status::Ok)]);
 }
 
 #[test]

@@ -9,7 +9,9 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, DIRECT, EACH, GET, GPU_WQE, IDLE, LOCAL_PLACE, Move, POSTED, PUT, PUT_IMM, Queue,
 };
 use kvxfer_hipmem::post::Status;
-use kvxfer_verbs::mlx5::model::{Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
+use kvxfer_verbs::mlx5::model::{
+    Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation,
+};
 use kvxfer_verbs::mlx5::{
     CqDepth, Cqe, Gather, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth,
     Syndrome,
@@ -25,7 +27,7 @@ const QPN: u32 = 0x00ab_cdef;
 pub(crate) struct Counted(pub(crate) Vec<u32>);
 
 impl Sink for Counted {
-    fn execute(&mut self, _: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, _: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         let (remote, local) = operation.sides().ok_or(Syndrome::LOCAL_QP_OPERATION)?;
         let Gather::One(one) = local else {
             return Err(Syndrome::LOCAL_QP_OPERATION);
@@ -43,12 +45,12 @@ impl Sink for Counted {
         }
         let i = usize::try_from(i).map_err(|_| Syndrome::LOCAL_LENGTH)?;
         *self.0.get_mut(i).ok_or(Syndrome::LOCAL_LENGTH)? += 1;
-        Ok(one.len())
+        Ok(Carried::Done(one.len()))
     }
 }
 
-pub(crate) struct Bench {
-    pub(crate) hca: Hca<HostMemory, Counted>,
+pub(crate) struct Bench<S = Counted> {
+    pub(crate) hca: Hca<HostMemory, S>,
     pub(crate) around: Around,
     pub(crate) queue: Queue,
     pub(crate) sq: HostMemory,
@@ -61,6 +63,29 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new(kind: u32, depth: u32, cq_depth: u32, first: u64, patience: u64) -> Self {
+        let region = |addr| Region {
+            addr,
+            len: 64 * 200_000,
+            writable: true,
+        };
+        let keys = KeyTable {
+            local: [(1, region(0x10_0000))].into(),
+            remote: [(2, region(0x7000_0000_0000))].into(),
+        };
+        let sink = Counted(vec![0; 200_000]);
+        Self::with((kind, depth, cq_depth), first, patience, keys, sink)
+    }
+}
+
+impl<S: Sink> Bench<S> {
+    /// A queue whose device has these keys, and does this.
+    pub(crate) fn with(
+        (kind, depth, cq_depth): (u32, u32, u32),
+        first: u64,
+        patience: u64,
+        keys: KeyTable,
+        sink: S,
+    ) -> Self {
         let mut memory = Memory::new();
         let around = Around::new(&mut memory, first);
         let report = memory.take(16);
@@ -91,20 +116,12 @@ impl Bench {
             qpn: QPN,
             ..Queue::default()
         };
-        let region = |addr| Region {
-            addr,
-            len: 64 * 200_000,
-            writable: true,
-        };
         let setup = HcaSetup {
             qpn: Qpn::new(QPN).expect("24 bits"),
             sq_depth: SqDepth::new(depth).expect("a power"),
             cq_depth: CqDepth::new(cq_depth).expect("a power"),
             first,
-            keys: KeyTable {
-                local: [(1, region(0x10_0000))].into(),
-                remote: [(2, region(0x7000_0000_0000))].into(),
-            },
+            keys,
         };
         let queues = Queues {
             sq: sq.clone(),
@@ -113,7 +130,6 @@ impl Bench {
             cq_record,
             bell: if kind == GPU_WQE { &uar } else { &bell }.clone(),
         };
-        let sink = Counted(vec![0; 200_000]);
         Self {
             hca: Hca::new(queues, setup, sink).expect("large enough"),
             around,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::DeviceQueue;
+use super::queue::KernelQueue;
 use crate::error::{Error, Operation};
 use crate::gpu::device::same;
 use crate::gpu::stream::Keep;
@@ -134,10 +134,10 @@ impl PostKernels {
     /// # Errors
     ///
     /// [`Error::Empty`] for no posts; [`Error::Gpu`].
-    pub fn post(
+    pub fn post<Q: KernelQueue>(
         &self,
         stream: &Stream,
-        queue: &Arc<DeviceQueue>,
+        queue: &Arc<Q>,
         posts: &Posts<'_>,
     ) -> Result<Posting, Error> {
         self.launch(stream, queue, &self.prepare(posts)?)
@@ -180,10 +180,10 @@ impl PostKernels {
     /// # Errors
     ///
     /// As [`post`](Self::post).
-    pub fn launch(
+    pub fn launch<Q: KernelQueue>(
         &self,
         stream: &Stream,
-        queue: &Arc<DeviceQueue>,
+        queue: &Arc<Q>,
         posts: &PreparedPosts,
     ) -> Result<Posting, Error> {
         let args = PostArgs {
@@ -217,10 +217,10 @@ impl PostKernels {
     ///
     /// [`Error::Empty`] for nothing to do, [`Error::OutOfBounds`] and [`Error::Misaligned`] for a block that is not
     /// wholly inside its memory, or not on words; [`Error::Gpu`].
-    pub fn produce(
+    pub fn produce<Q: KernelQueue>(
         &self,
         stream: &Stream,
-        queue: &Arc<DeviceQueue>,
+        queue: &Arc<Q>,
         layers: &[Produce<'_>],
         pairs: &[Pair],
     ) -> Result<Posting, Error> {
@@ -297,10 +297,10 @@ impl PostKernels {
     }
 
     /// What a launch touches.
-    fn keep(
+    fn keep<Q: KernelQueue>(
         &self,
         stream: &Stream,
-        queue: &Arc<DeviceQueue>,
+        queue: &Arc<Q>,
         places: &[Place<'_>],
         results: &PinnedMemory,
     ) -> Result<Vec<Keep>, Error> {

@@ -1,13 +1,19 @@
-//! Proxy queues for kernels of a GPU, and the kernels that are built in which post to them.
+//! Queues for kernels of a GPU, and the kernels that are built in which post to them.
 //!
-//! [`DeviceQueue`] is the memory of a queue: the ring in pinned memory, the posters' state and the abort word in the
-//! GPU's. Its [handle](DeviceQueue::handle) is what a kernel is given. [`PostKernels`] launches the built-in ones
+//! [`DeviceQueue`] is the memory of a proxy queue: the ring in pinned memory, the posters' state and the abort word in
+//! the GPU's. Its [handle](DeviceQueue::handle) is what a kernel is given. [`WqeQueue`] is that of a queue of WQEs for a
+//! model of a device, with a [`RegionTable`] in which kernels look blocks up. [`PostKernels`] launches the built-in ones
 //! with nothing `unsafe` to call: what they touch has been checked, and is held until they have ended.
 //!
 //! On the stand-in a kernel is the host build of the same source, in the thread of its stream.
 
 mod launch;
+mod posters;
 mod queue;
+mod regions;
+mod wqe;
 
 pub use launch::{PostBy, PostKernels, Posting, Posts, PreparedPosts, Produce, ProducedTensor};
-pub use queue::DeviceQueue;
+pub use queue::{DeviceQueue, KernelQueue};
+pub use regions::RegionTable;
+pub use wqe::{Bell, WqeQueue, WqeQueueConfig};

@@ -1,5 +1,7 @@
 //! The device's side of a send queue and its completion queue.
 
+use std::collections::VecDeque;
+
 use super::super::bytes::Block;
 use super::super::{
     CQE_BYTES, CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Operation, Qpn, QueueMemory,
@@ -41,14 +43,35 @@ pub struct HcaSetup {
     pub keys: KeyTable,
 }
 
+/// How far a WQE was carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carried {
+    /// To its end, and so many bytes were moved.
+    Done(u32),
+    /// It is under way, until [`Hca::complete`].
+    UnderWay,
+}
+
 /// What carries out WQEs that have been found good.
 pub trait Sink {
-    /// Carries one out; gives the bytes that were moved.
+    /// Carries one out, or begins to.
     ///
     /// # Errors
     ///
     /// Why it failed; the queue then flushes what follows.
-    fn execute(&mut self, n: u64, operation: &Operation) -> Result<u32, Syndrome>;
+    fn execute(&mut self, n: u64, operation: &Operation) -> Result<Carried, Syndrome>;
+}
+
+/// A WQE that was consumed, and whose end has not been told.
+#[derive(Debug)]
+struct Consumed {
+    qpn: Qpn,
+    opcode: u8,
+    /// Low 16 bits of its number.
+    index: u16,
+    signalled: bool,
+    /// How it ended, if it has.
+    ended: Option<Result<u32, Syndrome>>,
 }
 
 /// The device.
@@ -59,6 +82,8 @@ pub struct Hca<M, S> {
     sink: S,
     /// WQEs consumed.
     consumed: u64,
+    /// The last of them, as far as their ends have not been told: they are told in order.
+    untold: VecDeque<Consumed>,
     /// Completions written.
     written: u64,
     /// Completions given back, as far as the record was read.
@@ -67,8 +92,19 @@ pub struct Hca<M, S> {
     head: Option<[u8; 8]>,
     /// The doorbell as it was last seen in memory.
     bell: [u8; 8],
-    /// A WQE has failed.
-    failed: bool,
+    /// A WQE has failed, or the next one is to.
+    failed: Option<Failed>,
+    /// A failure has been told: what is behind it was flushed.
+    told_of_failure: bool,
+}
+
+/// What becomes of the next WQE after a failure.
+#[derive(Debug, Clone, Copy)]
+enum Failed {
+    /// It is flushed.
+    Behind,
+    /// It fails so, and those behind it are flushed.
+    Next(Syndrome),
 }
 
 impl<M: QueueMemory, S: Sink> Hca<M, S> {
@@ -89,11 +125,13 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             setup,
             sink,
             consumed: first,
+            untold: VecDeque::new(),
             written: first,
             taken: first,
             head: None,
             bell,
-            failed: false,
+            failed: None,
+            told_of_failure: false,
         })
     }
 
@@ -103,10 +141,64 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         self.consumed
     }
 
+    /// All WQEs below this one have ended, and that was told.
+    #[must_use]
+    pub fn ended(&self) -> u64 {
+        self.consumed - self.untold.len() as u64
+    }
+
     /// What carries out WQEs.
     #[must_use]
     pub fn sink(&self) -> &S {
         &self.sink
+    }
+
+    /// The same, to change it.
+    pub fn sink_mut(&mut self) -> &mut S {
+        &mut self.sink
+    }
+
+    /// A WQE that was [under way](Carried::UnderWay) has ended. In any order; that is told in the WQEs' order. After a
+    /// failure what is behind it is flushed, however it ends. Gives whether it was under way.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::NoRoom`] and [`Violation::Taken`], from the completion queue.
+    pub fn complete(&mut self, n: u64, ended: Result<u32, Syndrome>) -> Result<bool, Violation> {
+        let at = n.checked_sub(self.ended());
+        let at = at.and_then(|at| usize::try_from(at).ok());
+        let Some(one) = at.and_then(|at| self.untold.get_mut(at)) else {
+            return Ok(false);
+        };
+        if one.ended.is_some() {
+            return Ok(false);
+        }
+        one.ended = Some(ended);
+        if ended.is_err() {
+            self.failed = Some(Failed::Behind);
+        }
+        self.tell()?;
+        Ok(true)
+    }
+
+    /// The queue has failed as a whole: the first WQE that is under way ends so, or the next one that comes, and what is
+    /// behind it is flushed. Nothing is carried out any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`complete`](Self::complete).
+    pub fn fail(&mut self, why: Syndrome) -> Result<(), Violation> {
+        let mut open = self.untold.iter_mut().filter(|one| one.ended.is_none());
+        let next = match open.next() {
+            Some(first) => {
+                first.ended = Some(Err(why));
+                open.for_each(|one| one.ended = Some(Err(Syndrome::FLUSHED)));
+                Failed::Behind
+            }
+            None => Failed::Next(why),
+        };
+        self.failed.get_or_insert(next);
+        self.tell()
     }
 
     /// Looks into memory as a device that is told of nothing else: consumes what the record tells of if
@@ -135,7 +227,8 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         let record = self.record()?;
         let ahead = u64::from(record.wrapping_sub(self.consumed as u16));
         let depth = self.setup.sq_depth.get();
-        if ahead > depth.into() {
+        // A slot is used again when the end of what was in it has been told.
+        if ahead + self.untold.len() as u64 > depth.into() {
             return Err(Violation::RecordSpan {
                 record,
                 consumed: self.consumed,
@@ -219,36 +312,63 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         }
         self.same_queue_pair(wqe.qpn.get())?;
         self.consumed += 1;
-        let ended = if self.failed {
-            Err(Syndrome::FLUSHED)
-        } else {
-            let allowed = self.setup.keys.check(&wqe);
-            allowed.and_then(|()| self.sink.execute(n, &wqe.operation))
-        };
-        let status = match ended {
-            Ok(byte_count) => CqeStatus::Done { byte_count },
-            Err(syndrome) => {
-                self.failed = true;
-                CqeStatus::Failed {
-                    syndrome,
-                    vendor: 0,
-                }
+        let ended = match self.failed {
+            Some(Failed::Behind) => Err(Syndrome::FLUSHED),
+            Some(Failed::Next(why)) => Err(why),
+            None => {
+                let allowed = self.setup.keys.check(&wqe);
+                allowed.and_then(|()| self.sink.execute(n, &wqe.operation))
             }
         };
-        if wqe.flags.signalled || self.failed {
-            let [_, _, _, opcode, ..] = block;
-            self.complete(&Cqe {
-                qpn: wqe.qpn,
-                opcode,
-                counter: wqe.index,
-                status,
-            })?;
+        if ended.is_err() {
+            self.failed = Some(Failed::Behind);
+        }
+        let [_, _, _, opcode, ..] = block;
+        self.untold.push_back(Consumed {
+            qpn: wqe.qpn,
+            opcode,
+            index: wqe.index,
+            signalled: wqe.flags.signalled,
+            ended: match ended {
+                Ok(Carried::Done(bytes)) => Some(Ok(bytes)),
+                Ok(Carried::UnderWay) => None,
+                Err(syndrome) => Some(Err(syndrome)),
+            },
+        });
+        self.tell()
+    }
+
+    /// Tells of what has ended, in order.
+    fn tell(&mut self) -> Result<(), Violation> {
+        while let Some(one) = self.untold.front()
+            && let Some(ended) = one.ended
+        {
+            let vendor = 0;
+            let status = match ended {
+                _ if self.told_of_failure => CqeStatus::Failed {
+                    syndrome: Syndrome::FLUSHED,
+                    vendor,
+                },
+                Ok(byte_count) => CqeStatus::Done { byte_count },
+                Err(syndrome) => CqeStatus::Failed { syndrome, vendor },
+            };
+            let failed = matches!(status, CqeStatus::Failed { .. });
+            if one.signalled || failed {
+                self.write(&Cqe {
+                    qpn: one.qpn,
+                    opcode: one.opcode,
+                    counter: one.index,
+                    status,
+                })?;
+            }
+            self.told_of_failure |= failed;
+            self.untold.pop_front();
         }
         Ok(())
     }
 
     /// Writes a completion, its last bytes last.
-    fn complete(&mut self, cqe: &Cqe) -> Result<(), Violation> {
+    fn write(&mut self, cqe: &Cqe) -> Result<(), Violation> {
         let (n, depth) = (self.written, self.setup.cq_depth);
         if n - self.taken >= depth.get().into() {
             self.look_taken()?;

@@ -7,7 +7,7 @@ use super::super::{
     CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Gather, Mlx5Fault, Operation, OutsideQueue,
     Qpn, QueueMemory, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth, Syndrome,
 };
-use super::{Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
+use super::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
 
 #[derive(Debug, Clone)]
 struct Words(Arc<[AtomicU64]>);
@@ -45,10 +45,14 @@ impl QueueMemory for Words {
 struct Counted(Vec<u64>);
 
 impl Sink for Counted {
-    fn execute(&mut self, n: u64, operation: &Operation) -> Result<u32, Syndrome> {
+    fn execute(&mut self, n: u64, operation: &Operation) -> Result<Carried, Syndrome> {
         self.0.push(n);
+        if matches!(operation, Operation::Nop) {
+            // For tests of what ends later.
+            return Ok(Carried::UnderWay);
+        }
         let len = operation.sides().map_or(0, |(_, local)| local.len());
-        Ok(u32::try_from(len).unwrap_or(u32::MAX))
+        Ok(Carried::Done(u32::try_from(len).unwrap_or(u32::MAX)))
     }
 }
 
@@ -453,4 +457,123 @@ fn memory_that_is_too_small_is_refused() {
         len: 64,
     };
     assert_eq!(made.err(), Some(Violation::Memory(outside)));
+}
+
+impl Bench {
+    /// A WQE that is under way until it is said to have ended.
+    fn post_long(&mut self, signalled: bool) -> Result<u64, Violation> {
+        let mut wqe = self.wqe();
+        wqe.operation = Operation::Nop;
+        wqe.flags.signalled = signalled;
+        self.post(&wqe)
+    }
+
+    /// What completions there are: number and syndrome, 0 for a good one.
+    fn polled(&mut self) -> Vec<(u16, u8)> {
+        let all = std::iter::from_fn(|| self.poll());
+        all.map(|cqe| match cqe.status {
+            CqeStatus::Done { .. } => (cqe.counter, 0),
+            CqeStatus::Failed { syndrome, .. } => (cqe.counter, syndrome.0),
+        })
+        .collect()
+    }
+}
+
+#[test]
+fn ends_in_any_order_are_told_in_order() {
+    let mut bench = Bench::new(0xfffe);
+    for signalled in [true, false, true] {
+        assert_eq!(bench.post_long(signalled), Ok(1));
+    }
+    let short = bench.wqe();
+    assert_eq!(bench.post(&short), Ok(1));
+    assert_eq!(bench.polled(), []);
+    assert_eq!(bench.hca.ended(), 0xfffe);
+    assert_eq!(bench.hca.complete(0xffff, Ok(0)), Ok(true));
+    assert_eq!(bench.hca.complete(0xffff, Ok(0)), Ok(false), "once");
+    for n in [0, 0xfffd, 0x1_0001, 0x1_0002, u64::MAX] {
+        let known = bench.hca.complete(n, Err(Syndrome::FLUSHED));
+        assert_eq!(known, Ok(false), "{n:#x} is not under way");
+    }
+    assert_eq!(bench.polled(), []);
+    assert_eq!(bench.hca.complete(0xfffe, Ok(0)), Ok(true));
+    assert_eq!(bench.polled(), [(0xfffe, 0)], "the second asked for none");
+    assert_eq!(bench.hca.ended(), 0x1_0000);
+    assert_eq!(bench.hca.complete(0x1_0000, Ok(0)), Ok(true));
+    assert_eq!(bench.polled(), [(0, 0), (1, 0)]);
+    assert_eq!(bench.hca.ended(), bench.hca.consumed());
+}
+
+#[test]
+fn what_has_not_been_told_to_have_ended_has_its_slot() {
+    let mut bench = Bench::new(0);
+    for _ in 0..DEPTH {
+        assert_eq!(bench.post_long(true), Ok(1));
+    }
+    let over = bench.post_long(true);
+    let wanted = Violation::RecordSpan {
+        record: 5,
+        consumed: 4,
+        depth: DEPTH,
+    };
+    assert_eq!(over, Err(wanted));
+}
+
+#[test]
+fn a_late_failure_flushes_what_is_behind_it_however_that_ends() {
+    let mut bench = Bench::new(0);
+    for _ in 0..3 {
+        assert_eq!(bench.post_long(false), Ok(1));
+    }
+    let why = Syndrome::TRANSPORT_RETRY;
+    // The last one first: one before it may still fail.
+    assert_eq!(bench.hca.complete(2, Ok(0)), Ok(true));
+    assert_eq!(bench.hca.complete(1, Err(why)), Ok(true));
+    let after = bench.wqe();
+    assert_eq!(bench.post(&after), Ok(1));
+    assert_eq!(bench.polled(), []);
+    assert_eq!(bench.hca.complete(0, Ok(0)), Ok(true));
+    let flushed = Syndrome::FLUSHED.0;
+    assert_eq!(bench.polled(), [(1, why.0), (2, flushed), (3, flushed)]);
+    assert_eq!(bench.hca.sink().0, [0, 1, 2], "nothing is begun behind it");
+    // The first failure in the order of the WQEs is told, not in that of time.
+    let mut bench = Bench::new(0);
+    for _ in 0..2 {
+        assert_eq!(bench.post_long(false), Ok(1));
+    }
+    let rnr = Syndrome::RNR_RETRY;
+    assert_eq!(bench.hca.complete(1, Err(why)), Ok(true));
+    assert_eq!(bench.hca.complete(0, Err(rnr)), Ok(true));
+    assert_eq!(bench.polled(), [(0, rnr.0), (1, flushed)]);
+}
+
+#[test]
+fn a_queue_that_fails_ends_what_is_under_way_and_what_comes() {
+    let (why, flushed) = (Syndrome::TRANSPORT_RETRY, Syndrome::FLUSHED.0);
+    let mut bench = Bench::new(0);
+    for _ in 0..3 {
+        assert_eq!(bench.post_long(false), Ok(1));
+    }
+    assert_eq!(bench.hca.complete(1, Ok(0)), Ok(true));
+    assert_eq!(bench.hca.fail(why), Ok(()));
+    assert_eq!(bench.polled(), [(0, why.0), (1, flushed), (2, flushed)]);
+    assert_eq!(
+        bench.hca.fail(Syndrome::RNR_RETRY),
+        Ok(()),
+        "the first one stays"
+    );
+    let next = bench.wqe();
+    assert_eq!(bench.post(&next), Ok(1));
+    assert_eq!(bench.polled(), [(3, flushed)]);
+    // With nothing under way the next one is told why.
+    let mut bench = Bench::new(0);
+    assert_eq!(bench.hca.fail(why), Ok(()));
+    assert_eq!(bench.polled(), []);
+    for wanted in [why.0, flushed] {
+        let next = bench.wqe();
+        assert_eq!(bench.post(&next), Ok(1));
+        let found: Vec<_> = bench.polled().iter().map(|(_, s)| *s).collect();
+        assert_eq!(found, [wanted]);
+    }
+    assert!(bench.hca.sink().0.is_empty());
 }
