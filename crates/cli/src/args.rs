@@ -79,7 +79,8 @@ pub(crate) struct BwArgs {
     #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
     pub(crate) initiator: InitiatorChoice,
 
-    /// What the kernel posts to: `proxy`, a ring that this process's workers carry out [default: proxy]
+    /// What the kernel posts to: `proxy`, a ring that this process's workers carry out; `gpu-wqe` and `direct`, an mlx5
+    /// queue of a model of a NIC, with and without the CPU at the doorbell [default: proxy]
     #[arg(long, value_enum)]
     pub(crate) queue: Option<QueueChoice>,
 
@@ -144,13 +145,11 @@ pub(crate) enum InitiatorChoice {
     Gpu,
 }
 
-/// `--queue`. Those that are not there yet are known by name, so that they are refused by their reasons.
+/// `--queue`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum QueueChoice {
     Proxy,
-    #[value(hide = true)]
     GpuWqe,
-    #[value(hide = true)]
     Direct,
 }
 

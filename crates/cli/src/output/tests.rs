@@ -44,7 +44,7 @@ fn report() -> BwReport {
     };
     let tcp = Measured {
         op: Op::Write,
-        by: Some((Executor::HostBuild, Hca::None)),
+        by: Some((Executor::HostBuild, QueueKind::Proxy, Hca::None)),
         path: "tcp".into(),
         path_reason: "asked for".into(),
         rates: vec![2.0e9],

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::PostFault;
+use super::{Block, PostFault};
 use crate::block_set::BlockSet;
 use crate::blocks::{BlockPair, GroupBlocks};
 use crate::mem::kernels::queue::ALL_TENSORS;
@@ -87,6 +87,20 @@ impl PostTable {
             dst: there.block,
         };
         Ok(Wanted { layer: at, pair })
+    }
+
+    /// What a block that is there on both sides wants.
+    pub(crate) fn check_block(&self, block: &Block) -> Result<Wanted, PostFault> {
+        let (layer, pair) = (block.layer, block.pair);
+        let group = self.of.group(layer);
+        if !self.expected.contains(group, pair.dst) {
+            return Err(PostFault::NotExpected {
+                // Only such have windows.
+                group: u8::try_from(group).unwrap_or(u8::MAX),
+                block: pair.dst,
+            });
+        }
+        Ok(Wanted { layer, pair })
     }
 }
 

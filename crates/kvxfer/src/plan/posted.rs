@@ -42,8 +42,28 @@ pub(crate) struct LayerOps {
     tensors: Range<usize>,
 }
 
+/// Where the blocks of a tensor have a stretch, on one side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PieceSide {
+    /// Index of the memory.
+    pub(crate) region: u32,
+    /// Where block 0 has it.
+    pub(crate) offset: u64,
+    /// Bytes from one block to the next.
+    pub(crate) stride: u64,
+}
+
+/// A stretch of a block that is contiguous on both sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BlockPiece {
+    pub(crate) remote: PieceSide,
+    pub(crate) local: PieceSide,
+    pub(crate) len: u64,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct TensorOps {
+    class: usize,
     at: TensorPair,
     remote: Steps,
     local: Steps,
@@ -112,6 +132,7 @@ impl BlockOps {
                     let in_one = spans.len() == 1 && ops.spans[spans.start].count == 1;
                     whole &= in_one && (of.remote, of.local) == (even, even);
                     ops.tensors.extend(tensors.iter().map(|at| TensorOps {
+                        class,
                         at: *at,
                         remote: of.remote,
                         local: of.local,
@@ -161,6 +182,42 @@ impl BlockOps {
             .ok()
             .and_then(|g| self.inner.groups.get(g));
         group.map_or((0, 0), |g| (g.producer_blocks, g.consumer_blocks))
+    }
+
+    /// The group of a layer.
+    pub(crate) fn group(&self, at: LayerAt) -> u32 {
+        self.layer(at).group
+    }
+
+    /// All layers.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = (LayerAt, &LayerOps)> {
+        (0_u32..).map(LayerAt).zip(&self.layers)
+    }
+
+    /// The stretches of a block of a layer, tensor by tensor. `None` where blocks are not at even distances.
+    pub(crate) fn pieces(&self, at: LayerAt) -> Option<Vec<Vec<BlockPiece>>> {
+        let tensors = self.tensors.get(self.layer(at).tensors.clone())?;
+        let of = |tensor: &TensorOps| {
+            let (Steps::Even(remote), Steps::Even(local)) = (tensor.remote, tensor.local) else {
+                return None;
+            };
+            let (class, at) = (self.inner.classes.get(tensor.class)?, tensor.at);
+            let pieces = class.pieces.iter().map(|piece| BlockPiece {
+                remote: PieceSide {
+                    region: at.remote_region,
+                    offset: at.remote_base + piece.remote,
+                    stride: remote,
+                },
+                local: PieceSide {
+                    region: at.local_region,
+                    offset: at.local_base + piece.local,
+                    stride: local,
+                },
+                len: piece.len,
+            });
+            Some(pieces.collect())
+        };
+        tensors.iter().map(of).collect()
     }
 
     fn layer(&self, at: LayerAt) -> &LayerOps {

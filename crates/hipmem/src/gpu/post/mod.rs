@@ -7,12 +7,14 @@
 //!
 //! On the stand-in a kernel is the host build of the same source, in the thread of its stream.
 
+mod either;
 mod launch;
 mod posters;
 mod queue;
 mod regions;
 mod wqe;
 
+pub use either::PostQueue;
 pub use launch::{PostBy, PostKernels, Posting, Posts, PreparedPosts, Produce, ProducedTensor};
 pub use queue::{DeviceQueue, KernelQueue};
 pub use regions::RegionTable;

@@ -53,7 +53,7 @@ use crate::wire::{PushDone, Staged};
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
-pub(crate) use queues::{KernelQueue, QueueOrder};
+pub(crate) use queues::{KernelQueue, QueueOrder, Served};
 use rails::{Laneless, Retired};
 pub(crate) use stages::ToStage;
 use wreck::Wreck;

@@ -11,7 +11,9 @@ use super::{Command, Worker};
 use crate::engine::handle::Outcome;
 use crate::engine::moves::{Moved, Moves};
 use crate::engine::push::{NotPosted, Pushing, SharedQueue};
-use crate::gpu_queue::{Batch, Batches, Pace, PostFault, PostTable, Together};
+use crate::gpu_queue::{
+    Batch, Batches, Pace, PostFault, PostTable, Together, Wanted, WqeDevice, Wrong,
+};
 use crate::mem::post::{Consumer, DescriptorFault, Rest, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
@@ -68,6 +70,33 @@ enum Look {
     Later,
 }
 
+/// What takes posts, and tells how they have ended.
+#[derive(Debug)]
+pub(crate) enum Served {
+    /// The consumer of a ring of descriptors.
+    Ring(Consumer),
+    /// The device of a queue of work requests.
+    Wqes(Box<WqeDevice>),
+}
+
+impl Served {
+    /// Descriptors, or work requests, that were taken.
+    fn taken(&self) -> u64 {
+        match self {
+            Self::Ring(consumer) => consumer.taken(),
+            Self::Wqes(device) => device.taken(),
+        }
+    }
+
+    /// Those that have not ended.
+    fn under_way(&self) -> u64 {
+        match self {
+            Self::Ring(consumer) => consumer.under_way() as u64,
+            Self::Wqes(device) => device.under_way(),
+        }
+    }
+}
+
 /// A queue, as the worker has it that owns its push.
 #[derive(Debug)]
 pub(crate) struct KernelQueue {
@@ -75,9 +104,11 @@ pub(crate) struct KernelQueue {
     id: TransferId,
     pushing: Arc<Pushing>,
     shared: Arc<SharedQueue>,
-    consumer: Consumer,
+    served: Served,
     /// What posts may name; `None` before the push's ticket has come.
     table: Option<PostTable>,
+    /// What is wrong with its device, if that is not said yet.
+    broken: Option<Wrong>,
     /// The posts of each job that is under way, in the order of the jobs.
     jobs: VecDeque<(JobId, Vec<u64>)>,
     stage: Stage,
@@ -94,7 +125,7 @@ impl KernelQueue {
     pub(crate) fn new(
         number: u64,
         (pushing, id): (&Arc<Pushing>, TransferId),
-        (shared, consumer): (&Arc<SharedQueue>, Consumer),
+        (shared, served): (&Arc<SharedQueue>, Served),
         table: Option<PostTable>,
     ) -> Self {
         Self {
@@ -102,8 +133,9 @@ impl KernelQueue {
             id,
             pushing: Arc::clone(pushing),
             shared: Arc::clone(shared),
-            consumer,
+            served,
             table,
+            broken: None,
             jobs: VecDeque::new(),
             stage: Stage::Open,
             is_closing: false,
@@ -120,12 +152,24 @@ impl KernelQueue {
     /// Posts have ended. They are counted first: whoever sees a kernel's end finds its posts counted.
     fn complete_each(&mut self, posts: &[u64], status: Status) {
         self.shared.note_ended(posts.len() as u64, status);
-        let ring = self.shared.device().ring();
-        let posts = posts.iter().copied();
-        match self.consumer.complete_each(ring, posts, status) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(%error, "a post has ended twice"),
-            Err(error) => self.lose_ring(&error),
+        match &mut self.served {
+            Served::Ring(consumer) => {
+                let Some(queue) = self.shared.device().proxy() else {
+                    return;
+                };
+                let posts = posts.iter().copied();
+                match consumer.complete_each(queue.ring(), posts, status) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => debug!(%error, "a post has ended twice"),
+                    Err(error) => self.lose_ring(&error),
+                }
+            }
+            Served::Wqes(device) => {
+                let mut ends = posts.iter().map(|post| device.complete(*post, status));
+                if let Some(Err(wrong)) = ends.find(Result::is_err) {
+                    self.broken = Some(wrong);
+                }
+            }
         }
     }
 
@@ -133,16 +177,44 @@ impl KernelQueue {
     pub(super) fn end(&mut self, status: Status) {
         self.stage = Stage::Sealed;
         self.jobs.clear();
-        let ring = self.shared.device().ring();
-        self.shared
-            .note_ended(self.consumer.under_way() as u64, status);
-        let closed = match status {
-            Status::Ok => Ok(()),
-            status => self.consumer.close(ring, status),
-        };
-        if let Err(error) = closed.and_then(|()| self.consumer.complete_all(ring, status)) {
-            self.lose_ring(&error);
+        match &mut self.served {
+            Served::Ring(consumer) => {
+                let Some(queue) = self.shared.device().proxy() else {
+                    return;
+                };
+                let ring = queue.ring();
+                self.shared.note_ended(consumer.under_way() as u64, status);
+                let closed = match status {
+                    Status::Ok => Ok(()),
+                    status => consumer.close(ring, status),
+                };
+                if let Err(error) = closed.and_then(|()| consumer.complete_all(ring, status)) {
+                    self.lose_ring(&error);
+                }
+            }
+            Served::Wqes(device) => {
+                let (taken, done, failed) = self.shared.counts();
+                self.shared
+                    .note_ended(taken.saturating_sub(done + failed), status);
+                match status {
+                    // Nothing is under way, and what comes is no part of it.
+                    Status::Ok => device.close(Status::Closed),
+                    status => {
+                        if device.fail(status).is_err() {
+                            self.shared.stop();
+                        }
+                    }
+                }
+            }
         }
+    }
+
+    fn add(&self, batches: &mut Option<Batches>, post: u64, wanted: Wanted) {
+        let Some(table) = &self.table else {
+            return;
+        };
+        let new = || Batches::new(table.block_ops(), self.pushing.together());
+        batches.get_or_insert_with(new).add(post, wanted);
     }
 
     /// The ring's words are not where they should be: a defect.
@@ -172,8 +244,13 @@ impl KernelQueue {
     }
 
     fn is_over(&self) -> bool {
-        self.is_closing && self.stage == Stage::Sealed && self.consumer.under_way() == 0
+        self.is_closing && self.stage == Stage::Sealed && self.served.under_way() == 0
     }
+}
+
+/// The number of a post, whose ticket says of several work requests how many they are.
+fn post_number(ticket: u64) -> u64 {
+    crate::mem::kernels::queue::ticket_number(ticket)
 }
 
 impl Drop for KernelQueue {
@@ -263,8 +340,8 @@ impl Worker {
         let mut queues = std::mem::take(&mut self.queues);
         for queue in queues.iter_mut().filter(|queue| queue.id == id) {
             // What was posted before has a slot each; a kernel that goes on is not waited for.
-            let looks = (queue.consumer.depth() as usize).div_ceil(MOST_TAKEN);
-            for _ in 0..looks {
+            let looks = queue.shared.device().handle().depth as usize;
+            for _ in 0..looks.div_ceil(MOST_TAKEN) {
                 if self.look_at_queue(queue, true) == Look::Nothing {
                     break;
                 }
@@ -280,9 +357,13 @@ impl Worker {
         if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
             return;
         }
-        let taken = queue.consumer.taken();
-        if queue.posted.is_some_and(|posted| taken < posted) {
+        let taken = queue.served.taken();
+        let in_part = matches!(&queue.served, Served::Wqes(device) if device.has_begun());
+        if queue.posted.is_some_and(|posted| taken < posted) || in_part {
             self.fail_post(queue.id, taken, PostFault::Unwritten);
+        }
+        if let Served::Wqes(device) = &mut queue.served {
+            device.close(Status::Closed);
         }
     }
 
@@ -300,10 +381,31 @@ impl Worker {
             return Look::Later;
         }
         let mut batches = None;
+        let any = match &queue.served {
+            Served::Ring(_) => self.take_descriptors(queue, &mut batches),
+            Served::Wqes(_) => self.take_wqes(queue, &mut batches),
+        };
+        for batch in batches.into_iter().flat_map(Batches::into_all) {
+            self.begin_posts(queue, batch);
+        }
+        if !any {
+            return Look::Nothing;
+        }
+        queue.looks = 0;
+        queue.found = Some(Instant::now());
+        Look::Found
+    }
+
+    /// Takes what is in a ring; whether there was something.
+    fn take_descriptors(&mut self, queue: &mut KernelQueue, batches: &mut Option<Batches>) -> bool {
         let mut any = false;
         for _ in 0..MOST_TAKEN {
-            let taken = queue.consumer.take(queue.shared.device().ring());
-            let taken = match taken {
+            let (Served::Ring(consumer), Some(of)) =
+                (&mut queue.served, queue.shared.device().proxy())
+            else {
+                break;
+            };
+            let taken = match consumer.take(of.ring()) {
                 Ok(Some(taken)) => taken,
                 Ok(None) => break,
                 Err(error) => {
@@ -316,17 +418,12 @@ impl Worker {
                 }
             };
             any = true;
-            queue.shared.note_taken();
+            queue.shared.note_taken(1);
             match (taken, &queue.table) {
                 (Taken::Post(post), Some(table)) if queue.stage == Stage::Open => {
                     match table.check(&post) {
-                        Ok(wanted) => batches
-                            .get_or_insert_with(|| Batches::new(table.block_ops(), together))
-                            .add(post.ticket, wanted),
-                        Err(fault) => {
-                            queue.complete(post.ticket, fault.status());
-                            self.fail_post(queue.id, post.ticket, fault);
-                        }
+                        Ok(wanted) => queue.add(batches, post.ticket, wanted),
+                        Err(fault) => self.refuse(queue, post.ticket, fault),
                     }
                 }
                 (Taken::Post(post), _) => queue.complete(post.ticket, Status::Closed),
@@ -347,15 +444,56 @@ impl Worker {
                 (Taken::Flushed(_), _) => queue.shared.note_ended(1, Status::Flushed),
             }
         }
-        for batch in batches.into_iter().flat_map(Batches::into_all) {
-            self.begin_posts(queue, batch);
+        any
+    }
+
+    /// Takes what a device is told of; whether there was something.
+    fn take_wqes(&mut self, queue: &mut KernelQueue, batches: &mut Option<Batches>) -> bool {
+        let (Served::Wqes(device), Some(of)) = (&mut queue.served, queue.shared.device().wqe())
+        else {
+            return false;
+        };
+        if let Err(error) = of.relay() {
+            queue.lose_ring(&error);
+            return false;
         }
-        if !any {
-            return Look::Nothing;
+        let mut blocks = Vec::new();
+        let (count, wrong) = device.look(&mut blocks);
+        queue.shared.note_taken(blocks.len() as u64);
+        for block in blocks {
+            match &queue.table {
+                Some(table) if queue.stage == Stage::Open => match table.check_block(&block) {
+                    Ok(wanted) => queue.add(batches, block.ticket, wanted),
+                    Err(fault) => self.refuse(queue, block.ticket, fault),
+                },
+                _ => queue.complete(block.ticket, Status::Closed),
+            }
         }
-        queue.looks = 0;
-        queue.found = Some(Instant::now());
-        Look::Found
+        if let Some(wrong) = wrong.or(queue.broken.take()) {
+            self.wrong(queue, wrong);
+        }
+        count > 0
+    }
+
+    /// A work request was wrong, or a rule was broken, of which posters hear by their abort word.
+    fn wrong(&mut self, queue: &mut KernelQueue, Wrong { wqe, fault }: Wrong) {
+        let was_open = queue.stage == Stage::Open;
+        if matches!(fault, PostFault::Rule { .. }) {
+            queue.shared.stop();
+            queue.stage = Stage::Sealed;
+        } else {
+            queue.shared.note_taken(1);
+            queue.shared.note_ended(1, fault.status());
+        }
+        if was_open {
+            self.fail_post(queue.id, wqe, fault);
+        }
+    }
+
+    /// A post cannot be carried out.
+    fn refuse(&mut self, queue: &mut KernelQueue, post: u64, fault: PostFault) {
+        queue.complete(post, fault.status());
+        self.fail_post(queue.id, post_number(post), fault);
     }
 
     /// Makes a job of posts.
@@ -380,9 +518,7 @@ impl Worker {
                 cause,
             }),
             Err(NotPosted::Fault { fault, at }) => {
-                let post = posts.get(at).copied().unwrap_or(0);
-                queue.complete(post, fault.status());
-                self.fail_post(queue.id, post, fault);
+                self.refuse(queue, posts.get(at).copied().unwrap_or(0), fault);
             }
         }
     }
@@ -469,6 +605,9 @@ impl Worker {
         }
         if let Some((_, posts)) = queue.jobs.remove(at) {
             queue.complete_each(&posts, Status::Ok);
+        }
+        if let Some(wrong) = queue.broken.take() {
+            self.wrong(queue, wrong);
         }
         // A kernel may post for as long as it likes: what is over is not kept.
         if let Some(live) = self.live.get_mut(&id)
