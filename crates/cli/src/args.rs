@@ -176,6 +176,11 @@ pub(crate) struct PingArgs {
     #[arg(long, value_name = "TIME", value_parser = size::duration)]
     pub(crate) timeout: Option<Duration>,
 
+    /// Who posts the WRITE of each ping: this process, or a kernel, which waits for its end. Where there is no GPU, the
+    /// host build of the same kernel is run
+    #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
+    pub(crate) initiator: InitiatorChoice,
+
     /// How the bytes go; `auto` takes the path that the engine's real peers would [default: auto]
     #[arg(long, value_enum)]
     pub(crate) path: Option<PathChoice>,

@@ -67,12 +67,7 @@ impl Initiator {
             None => first(config)?,
         };
         let device = |error: kvxfer_hipmem::Error| Problem::from_chain(Exit::Device, &error);
-        if gpu.runtime() == RuntimeKind::Host {
-            say::aside(
-                "kvxfer: warning: there is no GPU: the posts are made by the host build of the kernel, \
-                 and figures say nothing of a GPU",
-            );
-        }
+        warn_of_stand_in(&gpu);
         Ok(Self {
             kernels: PostKernels::load(&gpu).map_err(device)?,
             stream: Stream::new(&gpu).map_err(device)?,
@@ -82,10 +77,7 @@ impl Initiator {
 
     /// What ran the kernel, what it posts to, and what carries that out over a path.
     pub(crate) fn shown(&self, path: PathKind) -> (Executor, schema::QueueKind, Hca) {
-        let executor = match self.stream.gpu().runtime() {
-            RuntimeKind::Host => Executor::HostBuild,
-            _ => Executor::Gpu,
-        };
+        let executor = executor(self.stream.gpu());
         let (queue, hca) = match (self.queue, path) {
             (QueueChoice::Proxy, PathKind::Rdma) => (schema::QueueKind::Proxy, Hca::Nic),
             (QueueChoice::Proxy, _) => (schema::QueueKind::Proxy, Hca::None),
@@ -168,8 +160,30 @@ pub(crate) struct Pushed {
     pub(crate) failed: Option<Cause>,
 }
 
+/// What runs a kernel of this GPU.
+pub(crate) fn executor(gpu: &Gpu) -> Executor {
+    match gpu.runtime() {
+        RuntimeKind::Host => Executor::HostBuild,
+        _ => Executor::Gpu,
+    }
+}
+
+/// Says so where it is none.
+pub(crate) fn warn_of_stand_in(gpu: &Gpu) {
+    if gpu.runtime() == RuntimeKind::Host {
+        say::aside(
+            "kvxfer: warning: there is no GPU: the posts are made by the host build of the kernel, \
+             and figures say nothing of a GPU",
+        );
+    }
+}
+
 /// The first GPU there is, or the stand-in.
-fn first(config: &Config) -> Result<Gpu, Problem> {
+///
+/// # Errors
+///
+/// A [`Problem`] for a GPU that was asked for and cannot be had.
+pub(crate) fn first(config: &Config) -> Result<Gpu, Problem> {
     let found = match (GpuRuntime::open(config.gpu), config.gpu) {
         (Err(_), RuntimeChoice::Auto) => GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host)),
         (found, _) => found,

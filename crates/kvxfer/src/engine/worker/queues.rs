@@ -1,20 +1,18 @@
 //! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
 //! to the posters.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, error};
+use tracing::debug;
 
+use super::kernel_queue::{KernelQueue, Served, Stage, post_number, status_of};
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
 use crate::engine::moves::{Moved, Moves};
-use crate::engine::push::{NotPosted, Pushing, SharedQueue};
-use crate::gpu_queue::{
-    Batch, Batches, Pace, PostFault, PostTable, Together, Wanted, WqeDevice, Wrong,
-};
-use crate::mem::post::{Consumer, DescriptorFault, Rest, Status, Taken};
+use crate::engine::push::NotPosted;
+use crate::gpu_queue::{Batch, Batches, PostFault, Together, Wrong};
+use crate::mem::post::{DescriptorFault, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
@@ -22,19 +20,11 @@ use crate::transfer::{Cause, JobId, JobReport, TransferId};
 /// Posts that are taken between two polls, so that completions and deadlines are seen in time.
 const MOST_TAKEN: usize = 512;
 /// Jobs of a queue that are under way at most: what is posted meanwhile waits in the ring, and goes as one job later.
-/// A job costs about what a hundred posts of one do.
 const MOST_JOBS: usize = 16;
 /// The same where the consumer's GPU fetches the blocks of each job by a launch: those go one after the other.
 const MOST_FETCHED: usize = 4;
 /// A job of so few bytes is not worth waking other workers for.
 const SMALL: u64 = 256 << 10;
-/// How long after a post the next one is waited for without rest.
-const YOUNG: Duration = Duration::from_micros(200);
-/// How a queue is looked at whose push is over.
-const AFTERWARDS: Pace = Pace::Parked {
-    longest: Duration::from_millis(20),
-};
-
 /// What a worker is told of queues.
 #[derive(Debug)]
 pub(crate) enum QueueOrder {
@@ -53,14 +43,6 @@ pub(crate) enum QueueOrder {
     Look,
 }
 
-/// Whether posts are carried out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Open,
-    /// The push has all that is part of it, or is over: posts are told that it is closed.
-    Sealed,
-}
-
 /// What a look at a ring was good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Look {
@@ -68,219 +50,6 @@ enum Look {
     Nothing,
     /// It was not looked: enough is under way.
     Later,
-}
-
-/// What takes posts, and tells how they have ended.
-#[derive(Debug)]
-pub(crate) enum Served {
-    /// The consumer of a ring of descriptors.
-    Ring(Consumer),
-    /// The device of a queue of work requests.
-    Wqes(Box<WqeDevice>),
-}
-
-impl Served {
-    /// Descriptors, or work requests, that were taken.
-    fn taken(&self) -> u64 {
-        match self {
-            Self::Ring(consumer) => consumer.taken(),
-            Self::Wqes(device) => device.taken(),
-        }
-    }
-
-    /// Those that have not ended.
-    fn under_way(&self) -> u64 {
-        match self {
-            Self::Ring(consumer) => consumer.under_way() as u64,
-            Self::Wqes(device) => device.under_way(),
-        }
-    }
-}
-
-/// A queue, as the worker has it that owns its push.
-#[derive(Debug)]
-pub(crate) struct KernelQueue {
-    number: u64,
-    id: TransferId,
-    pushing: Arc<Pushing>,
-    shared: Arc<SharedQueue>,
-    served: Served,
-    /// What posts may name; `None` before the push's ticket has come.
-    table: Option<PostTable>,
-    /// What is wrong with its device, if that is not said yet.
-    broken: Option<Wrong>,
-    /// The posts of each job that is under way, in the order of the jobs.
-    jobs: VecDeque<(JobId, Vec<u64>)>,
-    stage: Stage,
-    /// It goes when nothing of it is under way.
-    is_closing: bool,
-    /// How many posts have been begun, if there are no more.
-    posted: Option<u64>,
-    /// Looks in a row that have found nothing, and when one last has found something.
-    looks: u32,
-    found: Option<Instant>,
-}
-
-impl KernelQueue {
-    pub(crate) fn new(
-        number: u64,
-        (pushing, id): (&Arc<Pushing>, TransferId),
-        (shared, served): (&Arc<SharedQueue>, Served),
-        table: Option<PostTable>,
-    ) -> Self {
-        Self {
-            number,
-            id,
-            pushing: Arc::clone(pushing),
-            shared: Arc::clone(shared),
-            served,
-            table,
-            broken: None,
-            jobs: VecDeque::new(),
-            stage: Stage::Open,
-            is_closing: false,
-            posted: None,
-            looks: 0,
-            found: None,
-        }
-    }
-
-    fn complete(&mut self, post: u64, status: Status) {
-        self.complete_each(&[post], status);
-    }
-
-    /// Posts have ended. They are counted first: whoever sees a kernel's end finds its posts counted.
-    fn complete_each(&mut self, posts: &[u64], status: Status) {
-        self.shared.note_ended(posts.len() as u64, status);
-        match &mut self.served {
-            Served::Ring(consumer) => {
-                let Some(queue) = self.shared.device().proxy() else {
-                    return;
-                };
-                let posts = posts.iter().copied();
-                match consumer.complete_each(queue.ring(), posts, status) {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => debug!(%error, "a post has ended twice"),
-                    Err(error) => self.lose_ring(&error),
-                }
-            }
-            Served::Wqes(device) => {
-                let mut ends = posts.iter().map(|post| device.complete(*post, status));
-                if let Some(Err(wrong)) = ends.find(Result::is_err) {
-                    self.broken = Some(wrong);
-                }
-            }
-        }
-    }
-
-    /// All that is under way has ended, and nothing is carried out any more.
-    pub(super) fn end(&mut self, status: Status) {
-        self.stage = Stage::Sealed;
-        self.jobs.clear();
-        match &mut self.served {
-            Served::Ring(consumer) => {
-                let Some(queue) = self.shared.device().proxy() else {
-                    return;
-                };
-                let ring = queue.ring();
-                self.shared.note_ended(consumer.under_way() as u64, status);
-                let closed = match status {
-                    Status::Ok => Ok(()),
-                    status => consumer.close(ring, status),
-                };
-                if let Err(error) = closed.and_then(|()| consumer.complete_all(ring, status)) {
-                    self.lose_ring(&error);
-                }
-            }
-            Served::Wqes(device) => {
-                let (taken, done, failed) = self.shared.counts();
-                self.shared
-                    .note_ended(taken.saturating_sub(done + failed), status);
-                match status {
-                    // Nothing is under way, and what comes is no part of it.
-                    Status::Ok => device.close(Status::Closed),
-                    status => {
-                        if device.fail(status).is_err() {
-                            self.shared.stop();
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn add(&self, batches: &mut Option<Batches>, post: u64, wanted: Wanted) {
-        let Some(table) = &self.table else {
-            return;
-        };
-        let new = || Batches::new(table.block_ops(), self.pushing.together());
-        batches.get_or_insert_with(new).add(post, wanted);
-    }
-
-    /// The ring's words are not where they should be: a defect.
-    fn lose_ring(&mut self, error: &crate::mem::Error) {
-        error!(%error, "the ring of a queue");
-        self.stage = Stage::Sealed;
-        self.shared.stop();
-    }
-
-    /// How long the worker may rest before it looks again; `None`: it is told when there is something to look at.
-    fn rest(&mut self) -> Option<Duration> {
-        let pace = match self.stage {
-            Stage::Open if self.table.is_none() => return None,
-            Stage::Open => self.shared.pace(),
-            Stage::Sealed => AFTERWARDS,
-        };
-        if self.found.is_some_and(|found| found.elapsed() < YOUNG) {
-            return Some(Duration::ZERO);
-        }
-        match pace.rest(self.looks) {
-            Rest::Spin => Some(Duration::ZERO),
-            Rest::Sleep(sleep) => {
-                self.looks = self.looks.saturating_add(1);
-                Some(sleep)
-            }
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.is_closing && self.stage == Stage::Sealed && self.served.under_way() == 0
-    }
-}
-
-/// The number of a post, whose ticket says of several work requests how many they are.
-fn post_number(ticket: u64) -> u64 {
-    crate::mem::kernels::queue::ticket_number(ticket)
-}
-
-impl Drop for KernelQueue {
-    fn drop(&mut self) {
-        self.end(match std::thread::panicking() {
-            true => Status::Device,
-            false => Status::Closed,
-        });
-        // Nobody looks at it any more: a post that still finds room would wait for its end until it is late.
-        self.shared.stop();
-    }
-}
-
-/// What the posters of a push are told that has failed.
-fn status_of(cause: &Cause) -> Status {
-    match cause {
-        // The post that is to blame has been told by itself.
-        Cause::KernelPost { .. } => Status::Flushed,
-        Cause::DeadlinePassed => Status::Late,
-        Cause::Cancelled | Cause::Aborted | Cause::Revoked | Cause::ShuttingDown => Status::Closed,
-        Cause::PeerDead
-        | Cause::PeerStalled { .. }
-        | Cause::PeerRestarted
-        | Cause::PeerUnreachable
-        | Cause::PeerClosed
-        | Cause::PeerReset
-        | Cause::CutOff { .. }
-        | Cause::Refused { .. } => Status::Peer,
-        _ => Status::Device,
-    }
 }
 
 impl Worker {
