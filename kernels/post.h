@@ -18,7 +18,8 @@
 // the same arguments, and post once; what any lane wrote before is part of it. Names with _block are
 // called by all threads of a workgroup in the same way. All of them get the same answer.
 //
-// A post of KVX_OK has been handed over; whether it went well is what the wait says. What failed stays
+// Over GPU links a put copies the block there and then, and all who call it take part (links.h).
+// On every other queue a post of KVX_OK has been handed over; whether it went well is what the wait says. What failed stays
 // failed: the queue takes nothing more once its room is used up, what is under way is flushed, and a
 // slot that has failed is never used again. So a wait that comes after its slot has been used again knows
 // that all went well.
@@ -26,6 +27,7 @@
 #define KVX_POST_H
 
 #include "device.h"
+#include "links.h"
 #include "mlx5.h"
 #include "queue.h"
 #include "regions.h"
@@ -80,6 +82,8 @@ KVX_FN kvx_u32 kvx_queue_check(const kvx_queue &queue) {
     // What is outstanding must fit half of a 16-bit counter, and the completion queue.
     good = good && queue.depth <= 1u << 15 && kvx_power_of_two(queue.cq_depth) &&
            queue.cq_depth >= queue.depth;
+  } else if (queue.kind == KVX_LINKS) {
+    good = queue.regions != 0;
   } else if (queue.kind != KVX_PROXY) {
     good = 0;
   }
@@ -357,6 +361,10 @@ KVX_FN kvx_u32 kvx_await_one(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 all
   if (status != KVX_OK) {
     return status;
   }
+  if (queue.kind == KVX_LINKS) {
+    // A put has ended when it returns.
+    return KVX_OK;
+  }
   if (all) {
     ticket = kvx_load_device_u64(KVX_STATE(queue, next));
   }
@@ -402,6 +410,10 @@ KVX_FN kvx_u32 kvx_await_one(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 all
 
 KVX_FN kvx_u32 kvx_post_thread(const kvx_queue &queue, const kvx_move &move, kvx_u32 op,
                                kvx_u64 &ticket) {
+  if (queue.kind == KVX_LINKS) {
+    ticket = 0;
+    return kvx_link_thread(queue, move, op);
+  }
   kvx_u32 status = KVX_OK;
   KVX_BY_TURNS(status = kvx_post_one(queue, move, op, ticket));
   return status;
@@ -442,6 +454,10 @@ KVX_FN kvx_u32 kvx_leads_wave() {
 
 KVX_FN kvx_u32 kvx_post_wave(const kvx_queue &queue, const kvx_move &move, kvx_u32 op,
                              kvx_u64 &ticket) {
+  if (queue.kind == KVX_LINKS) {
+    ticket = 0;
+    return kvx_link_wave(queue, move, op);
+  }
   kvx_u32 status = KVX_OK;
   kvx_u64 mine = 0;
   // What other lanes have written comes before the leader's release.
@@ -509,6 +525,10 @@ KVX_FN kvx_u32 kvx_leads_block() {
 
 KVX_FN kvx_u32 kvx_post_block(const kvx_queue &queue, const kvx_move &move, kvx_u32 op,
                               kvx_u64 &ticket) {
+  if (queue.kind == KVX_LINKS) {
+    ticket = 0;
+    return kvx_link_block(queue, move, op);
+  }
   kvx_u32 status = KVX_OK;
   kvx_u64 mine = 0;
   kvx_drain();

@@ -1,5 +1,6 @@
 // What tests, measurements and the example of post.h run: posts in numbers, and a producer that pushes.
 #include "post.h"
+#include "time.hip"
 
 // Who posts as one.
 #define KVX_BY_THREAD 1u
@@ -142,6 +143,26 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
   }
 }
 
+// Workgroup `group`'s share of a list of puts over GPU links, each by all of its threads. For queues of
+// that kind alone, and with nothing else in it: so it can be seen that its fence comes after the copies.
+KVX_FN void kvx_push_part(const kvx_post_args &args, kvx_u32 group, kvx_u32 groups) {
+  const KVX_GLOBAL kvx_move *moves = (const KVX_GLOBAL kvx_move *)args.moves;
+  KVX_GLOBAL kvx_post_result *results = (KVX_GLOBAL kvx_post_result *)args.results;
+#pragma nounroll
+  for (kvx_u32 i = group; i < args.count; i += groups) {
+    kvx_move move = {moves[i].local, moves[i].remote, moves[i].len, 0, 0, 0, moves[i].flags};
+    kvx_u32 status = KVX_BAD_QUEUE;
+    if (args.queue.kind == KVX_LINKS) {
+      status = kvx_link_block(args.queue, move, args.op);
+    }
+    if (kvx_leads_block()) {
+      results[i].ticket = 0;
+      results[i].posted = status;
+      results[i].ended = status;
+    }
+  }
+}
+
 #ifndef KVX_HOST
 KVX_FN kvx_u32 kvx_number() { return kvx_group() * kvx_threads() + kvx_thread(); }
 
@@ -165,6 +186,10 @@ KVX_KERNEL void kvx_post_blocks(kvx_post_args args) {
   }
 }
 
+KVX_KERNEL void kvx_push_blocks(kvx_post_args args) {
+  kvx_push_part(args, kvx_group(), kvx_groups());
+}
+
 KVX_KERNEL void kvx_produce(kvx_produce_args args) {
   kvx_produce_part(args, kvx_group(), kvx_groups(), kvx_thread(), kvx_threads());
 }
@@ -177,6 +202,12 @@ KVX_KERNEL void kvx_post_host(const kvx_post_args *args, kvx_u32 first, kvx_u32 
 }
 
 // All workgroups, one after the other in the calling thread.
+KVX_KERNEL void kvx_push_blocks(const kvx_post_args *args, kvx_u32 grid, kvx_u32) {
+  for (kvx_u32 group = 0; group < grid; ++group) {
+    kvx_push_part(*args, group, grid);
+  }
+}
+
 KVX_KERNEL void kvx_produce(const kvx_produce_args *args, kvx_u32 grid, kvx_u32) {
   for (kvx_u32 group = 0; group < grid; ++group) {
     kvx_produce_part(*args, group, grid, 0, 1);

@@ -91,6 +91,7 @@ struct kvx_desc {
 #define KVX_PROXY 1u      // descriptors, which the host carries out
 #define KVX_GPU_WQE 2u    // WQEs; `bell` is a word that the host copies to the doorbell
 #define KVX_DIRECT 3u     // WQEs; `bell` is the doorbell
+#define KVX_LINKS 4u      // nothing is handed over: who puts copies the block, to where `regions` says
 
 // What posters have among themselves: memory of the device that runs them.
 struct kvx_queue_state {
@@ -123,7 +124,7 @@ struct kvx_queue {
   kvx_u64 record;      // WQEs: the send queue's word of the doorbell record
   kvx_u64 cq_record;   // WQEs: the completion queue's word
   kvx_u64 bell;        // WQEs: eight bytes, the doorbell or a word in its place
-  kvx_u64 regions;     // WQEs: kvx_regions for places; 0: it takes addresses alone
+  kvx_u64 regions;     // kvx_regions for places, but of a proxy; 0: WQEs by addresses alone
   kvx_u32 kind;
   kvx_u32 depth;       // slots: a power of two
   kvx_u32 cq_depth;    // WQEs: a power of two, at least `depth`

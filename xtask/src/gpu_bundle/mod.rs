@@ -26,7 +26,7 @@ struct Program {
     file: &'static str,
 }
 
-const PROGRAMS: [Program; 7] = [
+const PROGRAMS: [Program; 8] = [
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer-hipmem", "--test", "gpu"],
         target: "gpu",
@@ -36,6 +36,11 @@ const PROGRAMS: [Program; 7] = [
         cargo: &["build", "-p", "kvxfer-hipmem", "--example", "gpu_table"],
         target: "gpu_table",
         file: "gpu_table",
+    },
+    Program {
+        cargo: &["build", "-p", "kvxfer-hipmem", "--example", "gpu_post"],
+        target: "gpu_post",
+        file: "gpu_post",
     },
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer", "--test", "ipc"],

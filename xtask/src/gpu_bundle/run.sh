@@ -34,6 +34,10 @@ timeout -k 5 110 "$here/gpu_table" "$out/table.jsonl" >"$out/table.txt" 2>&1
 table=$?
 cat "$out/table.txt"
 [ $table -ne 0 ] && echo "gpu_table ended with $table"
+timeout -k 5 60 "$here/gpu_post" "$out/post.jsonl" >"$out/post.txt" 2>&1
+post=$?
+cat "$out/post.txt"
+[ $post -ne 0 ] && echo "gpu_post ended with $post"
 
 echo
 echo "== the command =="
@@ -109,4 +113,4 @@ for name in $failed; do
     echo "FAILED OR NOT RUN: $name"
 done
 echo "$(($(date +%s) - began)) seconds; results in $out"
-[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] && [ $bw -eq 0 ] && [ $by_kernel -eq 0 ] || exit 1
+[ -z "$failed" ] && [ $passed -gt 0 ] && [ $table -eq 0 ] && [ $post -eq 0 ] && [ $bw -eq 0 ] && [ $by_kernel -eq 0 ] || exit 1

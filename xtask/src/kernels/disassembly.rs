@@ -101,6 +101,7 @@ pub(super) fn problems(source: Source, arch: &str, listing: &str) -> Vec<String>
             "kvx_release" => fence(family, kernel, family.release, "release"),
             "kvx_verify" => verify(family, kernel),
             "kvx_gather" => gather(family, kernel),
+            "kvx_push_blocks" => push(family, kernel),
             _ => post(family, kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
@@ -235,6 +236,25 @@ fn gather(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
     }
     if kernel.count(family.store_16) < 4 {
         problems.push("too few stores of 16 bytes".into());
+    }
+    problems
+}
+
+/// Vectors in flight together, then a release, and then the word that it is done.
+fn push(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let together = kernel.longest_run(family.load_16, |i| {
+        i.starts_with("global_store_") || i.starts_with("s_waitcnt") && i.contains("vmcnt")
+    });
+    if together < 4 {
+        problems.push(format!("{together} loads of 16 bytes under way together"));
+    }
+    let mut windows = kernel.code.windows(family.release.len());
+    let fence = windows.rposition(|w| w == family.release);
+    let behind = kernel.code.iter().skip(fence.unwrap_or(usize::MAX));
+    // The result is one store.
+    if behind.filter(|i| i.starts_with("global_store_")).count() != 1 {
+        problems.push("no release between the copies and the word that they are done".into());
     }
     problems
 }

@@ -18,6 +18,7 @@ pub(super) fn wanted(source: Source) -> &'static [&'static str] {
             "kvx_post_waves",
             "kvx_post_blocks",
             "kvx_produce",
+            "kvx_push_blocks",
         ],
         Source::Planted => &[],
     }

@@ -37,6 +37,7 @@ pub(super) fn problems(source: Source, target: &str, text: &str) -> Vec<String> 
             "kvx_acquire" | "kvx_release" => fence(kernel),
             "kvx_verify" => verify(kernel),
             "kvx_gather" => gather(kernel),
+            "kvx_push_blocks" => push(kernel),
             _ => post(kernel),
         };
         problems.extend(found.into_iter().map(|p| format!("{name}: {p}")));
@@ -135,6 +136,24 @@ fn gather(kernel: &Kernel<'_>) -> Vec<String> {
     }
     if kernel.count("st.global.v4") < 4 {
         problems.push("too few stores of 16 bytes".into());
+    }
+    problems
+}
+
+/// Vectors in flight together, then a fence, and then the word that it is done.
+fn push(kernel: &Kernel<'_>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let together = kernel.longest_run("ld.global.v4", |i| bare(i).starts_with("st."));
+    if together < 4 {
+        problems.push(format!("{together} loads of 16 bytes under way together"));
+    }
+    // Where in the text the way of one thread alone is put, is the compiler's choice.
+    match (kernel.first("st.global.v4"), kernel.first("fence.sc.sys;")) {
+        (Some(copy), Some(fence)) if copy < fence => {}
+        _ => problems.push("no fence after the copies".into()),
+    }
+    if kernel.count("ld.relaxed.sys.global.u32") < 2 {
+        problems.push("does not look at the abort word again".into());
     }
     problems
 }
@@ -249,6 +268,21 @@ mod tests {
                     "{kernel}: {from} -> {to}: {found:?}"
                 );
             }
+        }
+        for (from, to, wanted) in [
+            ("fence.sc.sys;", "", "no fence after"),
+            ("fence.sc.sys;", "fence.acq_rel.gpu;", "no fence after"),
+            ("ld.global.v4", "ld.global.v2", "0 loads of 16"),
+            (
+                "ld.relaxed.sys.global.u32",
+                "ld.global.u32",
+                "abort word again",
+            ),
+        ] {
+            let text = mutated(POSTS, "kvx_push_blocks", from, to);
+            let found = problems(Source::Post, "sm_80", &text);
+            let told = found.iter().any(|p| p.contains(wanted));
+            assert!(told, "{from} -> {to}: {found:?}");
         }
         // What moves blocks may not swap, whatever posts may.
         let swap = "atom.acq_rel.gpu.global.cas.b64 %rd1, [%rd1], %rd1, %rd1;\n\tret;";

@@ -217,6 +217,10 @@ forward! {
     /// # Safety
     /// The module is there.
     [unsafe] fn module_function(&self, module: u64, name: &std::ffi::CStr) -> Result<u64, Refused>;
+    /// Registers of a thread; `None` where the runtime cannot be asked.
+    /// # Safety
+    /// The function is of a module that is there.
+    [unsafe] fn function_registers(&self, function: u64) -> Result<Option<u32>, Refused>;
     /// # Safety
     /// Function and stream are there until the kernel has ended, `args` is what the kernel takes, and it
     /// touches only memory that is there and is not anybody's reference.

@@ -489,6 +489,18 @@ impl CudaApi {
         Ok(address(out))
     }
 
+    pub(super) unsafe fn function_registers(&self, function: u64) -> Result<Option<u32>, Refused> {
+        let Some(ask) = self.cuda.cuFuncGetAttribute else {
+            return Ok(None);
+        };
+        let mut value = 0;
+        let what = CU_FUNC_ATTRIBUTE_NUM_REGS;
+        // SAFETY: it writes one number, and the caller has the function.
+        let code = unsafe { ask(&raw mut value, what, pointer(function)) };
+        self.checked("cuFuncGetAttribute", code)?;
+        Ok(u32::try_from(value).ok())
+    }
+
     pub(super) unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Refused> {
         let mut size = launch.args.len();
         let mut extra = [

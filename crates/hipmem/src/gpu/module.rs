@@ -115,6 +115,18 @@ impl Kernel {
         &self.module
     }
 
+    /// Registers that the driver gives each of its threads; `None` where it does not say.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn registers(&self) -> Result<Option<u32>, Error> {
+        let gpu = self.module.gpu();
+        let _current = gpu.enter()?;
+        // SAFETY: the function is of the module, which is held.
+        Ok(unsafe { gpu.api().function_registers(self.raw) }?)
+    }
+
     /// Puts a launch of `grid` workgroups of `block` threads on a stream. The kernel's code stays loaded until it
     /// has ended.
     ///

@@ -67,8 +67,19 @@ pub const KVX_POST_WAVES: &str = "kvx_post_waves";
 /// The same, each workgroup as one.
 pub const KVX_POST_BLOCKS: &str = "kvx_post_blocks";
 
+/// Puts over GPU links, each workgroup as one ([`queue::PostArgs`] of all puts together).
+pub const KVX_PUSH_BLOCKS: &str = "kvx_push_blocks";
+
 /// A producer: makes blocks layer by layer and pushes each ([`queue::ProduceArgs`]), each workgroup as one.
 pub const KVX_PRODUCE: &str = "kvx_produce";
+
+/// For measurements, one thread with the device's clock around what it does, in the ticket of each result: a put and
+/// its wait ([`queue::PostArgs`]).
+pub const KVX_TIME_WAITS: &str = "kvx_time_waits";
+/// The same: a flag at [`bell`](queue::Queue::bell), until the same number is at [`words`](queue::Queue::words).
+pub const KVX_TIME_ECHO: &str = "kvx_time_echo";
+/// The same, two results: as many WQEs as `count` says, of which nobody is told; and again, each with its release.
+pub const KVX_TIME_WQES: &str = "kvx_time_wqes";
 
 /// The most threads of a workgroup.
 pub const MAX_THREADS: u32 = 1024;

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "cdf54785e7972da7cbec03f1b1e15d6d63377e9e14994783224f2736f7d620bd",
+    sources_sha256: "b1f1c0676920c9a489c8d10e1f7b5b4f73d4174c0f1b62aec1abcc1f893def71",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "71663a405e941108b0ce235003f1ca775fd507efeef0ea82289999df7a51885f",
+        sha256: "cdca1cea002d3d7f21a7c4e573ad5b4f4bebe65c6a0864002e55482393342b8d",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "9f6f5df915234546a295cd5ba7d5ac18caafd418c028969b228f42ded62deb67",
+        sha256: "949f6e50fbe3b6e90b1e838456d401aafa2316386311ef5bdecaaea1d9c72c0c",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "4b9f36971b491a7af91c43f85768e0795f6c8b029ae3ec9aa9213cd899621adc",
+        sha256: "18d71fde95b3ed73f863e3fa26ae9a6e2d1dd894249104752d3a55e7d6bcf11b",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "bba6dbcb9e7f8abf1c28583c2c8bbfc1656a60496eae36cf5ab9572d7d513a88",
+        sha256: "9dc9be73358369de533f09ccceac55a6ae3e5b2a7cfc669a28b0d8bef010a884",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "b957c1875e797c99a2b8cdc757b71a6d05a03177bcb1da02cbe7da8378160508",
+        sha256: "41aad1d718aedb7c194e9ea9eb905de9f63d7698c946c66e00c82090c0abf93f",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "1919d66ef23a367192c6c73683107302722cf5b7890c722d7f884b5e03f43bcb",
+        sha256: "b5f0b4a66247ccdfdf367ff8722a2597837bd4d2dea17befcfe34e7c67849104",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "38f15a29ac0e5533e583d876fc88bba30ff7baf554ac5389ffa4836f9b4bd034",
+        sha256: "3dcfb9020403b4fdc6a8ec08a3eb3bc54dfd7084db1da991cdbbd9d0664db9b9",
         warp: 32,
     },
 ];

@@ -8,6 +8,8 @@ pub const PROXY: u32 = 1;
 pub const GPU_WQE: u32 = 2;
 /// [`Queue::kind`]: WQEs; [`Queue::bell`] is the doorbell.
 pub const DIRECT: u32 = 3;
+/// [`Queue::kind`]: nothing is handed over; who puts copies the block, to where [`Queue::regions`] says.
+pub const LINKS: u32 = 4;
 
 /// [`Move::flags`]: the local address is a place.
 pub const LOCAL_PLACE: u32 = 1;
@@ -166,9 +168,9 @@ pub struct Queue {
     pub cq_record: u64,
     /// Of WQEs: eight bytes, the doorbell or a word in its place.
     pub bell: u64,
-    /// Of WQEs: a [`Regions`](super::regions::Regions) for places; 0: addresses alone are taken.
+    /// A [`Regions`](super::regions::Regions) for places, but of [`PROXY`]; 0: WQEs by addresses alone.
     pub regions: u64,
-    /// [`PROXY`], [`GPU_WQE`] or [`DIRECT`].
+    /// [`PROXY`], [`GPU_WQE`], [`DIRECT`] or [`LINKS`].
     pub kind: u32,
     /// Slots: a power of two.
     pub depth: u32,

@@ -7,6 +7,7 @@ mod gather;
 mod gather_ends;
 mod gather_ipc;
 mod ipc;
+mod links;
 mod memory;
 mod on_gpu;
 mod pieces;

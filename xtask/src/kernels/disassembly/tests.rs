@@ -281,6 +281,13 @@ fn good_posts(arch: &str) -> String {
     let text: String = wanted(Source::Post)
         .iter()
         .map(|name| {
+            if *name == "kvx_push_blocks" {
+                let load = "\tglobal_load_dwordx4 v[2:5], v[0:1], off\n".repeat(4);
+                return format!(
+                    "0000000000002100 <{name}>:\n{load}{wait}\n{slot}{wait}\n\t{release}\n\
+                     \tglobal_store_dwordx4 v[0:1], v[2:5], off\n\ts_endpgm\n\n"
+                );
+            }
             format!(
                 "0000000000002100 <{name}>:\n\tglobal_load_dwordx2 v[0:1], v2, s[0:1] sc1\n\
                  {wait}\n\t{acquire}\n\ts_nop 0\n\tglobal_store_dword v1, v2, s[2:3]{system}\n\
@@ -343,6 +350,12 @@ fn posts_in_another_order_are_found() {
             (release, "s_nop 0", "between a descriptor and its phase"),
             (phase, "s_nop 0", "between a descriptor and its phase"),
             (release, "s_nop 0", "no release after a WQE"),
+            (release, "s_nop 0", "no release between the copies"),
+            (
+                "s_waitcnt vmcnt(0) lgkmcnt(0)\n\t",
+                "",
+                "no release between the copies",
+            ),
             (release, "s_nop 0", "between a record and its doorbell"),
             (record, "s_nop 0", "between a record and its doorbell"),
             ("s_sleep", "s_nop", "without a pause"),

@@ -351,6 +351,10 @@ impl HostApi {
         Ok(symbol.as_raw_ptr().expose_provenance() as u64)
     }
 
+    pub(super) unsafe fn function_registers(&self, _: u64) -> Result<Option<u32>, Refused> {
+        Ok(None)
+    }
+
     pub(super) unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Refused> {
         let stream = self.stream("launch", launch.stream)?;
         let function = pointer(launch.function);

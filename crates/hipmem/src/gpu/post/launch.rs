@@ -1,25 +1,30 @@
 //! Launches of the kernels that post.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::queue::KernelQueue;
+use super::links::LinkQueue;
+use super::queue::{KernelQueue, sealed};
 use crate::error::{Error, Operation};
 use crate::gpu::device::same;
 use crate::gpu::stream::Keep;
-use crate::gpu::{Event, Gpu, Kernel, Module, Pending, PinnedMemory, Place, RuntimeKind, Stream};
+use crate::gpu::{
+    Copy, Event, Gpu, GpuMemory, Kernel, Module, Pending, PinnedMemory, Place, RuntimeKind, Stream,
+};
 use crate::kernels::queue::{
-    ALL_TENSORS, Move, PostArgs, PostResult, ProduceArgs, Produced, ProducedLayer,
+    ALL_TENSORS, Move, PUT, PostArgs, PostResult, ProduceArgs, Produced, ProducedLayer,
 };
 use crate::kernels::{
-    KVX_POST_BLOCKS, KVX_POST_THREADS, KVX_POST_WAVES, KVX_PRODUCE, Pair, bytes_of,
-    posts_for_target,
+    KVX_POST_BLOCKS, KVX_POST_THREADS, KVX_POST_WAVES, KVX_PRODUCE, KVX_PUSH_BLOCKS, Pair,
+    bytes_of, posts_for_target,
 };
 use crate::post::Place as BlockPlace;
 
 /// Workgroups of a producer at most: fewer than any GPU runs side by side, so that none waits for a place behind one
 /// that waits for the queue.
 const MOST_PRODUCERS: u32 = 32;
+/// How long puts may take to be laid out: a copy behind what is on the stream.
+const LAY_OUT: Duration = Duration::from_secs(60);
 /// Threads of a producer's workgroup.
 const PRODUCER_THREADS: u32 = 256;
 
@@ -32,6 +37,7 @@ pub struct PostKernels {
     waves: Kernel,
     blocks: Kernel,
     produce: Kernel,
+    push: Kernel,
 }
 
 /// Who posts as one.
@@ -96,6 +102,16 @@ pub struct Produce<'a> {
     pub tensors: Vec<ProducedTensor<'a>>,
 }
 
+/// Puts over GPU links, which lie in the GPU's own memory: many warps read them over and over.
+#[derive(Debug)]
+pub struct PreparedPush {
+    args: PostArgs,
+    moves: GpuMemory,
+    results: PinnedMemory,
+    /// The moves, on their way to where the kernel reads them.
+    _laid_out: PinnedMemory,
+}
+
 /// A launch that posts. It holds what it touches until it has ended, whether or not this value is kept.
 #[derive(Debug)]
 pub struct Posting {
@@ -125,6 +141,7 @@ impl PostKernels {
             waves: module.kernel(KVX_POST_WAVES)?,
             blocks: module.kernel(KVX_POST_BLOCKS)?,
             produce: module.kernel(KVX_PRODUCE)?,
+            push: module.kernel(KVX_PUSH_BLOCKS)?,
         })
     }
 
@@ -194,7 +211,11 @@ impl PostKernels {
         let (kernel, grid, block) = match posts.by {
             PostBy::Threads => (&self.threads, posters.div_ceil(self.warp), self.warp),
             PostBy::Waves => (&self.waves, posters, self.warp),
-            PostBy::Blocks => (&self.blocks, posters, 2 * self.warp),
+            PostBy::Blocks => (
+                &self.blocks,
+                posters,
+                <Q as sealed::Sealed>::THREADS.unwrap_or(2 * self.warp),
+            ),
         };
         let moves = [Place::Pinned(&posts.moves, 0)];
         let keep = self.keep(stream, queue, &moves, &posts.results)?;
@@ -207,6 +228,73 @@ impl PostKernels {
             pending,
             results: posts.results.clone(),
             count: posts.count,
+        })
+    }
+
+    /// Lays puts over GPU links out for [`push`](Self::push), on this stream.
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    pub fn prepare_push(&self, stream: &Stream, moves: &[Move]) -> Result<PreparedPush, Error> {
+        let count = u32::try_from(moves.len()).map_err(|_| too_large(moves.len()))?;
+        if count == 0 {
+            return Err(Error::Empty);
+        }
+        same("the kernels", &self.gpu, stream.gpu())?;
+        let laid_out = self.table(Move::bytes(moves))?;
+        let table = GpuMemory::new(&self.gpu, laid_out.len())?;
+        let copy = Copy {
+            dst: Place::Gpu(&table, 0),
+            src: Place::Pinned(&laid_out, 0),
+            len: laid_out.len(),
+        };
+        // Launches come behind it, on this stream or after the next word.
+        stream.copy(&[copy])?.wait(Instant::now() + LAY_OUT)?;
+        let results = self.results(moves.len())?;
+        Ok(PreparedPush {
+            args: PostArgs {
+                moves: table.addr(),
+                results: results.device_addr(),
+                count,
+                op: PUT,
+                ..PostArgs::default()
+            },
+            moves: table,
+            results,
+            _laid_out: laid_out,
+        })
+    }
+
+    /// Puts blocks over GPU links, by so many workgroups of a GPU's full size. They can be launched again when they have
+    /// ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    pub fn push(
+        &self,
+        stream: &Stream,
+        queue: &Arc<LinkQueue>,
+        push: &PreparedPush,
+        workgroups: u32,
+    ) -> Result<Posting, Error> {
+        let args = PostArgs {
+            queue: queue.handle(),
+            ..push.args
+        };
+        let moves = [Place::Gpu(&push.moves, 0)];
+        let keep = self.keep(stream, queue, &moves, &push.results)?;
+        let grid = workgroups.clamp(1, args.count);
+        let threads = <LinkQueue as sealed::Sealed>::THREADS.unwrap_or(self.warp);
+        let pending = stream.put(keep, |raw| {
+            // SAFETY: as in `launch`; and what the queue's table names is checked, and held with the queue.
+            unsafe { self.push.put(raw, grid, threads, args.bytes()) }
+        })?;
+        Ok(Posting {
+            pending,
+            results: push.results.clone(),
+            count: args.count as usize,
         })
     }
 

@@ -21,7 +21,10 @@ pub trait KernelQueue: sealed::Sealed + Send + Sync + 'static {
 
 pub(super) mod sealed {
     /// Whose handle names memory that the queue holds, for kernels that end: of this module alone.
-    pub trait Sealed {}
+    pub trait Sealed {
+        /// Threads of a workgroup that posts as one; `None`: two warps, of which one thread works.
+        const THREADS: Option<u32> = None;
+    }
 }
 
 /// The memory of a proxy queue that kernels of a GPU post to. A kernel must have ended before this goes, and who drops

@@ -5,9 +5,9 @@ use libc::{c_char, c_int, c_uint, c_ulonglong, c_void, size_t};
 
 use super::cuda_types::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUflushGPUDirectRDMAWritesScope,
-    CUflushGPUDirectRDMAWritesTarget, CUfunction, CUipcMemHandle, CUjit_option,
-    CUmemRangeHandleType, CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUresult, CUstream,
-    CUuuid,
+    CUflushGPUDirectRDMAWritesTarget, CUfunction, CUfunction_attribute, CUipcMemHandle,
+    CUjit_option, CUmemRangeHandleType, CUmemcpyAttributes, CUmodule, CUpointer_attribute,
+    CUresult, CUstream, CUuuid,
 };
 use super::functions;
 
@@ -63,6 +63,7 @@ functions! {
         fn cuIpcCloseMemHandle(pointer: CUdeviceptr) -> CUresult;
     }
     optional {
+        fn cuFuncGetAttribute(value: *mut c_int, attribute: CUfunction_attribute, function: CUfunction) -> CUresult;
         fn cuDeviceGetUuid_v2(uuid: *mut CUuuid, device: CUdevice) -> CUresult;
         fn cuMemGetHandleForAddressRange(handle: *mut c_void, pointer: CUdeviceptr, size: size_t, kind: CUmemRangeHandleType, flags: c_ulonglong) -> CUresult;
         fn cuMemcpyBatchAsync(dsts: *mut CUdeviceptr, srcs: *mut CUdeviceptr, sizes: *mut size_t, count: size_t, attrs: *mut CUmemcpyAttributes, attrs_indices: *mut size_t, attrs_len: size_t, failed: *mut size_t, stream: CUstream) -> CUresult;

@@ -66,6 +66,13 @@ pub(crate) const CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: CUpointer_attr
 
 pub(crate) const CU_MEMORYTYPE_DEVICE: c_uint = 2;
 
+/// What a function can be asked for.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct CUfunction_attribute(pub(crate) c_uint);
+
+pub(crate) const CU_FUNC_ATTRIBUTE_NUM_REGS: CUfunction_attribute = CUfunction_attribute(4);
+
 /// What a compiler of PTX can be told.
 #[derive(Clone, Copy)]
 #[repr(transparent)]

@@ -5,9 +5,9 @@ use libc::{c_char, c_int, c_uint, c_ulonglong, c_void, size_t};
 
 use super::functions;
 use super::hip_types::{
-    hipDevice_t, hipDeviceAttribute_t, hipDeviceptr_t, hipError_t, hipEvent_t, hipFunction_t,
-    hipIpcMemHandle_t, hipMemRangeHandleType, hipMemcpyKind, hipModule_t, hipPointerAttribute_t,
-    hipStream_t, hipUUID,
+    hipDevice_t, hipDeviceAttribute_t, hipDeviceptr_t, hipError_t, hipEvent_t,
+    hipFunction_attribute, hipFunction_t, hipIpcMemHandle_t, hipMemRangeHandleType, hipMemcpyKind,
+    hipModule_t, hipPointerAttribute_t, hipStream_t, hipUUID,
 };
 
 functions! {
@@ -60,6 +60,7 @@ functions! {
         fn hipIpcCloseMemHandle(pointer: *mut c_void) -> hipError_t;
     }
     optional {
+        fn hipFuncGetAttribute(value: *mut c_int, attribute: hipFunction_attribute, function: hipFunction_t) -> hipError_t;
         fn hipDeviceGetUuid(uuid: *mut hipUUID, device: hipDevice_t) -> hipError_t;
         fn hipMemGetHandleForAddressRange(handle: *mut c_void, pointer: hipDeviceptr_t, size: size_t, kind: hipMemRangeHandleType, flags: c_ulonglong) -> hipError_t;
     }

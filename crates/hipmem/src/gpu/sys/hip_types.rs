@@ -40,6 +40,13 @@ pub(crate) const hipDeviceAttributeFineGrainSupport: hipDeviceAttribute_t =
     hipDeviceAttribute_t(10016);
 pub(crate) const hipDeviceAttributeIsLargeBar: hipDeviceAttribute_t = hipDeviceAttribute_t(10011);
 
+/// What a function can be asked for.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct hipFunction_attribute(pub(crate) c_uint);
+
+pub(crate) const HIP_FUNC_ATTRIBUTE_NUM_REGS: hipFunction_attribute = hipFunction_attribute(4);
+
 /// The direction of a copy.
 #[derive(Clone, Copy)]
 #[repr(transparent)]

@@ -1,0 +1,190 @@
+//! Queues over GPU links: kernels that put copy the block themselves.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::posters::Posters;
+use super::queue::{KernelQueue, sealed};
+use super::regions::RegionTable;
+use crate::error::{Error, Operation};
+use crate::gpu::device::{same, same_runtime};
+use crate::gpu::stream::Keep;
+use crate::gpu::{Gpu, Place};
+use crate::kernels::queue::{LINKS, Queue};
+use crate::post::{RegionLayer, RegionPiece, RegionSide};
+
+/// Threads of a workgroup that copies a block.
+const THREADS: u32 = 512;
+
+/// One side of a piece: where block 0 has it, and how far it is to the next block.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkSide<'a> {
+    /// Where block 0 has it.
+    pub place: Place<'a>,
+    /// Bytes from one block to the next.
+    pub stride: u64,
+}
+
+/// A stretch of a block that is contiguous on both sides.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkPiece<'a> {
+    /// Where it is read.
+    pub local: LinkSide<'a>,
+    /// Where it is written: memory of another GPU, of another process, or of the host.
+    pub remote: LinkSide<'a>,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A layer of a cache group, of whose blocks kernels can speak.
+#[derive(Debug, Clone)]
+pub struct LinkLayer<'a> {
+    /// The group.
+    pub group: u8,
+    /// The layer.
+    pub layer: u16,
+    /// Blocks on this side.
+    pub local_blocks: u32,
+    /// Blocks at the peer.
+    pub remote_blocks: u32,
+    /// The pieces of a block, tensor by tensor.
+    pub tensors: Vec<Vec<LinkPiece<'a>>>,
+}
+
+/// A queue over GPU links: `kvx_put` and its like copy a block, by the threads that call them, from this side's memory
+/// to the peer's, which the GPU reaches. A put that says `KVX_OK` has ended; waits say so at once. It holds all memory
+/// that its table names. A kernel must have ended before this goes, and who drops it last may wait for all other kernels
+/// of the GPU.
+///
+/// Whose blocks these are, and when they may be written, is decided above: a kernel writes where it names a block. No
+/// session has such queues.
+pub struct LinkQueue {
+    table: RegionTable,
+    posters: Posters,
+    _memories: Vec<Keep>,
+}
+
+impl LinkQueue {
+    /// A queue for kernels of this GPU, which is given access to other GPUs whose memory the layers name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`] for blocks that are not wholly inside their memory; [`Error::Regions`] for layers that make
+    /// no table; [`GpuFault::NoPeerAccess`](crate::gpu::GpuFault::NoPeerAccess) and its like for memory that this GPU
+    /// does not reach; [`Error::Gpu`].
+    pub fn new(gpu: &Gpu, layers: &[LinkLayer<'_>]) -> Result<Self, Error> {
+        let mut memories = Vec::new();
+        let mut rows = Vec::new();
+        for layer in layers {
+            let mut tensors = Vec::new();
+            for tensor in &layer.tensors {
+                let mut pieces = Vec::new();
+                for piece in tensor {
+                    let here = (Operation::CopySource, layer.local_blocks);
+                    let there = (Operation::CopyDestination, layer.remote_blocks);
+                    pieces.push(RegionPiece {
+                        local: side(gpu, &piece.local, piece.len, here, &mut memories)?,
+                        remote: side(gpu, &piece.remote, piece.len, there, &mut memories)?,
+                        len: piece.len,
+                    });
+                }
+                tensors.push(pieces);
+            }
+            rows.push(RegionLayer {
+                group: layer.group,
+                layer: layer.layer,
+                local_blocks: layer.local_blocks,
+                remote_blocks: layer.remote_blocks,
+                tensors,
+            });
+        }
+        Ok(Self {
+            table: RegionTable::new(gpu, &rows)?,
+            // Nothing is ever waited for.
+            posters: Posters::new(gpu, Duration::ZERO)?,
+            _memories: memories,
+        })
+    }
+
+    /// What a kernel is given: [`KernelQueue::handle`].
+    #[must_use]
+    pub fn handle(&self) -> Queue {
+        Queue {
+            state: self.posters.state(),
+            report: self.posters.report(),
+            abort: self.posters.abort(),
+            regions: self.table.addr(),
+            kind: LINKS,
+            depth: 1,
+            ..Queue::default()
+        }
+    }
+
+    /// The GPU whose kernels copy.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        self.posters.gpu()
+    }
+
+    /// Sets the abort word: puts that begin later, and those in the middle, end with
+    /// [`Status::Stopped`](crate::post::Status::Stopped), their block in part written. A warp looks once for each put and
+    /// then for each 64 KiB, so it may write as many bytes and one chunk more; that nothing is written any more, the end
+    /// of the kernel says.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn stop(&self) -> Result<(), Error> {
+        self.posters.stop()
+    }
+}
+
+/// A side that is wholly inside its memory, which the GPU reaches.
+fn side(
+    gpu: &Gpu,
+    of: &LinkSide<'_>,
+    len: u64,
+    (operation, blocks): (Operation, u32),
+    memories: &mut Vec<Keep>,
+) -> Result<RegionSide, Error> {
+    let place = of.place;
+    let last = of.stride.checked_mul(blocks.saturating_sub(1).into());
+    let end = last.and_then(|last| last.checked_add(len));
+    place.range(operation, end.unwrap_or(u64::MAX))?;
+    same_runtime("the memory", place.gpu(), gpu)?;
+    match place {
+        // What another process has exported is mapped for one GPU.
+        Place::Gpu(memory, _) if memory.is_opened() => {
+            same("another process's memory", memory.gpu(), gpu)?;
+        }
+        Place::Gpu(memory, _) => gpu.enable_access(memory.gpu())?,
+        // The runtime's pinned memory is every device's.
+        Place::Pinned(..) => {}
+    }
+    memories.push(place.keep());
+    Ok(RegionSide {
+        addr: place.device_addr(),
+        stride: of.stride,
+        key: 0,
+    })
+}
+
+impl sealed::Sealed for LinkQueue {
+    const THREADS: Option<u32> = Some(THREADS);
+}
+
+impl KernelQueue for LinkQueue {
+    fn handle(&self) -> Queue {
+        self.handle()
+    }
+
+    fn gpu(&self) -> &Gpu {
+        self.gpu()
+    }
+}
+
+impl fmt::Debug for LinkQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a queue over links, {:?}", self.table)
+    }
+}

@@ -1,0 +1,310 @@
+//! Puts over GPU links: the kernel that posts copies the block itself, by threads, waves and workgroups, into memory of
+//! the same GPU, of another one, or of the host.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvxfer_hipmem::gpu::{GpuMemory, PinnedMemory, Place as At, Stream};
+use kvxfer_hipmem::kernels::queue::{
+    ALL, ALL_TENSORS, EACH, GET, IDLE, LOCAL_PLACE, Move, PUT, REMOTE_PLACE,
+};
+use kvxfer_hipmem::post::device::{
+    LinkLayer, LinkPiece, LinkQueue, LinkSide, PostBy, PostKernels, Posts,
+};
+use kvxfer_hipmem::post::{Place, RegionFault, Status};
+use kvxfer_hipmem::{Error, Operation};
+
+use crate::{Outcome, gpu, pattern, runtime, soon};
+
+/// Where pieces lie in a block here and there, and their bytes: misaligned alike and otherwise, shorter than a vector
+/// and than a warp's share, and longer than what is copied between two looks at the abort word.
+const PIECES: [(u64, u64, u64); 12] = [
+    (0, 0, 16384),
+    (16384, 16400, 4096),
+    (20481, 20497, 777),
+    (22000, 22004, 3000),
+    (26001, 26008, 2999),
+    (30003, 30000, 5001),
+    (36000, 36008, 8),
+    (36010, 36021, 1),
+    (36012, 36027, 63),
+    (36080, 36096, 64),
+    (36145, 36162, 65),
+    (36224, 36240, 70_001),
+];
+const STRIDES: (u64, u64) = (106_240, 106_272);
+const BLOCKS: (u32, u32) = (7, 9);
+/// Where block 0 begins.
+const BASES: (u64, u64) = (32, 5);
+const ELSE: u8 = 0xe5;
+
+fn place(layer: u16, tensor: u8, block: u32) -> Place {
+    Place {
+        group: 0,
+        tensor,
+        layer,
+        block,
+    }
+}
+
+fn put(layer: u16, tensor: u8, (src, dst): (u32, u32)) -> Move {
+    let of = match tensor {
+        0 => &PIECES[..5],
+        1 => &PIECES[5..],
+        _ => &PIECES[..],
+    };
+    Move {
+        local: place(layer, tensor, src).to_word(),
+        remote: place(layer, tensor, dst).to_word(),
+        len: of.iter().map(|(.., len)| len).sum(),
+        flags: LOCAL_PLACE | REMOTE_PLACE,
+        ..Move::default()
+    }
+}
+
+/// A layer whose two tensors have these pieces.
+fn layer<'a>(local: At<'a>, remote: At<'a>) -> LinkLayer<'a> {
+    let by = |place: At<'a>, by: u64| match place {
+        At::Gpu(memory, at) => At::Gpu(memory, at + by),
+        At::Pinned(memory, at) => At::Pinned(memory, at + by),
+    };
+    let piece = |(src, dst, len): &(u64, u64, u64)| LinkPiece {
+        local: LinkSide {
+            place: by(local, *src),
+            stride: STRIDES.0,
+        },
+        remote: LinkSide {
+            place: by(remote, *dst),
+            stride: STRIDES.1,
+        },
+        len: *len,
+    };
+    let (one, two) = PIECES.split_at(5);
+    LinkLayer {
+        group: 0,
+        layer: 3,
+        local_blocks: BLOCKS.0,
+        remote_blocks: BLOCKS.1,
+        tensors: vec![
+            one.iter().map(piece).collect(),
+            two.iter().map(piece).collect(),
+        ],
+    }
+}
+
+/// What the destination holds after these puts.
+fn wanted(source: &[u8], len: u64, moves: &[Move]) -> Vec<u8> {
+    let mut bytes = vec![ELSE; len as usize];
+    for one in moves {
+        let (src, dst) = (Place::from_word(one.local), Place::from_word(one.remote));
+        let of = match src.tensor {
+            0 => &PIECES[..5],
+            1 => &PIECES[5..],
+            _ => &PIECES[..],
+        };
+        for (from, to, len) in of {
+            let from = (BASES.0 + STRIDES.0 * u64::from(src.block) + from) as usize;
+            let to = (BASES.1 + STRIDES.1 * u64::from(dst.block) + to) as usize;
+            let len = *len as usize;
+            bytes[to..to + len].copy_from_slice(&source[from..from + len]);
+        }
+    }
+    bytes
+}
+
+const SIZES: (u64, u64) = (
+    BASES.0 + STRIDES.0 * BLOCKS.0 as u64,
+    BASES.1 + STRIDES.1 * BLOCKS.1 as u64,
+);
+
+#[test]
+fn kernels_copy_blocks_into_the_peers_memory() -> Outcome {
+    let gpu = gpu();
+    let gpus = runtime();
+    let far = gpus.gpu(1).unwrap_or(&gpu);
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let source = pattern(SIZES.0 as usize, 7);
+    let local = GpuMemory::new(&gpu, SIZES.0)?;
+    local.write(0, &source)?;
+    let there = GpuMemory::new(far, SIZES.1)?;
+    let host = PinnedMemory::new(&gpu, SIZES.1)?;
+    let moves: Vec<_> = [
+        put(3, ALL_TENSORS, (6, 0)),
+        put(3, 0, (0, 8)),
+        put(3, 1, (1, 8)),
+        put(3, ALL_TENSORS, (2, 1)),
+        put(3, 1, (6, 3)),
+        put(3, ALL_TENSORS, (6, 5)),
+    ]
+    .into();
+    for into_gpu in [true, false] {
+        let remote = match into_gpu {
+            true => At::Gpu(&there, BASES.1),
+            false => At::Pinned(&host, BASES.1),
+        };
+        let layers = [layer(At::Gpu(&local, BASES.0), remote)];
+        let queue = Arc::new(LinkQueue::new(&gpu, &layers)?);
+        let fill = || match into_gpu {
+            true => there.fill(0, SIZES.1, ELSE),
+            false => host.host().fill(0, SIZES.1, ELSE),
+        };
+        let check = |what: &str| -> Outcome {
+            let mut found = vec![0; SIZES.1 as usize];
+            match into_gpu {
+                true => there.read(0, &mut found)?,
+                false => host.host().read(0, &mut found)?,
+            }
+            let wanted = wanted(&source, SIZES.1, &moves);
+            let first = found.iter().zip(&wanted).position(|(a, b)| a != b);
+            assert_eq!(first, None, "{what}: the first byte that is wrong");
+            Ok(())
+        };
+        for (by, posters, until) in [
+            (PostBy::Threads, 3, ALL),
+            (PostBy::Waves, 6, EACH),
+            (PostBy::Blocks, 2, IDLE),
+        ] {
+            fill()?;
+            let posts = Posts {
+                moves: &moves,
+                posters,
+                by,
+                op: PUT,
+                until,
+            };
+            let results = kernels.post(&stream, &queue, &posts)?.wait(soon())?;
+            let good = results.iter().all(|r| (r.posted, r.ended) == (0, 0));
+            assert!(good, "{by:?}: {results:?}");
+            check(&format!("{by:?}, into a GPU: {into_gpu}"))?;
+        }
+        for workgroups in [1, 4, 100] {
+            fill()?;
+            let push = kernels.prepare_push(&stream, &moves)?;
+            let results = kernels
+                .push(&stream, &queue, &push, workgroups)?
+                .wait(soon())?;
+            assert_eq!(results.len(), moves.len());
+            assert!(results.iter().all(|r| (r.posted, r.ended) == (0, 0)));
+            check(&format!("{workgroups} workgroups, into a GPU: {into_gpu}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_no_put_of_a_block_copies_nothing() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let local = GpuMemory::new(&gpu, SIZES.0)?;
+    let remote = PinnedMemory::new(&gpu, SIZES.1)?;
+    remote.host().fill(0, SIZES.1, ELSE)?;
+    let layers = [layer(
+        At::Gpu(&local, BASES.0),
+        At::Pinned(&remote, BASES.1),
+    )];
+    let queue = Arc::new(LinkQueue::new(&gpu, &layers)?);
+    let good = put(3, ALL_TENSORS, (0, 0));
+    let by_address = Move {
+        local: local.addr(),
+        remote: remote.device_addr(),
+        flags: 0,
+        ..good
+    };
+    let cases = [
+        (PUT, by_address, Status::BadOp),
+        (
+            PUT,
+            Move {
+                flags: LOCAL_PLACE,
+                ..good
+            },
+            Status::BadOp,
+        ),
+        (GET, good, Status::BadOp),
+        (PUT, put(2, ALL_TENSORS, (0, 0)), Status::BadKey),
+        (PUT, put(3, 7, (0, 0)), Status::BadRange),
+        (PUT, put(3, ALL_TENSORS, (BLOCKS.0, 0)), Status::BadRange),
+        (PUT, put(3, ALL_TENSORS, (0, BLOCKS.1)), Status::BadRange),
+        (
+            PUT,
+            Move {
+                len: good.len + 1,
+                ..good
+            },
+            Status::BadLength,
+        ),
+    ];
+    for by in [PostBy::Threads, PostBy::Waves, PostBy::Blocks] {
+        for (op, bad, wanted) in cases {
+            let posts = Posts {
+                moves: &[bad],
+                posters: 1,
+                by,
+                op,
+                until: ALL,
+            };
+            let results = kernels.post(&stream, &queue, &posts)?.wait(soon())?;
+            assert_eq!(results[0].posted, wanted.number(), "{by:?} {op} {bad:x?}");
+        }
+    }
+    // A queue that is stopped copies nothing either.
+    queue.stop()?;
+    let begun = Instant::now();
+    for by in [PostBy::Threads, PostBy::Waves, PostBy::Blocks] {
+        let posts = Posts {
+            moves: &[good],
+            posters: 1,
+            by,
+            op: PUT,
+            until: ALL,
+        };
+        loop {
+            let results = kernels.post(&stream, &queue, &posts)?.wait(soon())?;
+            if results[0].posted == Status::Stopped.number() {
+                break;
+            }
+            // The word is set by a copy on a stream of its own. What came before it was put.
+            assert_eq!(results[0].posted, Status::Ok.number());
+            remote.host().fill(0, SIZES.1, ELSE)?;
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "it is never stopped"
+            );
+        }
+    }
+    let mut found = vec![0; SIZES.1 as usize];
+    remote.host().read(0, &mut found)?;
+    assert!(found.iter().all(|byte| *byte == ELSE));
+    Ok(())
+}
+
+#[test]
+fn blocks_that_are_not_inside_their_memory_are_refused() -> Outcome {
+    let gpu = gpu();
+    let local = GpuMemory::new(&gpu, SIZES.0)?;
+    let remote = GpuMemory::new(&gpu, SIZES.1)?;
+    let of = |blocks: (u32, u32)| LinkLayer {
+        local_blocks: blocks.0,
+        remote_blocks: blocks.1,
+        ..layer(At::Gpu(&local, BASES.0), At::Gpu(&remote, BASES.1))
+    };
+    LinkQueue::new(&gpu, &[of(BLOCKS)])?;
+    let refused = LinkQueue::new(&gpu, &[of((BLOCKS.0 + 1, BLOCKS.1))]);
+    let wanted = Operation::CopySource;
+    assert!(matches!(refused, Err(Error::OutOfBounds { operation, .. }) if operation == wanted));
+    let refused = LinkQueue::new(&gpu, &[of((BLOCKS.0, BLOCKS.1 + 1))]);
+    let wanted = Operation::CopyDestination;
+    assert!(matches!(refused, Err(Error::OutOfBounds { operation, .. }) if operation == wanted));
+    let refused = LinkQueue::new(&gpu, &[of((BLOCKS.0, u32::MAX))]);
+    assert!(matches!(refused, Err(Error::OutOfBounds { .. })));
+    let mut wide = of(BLOCKS);
+    wide.tensors[0][0].remote.stride = u64::MAX / 2;
+    let refused = LinkQueue::new(&gpu, &[wide]);
+    assert!(matches!(refused, Err(Error::OutOfBounds { .. })));
+    let refused = LinkQueue::new(&gpu, &[of(BLOCKS), of(BLOCKS)]);
+    let twice = RegionFault::Twice { group: 0, layer: 3 };
+    assert!(matches!(refused, Err(Error::Regions(fault)) if fault == twice));
+    Ok(())
+}
