@@ -94,7 +94,9 @@ pub enum Error {
         what: &'static str,
     },
     /// A kernel that posts pings was told that its post has not gone well.
-    #[error("the kernel that posts a ping was told: {status:?}")]
+    #[error(
+        "the kernel that posts a ping was told {status:?}: a defect of kvxfer, or memory of the GPU that somebody writes to"
+    )]
     PingKernel {
         /// What it was told.
         status: crate::mem::post::Status,

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::schema::{
     BwConfig, Candidate, Difference, Executor, Hca, Initiator, Measured, MemoryConfig, Op, Pages,
-    Row,
+    QueueKind, Row,
 };
 use super::*;
 

@@ -101,18 +101,13 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
     };
     let peer = PeerConfig::of(&pinger);
     let path = pinger.path().clone();
-    run.say(&show::greeting(
-        &address,
-        &peer,
-        &path.path.to_string(),
-        &path.reason,
-    ))?;
+    let mut greeting = show::greeting(&address, &peer, &path.path.to_string(), &path.reason);
     if let Some(executor) = executor {
         let name = executor.name();
-        run.say(&format!(
-            "each WRITE is posted by a kernel ({name}), from its launch to its end\n"
-        ))?;
+        let by = format!(", each WRITE posted by a kernel ({name})\n");
+        greeting = greeting.trim_end().to_owned() + &by;
     }
+    run.say(&greeting)?;
     if let Some(rdma) = path.rails.first() {
         run.say(&format!("{rdma}\n"))?;
     }

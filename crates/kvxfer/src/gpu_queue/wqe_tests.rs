@@ -225,12 +225,15 @@ fn the_wqes_of_a_block_are_one_post_in_any_number_of_looks() {
     assert_eq!(bench.poll(), None);
 }
 
+/// What is changed of a WQE: the remote side; the local address, bytes and key.
+type Change<'a> = &'a dyn Fn(&mut RemoteSpan, &mut (u64, u32, u32));
+
 /// What is wrong with a WQE, as the push is told, and as the kernel is.
 #[test]
 fn what_is_no_stretch_of_a_block_is_refused_by_name() {
     let bench = Bench::new();
     let good = bench.block(0, 1, 2);
-    let change = |of: &Operation, change: &dyn Fn(&mut RemoteSpan, &mut (u64, u32, u32))| {
+    let change = |of: &Operation, change: Change<'_>| {
         let Operation::Write {
             mut remote,
             local: Gather::One(one),
@@ -243,7 +246,7 @@ fn what_is_no_stretch_of_a_block_is_refused_by_name() {
         let local = Gather::One(Segment::new(near.0, near.1, near.2).expect("a length"));
         Operation::Write { remote, local }
     };
-    let of = |f: &dyn Fn(&mut RemoteSpan, &mut (u64, u32, u32))| vec![change(&good[0], f)];
+    let of = |f: Change<'_>| vec![change(&good[0], f)];
     let Operation::Write { remote, local } = good[0] else {
         panic!("a WRITE");
     };
@@ -306,7 +309,7 @@ fn what_is_no_stretch_of_a_block_is_refused_by_name() {
         }
         let flushed = &failed[1..];
         let is_flushed = |(_, end): &&(u64, Result<(), Syndrome>)| *end == Err(Syndrome::FLUSHED);
-        assert!(flushed.iter().all(|end| is_flushed(end)), "{ends:?}");
+        assert!(flushed.iter().all(is_flushed), "{ends:?}");
         assert_eq!(bench.device.under_way(), 0);
     }
 }

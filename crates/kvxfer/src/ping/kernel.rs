@@ -108,12 +108,13 @@ impl Poster {
         }
         let results = posting.wait(Instant::now())?;
         self.posting = None;
-        let ended = |n| Status::from_number(n).unwrap_or(Status::Malformed);
+        let status = |n| Status::from_number(n).unwrap_or(Status::Malformed);
         for result in results {
-            for status in [ended(result.posted), ended(result.ended)] {
-                if status != Status::Ok {
-                    return Err(Error::PingKernel { status });
-                }
+            match (status(result.posted), status(result.ended)) {
+                (Status::Ok, Status::Ok) => {}
+                // It has lost its patience with a peer that was stalled, whose ping is lost.
+                (Status::Ok, Status::Timeout) => {}
+                (Status::Ok, status) | (status, _) => return Err(Error::PingKernel { status }),
             }
         }
         Ok(Turn::Over)
