@@ -55,7 +55,7 @@ pub(crate) enum Command {
     /// their runtime; and what can be moved between which memory.
     ///
     /// It opens each NIC for a moment, and sends nothing. It loads HIP or else CUDA, or what KVXFER_GPU
-    /// names (hip, cuda, host), and allocates nothing. The exit code is 4 if a NIC that was asked for, by
+    /// names (hip, cuda, host), and tries 2 MiB of each GPU's memory with each NIC that can be used. The exit code is 4 if a NIC that was asked for, by
     /// KVXFER_RDMA_DEVICES or an option, is not there or cannot be used.
     Devices(DevicesArgs),
 }

@@ -5,7 +5,8 @@ mod support;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use support::{
-    Secrets, children_of, command, leaves_nothing, run, runs, serve, spawn, start, wait_until,
+    Secrets, children_of, command, leaves_nothing, locking, run, runs, serve, spawn, start,
+    wait_until,
 };
 
 /// A short run.
@@ -595,5 +596,52 @@ fn a_reader_that_has_gone_is_no_failure() {
             (Some(0), ""),
             "{args:?}"
         );
+    }
+}
+
+/// A process may lock 8 MiB of memory, and no more: the card refuses the 16 that are to be registered for a GPU, and
+/// the blocks go through buffers that are smaller.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_memory_of_a_gpu_that_a_card_refuses_is_staged_and_the_reasons_are_told() {
+    let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
+    let name = names.split([',', ':']).next().expect("one");
+    let args = ["bw", "-d", name, "--mem", "gpu", "--json", "--iters", "4"];
+    let size = ["--size", "1M", "--blocks", "16"];
+    let kvxfer = |memlock: &str, path: &str| {
+        let plain = command(&[&args[..], &size, &["--path", path]].concat());
+        let mut limited = locking(memlock, &plain);
+        limited.env("KVXFER_GPU", "host");
+        limited.env("KVXFER_STAGING_SLOTS", "4");
+        limited.env("KVXFER_STAGING_SLOT_BYTES", "64K");
+        spawn(&mut limited).end()
+    };
+    let rows = |report: &Value| report["rows"].as_array().expect("rows").clone();
+    let reasons = [
+        "this side's memory is a GPU's, and not registered",
+        "As a dma-buf: ",
+        "By its address: Cannot allocate memory",
+    ];
+    let tight = "8388608";
+    let report = kvxfer(tight, "auto").json();
+    for row in rows(&report) {
+        assert_eq!(row["path"], "staged", "{row}");
+        let candidates = row["candidates"].as_array().expect("candidates");
+        let rdma = candidates.iter().find(|c| c["path"] == "rdma");
+        let why_not = rdma.and_then(|c| c["why_not"].as_str()).unwrap_or_default();
+        let told = row["path_reason"].as_str().unwrap_or_default();
+        for reason in reasons {
+            assert!(why_not.contains(reason), "{reason}: {row}");
+            assert!(told.contains(reason), "{reason}: {row}");
+        }
+        let number = |name: &str| row[name].as_f64().unwrap_or_default();
+        assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
+    }
+    // Where it may not be staged there is no way, for both reasons.
+    let unstaged = "the configuration does not allow it";
+    kvxfer(tight, "rdma").failed(4, &[&reasons[1..], &[unstaged]].concat());
+    // And with as much as it wants the card takes it as it is.
+    for row in rows(&kvxfer("unlimited", "auto").json()) {
+        assert_eq!(row["path"], "rdma", "{row}");
     }
 }

@@ -18,7 +18,8 @@ use crate::ids::{EngineId, Generation, Rank};
 use crate::mem::gpu::Gpu;
 use crate::session::{Event, Session};
 use crate::transport::{
-    Choice, OnGpu, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path,
+    BothBlocks, Choice, PathInfo, RdmaLink, Unregistered, gid_towards, open_device, retries,
+    soft_path,
 };
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer,
@@ -413,7 +414,8 @@ impl Bringup<'_> {
             others: &[],
             local_shareable: true,
             peer_shareable: describe.fd_backed,
-            on_gpu: OnGpu::NONE,
+            blocks: BothBlocks::ON_HOSTS,
+            unregistered: Unregistered::default(),
             unreachable: None,
             unstaged: None,
             allowed: &self.config.path,

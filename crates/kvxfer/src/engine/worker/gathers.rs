@@ -267,25 +267,28 @@ impl Worker {
                 let by = For::Job(job);
                 self.gathers.waiting.push_back(Wanted { peer, by });
             }
-            Direction::Write if Moves::of(&*job.source).is_some_and(|m| m.is_released) => {
-                self.ask(peer, job);
-            }
-            Direction::Write => {
-                let engine = self
-                    .live
-                    .get(&job.transfer)
-                    .map(|live| Arc::clone(&live.engine));
-                let fence = engine.as_ref().and_then(|engine| engine.gpu.as_ref());
-                match fence.map_or(Ok(None), |gpu| gpu.release()) {
-                    Ok(Some(fence)) => self.hold_until(&job, Until::Released(fence)),
-                    Ok(None) => self.ask(peer, job),
-                    Err(error) => {
-                        let cause = cause(GpuOperation::Fence, &error);
-                        self.job_over(&job, Some(cause), false);
-                    }
-                }
+            Direction::Write if self.hold_for_release(&job) => {}
+            Direction::Write => self.ask(peer, job),
+        }
+    }
+
+    /// Puts the fence behind the producer's last kernel, before anybody else reads what that has written. True: the
+    /// job waits for it, or has failed with it.
+    pub(super) fn hold_for_release(&mut self, job: &Arc<Job>) -> bool {
+        if Moves::of(&*job.source).is_some_and(|moves| moves.is_released) {
+            return false;
+        }
+        let live = self.live.get(&job.transfer);
+        let gpu = live.and_then(|live| live.engine.gpu.clone());
+        match gpu.map_or(Ok(None), |gpu| gpu.release()) {
+            Ok(None) => return false,
+            Ok(Some(fence)) => self.hold_until(job, Until::Released(fence)),
+            Err(error) => {
+                let cause = cause(GpuOperation::Fence, &error);
+                self.job_over(job, Some(cause), false);
             }
         }
+        true
     }
 
     /// Asks the consumer to fetch a job's blocks.
@@ -536,7 +539,10 @@ impl Worker {
                     self.job_over(&job, Some(cause), false);
                 }
                 (Ok(()), Until::Event(_), _) => self.begin(job),
-                (Ok(()), Until::Released(_), Some(peer)) => self.ask(peer, job),
+                (Ok(()), Until::Released(_), Some(peer)) if peer.has_whole_jobs() => {
+                    self.ask(peer, job);
+                }
+                (Ok(()), Until::Released(_), Some(_)) => self.begin_on_lanes(&job),
                 (Ok(()), Until::Released(_), None) => {}
             }
         }

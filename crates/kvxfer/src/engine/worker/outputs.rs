@@ -14,8 +14,8 @@ use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
 use crate::time::Time;
 use crate::transfer::{
-    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice, Output,
-    PeerKey, TransferId,
+    self, Cause, Direction, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice,
+    Output, PeerKey, TransferId,
 };
 use crate::wire::{Message, PushDone};
 
@@ -55,9 +55,10 @@ impl Worker {
         match output {
             Output::StartJob(job) => self.start(job),
             Output::StopJob { job, peer } => self.stop_job(peer, job),
-            Output::Verify { id, .. } => self.verify(id),
-            Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
+            Output::Verify { id, .. } => self.verify_pull(id),
+            Output::CheckLease { id, .. } => self.check_lease(id),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
+            Output::ResetLanes { id, peer, jobs } => self.reset_lanes_of(id, peer, &jobs),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
             Output::Outcome { id, outcome } => self.outcome(id, outcome),
             Output::Released { id } => self.released(id),
@@ -84,11 +85,21 @@ impl Worker {
         let peer = Arc::clone(&live.peer);
         if peer.has_whole_jobs() {
             self.begin_gather(peer, job);
-        } else if usize::from(job.workers) < peer.workers.len() {
+        } else if job.dir != Direction::Write || !self.hold_for_release(&job) {
+            self.begin_on_lanes(&job);
+        }
+    }
+
+    pub(super) fn begin_on_lanes(&mut self, job: &Arc<Job>) {
+        let Some(live) = self.live.get(&job.transfer) else {
+            return;
+        };
+        let peer = Arc::clone(&live.peer);
+        if usize::from(job.workers) < peer.workers.len() {
             // For this one alone, which has lanes too.
-            self.command(Command::Start(job));
+            self.command(Command::Start(Arc::clone(job)));
         } else {
-            self.broadcast(&peer, || Command::Start(Arc::clone(&job)));
+            self.broadcast(&peer, || Command::Start(Arc::clone(job)));
         }
     }
 
@@ -120,6 +131,22 @@ impl Worker {
         }
     }
 
+    /// Takes the queue pairs down, on all workers, that jobs of a transfer are posted on.
+    fn reset_lanes_of(&mut self, id: TransferId, key: PeerKey, jobs: &Arc<[JobId]>) {
+        // Where nothing moves no successor would.
+        let holds_up = self.port_that_holds_up(key).is_some();
+        match self
+            .peer(key)
+            .filter(|peer| peer.rebuilds_lanes() && !holds_up)
+        {
+            Some(peer) => self.broadcast(&peer, || Command::ResetLanes {
+                peer: key,
+                jobs: Arc::clone(jobs),
+            }),
+            None => self.transfers.lanes_stay(id),
+        }
+    }
+
     fn force_drain(&mut self, key: PeerKey, token: DrainToken) {
         match self.peer(key) {
             Some(peer) => {
@@ -134,7 +161,7 @@ impl Worker {
         }
     }
 
-    fn verify(&mut self, id: TransferId) {
+    pub(super) fn verify(&mut self, id: TransferId) {
         let own = self.others.get(usize::from(self.index));
         if let (Some(live), Some(own)) = (self.live.get(&id), own) {
             live.engine.runtime.verifier.begin(id, live, own);
