@@ -155,7 +155,7 @@ fn an_engines_pattern_is_moved() {
 }
 
 /// A kernel posts the blocks; on this machine its host build.
-fn by_a_kernel(args: &[&str], path: &str) -> Value {
+fn by_a_kernel(args: &[&str], path: &str, (queue, hca): (&str, &str)) -> Value {
     let ended = run_bw(&[&["--json", "--initiator", "gpu"], args].concat());
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(
@@ -166,19 +166,58 @@ fn by_a_kernel(args: &[&str], path: &str) -> Value {
     check_rows(&report, path, 2);
     for row in report["rows"].as_array().expect("rows") {
         let by = ["op", "initiator", "executor", "queue", "hca"].map(|name| &row[name]);
-        assert_eq!(by, ["write", "gpu", "host-build", "proxy", "none"], "{row}");
+        assert_eq!(by, ["write", "gpu", "host-build", queue, hca], "{row}");
     }
     report
 }
 
 #[test]
 fn kernels_push_over_arena() {
-    by_a_kernel(&["--queue", "proxy", "--path", "arena"], "arena");
+    by_a_kernel(
+        &["--queue", "proxy", "--path", "arena"],
+        "arena",
+        ("proxy", "none"),
+    );
 }
 
 #[test]
 fn kernels_push_over_tcp() {
-    by_a_kernel(&["--op", "write", "--path", "tcp"], "tcp");
+    by_a_kernel(
+        &["--op", "write", "--path", "tcp"],
+        "tcp",
+        ("proxy", "none"),
+    );
+}
+
+#[test]
+fn kernels_write_work_requests_to_a_model_of_a_nic() {
+    for queue in ["gpu-wqe", "direct"] {
+        by_a_kernel(
+            &["--queue", queue, "--path", "arena"],
+            "arena",
+            (queue, "model"),
+        );
+    }
+    let table = run(&[
+        "bw",
+        "--size",
+        "4K",
+        "--blocks",
+        "8",
+        "-n",
+        "1",
+        "--initiator",
+        "gpu",
+        "--queue",
+        "direct",
+    ]);
+    assert_eq!(table.code, Some(0), "{table:?}");
+    assert!(
+        table
+            .stdout
+            .contains("through the queue direct, to a model of an mlx5 NIC"),
+        "{table:?}"
+    );
 }
 
 #[test]
@@ -189,12 +228,8 @@ fn what_kernels_cannot_do_is_a_usage_error() {
             "pushes and does not pull",
         ),
         (
-            &["--initiator", "gpu", "--queue", "direct"],
-            "--queue direct is not there yet",
-        ),
-        (
-            &["--initiator", "gpu", "--queue", "gpu-wqe"],
-            "--queue gpu-wqe is not there yet",
+            &["--initiator", "gpu", "--queue", "wqe"],
+            "possible values: proxy, gpu-wqe, direct",
         ),
         (&["--queue", "proxy"], "say --initiator gpu"),
     ] {
@@ -204,7 +239,7 @@ fn what_kernels_cannot_do_is_a_usage_error() {
         assert!(ended.stdout.is_empty(), "{ended:?}");
     }
     let help = run(&["bw", "--help"]);
-    assert!(help.stdout.contains("--initiator") && !help.stdout.contains("direct"));
+    assert!(help.stdout.contains("--initiator") && help.stdout.contains("direct"));
 }
 
 #[test]

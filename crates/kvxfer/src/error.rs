@@ -95,6 +95,14 @@ pub enum Error {
         /// Which setting, and what it may be.
         what: &'static str,
     },
+    /// A kernel that posts pings was told that its post has not gone well.
+    #[error(
+        "the kernel that posts a ping was told {status:?}: a defect of kvxfer, or memory of the GPU that somebody writes to"
+    )]
+    PingKernel {
+        /// What it was told.
+        status: crate::mem::post::Status,
+    },
     /// Kernels that post have not ended in time.
     #[error(
         "the kernels of a queue have not ended within {after:?}, and were told to stop: wait for them before GpuQueue::finish, or give them longer"

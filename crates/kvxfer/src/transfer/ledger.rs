@@ -166,14 +166,14 @@ impl Transfers {
         self.set_timer(id, Some(deadline));
         if deadline <= now {
             if let Some(source) = source {
-                self.new_job(id, source);
+                self.new_job(id, source, workers.max(1));
             }
             self.on_time(now);
             self.start_waiting(peer);
             return Ok(());
         }
         if let Some(source) = source {
-            self.new_job(id, source);
+            self.new_job(id, source, workers.max(1));
             self.start_waiting(peer);
             self.advance(id);
         }
@@ -193,9 +193,24 @@ impl Transfers {
         id: TransferId,
         source: Arc<dyn OpSource>,
     ) -> Result<JobId, TransferError> {
+        let workers = self.records.get(&id).map_or(1, |record| record.workers);
+        self.add_job_of(now, id, (source, workers))
+    }
+
+    /// The same, to be started on so many schedulers.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_job`](Self::add_job).
+    pub(crate) fn add_job_of(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        (source, workers): (Arc<dyn OpSource>, u16),
+    ) -> Result<JobId, TransferError> {
         self.on_time(now);
         let peer = self.open_push(id)?.peer;
-        let job = self.new_job(id, source);
+        let job = self.new_job(id, source, workers);
         self.start_waiting(peer);
         self.advance(id);
         Ok(job)
@@ -270,7 +285,7 @@ impl Transfers {
         let Some(record) = self.records.get_mut(&id) else {
             return;
         };
-        let (peer, workers) = (record.peer, record.workers);
+        let peer = record.peer;
         let Some(job) = record.job_mut(report.job) else {
             return;
         };
@@ -282,7 +297,7 @@ impl Transfers {
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
         job.doubts += report.doubts;
-        let over = job.quiescent >= workers;
+        let over = job.quiescent >= job.job.workers;
         // Every operation is claimed once and confirmed once: all confirmed means none posted,
         // whether or not every scheduler has noticed that yet.
         let drained = job.complete() || over;
@@ -330,7 +345,7 @@ impl Transfers {
     /// Whether a job of a running push is complete: all of it is confirmed.
     pub(crate) fn is_complete(&self, id: TransferId, job: JobId) -> bool {
         let record = self.records.get(&id).filter(|r| !r.has_ended());
-        record.is_some_and(|r| r.jobs.iter().all(|j| j.job.id != job || j.complete()))
+        record.is_some_and(|record| record.job(job).is_none_or(JobRecord::complete))
     }
 
     /// Takes what the comparison of checksums has shown, or that those of a push have been told. Ignored
@@ -443,7 +458,7 @@ impl Transfers {
     }
 
     /// Makes a job and puts it in its peer's line; one without operations is over already.
-    fn new_job(&mut self, id: TransferId, source: Arc<dyn OpSource>) -> JobId {
+    fn new_job(&mut self, id: TransferId, source: Arc<dyn OpSource>, workers: u16) -> JobId {
         let job_id = JobId(self.next_job);
         self.next_job += 1;
         let Some(record) = self.records.get_mut(&id) else {
@@ -460,7 +475,7 @@ impl Transfers {
             record.peer,
             dir,
             source,
-            record.workers,
+            workers,
         );
         let empty = job.ops() == 0;
         if empty && matches!(record.kind, Kind::Push) {

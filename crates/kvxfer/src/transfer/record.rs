@@ -401,6 +401,11 @@ impl Record {
         }
     }
 
+    pub(super) fn job(&self, job: JobId) -> Option<&JobRecord> {
+        let at = self.jobs.binary_search_by_key(&job, |j| j.job.id).ok()?;
+        self.jobs.get(at)
+    }
+
     pub(super) fn job_mut(&mut self, job: JobId) -> Option<&mut JobRecord> {
         let at = self.jobs.binary_search_by_key(&job, |j| j.job.id).ok()?;
         self.jobs.get_mut(at)

@@ -15,7 +15,7 @@ use super::stages::Stages;
 use super::{RETRY, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::{Taking, cause};
-use crate::engine::moves::Moves;
+use crate::engine::moves::{Moved, Moves};
 use crate::engine::peer_session::PeerSession;
 use crate::error::Error;
 use crate::mem::gather::{Fence, Gather, GatherEnd};
@@ -67,7 +67,11 @@ pub(super) struct Wanted {
 impl Wanted {
     pub(super) fn plan(&self) -> Option<&Arc<Plan>> {
         match &self.by {
-            For::Job(job) => Moves::of(&*job.source).map(|moves| &moves.plan),
+            For::Job(job) => match &Moves::of(&*job.source)?.what {
+                Moved::Planned(plan) => Some(plan),
+                // The consumer plans what kernels have posted.
+                Moved::Posted(_) => None,
+            },
             For::Producer(taking) => Some(&taking.plan),
         }
     }
@@ -296,17 +300,29 @@ impl Worker {
         else {
             return;
         };
+        let (layer, of) = match &moves.what {
+            Moved::Planned(plan) => {
+                let layer = match plan.scope() {
+                    LayerScope::All => None,
+                    LayerScope::Layer(layer) => Some(layer),
+                };
+                let of = plan.units().map(|(group, of)| TakeOf::new(group, of));
+                (layer, of.collect())
+            }
+            // Of one layer: that is how it was put together for such a peer.
+            Moved::Posted(posted) => {
+                let first = posted.blocks().next();
+                let (group, layer) = first.map_or((0, 0), |(group, layer, _)| (group, layer));
+                let pairs = posted.blocks().map(|(_, _, pair)| (pair.src, pair.dst));
+                (Some(layer), vec![TakeOf::new(group, pairs)])
+            }
+        };
         let take = Take {
             number: job.id.0,
             request: live.request.clone(),
             nonce: live.nonce,
-            layer: match moves.plan.scope() {
-                LayerScope::All => None,
-                LayerScope::Layer(layer) => Some(layer),
-            },
-            of: (moves.plan.units())
-                .map(|(group, pairs)| TakeOf::new(group, pairs))
-                .collect(),
+            layer,
+            of,
             bytes: job.bytes(),
         };
         job.note_posted(self.clock.now());

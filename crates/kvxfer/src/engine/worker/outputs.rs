@@ -79,25 +79,28 @@ impl Worker {
 
     /// A job's bytes may move.
     pub(super) fn begin(&mut self, job: Arc<Job>) {
-        let peer = self.live.get(&job.transfer).map(|live| &live.peer);
-        match peer.filter(|peer| peer.has_whole_jobs()).map(Arc::clone) {
-            Some(peer) => self.begin_gather(peer, job),
-            None if job.dir == Direction::Write && self.hold_for_release(&job) => {}
-            None => self.begin_on_lanes(&job),
+        let Some(live) = self.live.get(&job.transfer) else {
+            return;
+        };
+        let peer = Arc::clone(&live.peer);
+        if peer.has_whole_jobs() {
+            self.begin_gather(peer, job);
+        } else if job.dir != Direction::Write || !self.hold_for_release(&job) {
+            self.begin_on_lanes(&job);
         }
     }
 
     pub(super) fn begin_on_lanes(&mut self, job: &Arc<Job>) {
-        self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(job)));
-    }
-
-    /// Gives a command to every worker that has lanes of the transfer's peer.
-    fn on_lanes_of(&mut self, id: TransferId, command: impl Fn() -> Command) {
-        let Some(live) = self.live.get(&id) else {
+        let Some(live) = self.live.get(&job.transfer) else {
             return;
         };
         let peer = Arc::clone(&live.peer);
-        self.broadcast(&peer, command);
+        if usize::from(job.workers) < peer.workers.len() {
+            // For this one alone, which has lanes too.
+            self.command(Command::Start(Arc::clone(job)));
+        } else {
+            self.broadcast(&peer, || Command::Start(Arc::clone(job)));
+        }
     }
 
     fn stop_job(&mut self, key: PeerKey, job: JobId) {
