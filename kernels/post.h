@@ -252,6 +252,8 @@ KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_mov
   if (!KVX_PLANTED(KVX_WQE_LATE)) {
     kvx_nic_fill(queue, move, block, op, train);
   }
+  // All that was written is there when this is over, and not only before what this thread writes next:
+  // another one, whose turn comes by this one's word, tells of it too.
   kvx_fence_release();
   kvx_vigil vigil = kvx_vigil_begin();
   while (!KVX_PLANTED(KVX_NO_TURN) && kvx_load_device_u64(KVX_STATE(queue, rung)) != first) {
@@ -337,6 +339,8 @@ KVX_FN kvx_u32 kvx_ended(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 &over) 
   kvx_u64 last = KVX_TICKET_LAST(ticket);
   over = kvx_load_device_u64(KVX_REPORT(queue, ended)) > last;
   kvx_u64 fault = kvx_load_device_u64(KVX_REPORT(queue, fault));
+  // After a completion that makes no sense nobody knows of any more.
+  over = over || (fault & 0xff) == KVX_MALFORMED;
   if (fault == 0 || last + 1 < fault >> 8) {
     return KVX_OK;
   }
@@ -351,7 +355,9 @@ KVX_FN kvx_u32 kvx_all_ended(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 &ov
     return (kvx_u32)kvx_load_system_u64(KVX_REPORT(queue, fault)) & 0xff;
   }
   over = kvx_load_device_u64(KVX_REPORT(queue, ended)) >= ticket;
-  return (kvx_u32)kvx_load_device_u64(KVX_REPORT(queue, fault)) & 0xff;
+  kvx_u32 fault = (kvx_u32)kvx_load_device_u64(KVX_REPORT(queue, fault)) & 0xff;
+  over = over || fault == KVX_MALFORMED;
+  return fault;
 }
 
 // Waits, by one thread: for a ticket, or for all that have been posted. After KVX_OK what was got is

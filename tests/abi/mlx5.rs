@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
+use quote::ToTokens;
 use syn::{Expr, Item, Lit};
 
 /// Functions of the header, for the tests to call. They take and give host byte order, as its
@@ -31,6 +32,19 @@ void kvxfer_mlx5_cqe(struct mlx5_cqe64 *at, uint32_t sop_qpn, uint32_t byte_cnt,
 }
 ";
 
+/// Structures of dv.rs that have no name in the header, by the fields that they are of.
+const NAMELESS: [(&str, &str, &str); 3] = [
+    ("mlx5dv_qp_sq", "mlx5dv_qp", "sq"),
+    ("mlx5dv_qp_bf", "mlx5dv_qp", "bf"),
+    ("mlx5dv_obj_qp", "mlx5dv_obj", "qp"),
+];
+
+/// The functions that are called, as library.rs of the same folder has them.
+const PROTOTYPES: [(&str, &str); 2] = [
+    ("mlx5dv_is_supported", "bool (*)(struct ibv_device *)"),
+    ("mlx5dv_init_obj", "int (*)(struct mlx5dv_obj *, uint64_t)"),
+];
+
 #[derive(Default)]
 struct Tables {
     ours: String,
@@ -38,8 +52,8 @@ struct Tables {
 }
 
 impl Tables {
-    fn fact(&mut self, name: &str, ours: usize, c: &str) {
-        writeln!(self.ours, "({name:?}, {ours}),").unwrap();
+    fn fact(&mut self, name: &str, ours: impl std::fmt::Display, c: &str) {
+        writeln!(self.ours, "({name:?}, ({ours}) as i64),").unwrap();
         writeln!(self.c, "{{ {name:?}, (long long)({c}) }},").unwrap();
     }
 }
@@ -54,13 +68,81 @@ fn number(expr: &Expr) -> usize {
     }
 }
 
-/// Writes what the tests include, and compiles what C has to say.
-pub fn write(here: &Path, out: &Path) {
-    let path = here.join("../../crates/verbs/src/mlx5/layout.rs");
+/// A file of crates/verbs.
+fn parsed(here: &Path, name: &str) -> syn::File {
+    let path = here.join("../../crates/verbs/src/mlx5").join(name);
     println!("cargo:rerun-if-changed={}", path.display());
     let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let file = syn::parse_file(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    syn::parse_file(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// What dv.rs declares: constants, and structures as C has them.
+fn declared(tables: &mut Tables, file: &syn::File) {
+    for item in &file.items {
+        match item {
+            Item::Use(_) => {}
+            Item::Const(item) => {
+                let name = item.ident.to_string();
+                tables.fact(&name, format!("dv::{name}"), &name);
+            }
+            Item::Struct(item) => {
+                let repr = item.attrs.iter().any(|attr| {
+                    attr.path().is_ident("repr")
+                        && attr.to_token_stream().to_string().contains("(C)")
+                });
+                let name = item.ident.to_string();
+                assert!(repr, "dv.rs: {name} is not repr(C)");
+                let nameless = NAMELESS.iter().find(|(n, ..)| *n == name);
+                let c = match nameless {
+                    Some((_, of, field)) => format!("__typeof__(((struct {of} *)0)->{field})"),
+                    None => format!("struct {name}"),
+                };
+                let ours = format!("dv::{name}");
+                tables.fact(
+                    &format!("{name}: size"),
+                    format!("size_of::<{ours}>()"),
+                    &format!("sizeof({c})"),
+                );
+                tables.fact(
+                    &format!("{name}: alignment"),
+                    format!("align_of::<{ours}>()"),
+                    &format!("_Alignof({c})"),
+                );
+                for field in &item.fields {
+                    let raw = field
+                        .ident
+                        .as_ref()
+                        .expect("dv.rs: a field's name")
+                        .to_string();
+                    let of_c = raw.trim_start_matches("r#");
+                    tables.fact(
+                        &format!("{name}.{of_c}: offset"),
+                        format!("std::mem::offset_of!({ours}, {raw})"),
+                        &format!("offsetof({c}, {of_c})"),
+                    );
+                    tables.fact(
+                        &format!("{name}.{of_c}: size"),
+                        format!(
+                            "size_of_field(|v: *const {ours}| unsafe {{ &raw const (*v).{raw} }})"
+                        ),
+                        &format!("sizeof((({c} *)0)->{of_c})"),
+                    );
+                }
+            }
+            other => panic!("dv.rs: what is {}?", other.to_token_stream()),
+        }
+    }
+    for (name, prototype) in PROTOTYPES {
+        let same = format!("__builtin_types_compatible_p(__typeof__(&{name}), {prototype})");
+        tables.fact(&format!("{name}: prototype"), 1, &same);
+    }
+}
+
+/// Writes what the tests include, and compiles what C has to say.
+pub fn write(here: &Path, out: &Path) {
+    let file = parsed(here, "layout.rs");
     let mut tables = Tables::default();
+    declared(&mut tables, &parsed(here, "dv.rs"));
     for item in &file.items {
         match item {
             Item::Const(item) => {
@@ -81,7 +163,7 @@ pub fn write(here: &Path, out: &Path) {
     let c = &tables.c;
     let probe = out.join("mlx5_probe.c");
     let text = format!(
-        "#include <endian.h>\n#include <stddef.h>\n#include <stdint.h>\n\
+        "#include <endian.h>\n#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n\
          #include <infiniband/mlx5dv.h>\n\
          struct fact {{ const char *name; long long value; }};\n\
          const struct fact kvxfer_mlx5_facts[] = {{\n{c}{{ 0, 0 }} }};\n{WRITERS}"

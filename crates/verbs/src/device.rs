@@ -4,6 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey};
 use crate::sys::enums::ibv_event_type;
+use crate::sys::types::ibv_cq;
 use crate::wr::Completion;
 
 pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
@@ -55,6 +57,10 @@ pub(crate) trait CqBackend: Send + Sync + fmt::Debug {
     fn arm(&self) -> Result<bool, Error>;
     fn fd(&self) -> BorrowedFd<'_>;
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+    /// What it is to libibverbs, if it is anything.
+    fn ibv(&self) -> Option<NonNull<ibv_cq>> {
+        None
+    }
 }
 
 /// Something that happened to a device, a port, a queue or a queue pair, and that no completion
@@ -417,6 +423,11 @@ pub struct CompletionQueue {
 }
 
 impl CompletionQueue {
+    /// What it is to libibverbs, if it is anything, as long as this value is there.
+    pub(crate) fn ibv(&self) -> Option<NonNull<ibv_cq>> {
+        self.inner.ibv()
+    }
+
     /// The queue as its device made it.
     pub(crate) fn of<T: CqBackend + 'static>(&self, what: &'static str) -> Result<Arc<T>, Error> {
         let any = Arc::clone(&self.inner).into_any();

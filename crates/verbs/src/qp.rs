@@ -4,6 +4,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::TcpStream;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{DeviceAddr, PdHandle};
 use crate::error::{Error, PostError, StateFault};
 use crate::region::{Access, RegionTable};
+use crate::sys::types::ibv_qp;
 use crate::wr::{SendChain, Sge};
 
 pub(crate) trait QpBackend: Send + Sync + fmt::Debug {
@@ -32,6 +34,10 @@ pub(crate) trait QpBackend: Send + Sync + fmt::Debug {
     fn to_error(&self);
     /// Called once, last; but for what refuses, it is as if it had never been then.
     fn destroy(&self) -> Result<(), Error>;
+    /// What it is to libibverbs, if it is anything.
+    fn ibv(&self) -> Option<NonNull<ibv_qp>> {
+        None
+    }
 }
 
 /// The state of a queue pair.
@@ -318,6 +324,11 @@ impl<S> QueuePair<S> {
     #[must_use]
     pub fn qp_num(&self) -> u32 {
         self.inner.qp.qp_num()
+    }
+
+    /// What it is to libibverbs, if it is anything, as long as this value is there.
+    pub(crate) fn ibv(&self) -> Option<NonNull<ibv_qp>> {
+        self.inner.qp.ibv()
     }
 
     /// The state it is in; [`QpState::Err`] after an error, whatever the type says.

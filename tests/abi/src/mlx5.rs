@@ -10,7 +10,18 @@ use kvxfer_verbs::mlx5::{
 
 use super::{Fact, Facts, differences, facts_of, map};
 
+#[path = "../../../crates/verbs/src/mlx5/dv.rs"]
+#[allow(
+    non_camel_case_types,
+    dead_code,
+    reason = "names of C, of which the comparison looks at the layout"
+)]
+mod dv;
+
 mod facts {
+    use super::super::size_of_field;
+    use super::dv;
+
     // mlx5().
     include!(concat!(env!("OUT_DIR"), "/mlx5_facts.rs"));
 }
@@ -56,6 +67,10 @@ fn every_offset_and_constant_is_as_in_the_header() {
         ("mlx5_cqe64.op_own: offset", 63),
         ("MLX5_OPCODE_RDMA_READ", 0x10),
         ("MLX5_CQE_INVALID", 15),
+        ("mlx5dv_obj: size", 112),
+        ("mlx5dv_qp_bf.size: offset", 8),
+        ("mlx5dv_cq.cqe_size: offset", 20),
+        ("mlx5dv_init_obj: prototype", 1),
     ] {
         assert_eq!(headers.get(name), Some(&value), "{name}");
     }
@@ -175,4 +190,12 @@ fn completions_are_read_as_the_header_writes_them() {
         assert_eq!(wanted.encode(n, depth), block);
     }
     assert_eq!(DoorbellRecord::SEND_OFFSET, 4);
+}
+
+/// The library that is installed with the headers has the functions, by the versions that are asked for.
+#[test]
+fn the_installed_libmlx5_is_taken() {
+    let mlx5 = kvxfer_verbs::mlx5::Mlx5::get().unwrap_or_else(|e| panic!("{e}"));
+    let name = mlx5.path().file_name().expect("a file");
+    assert!(name.to_string_lossy().starts_with("libmlx5"), "{name:?}");
 }

@@ -72,10 +72,13 @@ pub(super) fn round_trips(report: &mut Report, bench: &Bench) -> Result<()> {
         ..args
     };
     let host = flags.host();
-    let all = bench.time(&bench.kernel(KVX_TIME_ECHO)?, &echo, Some(&results), || {
+    let answer = || {
         host.store_u64(64, host.load_u64(0)?)?;
         Ok(())
-    })?;
+    };
+    let kernel = bench.kernel(KVX_TIME_ECHO)?;
+    // SAFETY: flags, queue and results are held here, and there are as many results as it says.
+    let all = unsafe { bench.time(&kernel, &echo, Some(&results), answer) }?;
     let all = times(bench, &all)?;
     let echo = half(&all);
     report.times("a flag to the host and back", all, None);
@@ -101,26 +104,25 @@ pub(super) fn round_trips(report: &mut Report, bench: &Bench) -> Result<()> {
         ..args
     };
     let mut bytes = [0; BYTES as usize];
-    let all = bench.time(
-        &bench.kernel(KVX_TIME_WAITS)?,
-        &args,
-        Some(&results),
-        || {
-            let Some(taken) = consumer.take(queue.ring())? else {
-                return Ok(());
-            };
-            let Taken::Post(post) = taken else {
-                return Err(format!("{taken:?}").into());
-            };
-            let (End::Address { addr, .. }, BYTES) = (post.local, post.len) else {
-                return Err(format!("{post:?}").into());
-            };
-            from.host().read(addr - from.device_addr(), &mut bytes)?;
-            to.memory().write(0, &bytes)?;
-            consumer.complete(queue.ring(), post.ticket, Status::Ok)??;
-            Ok(())
-        },
-    )?;
+    let carry_out = || {
+        let Some(taken) = consumer.take(queue.ring())? else {
+            return Ok(());
+        };
+        let Taken::Post(post) = taken else {
+            return Err(format!("{taken:?}").into());
+        };
+        let (End::Address { addr, .. }, BYTES) = (post.local, post.len) else {
+            return Err(format!("{post:?}").into());
+        };
+        from.host().read(addr - from.device_addr(), &mut bytes)?;
+        to.memory().write(0, &bytes)?;
+        consumer.complete(queue.ring(), post.ticket, Status::Ok)??;
+        Ok(())
+    };
+    let kernel = bench.kernel(KVX_TIME_WAITS)?;
+    // SAFETY: moves, queue and results are held here, and there are as many as it says; what the moves name the kernel
+    // does not touch.
+    let all = unsafe { bench.time(&kernel, &args, Some(&results), carry_out) }?;
     // As long as two flags, and the copy.
     let wanted = (200.0 * echo + 100.0 * copy).ceil() / 100.0;
     let name = "a put of 4 KiB that the host carries out";

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "b1f1c0676920c9a489c8d10e1f7b5b4f73d4174c0f1b62aec1abcc1f893def71",
+    sources_sha256: "bebf9bcafced173cca26d48a932e9e25bd892cb392abc78dc988980ab4d76c5f",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "cdca1cea002d3d7f21a7c4e573ad5b4f4bebe65c6a0864002e55482393342b8d",
+        sha256: "f75d63e9a510c64c14e6cd4aa778840f7f604e2d98750f8307e15abf3e19f49d",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "949f6e50fbe3b6e90b1e838456d401aafa2316386311ef5bdecaaea1d9c72c0c",
+        sha256: "e51916798ff7e6fb54c5214426efa632a46991441f922ce4a472426b3ee08e5a",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "18d71fde95b3ed73f863e3fa26ae9a6e2d1dd894249104752d3a55e7d6bcf11b",
+        sha256: "f298452a2cac6ea652100d335440f85d42db0153ca2f2ea013146feab72a3fda",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "9dc9be73358369de533f09ccceac55a6ae3e5b2a7cfc669a28b0d8bef010a884",
+        sha256: "8f45282861b82bf6d27200ddb11437b5ba33d531014b42793b5b3b5ee48a0180",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "41aad1d718aedb7c194e9ea9eb905de9f63d7698c946c66e00c82090c0abf93f",
+        sha256: "2ba82e7a045d7011efb3dae72080662d92339b44cb3daf99cc8a9af863e49fca",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "b5f0b4a66247ccdfdf367ff8722a2597837bd4d2dea17befcfe34e7c67849104",
+        sha256: "33fe1aca8f6bebb4566ce76f1c406baa169a053cf8e618ba682a8f90eb30a046",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "3dcfb9020403b4fdc6a8ec08a3eb3bc54dfd7084db1da991cdbbd9d0664db9b9",
+        sha256: "319e241c9351f10846f9d56ecd984e4c0b2aeb8b639876e118acf1f9cc7e19c9",
         warp: 32,
     },
 ];

@@ -18,6 +18,8 @@ mod consumer;
 mod descriptor;
 #[cfg(all(loom, test))]
 mod loom_models;
+#[cfg(all(loom, test))]
+mod loom_wqes;
 mod pace;
 mod proxy;
 mod regions;

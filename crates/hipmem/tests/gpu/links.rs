@@ -308,3 +308,52 @@ fn blocks_that_are_not_inside_their_memory_are_refused() -> Outcome {
     assert!(matches!(refused, Err(Error::Regions(fault)) if fault == twice));
     Ok(())
 }
+
+/// Far more than is copied before the word is there.
+#[test]
+fn puts_that_are_stopped_in_the_middle_end_and_nothing_is_written_after() -> Outcome {
+    const MIB: u64 = 1 << 20;
+    const PUTS: usize = 4096;
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let (local, remote) = (GpuMemory::new(&gpu, MIB)?, GpuMemory::new(&gpu, MIB)?);
+    let side = |memory| LinkSide {
+        place: At::Gpu(memory, 0),
+        stride: 0,
+    };
+    let layer = LinkLayer {
+        group: 0,
+        layer: 0,
+        local_blocks: 1,
+        remote_blocks: 1,
+        tensors: vec![vec![LinkPiece {
+            local: side(&local),
+            remote: side(&remote),
+            len: MIB,
+        }]],
+    };
+    let queue = Arc::new(LinkQueue::new(&gpu, &[layer])?);
+    let one = Move {
+        len: MIB,
+        ..put(0, ALL_TENSORS, (0, 0))
+    };
+    let push = kernels.prepare_push(&stream, &vec![one; PUTS])?;
+    let posting = kernels.push(&stream, &queue, &push, 1)?;
+    queue.stop()?;
+    let results = posting.wait(soon())?;
+    let (ok, stopped) = (Status::Ok.number(), Status::Stopped.number());
+    let done = results.iter().take_while(|r| r.posted == ok).count();
+    assert!(done < PUTS, "the word came too late to be seen");
+    assert!(
+        results[done..]
+            .iter()
+            .all(|r| r.posted == stopped && r.ended == stopped)
+    );
+    // The kernel has ended: what is written now stays.
+    remote.fill(0, MIB, ELSE)?;
+    let mut found = vec![0; MIB as usize];
+    remote.read(0, &mut found)?;
+    assert!(found.iter().all(|byte| *byte == ELSE));
+    Ok(())
+}

@@ -458,6 +458,102 @@ fn places_that_there_are_not_are_refused_and_nothing_is_posted() {
     assert_eq!(ends, [(Status::Ok, Status::Ok)]);
 }
 
+/// What a post by places is told, by the table's rows alone.
+fn told_of(layers: &[RegionLayer], of: &Move) -> Status {
+    if of.flags != LOCAL_PLACE | REMOTE_PLACE {
+        return Status::BadOp;
+    }
+    let (src, dst) = (Place::from_word(of.local), Place::from_word(of.remote));
+    if (src.group, src.layer, src.tensor) != (dst.group, dst.layer, dst.tensor) {
+        return Status::BadRange;
+    }
+    let mut rows = layers.iter();
+    let row = rows.find(|row| (row.group, row.layer) == (src.group, src.layer));
+    let Some(row) = row else {
+        return Status::BadKey;
+    };
+    let pieces = match src.tensor {
+        ALL_TENSORS => row.tensors.concat(),
+        n => match row.tensors.get(usize::from(n)) {
+            Some(pieces) => pieces.clone(),
+            None => return Status::BadRange,
+        },
+    };
+    if pieces.iter().map(|piece| piece.len).sum::<u64>() != of.len {
+        return Status::BadLength;
+    }
+    match src.block < row.local_blocks && dst.block < row.remote_blocks {
+        true => Status::Ok,
+        false => Status::BadRange,
+    }
+}
+
+#[test]
+fn any_words_of_a_move_are_taken_or_refused_as_the_table_says() {
+    let world = World::new(DIRECT, 16, LONG);
+    let mut noise = Noise(0x1234_5678_9abc_def1);
+    let mut any = |of: &[u64]| match noise.below(of.len() + 1) {
+        n if n == of.len() => (noise.below(1 << 20) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        n => of[n],
+    };
+    let moves: Vec<_> = (0..60_000)
+        .map(|_| {
+            let src = place(
+                any(&[0, 0, 0, 2, 1]) as u8,
+                any(&[1, 3, 0, 2]) as u16,
+                any(&[0xff, 0xff, 0, 1, 2]) as u8,
+                any(&[0, 1, 23, 24]) as u32,
+            );
+            let mut dst = Place {
+                block: any(&[0, 39, 40]) as u32,
+                ..src
+            };
+            if any(&[0, 0, 0, 1]) == 1 {
+                dst.layer = any(&[1, 3]) as u16;
+            }
+            let mut known = world.layers.iter();
+            let known = known.find(|row| (row.group, row.layer) == (src.group, src.layer));
+            let bytes = known.map_or(0, |row| match row.tensors.get(usize::from(src.tensor)) {
+                Some(one) => one.iter().map(|piece| piece.len).sum(),
+                None => row.tensors.iter().flatten().map(|piece| piece.len).sum(),
+            });
+            Move {
+                local: src.to_word(),
+                remote: dst.to_word(),
+                len: any(&[bytes, bytes, bytes, bytes]),
+                flags: any(&[3, 3, 3, 3, 3, 0x8000_0003, 1]) as u32,
+                ..Move::default()
+            }
+        })
+        .filter(|of| of.flags != 0)
+        .collect();
+    let wanted: Vec<_> = moves.iter().map(|of| told_of(&world.layers, of)).collect();
+    let good: usize = moves
+        .iter()
+        .zip(&wanted)
+        .filter(|(_, told)| **told == Status::Ok)
+        .map(|(of, _)| world.pieces(Place::from_word(of.local)).len())
+        .sum();
+    for status in [
+        Status::Ok,
+        Status::BadOp,
+        Status::BadKey,
+        Status::BadRange,
+        Status::BadLength,
+    ] {
+        let n = wanted.iter().filter(|told| **told == status).count();
+        assert!(
+            n > 500,
+            "{status:?} comes {n} times: the cases are one-sided"
+        );
+    }
+    let (world, ends) = served(world, &shipped, &moves, (1, PUT, EACH));
+    for ((of, wanted), (posted, ended)) in moves.iter().zip(&wanted).zip(ends) {
+        assert_eq!((posted, ended), (*wanted, *wanted), "{of:x?}");
+    }
+    assert_eq!(world.bench.hca.consumed(), good as u64, "and nothing else");
+}
+
 #[test]
 fn a_block_of_more_pieces_than_the_queue_has_room_for() {
     // Five pieces: four slots never hold them, and eight do when they are free.

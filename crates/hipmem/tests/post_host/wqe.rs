@@ -7,14 +7,15 @@ use std::thread;
 use kvxfer_hipmem::HostMemory;
 use kvxfer_hipmem::kernels::queue::{
     ALL, DIRECT, EACH, GET, GPU_WQE, IDLE, LOCAL_PLACE, Move, POSTED, PUT, PUT_IMM, Queue,
+    QueueState,
 };
 use kvxfer_hipmem::post::Status;
 use kvxfer_verbs::mlx5::model::{
     Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation,
 };
 use kvxfer_verbs::mlx5::{
-    CqDepth, Cqe, Gather, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth,
-    Syndrome,
+    CqDepth, Cqe, CqeStatus, Gather, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe,
+    SqDepth, Syndrome,
 };
 
 use crate::ring::moves;
@@ -54,6 +55,8 @@ pub(crate) struct Bench<S = Counted> {
     pub(crate) around: Around,
     pub(crate) queue: Queue,
     pub(crate) sq: HostMemory,
+    cq: HostMemory,
+    report: HostMemory,
     record: HostMemory,
     bell: HostMemory,
     /// Of `GPU_WQE`: the doorbell behind the word.
@@ -126,7 +129,7 @@ impl<S: Sink> Bench<S> {
         let queues = Queues {
             sq: sq.clone(),
             sq_record: record.clone(),
-            cq,
+            cq: cq.clone(),
             cq_record,
             bell: if kind == GPU_WQE { &uar } else { &bell }.clone(),
         };
@@ -135,6 +138,8 @@ impl<S: Sink> Bench<S> {
             around,
             queue,
             sq,
+            cq,
+            report,
             record,
             bell,
             uar,
@@ -402,4 +407,45 @@ fn an_abort_ends_what_waits() {
     }
     let results = run(&shipped, bench.queue, &moves(1), 1, PUT, POSTED);
     assert_eq!(ends(&results)[0].0, Status::Stopped);
+}
+
+#[test]
+fn completions_that_make_no_sense_end_the_queue() {
+    let depth = CqDepth::new(8).expect("a power");
+    let good = Cqe {
+        qpn: Qpn::new(QPN).expect("24 bits"),
+        opcode: 8,
+        counter: 0,
+        status: CqeStatus::Done { byte_count: 64 },
+    };
+    let of = |counter| Cqe { counter, ..good }.encode(0, depth);
+    let mut other = of(0);
+    // A receive's.
+    other[63] = 2 << 4;
+    // One WQE is under way, with the number 3: neither what is before it nor behind it has ended.
+    for (block, wanted) in [
+        (of(3), Status::Ok),
+        (of(2), Status::Malformed),
+        (of(5), Status::Malformed),
+        (of(0x8003), Status::Malformed),
+        (other, Status::Malformed),
+    ] {
+        let bench = Bench::new(DIRECT, 4, 8, 0, SHORT);
+        let state = QueueState::starting_at(3).bytes();
+        bench.around.state.write(0, &state).expect("inside");
+        bench.around.state.store_u64(32, 0).expect("inside");
+        bench.report.store_u64(0, 3).expect("inside");
+        let results = run(&shipped, bench.queue, &moves(1), 1, PUT, POSTED);
+        assert_eq!(ends(&results)[0].0, Status::Ok);
+        bench.cq.write(0, &block).expect("inside");
+        let results = run(&shipped, bench.queue, &moves(1), 1, PUT, IDLE);
+        let (_, ended) = ends(&results)[0];
+        // A good one leaves the second post under way, of which nobody tells.
+        let told = if wanted == Status::Ok {
+            Status::Timeout
+        } else {
+            wanted
+        };
+        assert_eq!(ended, told, "{block:x?}");
+    }
 }

@@ -1,7 +1,7 @@
 //! The queues of mlx5 devices as bytes: send WQEs, CQEs, doorbells and doorbell records.
 //!
-//! Nothing here touches a device: values become bytes and bytes values, or a
-//! [`Mlx5Fault`]. Every WQE is one basic block of 64 bytes, so that a WQE's number is its place: an RDMA
+//! Values become bytes and bytes values, or a [`Mlx5Fault`]; nothing of that touches a device. [`MappedQueues`] says where
+//! the queues of a real one lie, through libmlx5. Every WQE is one basic block of 64 bytes, so that a WQE's number is its place: an RDMA
 //! operation with up to two local segments or up to 28 bytes of data in the WQE itself.
 //!
 //! The layouts are transcribed from rdma-core and compared with its header `mlx5dv.h`, and encoded WQEs
@@ -10,9 +10,19 @@
 mod bytes;
 mod cqe;
 mod doorbell;
+#[allow(
+    non_camel_case_types,
+    dead_code,
+    reason = "names of C, and fields that only C uses"
+)]
+mod dv;
 mod fault;
 mod geometry;
 mod layout;
+mod library;
+mod mapped;
+#[cfg(test)]
+mod mapped_tests;
 mod memory;
 pub mod model;
 #[cfg(test)]
@@ -23,6 +33,8 @@ pub use cqe::{Cqe, CqeStatus, Syndrome};
 pub use doorbell::{Doorbell, DoorbellRecord};
 pub use fault::Mlx5Fault;
 pub use geometry::{CqDepth, MAX_DEPTH, SqDepth, WQEBB};
+pub use library::Mlx5;
+pub use mapped::{MappedCompletions, MappedQueues, MappedSends, NoMlx5};
 pub use memory::{OutsideQueue, QueueMemory};
 pub use wqe::{
     Gather, INLINE_ROOM, InlineData, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe,

@@ -273,6 +273,10 @@ impl RdmaCq {
 }
 
 impl CqBackend for RdmaCq {
+    fn ibv(&self) -> Option<NonNull<ibv_cq>> {
+        Some(self.cq)
+    }
+
     fn depth(&self) -> u32 {
         self.depth
     }

@@ -462,6 +462,10 @@ fn refused(code: c_int) -> PostCause {
 }
 
 impl QpBackend for RdmaQp {
+    fn ibv(&self) -> Option<NonNull<ibv_qp>> {
+        Some(self.qp)
+    }
+
     fn init(&self, attr: &InitAttr) -> Result<(), Error> {
         self.expect(QpState::Reset, QpState::Init)?;
         let device = &self.device;

@@ -39,7 +39,10 @@ impl Verbs {
 
     /// The library of a name, or a path.
     pub(crate) fn open(name: impl AsRef<OsStr>) -> Result<Self, NoRdma> {
-        let library = Library::open(name.as_ref())?;
+        let library = Library::open(name.as_ref()).map_err(|missing| NoRdma::Library {
+            name: missing.name,
+            why: missing.why,
+        })?;
         let functions = Functions::find(&library)?;
         // `ibv_fork_init` is for who registers memory, and nobody does yet: it changes what every
         // user of the library in this process registers.
@@ -55,16 +58,24 @@ pub(crate) struct Library {
     name: OsString,
 }
 
+/// A library that is not there, or is none.
+pub(crate) struct NotLoaded {
+    pub(crate) name: PathBuf,
+    /// The loader's words.
+    pub(crate) why: String,
+}
+
 impl Library {
-    fn open(name: &OsStr) -> Result<Self, NoRdma> {
-        // SAFETY: libibverbs and what it needs may be loaded at any time: their initialisers
-        // touch nothing of ours.
+    /// Loads libibverbs, or a library of its drivers.
+    pub(crate) fn open(name: &OsStr) -> Result<Self, NotLoaded> {
+        // SAFETY: libibverbs, its drivers and what they need may be loaded at any time: their
+        // initialisers touch nothing of ours.
         match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
             Ok(opened) => Ok(Self {
                 handle: opened.into_raw(),
                 name: name.to_owned(),
             }),
-            Err(e) => Err(NoRdma::Library {
+            Err(e) => Err(NotLoaded {
                 name: name.into(),
                 why: e.to_string(),
             }),
@@ -95,7 +106,7 @@ impl Library {
     }
 
     /// Its file, or the name that it was asked for by.
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         // SAFETY: the handle is of a library that is never closed.
         let file = unsafe { library_file(self.handle) };
         file.unwrap_or_else(|| self.name.clone().into())

@@ -27,5 +27,5 @@ mod tests;
 pub(crate) mod types;
 
 pub(crate) use functions::Functions;
-pub(crate) use library::Verbs;
 pub use library::library_file;
+pub(crate) use library::{Library, Verbs};

@@ -1,7 +1,7 @@
 //! Launches of the kernels that post.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::links::LinkQueue;
 use super::queue::{KernelQueue, sealed};
@@ -23,8 +23,6 @@ use crate::post::Place as BlockPlace;
 /// Workgroups of a producer at most: fewer than any GPU runs side by side, so that none waits for a place behind one
 /// that waits for the queue.
 const MOST_PRODUCERS: u32 = 32;
-/// How long puts may take to be laid out: a copy behind what is on the stream.
-const LAY_OUT: Duration = Duration::from_secs(60);
 /// Threads of a producer's workgroup.
 const PRODUCER_THREADS: u32 = 256;
 
@@ -108,8 +106,8 @@ pub struct PreparedPush {
     args: PostArgs,
     moves: GpuMemory,
     results: PinnedMemory,
-    /// The moves, on their way to where the kernel reads them.
-    _laid_out: PinnedMemory,
+    /// The copy of the moves to where the kernel reads them.
+    laid_out: Pending,
 }
 
 /// A launch that posts. It holds what it touches until it has ended, whether or not this value is kept.
@@ -242,15 +240,14 @@ impl PostKernels {
             return Err(Error::Empty);
         }
         same("the kernels", &self.gpu, stream.gpu())?;
-        let laid_out = self.table(Move::bytes(moves))?;
-        let table = GpuMemory::new(&self.gpu, laid_out.len())?;
+        let list = self.table(Move::bytes(moves))?;
+        let table = GpuMemory::new(&self.gpu, list.len())?;
         let copy = Copy {
             dst: Place::Gpu(&table, 0),
-            src: Place::Pinned(&laid_out, 0),
-            len: laid_out.len(),
+            src: Place::Pinned(&list, 0),
+            len: list.len(),
         };
-        // Launches come behind it, on this stream or after the next word.
-        stream.copy(&[copy])?.wait(Instant::now() + LAY_OUT)?;
+        let laid_out = stream.copy(&[copy])?;
         let results = self.results(moves.len())?;
         Ok(PreparedPush {
             args: PostArgs {
@@ -262,7 +259,7 @@ impl PostKernels {
             },
             moves: table,
             results,
-            _laid_out: laid_out,
+            laid_out,
         })
     }
 
@@ -285,6 +282,8 @@ impl PostKernels {
         };
         let moves = [Place::Gpu(&push.moves, 0)];
         let keep = self.keep(stream, queue, &moves, &push.results)?;
+        // It may have been laid out on another stream.
+        stream.wait_event(push.laid_out.event())?;
         let grid = workgroups.clamp(1, args.count);
         let threads = <LinkQueue as sealed::Sealed>::THREADS.unwrap_or(self.warp);
         let pending = stream.put(keep, |raw| {
