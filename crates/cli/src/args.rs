@@ -55,7 +55,7 @@ pub(crate) enum Command {
     /// their runtime; and what can be moved between which memory.
     ///
     /// It opens each NIC for a moment, and sends nothing. It loads HIP or else CUDA, or what KVXFER_GPU
-    /// names (hip, cuda, host), and allocates nothing. The exit code is 4 if a NIC that was asked for, by
+    /// names (hip, cuda, host), and tries 2 MiB of each GPU's memory with each NIC that can be used. The exit code is 4 if a NIC that was asked for, by
     /// KVXFER_RDMA_DEVICES or an option, is not there or cannot be used.
     Devices(DevicesArgs),
 }
@@ -79,7 +79,8 @@ pub(crate) struct BwArgs {
     #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
     pub(crate) initiator: InitiatorChoice,
 
-    /// What the kernel posts to: `proxy`, a ring that this process's workers carry out [default: proxy]
+    /// What the kernel posts to: `proxy`, a ring that this process's workers carry out; `gpu-wqe` and `direct`, an mlx5
+    /// queue of a model of a NIC, with and without the CPU at the doorbell [default: proxy]
     #[arg(long, value_enum)]
     pub(crate) queue: Option<QueueChoice>,
 
@@ -144,13 +145,11 @@ pub(crate) enum InitiatorChoice {
     Gpu,
 }
 
-/// `--queue`. Those that are not there yet are known by name, so that they are refused by their reasons.
+/// `--queue`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum QueueChoice {
     Proxy,
-    #[value(hide = true)]
     GpuWqe,
-    #[value(hide = true)]
     Direct,
 }
 
@@ -176,6 +175,11 @@ pub(crate) struct PingArgs {
     /// End all of it after this long [default: 30 for connecting, none for pings]
     #[arg(long, value_name = "TIME", value_parser = size::duration)]
     pub(crate) timeout: Option<Duration>,
+
+    /// Who posts the WRITE of each ping: this process, or a kernel, which waits for its end. Where there is no GPU, the
+    /// host build of the same kernel is run
+    #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
+    pub(crate) initiator: InitiatorChoice,
 
     /// How the bytes go; `auto` takes the path that the engine's real peers would [default: auto]
     #[arg(long, value_enum)]

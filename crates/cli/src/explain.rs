@@ -9,6 +9,7 @@ use kvxfer::ping::PINGERS;
 use kvxfer::session::{Party, SessionError, SessionState};
 use kvxfer::transfer::Cause;
 use kvxfer::wire::{Refusal, Role, WireError};
+use kvxfer_verbs::PostCause;
 
 use crate::problem::{Exit, Problem};
 use crate::run::Failed;
@@ -134,7 +135,10 @@ pub(crate) fn library(error: &Error) -> Problem {
         Error::Forked { .. } | Error::ShuttingDown => {
             Problem::from_chain(Exit::Check, error).with_fix(DEFECT)
         }
-        Error::Post(_) => Problem::from_chain(Exit::Device, error).with_fix(DEVICE_FAILED),
+        Error::Post(failed) => Problem::from_chain(Exit::Device, error).with_fix(match failed.cause {
+            PostCause::CqFull => "raise max_cqe_num: each queue pair to a peer keeps room for its receives there",
+            _ => DEVICE_FAILED,
+        }),
         // What is left is said by the peer, or of it.
         _ => Problem::from_chain(Exit::Peer, error).with_fix(LOOK_AT_LOGS),
     }
@@ -478,7 +482,7 @@ mod tests {
         }
         let full = kvxfer_verbs::PostError {
             posted: 0,
-            cause: kvxfer_verbs::PostCause::QueueFull,
+            cause: PostCause::QueueFull,
         };
         let (exit, text) = exit_of(Error::Post(full));
         assert_eq!(exit, Exit::Device);
@@ -486,6 +490,14 @@ mod tests {
             text.contains("kernel's log") && !text.contains("server"),
             "{text}"
         );
+
+        let full = kvxfer_verbs::PostError {
+            posted: 0,
+            cause: PostCause::CqFull,
+        };
+        let (exit, text) = exit_of(Error::Post(full));
+        assert_eq!(exit, Exit::Device);
+        assert!(text.contains("raise max_cqe_num"), "{text}");
 
         let operation = kvxfer::transfer::LocalOperation::Map;
         for (cause, exit, fix) in [

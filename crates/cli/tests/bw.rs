@@ -5,7 +5,8 @@ mod support;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use support::{
-    Secrets, children_of, command, leaves_nothing, run, runs, serve, spawn, start, wait_until,
+    Secrets, children_of, command, leaves_nothing, locking, run, runs, serve, spawn, start,
+    wait_until,
 };
 
 /// A short run.
@@ -154,7 +155,7 @@ fn an_engines_pattern_is_moved() {
 }
 
 /// A kernel posts the blocks; on this machine its host build.
-fn by_a_kernel(args: &[&str], path: &str) -> Value {
+fn by_a_kernel(args: &[&str], path: &str, (queue, hca): (&str, &str)) -> Value {
     let ended = run_bw(&[&["--json", "--initiator", "gpu"], args].concat());
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(
@@ -165,19 +166,58 @@ fn by_a_kernel(args: &[&str], path: &str) -> Value {
     check_rows(&report, path, 2);
     for row in report["rows"].as_array().expect("rows") {
         let by = ["op", "initiator", "executor", "queue", "hca"].map(|name| &row[name]);
-        assert_eq!(by, ["write", "gpu", "host-build", "proxy", "none"], "{row}");
+        assert_eq!(by, ["write", "gpu", "host-build", queue, hca], "{row}");
     }
     report
 }
 
 #[test]
 fn kernels_push_over_arena() {
-    by_a_kernel(&["--queue", "proxy", "--path", "arena"], "arena");
+    by_a_kernel(
+        &["--queue", "proxy", "--path", "arena"],
+        "arena",
+        ("proxy", "none"),
+    );
 }
 
 #[test]
 fn kernels_push_over_tcp() {
-    by_a_kernel(&["--op", "write", "--path", "tcp"], "tcp");
+    by_a_kernel(
+        &["--op", "write", "--path", "tcp"],
+        "tcp",
+        ("proxy", "none"),
+    );
+}
+
+#[test]
+fn kernels_write_work_requests_to_a_model_of_a_nic() {
+    for queue in ["gpu-wqe", "direct"] {
+        by_a_kernel(
+            &["--queue", queue, "--path", "arena"],
+            "arena",
+            (queue, "model"),
+        );
+    }
+    let table = run(&[
+        "bw",
+        "--size",
+        "4K",
+        "--blocks",
+        "8",
+        "-n",
+        "1",
+        "--initiator",
+        "gpu",
+        "--queue",
+        "direct",
+    ]);
+    assert_eq!(table.code, Some(0), "{table:?}");
+    assert!(
+        table
+            .stdout
+            .contains("through the queue direct, to a model of an mlx5 NIC"),
+        "{table:?}"
+    );
 }
 
 #[test]
@@ -188,12 +228,8 @@ fn what_kernels_cannot_do_is_a_usage_error() {
             "pushes and does not pull",
         ),
         (
-            &["--initiator", "gpu", "--queue", "direct"],
-            "--queue direct is not there yet",
-        ),
-        (
-            &["--initiator", "gpu", "--queue", "gpu-wqe"],
-            "--queue gpu-wqe is not there yet",
+            &["--initiator", "gpu", "--queue", "wqe"],
+            "possible values: proxy, gpu-wqe, direct",
         ),
         (&["--queue", "proxy"], "say --initiator gpu"),
     ] {
@@ -203,7 +239,7 @@ fn what_kernels_cannot_do_is_a_usage_error() {
         assert!(ended.stdout.is_empty(), "{ended:?}");
     }
     let help = run(&["bw", "--help"]);
-    assert!(help.stdout.contains("--initiator") && !help.stdout.contains("direct"));
+    assert!(help.stdout.contains("--initiator") && help.stdout.contains("direct"));
 }
 
 #[test]
@@ -560,5 +596,52 @@ fn a_reader_that_has_gone_is_no_failure() {
             (Some(0), ""),
             "{args:?}"
         );
+    }
+}
+
+/// A process may lock 8 MiB of memory, and no more: the card refuses the 16 that are to be registered for a GPU, and
+/// the blocks go through buffers that are smaller.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_memory_of_a_gpu_that_a_card_refuses_is_staged_and_the_reasons_are_told() {
+    let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
+    let name = names.split([',', ':']).next().expect("one");
+    let args = ["bw", "-d", name, "--mem", "gpu", "--json", "--iters", "4"];
+    let size = ["--size", "1M", "--blocks", "16"];
+    let kvxfer = |memlock: &str, path: &str| {
+        let plain = command(&[&args[..], &size, &["--path", path]].concat());
+        let mut limited = locking(memlock, &plain);
+        limited.env("KVXFER_GPU", "host");
+        limited.env("KVXFER_STAGING_SLOTS", "4");
+        limited.env("KVXFER_STAGING_SLOT_BYTES", "64K");
+        spawn(&mut limited).end()
+    };
+    let rows = |report: &Value| report["rows"].as_array().expect("rows").clone();
+    let reasons = [
+        "this side's memory is a GPU's, and not registered",
+        "As a dma-buf: ",
+        "By its address: Cannot allocate memory",
+    ];
+    let tight = "8388608";
+    let report = kvxfer(tight, "auto").json();
+    for row in rows(&report) {
+        assert_eq!(row["path"], "staged", "{row}");
+        let candidates = row["candidates"].as_array().expect("candidates");
+        let rdma = candidates.iter().find(|c| c["path"] == "rdma");
+        let why_not = rdma.and_then(|c| c["why_not"].as_str()).unwrap_or_default();
+        let told = row["path_reason"].as_str().unwrap_or_default();
+        for reason in reasons {
+            assert!(why_not.contains(reason), "{reason}: {row}");
+            assert!(told.contains(reason), "{reason}: {row}");
+        }
+        let number = |name: &str| row[name].as_f64().unwrap_or_default();
+        assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
+    }
+    // Where it may not be staged there is no way, for both reasons.
+    let unstaged = "the configuration does not allow it";
+    kvxfer(tight, "rdma").failed(4, &[&reasons[1..], &[unstaged]].concat());
+    // And with as much as it wants the card takes it as it is.
+    for row in rows(&kvxfer("unlimited", "auto").json()) {
+        assert_eq!(row["path"], "rdma", "{row}");
     }
 }

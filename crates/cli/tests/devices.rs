@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use support::{Ended, command, run, spawn, spawn_to};
+use support::{Ended, command, locking, run, spawn, spawn_to};
 use tempfile::TempDir;
 
 /// A folder whose libibverbs cannot be loaded.
@@ -114,6 +114,47 @@ fn the_stand_in_is_listed_where_it_is_asked_for() {
     assert_eq!(gpu["classes"][0]["class"], "local");
     let text = without_gpus(&[], "host").stdout;
     assert!(text.contains("\nGPU 0  host stand-in, host, "), "{text}");
+}
+
+/// The stand-in's memory is the host's, which a card takes by its address if it may be locked.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_a_card_that_takes_a_gpus_memory_is_told_and_one_that_does_not_why() {
+    let look = |memlock, args: &[&str]| {
+        let plain = command(&[&["devices"], args].concat());
+        let mut limited = locking(memlock, &plain);
+        spawn(limited.env("KVXFER_GPU", "host")).end()
+    };
+    for (memlock, usable) in [("unlimited", true), ("1048576", false)] {
+        let json = look(memlock, &["--json"]).json();
+        let nics = json["gpus"][0]["registers"].as_array().expect("tried");
+        let why_not = nics[0]["why_not"].as_str().unwrap_or_default();
+        for nic in nics {
+            assert_eq!(nic["usable"], usable, "{nic}");
+        }
+        let of_gpus = |a_move: &&Value| a_move["between"][0] == "gpu" && a_move["path"] == "rdma";
+        let moves = json["moves"].as_array().expect("moves");
+        let moves: Vec<&Value> = moves.iter().filter(of_gpus).collect();
+        assert_eq!(moves.len(), 2, "{json}");
+        for a_move in moves {
+            assert_eq!(a_move["usable"], usable, "{a_move}");
+            assert_eq!(a_move["why_not"].as_str().unwrap_or_default(), why_not);
+        }
+        let text = look(memlock, &[]).stdout;
+        let state = if usable { "any host" } else { "no, see above" };
+        for whom in ["GPU", "host"] {
+            let way = format!("GPU to {whom} over rdma");
+            let line = format!("\n{way:<28}  {state}\n");
+            assert!(text.contains(&line), "{text}");
+        }
+        if usable {
+            assert!(text.contains("  registered with rxe0  yes\n"), "{text}");
+            continue;
+        }
+        for reason in ["As a dma-buf: ", "By its address: Cannot allocate memory"] {
+            assert!(why_not.contains(reason) && text.contains(reason), "{text}");
+        }
+    }
 }
 
 #[test]

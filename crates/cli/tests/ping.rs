@@ -20,8 +20,14 @@ use support::{
 /// The report of a run in which every ping was answered.
 #[track_caller]
 fn all_answered(ended: &Ended, pings: u64, path: &str) -> Value {
-    assert_eq!(ended.code, Some(0), "{ended:?}");
     assert_eq!(ended.stderr, "", "{ended:?}");
+    all_came_back(ended, pings, path)
+}
+
+/// The same, whatever was said beside it.
+#[track_caller]
+fn all_came_back(ended: &Ended, pings: u64, path: &str) -> Value {
+    assert_eq!(ended.code, Some(0), "{ended:?}");
     let report = ended.json();
     assert!(ended.stdout.starts_with("{\"schema\":\"kvxfer.ping/1\","));
     assert_eq!(report["path"], path, "{report}");
@@ -64,6 +70,32 @@ fn its_own_target_answers_over_every_path() {
     }
     let report = all_answered(&json(&[]), 20, "arena");
     assert_eq!(report["config"]["path"], "auto");
+}
+
+/// On this machine by the host build of the kernel; the value that a READ brings back is the one that was posted.
+#[test]
+fn a_kernel_posts_the_writes() {
+    for path in ["arena", "tcp"] {
+        let ended = json(&["--path", path, "--initiator", "gpu"]);
+        assert!(
+            ended.stderr.contains("warning: there is no GPU"),
+            "{ended:?}"
+        );
+        let report = all_came_back(&ended, 20, path);
+        let config = &report["config"];
+        assert_eq!(config["initiator"], "gpu");
+        assert_eq!(config["executor"], "host-build");
+    }
+    let report = all_answered(&json(&[]), 20, "arena");
+    let config = &report["config"];
+    assert_eq!(config["initiator"], "host");
+    assert!(config["executor"].is_null());
+    let ended = run(&["ping", "-c", "2", "-i", "10ms", "--initiator", "gpu"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended.stdout.contains("posted by a kernel (host-build)"),
+        "{ended:?}"
+    );
 }
 
 #[test]
@@ -215,6 +247,19 @@ fn a_stopped_peer_is_stalled_and_can_still_be_read() {
     let ended = struck(Signal::SIGSTOP, &["-c", "14", "--path", "tcp"]);
     ended.failed(3, &["were lost"]);
     assert!(ended.stdout.contains("stalled"), "{ended:?}");
+}
+
+#[test]
+fn a_kernel_that_waits_for_a_stopped_or_dead_peer_ends() {
+    for path in ["arena", "tcp"] {
+        let args = ["-c", "14", "--path", path, "--initiator", "gpu"];
+        let ended = struck(Signal::SIGSTOP, &args);
+        ended.failed(3, &["of 14 pings", "were lost"]);
+        assert!(ended.stdout.contains("stalled"), "{ended:?}");
+        let args = ["-c", "0", "--path", path, "--initiator", "gpu"];
+        let ended = struck(Signal::SIGKILL, &args);
+        ended.failed(3, &["died, or the connection to it was cut"]);
+    }
 }
 
 #[test]

@@ -9,6 +9,9 @@
 //! `kvx_put_block` for it (`kernels/post.h`), then the next; at last it waits for its posts. On a machine with no GPU
 //! it is the host build of the same source, in a thread; the first line says which.
 //!
+//! With `--queue gpu-wqe` or `direct` the kernel writes a NIC's work requests, of which a model of the NIC has each carried
+//! out.
+//!
 //! Two engines meet in one process, which a real deployment has two of. With a GPU the blocks lie in its memory and
 //! the consumer's GPU fetches them; without, they lie in the host's memory, and go over shared memory.
 
@@ -22,7 +25,7 @@ use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use kvxfer::config::{Config, KvRole};
 use kvxfer::engine::{Instance, Outcome};
 use kvxfer::event::Event;
-use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, Pace};
+use kvxfer::gpu_queue::{GpuQueueConfig, Hca, Kernels, Pace, QueueKind};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::{KvFormat, Topology};
 use kvxfer::mem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
@@ -32,14 +35,15 @@ use kvxfer::mem::post::device::PostKernels;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SEED: u64 = 7;
-const USAGE: &str =
-    "usage: gpu_push [--gpu auto|hip|cuda|host] [--blocks N] [--layers N] [--block-bytes N]";
+const USAGE: &str = "usage: gpu_push [--gpu auto|hip|cuda|host] [--queue proxy|gpu-wqe|direct] [--blocks N] [--layers N] \
+     [--block-bytes N]";
 
 /// Whatever went wrong.
 type Failed = Box<dyn Error + Send + Sync>;
 
 struct Options {
     gpu: RuntimeChoice,
+    queue: QueueKind,
     blocks: u32,
     layers: u32,
     block_bytes: u64,
@@ -48,6 +52,7 @@ struct Options {
 fn options() -> Result<Options, Failed> {
     let mut options = Options {
         gpu: RuntimeChoice::Auto,
+        queue: QueueKind::Proxy,
         blocks: 256,
         layers: 8,
         block_bytes: 16 << 10,
@@ -57,6 +62,7 @@ fn options() -> Result<Options, Failed> {
         let value = args.next().ok_or_else(|| format!("{flag}: no value"))?;
         match flag.as_str() {
             "--gpu" => options.gpu = value.parse()?,
+            "--queue" => options.queue = queue(&value)?,
             "--blocks" => options.blocks = value.parse()?,
             "--layers" => options.layers = value.parse()?,
             "--block-bytes" => options.block_bytes = value.parse()?,
@@ -64,6 +70,15 @@ fn options() -> Result<Options, Failed> {
         }
     }
     Ok(options)
+}
+
+fn queue(name: &str) -> Result<QueueKind, Failed> {
+    Ok(match name {
+        "proxy" => QueueKind::Proxy,
+        "gpu-wqe" => QueueKind::GpuWqe(Hca::Model),
+        "direct" => QueueKind::Direct(Hca::Model),
+        _ => return Err(format!("--queue {name}: not understood").into()),
+    })
 }
 
 /// The GPU whose kernels push: a real one if there is one, unless the stand-in was asked for.
@@ -106,12 +121,13 @@ fn rank(role: KvRole, options: &Options, gpu: &Gpu) -> Result<(Engine, BenchSide
 fn push(
     instance: &Instance,
     side: &BenchSide,
-    gpu: &Gpu,
+    (gpu, kind): (&Gpu, QueueKind),
     request: &RequestId,
     pairs: &[BlockPair],
 ) -> Result<Duration, Failed> {
     let push = instance.begin_push(request)?;
     let mut config = GpuQueueConfig::new(gpu);
+    config.kind = kind;
     config.pace = Pace::Armed;
     let queue = push.gpu_queue(&config)?;
 
@@ -151,6 +167,9 @@ fn run(options: &Options) -> Result<(), Failed> {
         RuntimeKind::Host => println!("executor: host-build (the kernel runs on the processor)"),
         kind => println!("executor: gpu ({}, {kind})", gpu.info().name),
     }
+    if options.queue.hca().is_some() {
+        println!("hca: model (a worker reads the work requests as a NIC would; there is none)");
+    }
     let (producer, source) = rank(KvRole::Producer, options, &gpu)?;
     let (consumer, destination) = rank(KvRole::Consumer, options, &gpu)?;
     let address = consumer.listen("127.0.0.1:0")?;
@@ -167,7 +186,7 @@ fn run(options: &Options) -> Result<(), Failed> {
         .collect();
     let blocks = pairs.iter().map(|pair| pair.dst).collect();
     consumer.expect(&request, &[GroupBlocks { group: 0, blocks }], 1, LIMIT)?;
-    let took = push(&instance, &source, &gpu, &request, &pairs)?;
+    let took = push(&instance, &source, (&gpu, options.queue), &request, &pairs)?;
 
     let mut events = Vec::new();
     let until = Instant::now() + LIMIT;

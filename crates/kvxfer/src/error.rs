@@ -72,17 +72,19 @@ pub enum Error {
         /// Another memory's.
         other: kvxfer_verbs::PciAddress,
     },
-    /// An engine on RDMA devices was given a GPU's memory, which it cannot stage.
+    /// An engine on RDMA devices was given a GPU's memory, which they do not reach and which it cannot stage.
     #[error(
-        "an engine on RDMA devices ({device}) moves host memory, and the placement's is of GPU {gpu}: it is staged where the path `staged` is allowed and its buffers can be had: {reason}"
+        "the placement's memory of GPU {gpu} is not registered with the engine's RDMA devices ({device}): {unregistered}. And it cannot be staged, which it would be where the path `staged` is allowed and its buffers can be had: {unstaged}"
     )]
     GpuOverRdma {
         /// The first of the devices.
         device: String,
         /// The GPU.
         gpu: kvxfer_verbs::PciAddress,
+        /// Why it is not registered.
+        unregistered: String,
         /// Why it cannot be staged.
-        reason: String,
+        unstaged: String,
     },
     /// A stream was given for memory that is the host's.
     #[error("a stream to put the fence on, and the engine's memory is the host's")]
@@ -92,6 +94,14 @@ pub enum Error {
     QueueConfig {
         /// Which setting, and what it may be.
         what: &'static str,
+    },
+    /// A kernel that posts pings was told that its post has not gone well.
+    #[error(
+        "the kernel that posts a ping was told {status:?}: a defect of kvxfer, or memory of the GPU that somebody writes to"
+    )]
+    PingKernel {
+        /// What it was told.
+        status: crate::mem::post::Status,
     },
     /// Kernels that post have not ended in time.
     #[error(

@@ -31,9 +31,10 @@ mod types;
 pub use types::{ExpectError, ExpectOutput, ExpectSpec, PushProgress, PushRefusal, Sender};
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::block_set::check_groups;
+use crate::block_set::{BlockSet, check_groups};
 use crate::blocks::GroupBlocks;
 use crate::claims::{Claim, Claimant, Claims, Purpose};
 use crate::event::PeerName;
@@ -88,6 +89,8 @@ struct Expectation {
     nonce: Nonce,
     tag: u64,
     groups: Vec<GroupBlocks>,
+    /// The same blocks, to be asked for one by one; from the first time on that they are.
+    set: OnceLock<Arc<BlockSet>>,
     senders: u32,
     /// The bound peers; at most `senders`, usually a handful.
     writers: Vec<Bound>,
@@ -233,6 +236,7 @@ impl Expects {
                 nonce,
                 tag,
                 groups: groups.to_vec(),
+                set: OnceLock::new(),
                 senders,
                 writers: Vec::new(),
                 phase: Phase::Standing(deadline),
@@ -520,6 +524,20 @@ impl Expects {
     #[must_use]
     pub fn groups(&self, request: &RequestId, nonce: Nonce) -> Option<&[GroupBlocks]> {
         self.of_try(request, nonce).map(|e| e.groups.as_slice())
+    }
+
+    /// The same, to be asked for one by one.
+    pub(crate) fn block_set(&self, request: &RequestId, nonce: Nonce) -> Option<Arc<BlockSet>> {
+        let of = self.of_try(request, nonce)?;
+        let set = of.set.get_or_init(|| {
+            let mut set = BlockSet::default();
+            for group in &of.groups {
+                // They were checked: no block is there twice.
+                let _ = set.insert_all(group.group, &group.blocks);
+            }
+            Arc::new(set)
+        });
+        Some(Arc::clone(set))
     }
 
     fn of_try(&self, request: &RequestId, nonce: Nonce) -> Option<&Expectation> {

@@ -112,3 +112,31 @@ fn a_kernel_pushes_what_it_makes() {
     assert!(out.contains(&format!("{bytes} bytes of 8 layers")), "{out}");
     assert!(out.contains("verified, over arena"), "{out}");
 }
+
+#[test]
+fn a_kernel_writes_work_requests_of_what_it_makes() {
+    for queue in ["gpu-wqe", "direct"] {
+        let out = run(
+            "gpu_push",
+            &["--gpu", "host", "--blocks", "9", "--queue", queue],
+        );
+        assert!(out.contains("hca: model"), "{out}");
+        let bytes = 5 * 8 * (16 << 10);
+        assert!(out.contains(&format!("{bytes} bytes of 8 layers")), "{out}");
+    }
+}
+
+#[test]
+fn posts_have_a_rate() {
+    for memory in ["host", "gpu"] {
+        let out = run(
+            "post_rate",
+            &[
+                "--gpu", "host", "--memory", memory, "--queues", "2", "--blocks", "64", "--rounds",
+                "2",
+            ],
+        );
+        assert!(out.contains("512 posts of 64 bytes in 2 queues"), "{out}");
+        assert!(out.ends_with("verified\n"), "{out}");
+    }
+}

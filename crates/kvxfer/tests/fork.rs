@@ -9,8 +9,13 @@ use std::time::{Duration, Instant};
 
 use kvxfer::Error;
 use kvxfer::config::{KvRole, PathKind};
-use kvxfer::engine::{Engine, Instance, Outcome, PullOptions, Push, Transfer};
+use kvxfer::engine::{Engine, GpuQueue, Instance, Outcome, PullOptions, Push, Transfer};
+use kvxfer::gpu_queue::{GpuQueueConfig, Kernels};
 use kvxfer::ids::RequestId;
+use kvxfer::mem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
+use kvxfer::mem::kernels::queue::{ALL, ALL_TENSORS, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
+use kvxfer::mem::post::Place;
+use kvxfer::mem::post::device::{PostBy, PostKernels, Posts};
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::Cause;
 use nix::sys::signal::{Signal, kill};
@@ -20,6 +25,8 @@ use support::{LONG, Node, dealt, groups, pairs, recipe, until};
 
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: u32 = 128;
+/// Blocks that a kernel of the parent pushes.
+const QUEUED: u32 = 8;
 
 /// Runs `body` in a forked child; its answer is the child's exit status.
 fn in_child(body: impl FnOnce() -> i32) -> i32 {
@@ -63,6 +70,9 @@ struct Inherited {
     ticket: Ticket,
     push: Push,
     committed: Push,
+    /// Kernels post to it, in the parent.
+    queue: GpuQueue,
+    gpu: Gpu,
     transfer: Transfer,
 }
 
@@ -74,6 +84,8 @@ fn try_all(of: Inherited) -> i32 {
         ticket,
         push,
         committed,
+        queue,
+        gpu,
         transfer,
     } = of;
     let engine: &Engine = &node.engine;
@@ -100,6 +112,10 @@ fn try_all(of: Inherited) -> i32 {
         forked(instance.begin_push(&request)),
         forked(push.all_layers(&wanted, None)),
         forked(push.layer(0, &wanted, None)),
+        forked(push.gpu_queue(&GpuQueueConfig::new(&gpu))),
+        // Its own has been asked for by nobody.
+        queue.report().taken == 0,
+        forked(queue.finish(Kernels::Ended, LONG)),
         forked(committed.commit()),
         matches!(transfer.wait(LONG), Some(Outcome::Failed(failure))
             if failure.first_cause == Cause::Forked),
@@ -117,9 +133,9 @@ fn try_all(of: Inherited) -> i32 {
 #[test]
 fn a_forked_child() {
     for path in [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp] {
-        let producer = recipe(KvRole::Both, path, BLOCK, BLOCKS).node();
+        let producer = recipe(KvRole::Both, path, BLOCK, BLOCKS + QUEUED).node();
         producer.side.fill(7).expect("filled");
-        let consumer = recipe(KvRole::Both, path, BLOCK, BLOCKS).node();
+        let consumer = recipe(KvRole::Both, path, BLOCK, BLOCKS + QUEUED).node();
         consumer.side.poison().expect("poisoned");
         let address = producer.engine.listen("127.0.0.1:0").expect("a port");
         let instance = consumer
@@ -140,6 +156,18 @@ fn a_forked_child() {
                 .expect("a push")
         };
         let (push, committed) = (begin("push"), begin("committed"));
+        let queued = RequestId::from("queued");
+        producer
+            .engine
+            .expect(&queued, &groups(BLOCKS..BLOCKS + QUEUED), 1, LONG)
+            .expect("an expectation");
+        let queued = instance.begin_push(&queued).expect("a push");
+        let runtime = GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host));
+        let gpu = runtime.expect("the stand-in").gpu(0).expect("one").clone();
+        let queue = queued.gpu_queue(&GpuQueueConfig::new(&gpu));
+        let queue = queue.expect("a queue");
+        // Kernels may have it from now on.
+        let _ = queue.handle();
         let wanted = pairs((0..BLOCKS).map(|b| (b, BLOCKS - 1 - b)));
         let pull = |(tag, wanted): (u64, Vec<_>)| {
             let options = PullOptions {
@@ -158,6 +186,8 @@ fn a_forked_child() {
             ticket: ticket.clone(),
             push,
             committed,
+            queue,
+            gpu,
         };
         let mut slot = Some(mine);
         let status = in_child(|| try_all(slot.take().expect("inherited")));
@@ -171,6 +201,8 @@ fn a_forked_child() {
             transfer,
             push,
             committed,
+            queue,
+            gpu,
             ..
         } = slot.expect("the parent's");
         running.push(transfer);
@@ -180,7 +212,39 @@ fn a_forked_child() {
         node.side.verify(7, &wanted).expect("every byte");
         let transfer = pull((99, wanted.clone()));
         assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
-        for push in [push, committed] {
+        let place = |block| {
+            let place = Place {
+                group: 0,
+                tensor: ALL_TENSORS,
+                layer: 0,
+                block,
+            };
+            place.to_word()
+        };
+        let moves: Vec<Move> = (BLOCKS..BLOCKS + QUEUED)
+            .map(|block| Move {
+                local: place(block),
+                remote: place(block),
+                len: queue.block_bytes(0, 0).expect("a layer"),
+                flags: LOCAL_PLACE | REMOTE_PLACE,
+                ..Move::default()
+            })
+            .collect();
+        let posts = Posts {
+            moves: &moves,
+            posters: 1,
+            by: PostBy::Blocks,
+            op: PUT,
+            until: ALL,
+        };
+        let kernels = PostKernels::load(&gpu).expect("kernels");
+        let stream = Stream::new(&gpu).expect("a stream");
+        let posting = kernels.post(&stream, queue.device(), &posts);
+        let posting = posting.expect("launched");
+        queue
+            .finish(Kernels::Behind(posting.event()), LONG)
+            .expect("they end");
+        for push in [push, committed, queued] {
             let transfer = push.commit().expect("committed");
             assert_eq!(transfer.wait(LONG), Some(Outcome::Done));
         }

@@ -19,8 +19,6 @@ use support::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
 const BLOCK: u64 = 16 << 10;
 const BLOCKS: u32 = 64;
 const SEED: u64 = 11;
-/// What a stream is kept busy with: long enough that who does not wait for it is found out.
-const BUSY: u64 = 1 << 30;
 
 fn node_of(role: KvRole, (block, blocks): (u64, u32), change: impl FnOnce(&mut Config)) -> Node {
     let node = recipe(role, PathKind::Ipc, block, blocks)
@@ -68,15 +66,19 @@ fn place(node: &Node, block: u32) -> u64 {
     tensor.offset + u64::from(block) * tensor.block_stride
 }
 
-/// A stream on which much is to be done before what is put there next.
+/// A stream on which so much is to be done before what is put there next that who does not wait for it is found out.
 fn busy_stream(node: &Node) -> (Stream, GpuMemory) {
     let gpu = memory(node).gpu();
     let stream = Stream::new(gpu).expect("a stream");
-    let room = GpuMemory::new(gpu, BUSY).expect("memory");
-    // A second or two of a GPU's time, some seconds of a processor's.
-    let rounds = if on_stand_in() { 8 } else { 3000 };
+    // A second or two of a GPU's time, some seconds of a processor's. A driver takes about a thousand before it waits for
+    // the first of them, so each has to be large.
+    let (bytes, rounds) = match on_stand_in() {
+        true => (1 << 30, 8),
+        false => (8 << 30, 800),
+    };
+    let room = GpuMemory::new(gpu, bytes).expect("memory");
     for round in (0..=u8::MAX).cycle().take(rounds) {
-        drop(stream.fill(&room, 0, BUSY, round).expect("a fill"));
+        drop(stream.fill(&room, 0, bytes, round).expect("a fill"));
     }
     (stream, room)
 }

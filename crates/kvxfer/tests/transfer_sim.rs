@@ -29,6 +29,7 @@ fn every_history_keeps_the_promises() {
                 all.failed += s.failed;
                 all.cancelled += s.cancelled;
                 all.quarantined += s.quarantined;
+                all.reset += s.reset;
                 all.forced += s.forced;
                 all.replayed += s.replayed;
                 all.late += s.late;
@@ -47,6 +48,7 @@ fn every_history_keeps_the_promises() {
             failed,
             cancelled,
             quarantined,
+            reset,
             forced,
             replayed,
             late,
@@ -59,6 +61,7 @@ fn every_history_keeps_the_promises() {
             ("failed", failed),
             ("cancelled", cancelled),
             ("quarantined", quarantined),
+            ("lanes reset for what does not drain", reset),
             ("forced drains", forced),
             ("replayed operations", replayed),
             ("late writes", late),

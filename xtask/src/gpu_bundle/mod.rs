@@ -26,7 +26,7 @@ struct Program {
     file: &'static str,
 }
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 9] = [
     Program {
         cargo: &["test", "--no-run", "-p", "kvxfer-hipmem", "--test", "gpu"],
         target: "gpu",
@@ -61,6 +61,11 @@ const PROGRAMS: [Program; 8] = [
         cargo: &["build", "-p", "kvxfer", "--example", "gpu_push"],
         target: "gpu_push",
         file: "gpu_push",
+    },
+    Program {
+        cargo: &["build", "-p", "kvxfer", "--example", "post_rate"],
+        target: "post_rate",
+        file: "post_rate",
     },
     Program {
         cargo: &["build", "-p", "kvxfer-cli", "--bin", "kvxfer"],

@@ -8,6 +8,8 @@ use kvxfer_hipmem::gpu::{
 };
 use kvxfer_verbs::{Place, RdmaDevice};
 
+use super::registers::{self, Registers};
+
 /// Names the runtime to look for.
 const VARIABLE: &str = "KVXFER_GPU";
 
@@ -39,6 +41,8 @@ pub(super) struct GpuRow {
     pub(super) large_bar: Option<bool>,
     pub(super) classes: Vec<Class>,
     pub(super) nics: Vec<Nearness>,
+    /// Of the NICs that can be used.
+    pub(super) registers: Vec<Registers>,
 }
 
 /// A kind of memory that the GPU may read, and what has to happen before, when a NIC has written to it.
@@ -89,8 +93,9 @@ pub(super) fn choice() -> Result<RuntimeChoice, NoSuchRuntime> {
     }
 }
 
-/// Loads the runtime and asks it. Nothing is allocated, and no GPU is made to do anything.
-pub(super) fn look(choice: RuntimeChoice, nics: &[RdmaDevice]) -> Gpus {
+/// Loads the runtime and asks it. A little of each GPU's memory is tried with the NICs that can be used, if there are
+/// any; else nothing is allocated, and no GPU is made to do anything.
+pub(super) fn look(choice: RuntimeChoice, nics: &[RdmaDevice], usable: &[&str]) -> Gpus {
     let runtime = match GpuRuntime::open(choice) {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -110,7 +115,7 @@ pub(super) fn look(choice: RuntimeChoice, nics: &[RdmaDevice]) -> Gpus {
         },
         gpus: gpus
             .iter()
-            .map(|gpu| GpuRow::new(gpu, gpus, nics))
+            .map(|gpu| GpuRow::new(gpu, gpus, nics, usable))
             .collect(),
         pairs: gpus
             .iter()
@@ -152,7 +157,7 @@ fn which(why: &NoGpu) -> &'static str {
 }
 
 impl GpuRow {
-    fn new(gpu: &Gpu, all: &[Gpu], nics: &[RdmaDevice]) -> Self {
+    fn new(gpu: &Gpu, all: &[Gpu], nics: &[RdmaDevice], usable: &[&str]) -> Self {
         let info = gpu.info();
         let pci = info.pci.to_string();
         // The stand-in is nowhere.
@@ -181,6 +186,7 @@ impl GpuRow {
                 .map(|nic| Nearness::new(&nic.name, &place, &nic.place))
                 .collect(),
             pci_path: place.pci_path,
+            registers: registers::of(gpu, usable),
         }
     }
 }
@@ -292,7 +298,7 @@ mod tests {
 
     #[test]
     fn the_stand_in_is_a_gpu_that_needs_nothing_and_is_nowhere() {
-        let gpus = look(RuntimeChoice::Only(RuntimeKind::Host), &[]);
+        let gpus = look(RuntimeChoice::Only(RuntimeKind::Host), &[], &[]);
         assert_eq!(gpus.runtime.runtime.as_deref(), Some("host stand-in"));
         let [gpu] = gpus.gpus.as_slice() else {
             panic!("{gpus:?}");

@@ -2,6 +2,7 @@
 
 mod gpus;
 mod moves;
+mod registers;
 mod report;
 mod soft;
 mod text;
@@ -37,13 +38,17 @@ pub(crate) fn run(args: &DevicesArgs) -> anyhow::Result<ExitCode> {
     wish.warn_of_absent(&found);
     let gids: Vec<_> = wish.peer.iter().copied().map(gid).collect();
     let ranking = kvxfer::devices::rank(&found, &wish.config, wish.near.as_ref(), &gids);
+    let usable = ranking.usable.iter().map(|port| port.device.name.as_str());
+    let mut usable: Vec<&str> = usable.collect();
+    usable.sort_unstable();
+    usable.dedup();
     let report = Report::new(
         wish.asked(args),
         missing.as_ref().map(Rdma::missing).unwrap_or_default(),
         &found,
         &ranking,
         soft::look(),
-        gpus::look(runtime, &found),
+        gpus::look(runtime, &found, &usable),
     );
     let text = match args.json {
         true => output::line(&report)?,

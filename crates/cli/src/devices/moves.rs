@@ -33,29 +33,35 @@ pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> 
         (None, true) => Some("no NIC can be used".to_owned()),
         (None, false) => None,
     };
-    let network = known([HOST, HOST], "rdma", "any host", no_nic);
-    let without = match &gpus.runtime.missing {
-        Some(_) => "no GPU, and ",
-        None => "",
-    };
+    let network = known([HOST, HOST], "rdma", "any host", no_nic.clone());
     let no_gpu = gpus.runtime.missing.as_ref().map(|_| "no GPU".to_owned());
     let of_gpus = [
         known([GPU, GPU], "ipc", "same host", no_gpu.clone()),
         known([GPU, GPU], "staged", "any host", no_gpu.clone()),
-        known([GPU, HOST], "staged", "any host", no_gpu),
+        known([GPU, HOST], "staged", "any host", no_gpu.clone()),
     ];
+    let unregistered = no_gpu.clone().or(no_nic).or_else(|| unregistered(gpus));
+    let straight = [[GPU, GPU], [GPU, HOST]]
+        .map(|between| known(between, "rdma", "any host", unregistered.clone()));
     // What goes between the two is staged.
-    let unbuilt = [
-        ([GPU, HOST], "ipc", "same host"),
-        ([GPU, GPU], "rdma", "any host"),
-        ([GPU, HOST], "rdma", "any host"),
-    ];
-    let unbuilt = unbuilt.map(|(between, path, reach)| {
-        let why_not = format!("{without}not built into transfers yet");
-        known(between, path, reach, Some(why_not))
-    });
+    let without = no_gpu.map(|no_gpu| format!("{no_gpu}, and "));
+    let unbuilt = format!(
+        "{}not built into transfers yet",
+        without.unwrap_or_default()
+    );
+    let unbuilt = known([GPU, HOST], "ipc", "same host", Some(unbuilt));
     let paths = paths.chain([network]).chain(of_gpus);
-    paths.chain(unbuilt).collect()
+    paths.chain(straight).chain([unbuilt]).collect()
+}
+
+/// Why no NIC registers a GPU's memory, where none does with any GPU: the first reason, of the NICs as they are named.
+fn unregistered(gpus: &Gpus) -> Option<String> {
+    let mut tried = gpus.gpus.iter().flat_map(|gpu| &gpu.registers);
+    if tried.clone().any(|nic| nic.usable) {
+        return None;
+    }
+    let first = tried.find_map(|nic| nic.why_not.clone());
+    first.or_else(|| Some("no NIC was tried".to_owned()))
 }
 
 fn known(

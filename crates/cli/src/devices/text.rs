@@ -202,13 +202,15 @@ fn moves(out: &mut String, report: &Report) {
         let _ = writeln!(out, "host to host over {:<10}  {state}", a_move.path);
     }
     let of_gpus = |a_move: &&Move| a_move.between[0] == "gpu";
-    let is_built = |a_move: &&Move| match a_move.path {
-        "ipc" => a_move.between[1] == "gpu",
-        path => path == "staged",
-    };
+    let is_built = |a_move: &&Move| a_move.path != "ipc" || a_move.between[1] == "gpu";
     let (built, others): (Vec<_>, Vec<_>) = report.moves.iter().filter(of_gpus).partition(is_built);
     for a_move in built {
-        let state = a_move.why_not.as_deref().unwrap_or(a_move.reach);
+        let state = match (&a_move.why_not, a_move.path) {
+            (None, _) => a_move.reach,
+            // It is long, and stands with the GPU.
+            (Some(_), "rdma") if !report.gpus.is_empty() => "no, see above",
+            (Some(why_not), _) => why_not,
+        };
         let whom = match a_move.between[1] {
             "gpu" => "GPU to GPU over",
             _ => "GPU to host over",
@@ -217,10 +219,7 @@ fn moves(out: &mut String, report: &Report) {
         let _ = writeln!(out, "{way:<28}  {state}");
     }
     if let Some(why_not) = others.iter().find_map(|a_move| a_move.why_not.as_deref()) {
-        let _ = writeln!(
-            out,
-            "memory of GPUs over rdma, and over ipc to the host's: {why_not}"
-        );
+        let _ = writeln!(out, "memory of GPUs over ipc to the host's: {why_not}");
     }
 }
 

@@ -7,7 +7,7 @@ use kvxfer::RdmaLink;
 use kvxfer::ping::{Ping, Pinger, Probe};
 use serde::Serialize;
 
-use super::schema::{Candidate, rounded, rounded_or_null, seconds};
+use super::schema::{Candidate, Executor, Initiator, rounded, rounded_or_null, seconds};
 use crate::stats::{Kept, percentile};
 
 /// All of one run of `kvxfer ping`.
@@ -52,6 +52,10 @@ pub(crate) struct PingConfig {
     pub(crate) rdma: Option<RdmaLink>,
     /// What was asked for: `auto`, or a path.
     pub(crate) path: String,
+    /// Who posted the WRITEs.
+    pub(crate) initiator: Initiator,
+    /// What ran the kernel that did; null where none did.
+    pub(crate) executor: Option<Executor>,
     /// 0: until it was stopped.
     pub(crate) count: u64,
     #[serde(serialize_with = "seconds")]
@@ -276,6 +280,8 @@ mod tests {
                 device: "soft".into(),
                 rdma: None,
                 path: "auto".into(),
+                initiator: Initiator::Host,
+                executor: None,
                 count: 3,
                 interval_s: Some(Duration::from_secs(1)),
                 wait_s: Some(Duration::from_millis(500)),

@@ -198,6 +198,8 @@ pub(crate) enum Executor {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum QueueKind {
     Proxy,
+    GpuWqe,
+    Direct,
 }
 
 /// What carried a kernel's posts out.
@@ -205,6 +207,8 @@ pub(crate) enum QueueKind {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Hca {
     Nic,
+    /// A model of one, over whatever path.
+    Model,
     /// The software device, or GPU links.
     None,
 }
@@ -231,6 +235,8 @@ impl QueueKind {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Proxy => "proxy",
+            Self::GpuWqe => "gpu-wqe",
+            Self::Direct => "direct",
         }
     }
 }
@@ -239,6 +245,7 @@ impl Hca {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Nic => "nic",
+            Self::Model => "model",
             Self::None => "none",
         }
     }
@@ -310,7 +317,7 @@ pub(crate) struct Row {
 #[derive(Debug, Clone)]
 pub(crate) struct Measured {
     pub(crate) op: Op,
-    pub(crate) by: Option<(Executor, Hca)>,
+    pub(crate) by: Option<(Executor, QueueKind, Hca)>,
     pub(crate) path: String,
     pub(crate) path_reason: String,
     pub(crate) candidates: Vec<Candidate>,
@@ -363,9 +370,9 @@ impl Measured {
                 Some(_) => Initiator::Gpu,
                 None => Initiator::Host,
             },
-            executor: self.by.map(|(executor, _)| executor),
-            queue: self.by.map(|_| QueueKind::Proxy),
-            hca: self.by.map(|(_, hca)| hca),
+            executor: self.by.map(|(executor, ..)| executor),
+            queue: self.by.map(|(_, queue, _)| queue),
+            hca: self.by.map(|(.., hca)| hca),
             path: self.path,
             path_reason: self.path_reason,
             candidates: self.candidates,

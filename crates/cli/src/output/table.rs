@@ -137,6 +137,10 @@ fn notes(report: &BwReport, out: &mut String) {
                 Hca::Nic => {
                     format!("posted by a kernel ({executor}) through the queue {queue}, to a NIC")
                 }
+                Hca::Model => format!(
+                    "posted by a kernel ({executor}) through the queue {queue}, to a model of an mlx5 NIC: \
+                     figures say nothing of one"
+                ),
                 Hca::None => format!(
                     "posted by a kernel ({executor}) through the queue {queue}; no NIC takes part"
                 ),

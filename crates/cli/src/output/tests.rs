@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::schema::{
     BwConfig, Candidate, Difference, Executor, Hca, Initiator, Measured, MemoryConfig, Op, Pages,
-    Row,
+    QueueKind, Row,
 };
 use super::*;
 
@@ -44,7 +44,7 @@ fn report() -> BwReport {
     };
     let tcp = Measured {
         op: Op::Write,
-        by: Some((Executor::HostBuild, Hca::None)),
+        by: Some((Executor::HostBuild, QueueKind::Proxy, Hca::None)),
         path: "tcp".into(),
         path_reason: "asked for".into(),
         rates: vec![2.0e9],

@@ -16,7 +16,7 @@ use super::limit::{Limit, Ways};
 use super::mem::{self, Gpus};
 use super::row::{Bench, Length};
 use super::settings::{Flag, SOFT_NAME as SOFT, Settings};
-use crate::args::{BwArgs, InitiatorChoice, OpChoice};
+use crate::args::{BwArgs, InitiatorChoice, OpChoice, QueueChoice};
 use crate::output::schema::{self, BwConfig, BwReport, Difference, Op, Pages, Row};
 use crate::output::{self, Format};
 use crate::problem::{Exit, Problem};
@@ -67,7 +67,10 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
     )?;
     let initiator = match args.initiator {
         InitiatorChoice::Host => None,
-        InitiatorChoice::Gpu => Some(Initiator::open(&settings.config, gpus.as_ref())?),
+        InitiatorChoice::Gpu => {
+            let queue = args.queue.unwrap_or(QueueChoice::Proxy);
+            Some(Initiator::open(&settings.config, gpus.as_ref(), queue)?)
+        }
     };
     let cases = cases(args, &settings.config, gpus.as_ref(), seed)?;
     let largest = cases.iter().map(|case| case.memory).max().unwrap_or(0);

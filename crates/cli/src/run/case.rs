@@ -23,6 +23,8 @@ pub(crate) struct Most {
     blocks: u64,
     /// Layers that have the same blocks: an engine's table names a block once for all of them.
     layers: u32,
+    /// Requests of a model under way at least, however large they are.
+    requests: u32,
 }
 
 const MEMORY: u64 = 256 << 20;
@@ -31,6 +33,7 @@ pub(crate) const ON_HOST: Most = Most {
     slots: SLOTS,
     blocks: 4096,
     layers: 1,
+    requests: 1,
 };
 /// A GPU's links take a gigabyte in some milliseconds.
 pub(crate) const ON_GPU: Most = Most {
@@ -38,6 +41,7 @@ pub(crate) const ON_GPU: Most = Most {
     slots: 2,
     blocks: 1 << 18,
     layers: 64,
+    requests: 2,
 };
 
 /// What a case may take.
@@ -134,7 +138,7 @@ impl Case {
         let one = describe(&format, topology, 1)?;
         let block: u64 = one.tensors().iter().map(|tensor| tensor.block_stride).sum();
         let transfer = block.saturating_mul(u64::from(blocks));
-        let slots = fitting(2 * MEMORY, transfer, 1);
+        let slots = fitting(2 * MEMORY, transfer, room.most.requests);
         // A pool that a single request fills would be a run from one end to the other.
         let pool = if slots == 1 && transfer <= 4 * MEMORY {
             pool(blocks, 2)?

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use kvxfer::blocks::GroupPairs;
 use kvxfer::config::{Config, PathKind};
 use kvxfer::engine::{Outcome, Push};
-use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, Pace};
+use kvxfer::gpu_queue::{self, GpuQueueConfig, Kernels, Pace, QueueKind};
 use kvxfer::layout::KvFormat;
 use kvxfer::transfer::Cause;
 use kvxfer_hipmem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
@@ -15,7 +15,7 @@ use kvxfer_hipmem::post::{Place, Status};
 
 use super::mem::Gpus;
 use crate::args::{BwArgs, InitiatorChoice, OpChoice, QueueChoice};
-use crate::output::schema::{Executor, Hca};
+use crate::output::schema::{self, Executor, Hca};
 use crate::problem::{Exit, Problem};
 use crate::say;
 
@@ -27,6 +27,7 @@ const MOST_POSTERS: usize = 64;
 pub(crate) struct Initiator {
     kernels: PostKernels,
     stream: Stream,
+    queue: QueueChoice,
 }
 
 /// What is asked for and is not there, before anything is begun.
@@ -40,19 +41,6 @@ pub(crate) fn check(args: &BwArgs) -> Result<(), Problem> {
         Some(_) if !gpu => {
             let cause = "--queue is what a kernel posts to";
             return Err(Problem::usage(cause).with_fix("say --initiator gpu with it"));
-        }
-        Some(queue @ (QueueChoice::GpuWqe | QueueChoice::Direct)) => {
-            let name = match queue {
-                QueueChoice::Direct => "direct",
-                _ => "gpu-wqe",
-            };
-            let cause = format!("--queue {name} is not there yet");
-            return Err(Problem::usage(cause)
-                .with_evidence(
-                    "kernels can write mlx5 work requests, and are tested against a model of the device; \
-                     but no session has such queues, neither of a NIC nor of the model",
-                )
-                .with_fix("say --queue proxy"));
         }
         _ => {}
     }
@@ -69,35 +57,34 @@ impl Initiator {
     /// # Errors
     ///
     /// A [`Problem`] for a GPU that was asked for and cannot be had.
-    pub(crate) fn open(config: &Config, gpus: Option<&Gpus>) -> anyhow::Result<Self> {
+    pub(crate) fn open(
+        config: &Config,
+        gpus: Option<&Gpus>,
+        queue: QueueChoice,
+    ) -> anyhow::Result<Self> {
         let gpu = match gpus.and_then(Gpus::own) {
             Some(gpu) => gpu.clone(),
             None => first(config)?,
         };
         let device = |error: kvxfer_hipmem::Error| Problem::from_chain(Exit::Device, &error);
-        if gpu.runtime() == RuntimeKind::Host {
-            say::aside(
-                "kvxfer: warning: there is no GPU: the posts are made by the host build of the kernel, \
-                 and figures say nothing of a GPU",
-            );
-        }
+        warn_of_stand_in(&gpu);
         Ok(Self {
             kernels: PostKernels::load(&gpu).map_err(device)?,
             stream: Stream::new(&gpu).map_err(device)?,
+            queue,
         })
     }
 
-    /// What ran the kernel, and what carries its posts out over a path.
-    pub(crate) fn shown(&self, path: PathKind) -> (Executor, Hca) {
-        let executor = match self.stream.gpu().runtime() {
-            RuntimeKind::Host => Executor::HostBuild,
-            _ => Executor::Gpu,
+    /// What ran the kernel, what it posts to, and what carries that out over a path.
+    pub(crate) fn shown(&self, path: PathKind) -> (Executor, schema::QueueKind, Hca) {
+        let executor = executor(self.stream.gpu());
+        let (queue, hca) = match (self.queue, path) {
+            (QueueChoice::Proxy, PathKind::Rdma) => (schema::QueueKind::Proxy, Hca::Nic),
+            (QueueChoice::Proxy, _) => (schema::QueueKind::Proxy, Hca::None),
+            (QueueChoice::GpuWqe, _) => (schema::QueueKind::GpuWqe, Hca::Model),
+            (QueueChoice::Direct, _) => (schema::QueueKind::Direct, Hca::Model),
         };
-        let hca = match path {
-            PathKind::Rdma => Hca::Nic,
-            _ => Hca::None,
-        };
-        (executor, hca)
+        (executor, queue, hca)
     }
 
     /// Has a kernel post all blocks of a push, each by itself, and commits it. The time from the launch to the push's
@@ -114,6 +101,11 @@ impl Initiator {
         timeout: Duration,
     ) -> Result<Pushed, kvxfer::Error> {
         let mut config = GpuQueueConfig::new(self.stream.gpu());
+        config.kind = match self.queue {
+            QueueChoice::Proxy => QueueKind::Proxy,
+            QueueChoice::GpuWqe => QueueKind::GpuWqe(gpu_queue::Hca::Model),
+            QueueChoice::Direct => QueueKind::Direct(gpu_queue::Hca::Model),
+        };
         config.patience = timeout;
         config.pace = Pace::Armed;
         let queue = push.gpu_queue(&config)?;
@@ -168,8 +160,30 @@ pub(crate) struct Pushed {
     pub(crate) failed: Option<Cause>,
 }
 
+/// What runs a kernel of this GPU.
+pub(crate) fn executor(gpu: &Gpu) -> Executor {
+    match gpu.runtime() {
+        RuntimeKind::Host => Executor::HostBuild,
+        _ => Executor::Gpu,
+    }
+}
+
+/// Says so where it is none.
+pub(crate) fn warn_of_stand_in(gpu: &Gpu) {
+    if gpu.runtime() == RuntimeKind::Host {
+        say::aside(
+            "kvxfer: warning: there is no GPU: the posts are made by the host build of the kernel, \
+             and figures say nothing of a GPU",
+        );
+    }
+}
+
 /// The first GPU there is, or the stand-in.
-fn first(config: &Config) -> Result<Gpu, Problem> {
+///
+/// # Errors
+///
+/// A [`Problem`] for a GPU that was asked for and cannot be had.
+pub(crate) fn first(config: &Config) -> Result<Gpu, Problem> {
     let found = match (GpuRuntime::open(config.gpu), config.gpu) {
         (Err(_), RuntimeChoice::Auto) => GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host)),
         (found, _) => found,

@@ -11,10 +11,11 @@ use kvxfer::ping::{Ping, Pinger};
 use nix::poll::{PollFd, PollFlags, poll};
 
 use super::bw::name_peer;
+use super::initiator;
 use super::settings::{Flag, SOFT_NAME, Settings};
-use crate::args::{PingArgs, Tuning};
+use crate::args::{InitiatorChoice, PingArgs, Tuning};
 use crate::output::ping::{self as show, Ended, PeerConfig, PingConfig, PingReport, Samples};
-use crate::output::schema::Candidate;
+use crate::output::schema::{Candidate, Initiator};
 use crate::problem::{Exit, Problem};
 use crate::say::{self, Heard};
 use crate::signals::StopSignals;
@@ -75,6 +76,15 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
     let pinger = Pinger::connect(&settings.config, &address, left);
     drop(watch);
     let mut pinger = pinger.map_err(|error| named(&error.into()))?;
+    let executor = match args.initiator {
+        InitiatorChoice::Host => None,
+        InitiatorChoice::Gpu => {
+            let gpu = initiator::first(&settings.config)?;
+            initiator::warn_of_stand_in(&gpu);
+            pinger.post_from(&gpu)?;
+            Some(initiator::executor(&gpu))
+        }
+    };
     let stop = signals.as_fd().try_clone_to_owned();
     pinger.stop_on(stop.context("watching for Ctrl-C")?);
 
@@ -91,12 +101,13 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
     };
     let peer = PeerConfig::of(&pinger);
     let path = pinger.path().clone();
-    run.say(&show::greeting(
-        &address,
-        &peer,
-        &path.path.to_string(),
-        &path.reason,
-    ))?;
+    let mut greeting = show::greeting(&address, &peer, &path.path.to_string(), &path.reason);
+    if let Some(executor) = executor {
+        let name = executor.name();
+        let by = format!(", each WRITE posted by a kernel ({name})\n");
+        greeting = greeting.trim_end().to_owned() + &by;
+    }
+    run.say(&greeting)?;
     if let Some(rdma) = path.rails.first() {
         run.say(&format!("{rdma}\n"))?;
     }
@@ -117,6 +128,11 @@ pub(crate) fn run_ping(args: &PingArgs) -> anyhow::Result<ExitCode> {
                 .to_owned(),
             rdma: path.rails.into_iter().next(),
             path: settings.shown("path"),
+            initiator: match executor {
+                Some(_) => Initiator::Gpu,
+                None => Initiator::Host,
+            },
+            executor,
             count: run.count(),
             interval_s: Some(args.interval.unwrap_or(INTERVAL)),
             wait_s: Some(run.wait),

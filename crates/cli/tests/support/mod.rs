@@ -67,6 +67,25 @@ pub(crate) fn command(args: &[&str]) -> Command {
     command
 }
 
+/// The same by somebody who may lock so much memory and no more, as `prlimit` writes it.
+pub(crate) fn locking(memlock: &str, plain: &Command) -> Command {
+    let mut limited = Command::new("setpriv");
+    limited.args([
+        "--bounding-set=-ipc_lock",
+        "--inh-caps=-ipc_lock",
+        "prlimit",
+    ]);
+    limited.arg(format!("--memlock={memlock}"));
+    limited.arg(plain.get_program()).args(plain.get_args());
+    for (key, value) in plain.get_envs() {
+        match value {
+            Some(value) => limited.env(key, value),
+            None => limited.env_remove(key),
+        };
+    }
+    limited
+}
+
 pub(crate) fn start(args: &[&str]) -> Process {
     spawn(&mut command(args))
 }

@@ -78,8 +78,9 @@ pub struct Consumer {
     next: u64,
     /// All below have ended.
     ended: u64,
-    /// Of the slots, which are taken and have not ended.
+    /// Of the slots, which are taken and have not ended; and how many those are.
     under_way: Vec<bool>,
+    open: usize,
     failed: bool,
 }
 
@@ -92,6 +93,7 @@ impl Consumer {
             next: first,
             ended: first,
             under_way: vec![false; depth as usize],
+            open: 0,
             failed: false,
         })
     }
@@ -120,7 +122,7 @@ impl Consumer {
     /// Posts that were taken and have not ended.
     #[must_use]
     pub fn under_way(&self) -> usize {
-        self.under_way.iter().filter(|slot| **slot).count()
+        self.open
     }
 
     /// All posts below this one have ended.
@@ -171,6 +173,7 @@ impl Consumer {
         self.next += 1;
         if let Some(under_way) = self.under_way.get_mut(slot as usize) {
             *under_way = true;
+            self.open += 1;
         }
         match Descriptor::decode(found, ticket) {
             Err(fault) => {
@@ -197,16 +200,41 @@ impl Consumer {
         ticket: u64,
         status: Status,
     ) -> Result<Result<(), NotUnderWay>, W::Error> {
-        let slot = self.slot(ticket) as usize;
-        let known = (self.ended..self.next).contains(&ticket);
-        if !known || !self.under_way.get(slot).is_some_and(|slot| *slot) {
-            return Ok(Err(NotUnderWay {
-                ticket,
-                ended: self.ended,
-                taken: self.next,
-            }));
+        self.complete_each(words, [ticket], status)
+    }
+
+    /// The same for several posts, with one look at how many have ended. Those that are not under way are left out; the
+    /// first of them is the error.
+    ///
+    /// # Errors
+    ///
+    /// As [`complete`](Self::complete).
+    pub fn complete_each<W: RingWords>(
+        &mut self,
+        words: &W,
+        tickets: impl IntoIterator<Item = u64>,
+        status: Status,
+    ) -> Result<Result<(), NotUnderWay>, W::Error> {
+        let mut all = Ok(());
+        for ticket in tickets {
+            if self.is_under_way(ticket) {
+                self.tell(words, ticket, status)?;
+            } else if all.is_ok() {
+                all = Err(NotUnderWay {
+                    ticket,
+                    ended: self.ended,
+                    taken: self.next,
+                });
+            }
         }
-        self.end(words, ticket, status).map(Ok)
+        self.advance(words)?;
+        Ok(all)
+    }
+
+    fn is_under_way(&self, ticket: u64) -> bool {
+        let known = (self.ended..self.next).contains(&ticket);
+        let slot = self.slot(ticket) as usize;
+        known && self.under_way.get(slot).is_some_and(|slot| *slot)
     }
 
     /// Takes no more: what comes is flushed, and posters that look are told why. What is under way is not
@@ -229,12 +257,8 @@ impl Consumer {
         words: &W,
         status: Status,
     ) -> Result<(), W::Error> {
-        for ticket in self.ended..self.next {
-            let slot = self.slot(ticket) as usize;
-            if self.under_way.get(slot).is_some_and(|slot| *slot) {
-                self.end(words, ticket, status)?;
-            }
-        }
+        // Those that have ended before are left out.
+        let _left_out = self.complete_each(words, self.ended..self.next, status)?;
         Ok(())
     }
 
@@ -258,6 +282,17 @@ impl Consumer {
         ticket: u64,
         status: Status,
     ) -> Result<(), W::Error> {
+        self.tell(words, ticket, status)?;
+        self.advance(words)
+    }
+
+    /// Says of a post that is under way how it has ended. Its slot is not free before [`advance`](Self::advance).
+    fn tell<W: RingWords>(
+        &mut self,
+        words: &W,
+        ticket: u64,
+        status: Status,
+    ) -> Result<(), W::Error> {
         let slot = self.slot(ticket);
         if status != Status::Ok {
             // Before anybody can see that the slot is free.
@@ -266,7 +301,13 @@ impl Consumer {
         words.store(Word::Done { slot }, told(ticket, status))?;
         if let Some(under_way) = self.under_way.get_mut(slot as usize) {
             *under_way = false;
+            self.open -= 1;
         }
+        Ok(())
+    }
+
+    /// Says how many have ended.
+    fn advance<W: RingWords>(&mut self, words: &W) -> Result<(), W::Error> {
         let before = self.ended;
         while self.ended < self.next {
             let slot = self.slot(self.ended) as usize;

@@ -105,7 +105,7 @@ keys! {
     post_batch_size: i32 = -1, Or(-1, "auto", 1, 65_536);
     /// Depth of a send queue.
     max_send_wr: u32 = 0, Or(0, "auto", 1, 65_536);
-    /// Entries of a completion queue.
+    /// Entries of a completion queue for what is posted; receives have room beside them, an eighth as much and for 64 queue pairs at least.
     max_cqe_num: u32 = 0, Or(0, "auto", 1, 4_194_304);
     /// Memory pieces a work request.
     max_msg_sge: u32 = 0, Or(0, "auto", 1, 256);
@@ -161,7 +161,7 @@ keys! {
     heartbeat_interval: Duration = SECOND, Within(10 * MS, 600 * SECOND);
     /// How long a peer may be silent before it counts as stalled.
     heartbeat_timeout: Duration = 5 * SECOND, Within(20 * MS, 3600 * SECOND);
-    /// How long posted work and revoked peers may take to drain before queue pairs are reset.
+    /// How long posted work and revoked peers may take to drain before queue pairs are reset: those with the work, and after as long again all of the peer's.
     drain_grace: Duration = 2 * SECOND, Within(MS, 600 * SECOND);
 
     /// The ways to a peer that may be used.

@@ -1,6 +1,6 @@
 //! A peer comes into being: of what it has said of itself, and of the queue pairs that are joined with its own.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tracing::info;
 
@@ -128,16 +128,10 @@ impl Acquainted {
         let rails = self.pairs.iter().zip(links).map(|(pair, link)| {
             let theirs = self.known.rails.get(usize::from(pair.theirs))?;
             let own = engine.runtime.rail(pair.rail).ok()?;
-            Some(PeerRail {
-                device: own.context.device().name.clone(),
-                link: link.cloned(),
-                aside: Mutex::default(),
-                regions: Arc::clone(&engine.rails.get(pair.rail)?.regions),
-                remote: (theirs.memories.iter().chain(&theirs.staging))
-                    .copied()
-                    .collect(),
-                leases: theirs.leases,
-            })
+            let remote = theirs.memories.iter().chain(&theirs.staging).copied();
+            let memory = (engine.rails.get(pair.rail)?, remote.collect());
+            let device = &own.context.device().name;
+            Some(PeerRail::new(device, link, memory, theirs.leases))
         });
         rails.collect()
     }

@@ -228,7 +228,7 @@ impl Bringup {
             Ok(rails) => rails,
             Err(detail) => return bad(detail),
         };
-        if let Err(detail) = consistent(&describe, &format, &placement) {
+        if let Err(detail) = consistent(&describe, &rails, &format, &placement) {
             return bad(detail);
         }
         let mut steps = Vec::new();

@@ -1,12 +1,15 @@
 //! What a peer says of itself: whether it agrees with itself, and what can be planned with it.
 
+use kvxfer_verbs::DeviceKind;
+
 use super::bringup::{Step, cut, refuse};
+use super::pairing::KnownRail;
 use super::peer_session::Plans;
 use crate::engine::Inner;
 use crate::error::Error;
 use crate::layout::{KvFormat, PlacementDesc, Side};
 use crate::plan::{CompileError, Role as PlanRole};
-use crate::wire::{Describe, RailDesc, Refusal, RemoteSpan};
+use crate::wire::{Describe, GpuDesc, RailDesc, Refusal, RemoteSpan};
 
 /// The plans for both directions, as far as the two roles allow them.
 #[expect(clippy::result_large_err, reason = "once a session")]
@@ -69,9 +72,20 @@ pub(super) fn agree(
 /// Whether all parts of a description agree with each other; the error says which do not.
 pub(super) fn consistent(
     describe: &Describe,
+    rails: &[KnownRail],
     format: &KvFormat,
     placement: &PlacementDesc,
 ) -> Result<(), String> {
+    let registered = |gpu: &GpuDesc| gpu.unregistered.is_none();
+    let cannot = |rail: &&KnownRail| rail.device.kind != DeviceKind::Rdma;
+    if describe.gpu.as_ref().is_some_and(registered)
+        && let Some(rail) = rails.iter().find(cannot)
+    {
+        let name = rail.device.name.escape_debug();
+        return Err(format!(
+            "memory of a GPU registered with {name}, which is no RDMA device"
+        ));
+    }
     for rail in &describe.rails {
         of_rail(rail, placement)?;
     }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use super::panic_tests::LONG;
 use super::rail_tests::{BLOCKS, Node, groups, joined_by, node_that, pull, push, side, word};
 use super::worker::Command;
-use crate::blocks::{BlockPair, GroupPairs};
+use crate::Error;
+use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, ConfigBuilder, KvRole, PathKind, PathSet};
-use crate::engine::{Engine, Instance, PullOptions};
-use crate::event::Event;
+use crate::engine::{Engine, Instance, Outcome, Peer, PullOptions, PushOptions, Transfer};
+use crate::event::{Event, MemoryState, PeerName};
+use crate::expects::ExpectError;
 use crate::ids::RequestId;
 use crate::transfer::{Cause, CompletionStatus};
 
@@ -51,6 +53,7 @@ fn one_lane(path: PathKind, write: bool, plan: &str) -> (Node, Node, Instance) {
     let change = |config: &mut Config| {
         config.num_worker_threads = 1;
         config.qp_per_transfer = 1;
+        config.drain_grace = Duration::from_millis(100);
     };
     let (producer, consumer) = if write { (plan, "") } else { ("", plan) };
     let consumer = node_that(KvRole::Consumer, path, &[consumer], change);
@@ -149,6 +152,119 @@ fn a_transfer_goes_on_when_another_one_takes_the_last_queue_pair_down() {
     pull(1, (&producer, &consumer, &way), || {});
 }
 
+/// Begins a transfer of a half of the blocks, from `from` on, none beside its neighbour.
+fn begin(
+    (request, from, deadline): (&str, u32, Option<Duration>),
+    (producer, consumer, way): (&Node, &Node, &Instance),
+    write: bool,
+) -> (Vec<GroupPairs>, Transfer) {
+    let request = RequestId::from(request);
+    let half = from..from + BLOCKS / 2;
+    let pairs = half.clone().zip(half.clone().rev());
+    let pairs = vec![GroupPairs {
+        group: 0,
+        pairs: pairs.map(|(src, dst)| BlockPair { src, dst }).collect(),
+    }];
+    if !write {
+        let ticket = producer.engine.offer(&request, &groups(), 1, LONG);
+        let options = PullOptions {
+            deadline,
+            ..PullOptions::default()
+        };
+        let pull = way.pull(&ticket.expect("an offer"), &pairs, options);
+        return (pairs, pull.expect("a pull"));
+    }
+    let blocks = vec![GroupBlocks {
+        group: 0,
+        blocks: half.collect(),
+    }];
+    // The one before may have ended at its sender alone.
+    let end = Instant::now() + LONG;
+    while let Err(error) = consumer.engine.expect(&request, &blocks, 1, LONG) {
+        let in_use = matches!(error, Error::Expect(ExpectError::InUse(_)));
+        assert!(in_use && Instant::now() < end, "{error}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let options = PushOptions {
+        deadline,
+        ..PushOptions::default()
+    };
+    let push = back(producer, consumer).begin_push_with(&request, options);
+    let push = push.expect("a push");
+    push.all_layers(&pairs, None).expect("fits");
+    (pairs, push.commit().expect("all of it"))
+}
+
+/// The producer's way to the consumer.
+fn back(producer: &Node, consumer: &Node) -> Peer {
+    let inner = consumer.engine.inner();
+    let name = PeerName {
+        engine: inner.id.clone(),
+        rank: inner.rank(),
+    };
+    producer.engine.peer_of(&name).expect("a session")
+}
+
+/// Work of a transfer that was given up does not come back: its queue pair is rebuilt for that, its memory is free
+/// again, and what another transfer has posted behind it is posted once more.
+#[test]
+fn what_does_not_drain_costs_others_nothing() {
+    const SEED: u64 = 5;
+    for (path, write) in [
+        (PathKind::Arena, false),
+        (PathKind::Arena, true),
+        (PathKind::ProcessVm, false),
+    ] {
+        // Far longer than this test.
+        let nodes = one_lane(path, write, "seed=7,delay=0.004:3600s");
+        let (producer, consumer, way) = &nodes;
+        producer.side.fill(SEED).expect("filled");
+        let end = Instant::now() + LONG;
+        let mut both = 0;
+        for round in 0.. {
+            assert!(Instant::now() < end, "{path}: never both in {round} rounds");
+            let begin = |name: &str, from| {
+                let request = format!("{name} {round}");
+                begin((&request, from, None), (producer, consumer, way), write)
+            };
+            let all = [begin("first", 0), begin("second", BLOCKS / 2)];
+            let soon = Duration::from_millis(200);
+            let stuck = all.each_ref().map(|(_, t)| t.wait(soon).is_none());
+            let [(_, first), (pairs, second)] = &all;
+            let unwanted = if stuck[0] { first } else { second };
+            if stuck == [false; 2] {
+                continue;
+            }
+            unwanted.cancel();
+            let outcome = unwanted.wait(LONG).expect("an outcome");
+            let memory = outcome.failure().map(|failure| failure.memory);
+            assert!(unwanted.wait_released(LONG), "{path}: memory comes back");
+            if stuck != [true; 2] {
+                continue;
+            }
+            if memory == Some(MemoryState::Released) {
+                // Nothing of it was under way: the other one is alone with what is stuck.
+                second.cancel();
+                assert!(second.wait_released(LONG), "{path}: memory comes back");
+                continue;
+            }
+            // It may be stuck again.
+            if second.wait(soon * 10) == Some(Outcome::Done) {
+                consumer.side.verify(SEED, pairs).expect("every byte");
+                both += 1;
+            } else {
+                second.cancel();
+                assert!(second.wait_released(LONG), "{path}: memory comes back");
+            }
+            if both == 2 {
+                break;
+            }
+        }
+        assert_stood(consumer);
+        assert_stood(producer);
+    }
+}
+
 /// One lane on the device that `KVXFER_TEST_RDMA` names for the role, as in `tests/support`.
 fn rdma_node(role: KvRole) -> Node {
     let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
@@ -166,6 +282,7 @@ fn rdma_node(role: KvRole) -> Node {
         path: PathSet::only(PathKind::Rdma),
         num_worker_threads: 1,
         qp_per_transfer: 1,
+        drain_grace: Duration::from_millis(1),
         ..named.and_then(|named| named.build()).expect("a name")
     };
     let side = side();
@@ -221,4 +338,39 @@ fn seen_gone(lanes: impl Fn() -> usize) -> u32 {
         std::thread::yield_now();
     }
     1
+}
+
+/// What is late has more posted than comes back in time: the queue pair goes to the error state, and the kernel's
+/// device has to let go of it.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_what_does_not_drain_costs_others_nothing() {
+    const SEED: u64 = 9;
+    let (producer, consumer) = (rdma_node(KvRole::Producer), rdma_node(KvRole::Consumer));
+    let (producer, consumer, way) = joined_by(producer, consumer);
+    producer.side.fill(SEED).expect("filled");
+    for write in [false, true] {
+        let mut reset = false;
+        for round in 0..20 {
+            let begin = |name: &str, from, deadline| {
+                let request = format!("{name} {write} {round}");
+                let nodes = (&producer, &consumer, &way);
+                begin((&request, from, deadline), nodes, write)
+            };
+            let (_, late) = begin("late", 0, Some(Duration::from_millis(20)));
+            let (pairs, other) = begin("other", BLOCKS / 2, None);
+            let outcome = late.wait(LONG).expect("an outcome");
+            let memory = outcome.failure().map(|failure| failure.memory);
+            assert!(late.wait_released(LONG), "memory comes back");
+            assert_eq!(other.wait(LONG), Some(Outcome::Done), "{write}");
+            consumer.side.verify(SEED, &pairs).expect("every byte");
+            reset |= memory == Some(MemoryState::Quarantined);
+            if reset {
+                break;
+            }
+        }
+        assert!(reset, "all was back in time");
+    }
+    assert_stood(&consumer);
+    assert_stood(&producer);
 }

@@ -21,6 +21,7 @@ mod lanes;
 mod link;
 #[cfg(test)]
 mod link_tests;
+mod loopback;
 mod moves;
 pub(crate) mod net;
 mod notices;
@@ -41,6 +42,8 @@ mod scratch;
 mod staged_tests;
 mod tether;
 mod verify;
+#[cfg(test)]
+mod vram_tests;
 mod wake;
 mod worker;
 
@@ -81,7 +84,7 @@ use gpu::GpuSide;
 use link::Link;
 use presence::{Met, Presence};
 use push::Pushes;
-use rail::RailMemory;
+use rail::{RailBlocks, RailMemory, register_blocks};
 use scratch::{Landings, LeaseTable};
 use worker::{Command, Live};
 
@@ -184,16 +187,13 @@ impl Inner {
         bench_inbox: Option<Sender<Vec<u8>>>,
     ) -> Result<Arc<Self>, Error> {
         placement.desc().validate(&format)?;
-        let gpu = GpuSide::of(placement.memory(), &config)?;
-        let staging = gpu.as_ref().map(|gpu| gpu.staging());
-        if let (Some(Err(reason)), Some(gpu), true) = (staging, &gpu, runtime.is_rdma()) {
-            let device = runtime.rails().first();
-            return Err(Error::GpuOverRdma {
-                device: device.map_or_else(String::new, |d| d.context.device().name.clone()),
-                gpu: gpu.pci(),
-                reason: reason.to_owned(),
-            });
-        }
+        let access = remote_access(config.kv_role);
+        let mut gpu = GpuSide::of(placement.memory(), &config)?;
+        let own = (placement.memory(), access);
+        let blocks = match &mut gpu {
+            None => register_blocks(runtime.rails(), own)?,
+            Some(gpu) => gpu.register(&runtime, &config, own)?,
+        };
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(Error::random)?;
         let generation = Generation(random);
@@ -201,22 +201,17 @@ impl Inner {
             Some(id) => EngineId(id.as_str().into()),
             None => EngineId(format!("engine-{generation}").into()),
         };
-        let access = remote_access(config.kv_role);
         let scratch = Landings::new(LANDINGS)?;
-        // A GPU's memory is moved by the GPU: queue pairs know nothing of it.
-        let registered = match gpu {
-            None => placement.memory(),
-            Some(_) => &[],
-        };
-        let scratch_region = u32::try_from(registered.len()).unwrap_or(u32::MAX);
+        // Where the blocks are moved by the GPU alone, queue pairs know nothing of them.
+        let registered = blocks.first().map_or(0, |rail| rail.regions.len());
+        let scratch_region = u32::try_from(registered).unwrap_or(u32::MAX);
         let lease_table = LeaseTable::new(config.lease_slots)?;
-        let register = |rail: &rail::Rail| {
-            let own = (registered, access);
+        let staging = gpu.as_ref().and_then(|gpu| gpu.staging().ok());
+        let register = |(rail, blocks): (&rail::Rail, RailBlocks)| {
             let leases = lease_table.memory();
-            let staging = staging.and_then(Result::ok);
-            RailMemory::register(&rail.pd, own, scratch.memory(), leases, staging)
+            RailMemory::register(&rail.pd, blocks, scratch.memory(), leases, staging)
         };
-        let rails = runtime.rails().iter().map(register);
+        let rails = runtime.rails().iter().zip(blocks).map(register);
         let rails = rails.collect::<Result<Vec<_>, _>>()?;
         let fingerprint = format.fingerprint().0;
         let claims = Claims::new(claimed_pools(&format, placement.desc()));
@@ -229,7 +224,7 @@ impl Inner {
             format,
             fingerprint,
             placement,
-            gpu,
+            gpu: gpu.map(Arc::new),
             rails,
             scratch,
             scratch_region,
@@ -316,9 +311,11 @@ impl Inner {
             Ok::<_, Error>(RailDesc {
                 place: rail.place,
                 device: Blob::pack("device address", &rail.context.address())?,
-                memories: match self.gpu {
-                    None => regions.take(registered).map(span).collect(),
-                    Some(_) => self.placement.memory().iter().map(on_gpu).collect(),
+                memories: match &self.gpu {
+                    Some(gpu) if !gpu.is_registered() => {
+                        self.placement.memory().iter().map(on_gpu).collect()
+                    }
+                    _ => regions.take(registered).map(span).collect(),
                 },
                 leases: memory.leases.regions().first().map(span),
                 scratch: None,

@@ -10,9 +10,13 @@ use crate::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use crate::config::{Config, KvRole, PathKind, PathSet};
 use crate::engine::{Engine, Instance, Peer, PullOptions, Transfer};
 use crate::event::{Event, MemoryState, PeerName};
+use crate::gpu_queue::{GpuQueueConfig, Hca, Kernels, QueueKind};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
-use crate::mem::gpu::{RuntimeChoice, RuntimeKind};
+use crate::mem::gpu::{GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
+use crate::mem::kernels::queue::{ALL, ALL_TENSORS, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
+use crate::mem::post::device::{PostBy, PostKernels, Posts};
+use crate::mem::post::{Place, Status};
 use crate::transfer::Cause;
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
@@ -340,6 +344,90 @@ fn pushes_of_a_worker_that_panics() {
         } else {
             consumer.takes_no_more(of_it, &address);
         }
+    }
+}
+
+/// Kernels that post to a push whose worker panics are told, and do not wait until they lose their patience.
+#[test]
+fn kernels_that_post_to_a_worker_that_panics() {
+    for kind in [
+        QueueKind::Proxy,
+        QueueKind::GpuWqe(Hca::Model),
+        QueueKind::Direct(Hca::Model),
+    ] {
+        // However fast the machine is, not all is over before the panic.
+        let (producer, consumer, instance, address) =
+            pair_with(PathKind::Arena, Some("delay=1:30ms"));
+        let mut there = Vec::new();
+        wait_for(&producer.engine, &mut there, |event| {
+            matches!(event, Event::PeerUp { .. })
+        });
+        let back = producer.engine.peer_of(&name_of(&consumer));
+        let back = back.expect("a session");
+        let request = RequestId::from("r");
+        consumer
+            .engine
+            .expect(&request, &groups(0..BLOCKS), 1, LONG)
+            .expect("an expectation");
+        let push = back.begin_push(&request).expect("a push");
+        let runtime = GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host));
+        let gpu = runtime.expect("the stand-in").gpu(0).expect("one").clone();
+        let mut config = GpuQueueConfig::new(&gpu);
+        (config.kind, config.depth, config.patience) = (kind, 8, 4 * LONG);
+        let queue = push.gpu_queue(&config).expect("a queue");
+        let place = |block| Place {
+            group: 0,
+            tensor: ALL_TENSORS,
+            layer: 1,
+            block,
+        };
+        let moves: Vec<Move> = (0..BLOCKS)
+            .map(|block| Move {
+                local: place(block).to_word(),
+                remote: place(BLOCKS - 1 - block).to_word(),
+                len: queue.block_bytes(0, 1).expect("a layer"),
+                flags: LOCAL_PLACE | REMOTE_PLACE,
+                ..Move::default()
+            })
+            .collect();
+        let posts = Posts {
+            moves: &moves,
+            posters: 1,
+            by: PostBy::Blocks,
+            op: PUT,
+            until: ALL,
+        };
+        let kernels = PostKernels::load(&gpu).expect("kernels");
+        let stream = Stream::new(&gpu).expect("a stream");
+        let posting = kernels.post(&stream, queue.device(), &posts);
+        let posting = posting.expect("launched");
+        let end = Instant::now() + LONG;
+        while queue.report().taken == 0 {
+            assert!(Instant::now() < end, "posts are taken");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for worker in [0, 1] {
+            producer.panic(worker);
+        }
+        let results = posting.wait(end).expect("the kernel ends");
+        let status = |n| Status::from_number(n).expect("a status");
+        let ends: Vec<_> = (results.iter())
+            .map(|r| (status(r.posted), status(r.ended)))
+            .collect();
+        let told = |(posted, ended): &(Status, Status)| match posted {
+            Status::Ok => ![Status::Timeout, Status::Late].contains(ended),
+            posted => [Status::Broken, Status::Stopped].contains(posted),
+        };
+        assert!(ends.iter().all(told), "{kind:?}: {ends:?}");
+        assert!(ends.iter().any(|end| *end != (Status::Ok, Status::Ok)));
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let transfer = push.commit().expect("its outcome tells");
+        let outcome = transfer.wait(LONG).expect("an outcome");
+        let failure = outcome.failure().expect("its worker is gone");
+        assert_eq!(failure.first_cause, Cause::WorkerPanicked);
+        assert!(transfer.wait_released(LONG), "memory comes back");
+        drop(instance);
+        producer.takes_no_more(back, &address);
     }
 }
 

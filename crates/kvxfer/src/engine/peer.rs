@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Inner;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
-use super::moves::Moves;
+use super::moves::{Moved, Moves};
 use super::net;
 use super::peer_session::PeerSession;
 use super::push::{Push, PushOptions};
@@ -436,7 +436,10 @@ impl PlannedPull {
             None => None,
             Some((part, summed)) => {
                 sums_of(&ticket.request, &plan, &summed, 0)?;
-                Some(Verification::new(part, vec![Arc::clone(&plan)]))
+                Some(Verification::new(
+                    part,
+                    vec![Moved::Planned(Arc::clone(&plan))],
+                ))
             }
         };
         Ok(Self {
@@ -502,7 +505,7 @@ impl PlannedPull {
             peer: self.peer.key,
             kind: Kind::Pull {
                 source: Arc::new(Moves {
-                    plan,
+                    what: Moved::Planned(plan),
                     after,
                     is_released: false,
                 }),
@@ -569,11 +572,28 @@ pub(crate) fn sums_of(
     summed: &Summed,
     before: u64,
 ) -> Result<u64, Error> {
+    let counts = plan
+        .units()
+        .map(|(group, pairs)| (group, plan.scope(), pairs.len() as u64));
+    count_sums(request, counts, summed, before)
+}
+
+/// The same of so many units of these groups and layers.
+///
+/// # Errors
+///
+/// [`Error::TooManySums`].
+pub(crate) fn count_sums(
+    request: &RequestId,
+    counts: impl Iterator<Item = (u32, LayerScope, u64)>,
+    summed: &Summed,
+    before: u64,
+) -> Result<u64, Error> {
     let (mut units, mut sums) = (0, before);
-    for (group, pairs) in plan.units() {
-        let tensors = summed.tensors(group, plan.scope()).len() as u64;
-        units += pairs.len() as u64;
-        sums += tensors.saturating_mul(pairs.len() as u64);
+    for (group, scope, count) in counts {
+        let tensors = summed.tensors(group, scope).len() as u64;
+        units += count;
+        sums += tensors.saturating_mul(count);
     }
     let too_many = |what, count, max| {
         Err(Error::TooManySums {

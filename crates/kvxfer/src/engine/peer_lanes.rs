@@ -8,9 +8,12 @@ use kvxfer_verbs::RegionTable;
 use tracing::warn;
 
 use super::bringup::is_rebuilt;
+use super::loopback::Loopback;
 use super::peer_session::PeerSession;
+use super::rail::RailMemory;
 use super::worker::Command;
 use crate::rails::RailSet;
+use crate::time::Time;
 use crate::transfer::Cause;
 use crate::transport::{PathInfo, RdmaLink, SkippedRail};
 use crate::wire::RemoteSpan;
@@ -22,8 +25,10 @@ pub(crate) struct PeerRail {
     pub(crate) device: String,
     /// The way over it, on an RDMA device.
     pub(crate) link: Option<RdmaLink>,
-    /// Why it is not used any more; the first reason stays.
-    pub(crate) aside: Mutex<Option<String>>,
+    /// Why it is not used any more, and since when; the first reason stays.
+    aside: Mutex<Option<Aside>>,
+    /// What reads back through this side's device what that has written, where a GPU needs it.
+    pub(crate) loopback: Option<Arc<Loopback>>,
     /// The memories of this side, as the plans number them.
     pub(crate) regions: Arc<RegionTable>,
     /// The peer's memories, as the plans number them; then where it stages.
@@ -32,14 +37,51 @@ pub(crate) struct PeerRail {
     pub(crate) leases: Option<RemoteSpan>,
 }
 
+/// A pair of rails that is not used any more.
+#[derive(Debug)]
+struct Aside {
+    reason: String,
+    /// `None`: it never was used.
+    since: Option<Time>,
+}
+
 impl PeerRail {
+    /// A pair of rails that is to be used: of this device, the way over it, the memories of both sides, and the lease
+    /// slots of the peer.
+    pub(super) fn new(
+        device: &str,
+        link: Option<&RdmaLink>,
+        (own, remote): (&RailMemory, Vec<RemoteSpan>),
+        leases: Option<RemoteSpan>,
+    ) -> Self {
+        Self {
+            device: device.to_owned(),
+            link: link.cloned(),
+            aside: Mutex::default(),
+            loopback: own.loopback.clone(),
+            regions: Arc::clone(&own.regions),
+            remote,
+            leases,
+        }
+    }
+
     /// It was never joined.
     pub(super) fn leave_out(&self, reason: String) {
-        *self.aside() = Some(reason);
+        *self.aside() = Some(Aside {
+            reason,
+            since: None,
+        });
+    }
+
+    /// Whether this side's device may have written something over it since then.
+    pub(super) fn was_used(&self, since: Time) -> bool {
+        let aside = self.aside();
+        let last = aside.as_ref().map(|aside| aside.since);
+        last.is_none_or(|last| last.is_some_and(|last| last >= since))
     }
 
     /// Why it is not used any more.
-    fn aside(&self) -> MutexGuard<'_, Option<String>> {
+    fn aside(&self) -> MutexGuard<'_, Option<Aside>> {
         // Valid at every step.
         self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -110,7 +152,10 @@ impl PeerSession {
         let mut path = self.path.clone();
         for rail in &self.rails {
             match &*rail.aside() {
-                Some(reason) => path.skipped.push(SkippedRail::new(&rail.device, reason)),
+                Some(aside) => {
+                    path.skipped
+                        .push(SkippedRail::new(&rail.device, &aside.reason));
+                }
                 None => path.rails.extend(rail.link.clone()),
             }
         }
@@ -135,7 +180,13 @@ impl PeerSession {
         if aside.is_some() {
             return false;
         }
-        let reason = aside.insert(reason()).clone();
+        // An engine that is gone reads nothing any more.
+        let since = self.engine.upgrade().map(|engine| engine.now());
+        let reason = reason();
+        *aside = Some(Aside {
+            reason: reason.clone(),
+            since,
+        });
         drop(aside);
         let (peer, device) = (&self.name.engine, &rail.device);
         warn!(%peer, device, reason, "device set aside; the work goes on over the others");
@@ -201,6 +252,12 @@ impl PeerSession {
         let lane = self.lanes.get(usize::from(number));
         let before = lane.map_or(0, |lane| lane.note(DOWN_HERE | EVER_DOWN));
         before & DOWN_THERE != 0
+    }
+
+    /// Whether lanes that fail alone get successors, and work that is lost with them goes on. What a GPU has a part in
+    /// is on no lane, or on several one after the other.
+    pub(crate) fn rebuilds_lanes(&self) -> bool {
+        is_rebuilt(&self.path) && !self.has_whole_jobs()
     }
 
     /// Whether a lane that fails alone gets a successor: nobody has set its rail aside.

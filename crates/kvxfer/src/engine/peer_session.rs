@@ -387,6 +387,11 @@ impl PeerSession {
         self.limits_of(compiled, counts)
     }
 
+    /// The same for blocks that are written one by one.
+    pub(crate) fn block_limits(&self, compiled: &Compiled, groups: u32) -> PlanLimits {
+        self.limits_of(compiled, (0..groups).map(|group| (group, 1)))
+    }
+
     fn limits_of(
         &self,
         compiled: &Compiled,

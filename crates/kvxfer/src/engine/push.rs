@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::debug;
@@ -19,19 +19,19 @@ use super::Inner;
 use super::books::NO_TICKET;
 use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
-use super::moves::Moves;
-use super::peer::{in_ticket, sums_of, transfer, verified};
+use super::moves::{Moved, Moves};
+use super::peer::{count_sums, in_ticket, sums_of, transfer, verified};
 use super::peer_session::{PeerSession, in_order};
 use super::verify::Verification;
 use super::worker::{Command, Live};
 use super::written::{Place, Written};
 use crate::block_set::BlockSet;
 use crate::blocks::{GroupBlocks, GroupPairs};
-use crate::claims::{Claim, Purpose};
+use crate::claims::{BlockInUse, Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::mem::gpu::Event;
-use crate::plan::{Compiled, LayerScope, Part, Plan, SideName};
+use crate::plan::{BlockOps, Compiled, LayerScope, Part, Plan, Posted, SideName};
 use crate::recent::Recent;
 use crate::sums::Summed;
 use crate::ticket::Ticket;
@@ -116,6 +116,10 @@ pub(crate) struct Pushing {
     written: Mutex<Written>,
     /// Queues of kernels of which nobody has said that all is posted.
     unfinished: AtomicU64,
+    /// How many queues there have been.
+    queues: AtomicU64,
+    /// What a block of each layer takes, for what kernels post.
+    block_ops: OnceLock<Arc<BlockOps>>,
 }
 
 /// The blocks that a push reads, where this rank is written to as well.
@@ -336,6 +340,8 @@ impl Pushing {
             sources: Mutex::default(),
             written: Mutex::default(),
             unfinished: AtomicU64::new(0),
+            queues: AtomicU64::new(0),
+            block_ops: OnceLock::new(),
         });
         engine.pushes.begin(&pushing)?;
         let live = Box::new(Live {
@@ -415,38 +421,60 @@ impl Pushing {
         if !engine.config.kv_role.consumes() {
             return Ok(());
         }
-        let mut sources = self.sources();
-        let Sources { blocks, claims } = &mut *sources;
         let desc = engine.placement.desc();
-        let fresh = |group: u32, ids: &mut dyn Iterator<Item = u32>| {
+        let of = |group: u32, ids: &mut dyn Iterator<Item = u32>| {
             // What is out of range is refused when it is planned, if that has not been done.
             let known = desc.num_blocks(group).unwrap_or(0);
-            let fresh = ids.filter(|id| *id < known && !blocks.contains(group, *id));
             GroupBlocks {
                 group,
-                blocks: fresh.collect(),
+                blocks: ids.filter(|id| *id < known).collect(),
             }
         };
-        let mut groups: Vec<GroupBlocks> = match layer {
+        let groups: Vec<GroupBlocks> = match layer {
             Waiting::Pairs(_, pairs) => pairs
                 .iter()
-                .map(|of| fresh(of.group, &mut of.pairs.iter().map(|pair| pair.src)))
+                .map(|pairs| of(pairs.group, &mut pairs.pairs.iter().map(|pair| pair.src)))
                 .collect(),
             Waiting::InOrder(_, src, _) => src
                 .iter()
-                .map(|of| fresh(of.group, &mut of.blocks.iter().copied()))
+                .map(|src| of(src.group, &mut src.blocks.iter().copied()))
                 .collect(),
         };
-        groups.retain(|group| !group.blocks.is_empty());
-        if groups.is_empty() {
+        let all = groups.iter();
+        let all = all.flat_map(|of| of.blocks.iter().map(|block| (of.group, *block)));
+        self.claim_sources(engine, all).map_err(Error::from)
+    }
+
+    /// Claims those of these blocks, by group, that it has not claimed; they are within the placement.
+    fn claim_sources(
+        &self,
+        engine: &Inner,
+        all: impl Iterator<Item = (u32, u32)>,
+    ) -> Result<(), BlockInUse> {
+        if !engine.config.kv_role.consumes() {
             return Ok(());
         }
-        let claim = engine.claim_source(&self.request, Purpose::Push, || groups.clone())?;
+        let mut sources = self.sources();
+        let Sources { blocks, claims } = &mut *sources;
+        let mut fresh: Vec<GroupBlocks> = Vec::new();
+        for (group, block) in all.filter(|(group, block)| !blocks.contains(*group, *block)) {
+            match fresh.iter_mut().find(|of| of.group == group) {
+                Some(of) => of.blocks.push(block),
+                None => fresh.push(GroupBlocks {
+                    group,
+                    blocks: vec![block],
+                }),
+            }
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let claim = engine.claim_source(&self.request, Purpose::Push, || fresh.clone())?;
         claims.extend(claim);
-        for group in groups {
-            for id in group.blocks {
+        for of in fresh {
+            for id in of.blocks {
                 // A source may be listed twice.
-                let _ = blocks.insert_all(group.group, &[id]);
+                let _ = blocks.insert_all(of.group, &[id]);
             }
         }
         Ok(())
@@ -554,12 +582,29 @@ impl Pushing {
 
     /// Counts the checksums of a plan that is to be handed over.
     fn count_sums(&self, plan: &Plan) -> Result<(), Error> {
+        self.count_more_sums(|summed, before| sums_of(&self.request, plan, summed, before))
+    }
+
+    /// Counts those of what kernels have posted.
+    fn count_posted(&self, posted: &Posted) -> Result<(), Error> {
+        self.count_more_sums(|summed, before| {
+            let counts = posted.counts();
+            let counts =
+                counts.map(|(group, layer, count)| (group, LayerScope::Layer(layer), count));
+            count_sums(&self.request, counts, summed, before)
+        })
+    }
+
+    fn count_more_sums(
+        &self,
+        more: impl Fn(&Summed, u64) -> Result<u64, Error>,
+    ) -> Result<(), Error> {
         let Some(summed) = &self.summed else {
             return Ok(());
         };
         let mut before = self.sums.load(Ordering::Relaxed);
         loop {
-            let after = before + sums_of(&self.request, plan, summed, before)?;
+            let after = before + more(summed, before)?;
             // Layers of the engine's are counted beside those that its kernels post.
             let sums = &self.sums;
             match sums.compare_exchange(before, after, Ordering::Relaxed, Ordering::Relaxed) {
@@ -576,7 +621,7 @@ impl Pushing {
         self.send(Command::AddJob {
             id: self.id,
             source: Moves {
-                plan,
+                what: Moved::Planned(plan),
                 after,
                 is_released: false,
             },

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use kvxfer_verbs::{Access, Context, Memory, ProtectionDomain, RegionTable};
+use kvxfer_verbs::{Access, Context, Memory, MemoryRegion, ProtectionDomain, RegionTable};
 
 use super::Clock;
 use super::async_events::AsyncEvents;
 use super::gpu::Staging;
 use super::health::Health;
+use super::loopback::Loopback;
 use crate::error::Error;
 
 /// An open device, and a completion queue of it for each worker.
@@ -45,6 +46,34 @@ impl Rail {
     }
 }
 
+/// A placement's memories on one rail, in their order; none where only a GPU moves them.
+#[derive(Debug, Default)]
+pub(crate) struct RailBlocks {
+    pub(crate) regions: Vec<MemoryRegion>,
+    /// Where the device has to read what it has written before a GPU may.
+    pub(crate) loopback: Option<Loopback>,
+}
+
+/// Registers a placement's memories on each rail.
+///
+/// # Errors
+///
+/// What a device does not register.
+pub(crate) fn register_blocks(
+    rails: &[Rail],
+    (memories, access): (&[Arc<dyn Memory>], Access),
+) -> Result<Vec<RailBlocks>, Error> {
+    let on_rail = |rail: &Rail| {
+        let register = |memory: &Arc<dyn Memory>| rail.pd.register(Arc::clone(memory), access);
+        let regions = memories.iter().map(register).collect::<Result<_, _>>()?;
+        Ok(RailBlocks {
+            regions,
+            loopback: None,
+        })
+    };
+    rails.iter().map(on_rail).collect()
+}
+
 /// An engine's memory as it is registered on one rail.
 #[derive(Debug)]
 pub(crate) struct RailMemory {
@@ -54,6 +83,8 @@ pub(crate) struct RailMemory {
     pub(crate) leases: RegionTable,
     /// Where peers read what is staged for them.
     pub(crate) staging: Option<RegionTable>,
+    /// See [`RailBlocks`].
+    pub(crate) loopback: Option<Arc<Loopback>>,
 }
 
 impl RailMemory {
@@ -62,15 +93,12 @@ impl RailMemory {
     /// What the device does not register.
     pub(crate) fn register(
         pd: &ProtectionDomain,
-        (memories, access): (&[Arc<dyn Memory>], Access),
+        blocks: RailBlocks,
         landings: Arc<dyn Memory>,
         leases: Arc<dyn Memory>,
         staging: Option<&Staging>,
     ) -> Result<Self, Error> {
-        let mut regions = memories
-            .iter()
-            .map(|memory| pd.register(Arc::clone(memory), access))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut regions = blocks.regions;
         regions.push(pd.register(landings, Access::LOCAL_WRITE)?);
         let mut out = None;
         if let Some(staging) = staging {
@@ -79,6 +107,7 @@ impl RailMemory {
             out = Some(RegionTable::new(vec![staged]));
         }
         Ok(Self {
+            loopback: blocks.loopback.map(Arc::new),
             staging: out,
             regions: Arc::new(RegionTable::new(regions)),
             leases: RegionTable::new(vec![pd.register(leases, Access::REMOTE_READ)?]),

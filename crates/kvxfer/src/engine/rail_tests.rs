@@ -237,6 +237,22 @@ fn work_goes_over_all_rails_that_both_have() {
     }
 }
 
+#[test]
+fn the_smallest_completion_queues_have_room_for_receives() {
+    let least = |config: &mut Config| {
+        config.max_cqe_num = 1;
+        config.qp_per_transfer = 8;
+        config.enable_notification = true;
+    };
+    for path in PATHS {
+        let consumer = node_that(KvRole::Consumer, path, &[""; 2], least);
+        let producer = node_that(KvRole::Producer, path, &[""; 2], least);
+        let (producer, consumer, way) = joined_by(producer, consumer);
+        pull(0, (&producer, &consumer, &way), || {});
+        push(1, (&producer, &consumer, &way), || {});
+    }
+}
+
 /// Both rails carry writes, so both have to say that theirs are there: one word more or less for one of
 /// them, and the expectation would not end, or the session would.
 #[test]

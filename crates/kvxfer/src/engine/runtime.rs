@@ -36,6 +36,10 @@ use crate::wire::{
 
 /// Send queue entries where the configuration says auto.
 const AUTO_SEND_WR: u32 = 1024;
+/// Entries of a completion queue for what is posted, unless set.
+const AUTO_CQ_ENTRIES: u32 = 1 << 16;
+/// So many queue pairs' receives find room in a completion queue at least, where the device has it.
+const LEAST_RECEIVING: u32 = 64;
 /// Gather entries where the configuration says auto; more is rarely merged.
 const AUTO_SGE: u32 = 4;
 /// How often the listener looks whether it is to stop.
@@ -86,6 +90,20 @@ pub(crate) struct Runtime {
     pub(crate) connections: AtomicUsize,
 }
 
+/// The depth of a completion queue of a device that takes `max`, and how many of its entries are for what is posted to
+/// peers. The rest is for receives, which take room there for as long as their queue pair lives: with too little of it
+/// a peer's queue pair could not be made, or what is posted find no room that was counted on.
+fn cq_entries(wanted: u32, max: u32) -> (u32, u32) {
+    let work = match wanted {
+        0 => AUTO_CQ_ENTRIES.min(max),
+        wanted => wanted,
+    };
+    let receives = (work / 8).max(LEAST_RECEIVING * RECEIVES);
+    // More than the device takes is for the device to refuse.
+    let depth = work.saturating_add(receives).min(max).max(work);
+    (depth, work.min(depth.saturating_sub(receives)).max(1))
+}
+
 impl Runtime {
     pub(crate) fn new(config: &Config, opened: Opened) -> Result<Arc<Self>, Error> {
         let secret = match &config.secret_file {
@@ -105,7 +123,7 @@ impl Runtime {
         };
         let auto = |value: u32, auto: u32, max: u32| if value == 0 { auto.min(max) } else { value };
         let send_wr = auto(config.max_send_wr, AUTO_SEND_WR, least(|d| d.max_qp_wr));
-        let depth = auto(config.max_cqe_num, 1 << 16, least(|d| d.max_cqe));
+        let (depth, work) = cq_entries(config.max_cqe_num, least(|d| d.max_cqe));
         let clock = Clock::new();
         let health = Arc::new(Health::new(contexts.len()));
         let count = u16::try_from(config.num_worker_threads).unwrap_or(u16::MAX);
@@ -125,9 +143,8 @@ impl Runtime {
                     .map_or(BatchSize::Auto, BatchSize::Fixed),
                 // The share of this worker: each keeps its own count.
                 peer_bytes: (config.max_inflight_bytes.0 / u64::from(count)).max(1),
-                // Receives take room there too. It is counted as if all rails had one queue: each has
-                // its own, so there is always room.
-                cq_entries: depth - depth / 8,
+                // It is counted as if all rails had one queue: each has its own, so there is always room.
+                cq_entries: work,
                 ..SchedulerConfig::default()
             };
             let transfers = TransfersConfig {
@@ -480,4 +497,27 @@ pub(crate) fn spawn<R: Send + 'static>(
 
 pub(crate) fn random_nonce() -> Result<HandshakeNonce, Error> {
     HandshakeNonce::random().map_err(Error::random)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn completion_queues_have_room_for_receives_beside_what_is_posted() {
+        let receives = LEAST_RECEIVING * RECEIVES;
+        for (wanted, max, all, work) in [
+            (0, 1 << 20, (1 << 16) + (1 << 13), 1 << 16),
+            // rxe takes no more.
+            (0, 32_767, 32_767, 32_767 - 32_767 / 8),
+            (1, 1 << 20, 1 + receives, 1),
+            (64, 1 << 20, 64 + receives, 64),
+            (64, 1000, 1000, 1),
+            (1 << 16, 1 << 16, 1 << 16, (1 << 16) - (1 << 13)),
+            // The device says that this is too much.
+            (200, 100, 200, 1),
+        ] {
+            assert_eq!(cq_entries(wanted, max), (all, work), "{wanted} of {max}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! What is wrong with a post.
 
+use kvxfer_verbs::mlx5::model::Violation;
 use serde::{Deserialize, Serialize};
 
 use crate::mem::post::Status;
@@ -67,6 +68,20 @@ pub enum PostFault {
         /// The block.
         block: u32,
     },
+    /// A work request under keys that do not allow what it names.
+    #[error("its work request names bytes that its keys do not: take both from the queue's table")]
+    Key,
+    /// A work request for bytes that are no stretch of a block.
+    #[error(
+        "its work request is not for a stretch of a block: post places, which the queue's table resolves"
+    )]
+    Stretch,
+    /// A queue of work requests that breaks a rule of its device.
+    #[error("its queue breaks a rule of the device: {rule}")]
+    Rule {
+        /// Which.
+        rule: QueueRule,
+    },
     /// A source block that something else writes to.
     #[error("block {block} of group {group} is being written to by another request")]
     InUse {
@@ -77,16 +92,56 @@ pub enum PostFault {
     },
 }
 
+/// What a queue of work requests has to keep to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueRule {
+    /// A work request is whole when its device is told of it, and has its number.
+    #[error("a work request that its device is told of is whole, and where its number says")]
+    WorkRequest,
+    /// A queue's work requests and doorbells are for its queue pair.
+    #[error("work requests and doorbells are for the queue's own queue pair")]
+    QueuePair,
+    /// The doorbell record never goes back, nor beyond the queue, and stands before the doorbell.
+    #[error("the record goes forward, within the queue, and is stored before the doorbell")]
+    Record,
+    /// The doorbell is the beginning of the last work request.
+    #[error("the doorbell is the first eight bytes of the last work request")]
+    Doorbell,
+    /// Completions are given back, and not more than there were.
+    #[error("completions are given back as they are read")]
+    Completions,
+    /// The queue's memory.
+    #[error("the queue's memory holds it")]
+    Memory,
+}
+
+impl QueueRule {
+    /// The rule that was broken.
+    pub(super) fn of(violation: &Violation) -> Self {
+        match violation {
+            Violation::Wqe { .. } | Violation::Number { .. } => Self::WorkRequest,
+            Violation::QueuePair { .. } => Self::QueuePair,
+            Violation::Record { .. }
+            | Violation::RecordSpan { .. }
+            | Violation::RecordBehind { .. } => Self::Record,
+            Violation::Doorbell { .. } | Violation::NotTheLast { .. } => Self::Doorbell,
+            Violation::NoRoom { .. } | Violation::Taken { .. } => Self::Completions,
+            _ => Self::Memory,
+        }
+    }
+}
+
 impl PostFault {
     /// What the kernel is told.
     #[must_use]
     pub fn status(self) -> Status {
         match self {
-            Self::Malformed | Self::Unwritten => Status::Malformed,
+            Self::Malformed | Self::Unwritten | Self::Rule { .. } => Status::Malformed,
             Self::Operation => Status::BadOp,
-            Self::Address | Self::Layer { .. } => Status::BadKey,
+            Self::Address | Self::Layer { .. } | Self::Key => Status::BadKey,
             Self::Length { .. } => Status::BadLength,
-            Self::Places | Self::Source { .. } => Status::BadRange,
+            Self::Places | Self::Source { .. } | Self::Stretch => Status::BadRange,
             Self::NotExpected { .. } | Self::InUse { .. } => Status::BadRights,
         }
     }

@@ -11,9 +11,11 @@
 
 mod fault;
 mod table;
+mod wqe;
 
-pub use fault::PostFault;
-pub(crate) use table::{Batches, PostTable};
+pub use fault::{PostFault, QueueRule};
+pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
+pub(crate) use wqe::{Block, Windows, WqeDevice, Wrong};
 
 use std::time::Duration;
 
@@ -23,13 +25,54 @@ pub use crate::mem::post::Pace;
 /// The slots of a queue at most.
 pub const MOST_SLOTS: u32 = 1 << 16;
 
+/// The slots of a queue of WQEs at most: what is under way must fit half of a counter of 16 bits.
+pub const MOST_WQES: u32 = 1 << 15;
+
+/// What kernels write, and who has it carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum QueueKind {
+    /// Descriptors of 64 bytes, for a worker.
+    Proxy,
+    /// A NIC's work requests, and a word that a worker rings the doorbell from.
+    GpuWqe(Hca),
+    /// A NIC's work requests, and its doorbell.
+    Direct(Hca),
+}
+
+impl QueueKind {
+    /// The device of its work requests.
+    #[must_use]
+    pub const fn hca(self) -> Option<Hca> {
+        match self {
+            Self::Proxy => None,
+            Self::GpuWqe(hca) | Self::Direct(hca) => Some(hca),
+        }
+    }
+}
+
+/// The device that work requests are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Hca {
+    /// A model of an mlx5 device: a worker reads the work requests as the device would, is stricter than that, and has
+    /// them carried out over whatever way leads to the peer. It shows that a kernel posts rightly, and nothing of a
+    /// NIC's speed.
+    Model,
+    /// A NIC. There is none yet: it is refused.
+    Nic,
+}
+
 /// What a queue for kernels is like.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct GpuQueueConfig {
     /// The GPU whose kernels post. The stand-in is one too: there the kernels are the host build of the same source.
     pub gpu: Gpu,
-    /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most.
+    /// What kernels write.
+    pub kind: QueueKind,
+    /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most. Of work requests up to
+    /// [`MOST_WQES`], and a block is as many as it is in stretches.
     pub depth: u32,
     /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour. On AMD
     /// the calls for a thread go lane by lane, each with this patience, so a wave may take as many times as long.
@@ -39,12 +82,13 @@ pub struct GpuQueueConfig {
 }
 
 impl GpuQueueConfig {
-    /// 1024 slots, 10 seconds of patience; parked, with sleeps of 10 milliseconds at most, which cost half a percent of
+    /// A proxy queue of 1024 slots, 10 seconds of patience; parked, with sleeps of 10 milliseconds at most, which cost half a percent of
     /// a core.
     #[must_use]
     pub fn new(gpu: &Gpu) -> Self {
         Self {
             gpu: gpu.clone(),
+            kind: QueueKind::Proxy,
             depth: 1024,
             patience: Duration::from_secs(10),
             pace: Pace::Parked {
@@ -68,7 +112,7 @@ pub enum Kernels<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct GpuQueueReport {
-    /// Posts that were taken out of the ring.
+    /// Posts that were taken: descriptors, or blocks all of whose work requests have come.
     pub taken: u64,
     /// Of those, posts whose every byte is confirmed.
     pub done: u64,

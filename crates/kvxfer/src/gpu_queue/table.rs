@@ -1,33 +1,33 @@
-//! What the posts of a push may name, and how they are put together to plans.
+//! What the posts of a push may name, and how they are put together.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
-use super::PostFault;
+use super::{Block, PostFault};
 use crate::block_set::BlockSet;
 use crate::blocks::{BlockPair, GroupBlocks};
 use crate::mem::kernels::queue::ALL_TENSORS;
 use crate::mem::post::{Descriptor, End, PostOp};
-use crate::plan::Compiled;
+use crate::plan::{BlockOps, LayerAt, Posted};
 
 /// The places that posts of a push may name: the blocks of the ranks' layers, and at the consumer those of its
 /// ticket.
 #[derive(Debug)]
 pub(crate) struct PostTable {
-    plans: Compiled,
+    of: Arc<BlockOps>,
     expected: BlockSet,
 }
 
 /// A block of a layer that a post wants written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    pub(crate) group: u8,
-    pub(crate) layer: u16,
+    pub(crate) layer: LayerAt,
     pub(crate) pair: BlockPair,
 }
 
 impl PostTable {
     /// `expected` are the blocks of the push's ticket.
-    pub(crate) fn new(plans: &Compiled, expected: &[GroupBlocks]) -> Self {
+    pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks]) -> Self {
         let blocks = expected;
         let mut expected = BlockSet::default();
         for group in blocks {
@@ -35,9 +35,14 @@ impl PostTable {
             let _ = expected.insert_all(group.group, &group.blocks);
         }
         Self {
-            plans: plans.clone(),
+            of: Arc::clone(of),
             expected,
         }
+    }
+
+    /// What a block of each layer takes.
+    pub(crate) fn block_ops(&self) -> &Arc<BlockOps> {
+        &self.of
     }
 
     /// What a post wants.
@@ -53,10 +58,10 @@ impl PostTable {
         if !alike || (here.tensor, there.tensor) != (ALL_TENSORS, ALL_TENSORS) {
             return Err(PostFault::Places);
         }
-        let wanted = self.plans.layer_bytes(group.into(), layer.into());
-        let wanted = wanted.ok_or(PostFault::Layer { group, layer })?;
-        if post.len != wanted {
-            let len = post.len;
+        let found = self.of.find(group.into(), layer.into());
+        let (at, of) = found.ok_or(PostFault::Layer { group, layer })?;
+        if post.len != of.bytes {
+            let (len, wanted) = (post.len, of.bytes);
             return Err(PostFault::Length {
                 group,
                 layer,
@@ -64,7 +69,7 @@ impl PostTable {
                 wanted,
             });
         }
-        let (blocks, _) = self.plans.num_blocks(group.into()).unwrap_or_default();
+        let (blocks, _) = self.of.num_blocks(group.into());
         if here.block >= blocks {
             let block = here.block;
             return Err(PostFault::Source {
@@ -81,68 +86,96 @@ impl PostTable {
             src: here.block,
             dst: there.block,
         };
-        Ok(Wanted { group, layer, pair })
+        Ok(Wanted { layer: at, pair })
+    }
+
+    /// What a block that is there on both sides wants.
+    pub(crate) fn check_block(&self, block: &Block) -> Result<Wanted, PostFault> {
+        let (layer, pair) = (block.layer, block.pair);
+        let group = self.of.group(layer);
+        if !self.expected.contains(group, pair.dst) {
+            return Err(PostFault::NotExpected {
+                // Only such have windows.
+                group: u8::try_from(group).unwrap_or(u8::MAX),
+                block: pair.dst,
+            });
+        }
+        Ok(Wanted { layer, pair })
     }
 }
 
-/// Posts of one layer of a group, which are planned together.
+/// Posts that are carried out together.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    pub(crate) group: u8,
-    pub(crate) layer: u16,
-    pub(crate) pairs: Vec<BlockPair>,
-    /// The posts, in the order of the pairs.
+    pub(crate) posted: Posted,
+    /// The posts, in the order of the blocks.
     pub(crate) posts: Vec<u64>,
-    dsts: HashSet<u32>,
+    /// The layer, if it is of one.
+    layer: Option<LayerAt>,
 }
 
-/// Posts as they come, put together by group and layer. A plan writes a block once, so a block that is posted again
-/// begins another.
-#[derive(Debug, Default)]
+/// How posts are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Together {
+    /// All of them.
+    All,
+    /// Those of one layer, for a consumer that plans them itself: a plan writes a block once, so a block that is
+    /// posted again begins another batch.
+    ByLayer,
+}
+
+/// What a look has found.
+#[derive(Debug)]
 pub(crate) struct Batches {
+    of: Arc<BlockOps>,
+    together: Together,
     open: Vec<Batch>,
     full: Vec<Batch>,
+    /// What the open ones write, where that matters.
+    written: HashSet<(LayerAt, u32)>,
 }
 
 impl Batches {
-    pub(crate) fn add(&mut self, post: u64, wanted: Wanted) {
-        let Wanted { group, layer, pair } = wanted;
-        let of = |batch: &Batch| (batch.group, batch.layer) == (group, layer);
-        let at = self.open.iter().position(of);
-        if let Some(at) = at {
-            let again = self
-                .open
-                .get(at)
-                .is_some_and(|batch| batch.dsts.contains(&pair.dst));
-            if again {
-                self.full.push(self.open.remove(at));
-            } else if let Some(batch) = self.open.get_mut(at) {
-                batch.add(post, pair);
-                return;
-            }
+    pub(crate) fn new(of: &Arc<BlockOps>, together: Together) -> Self {
+        Self {
+            of: Arc::clone(of),
+            together,
+            open: Vec::new(),
+            full: Vec::new(),
+            written: HashSet::new(),
         }
-        let mut batch = Batch {
-            group,
-            layer,
-            pairs: Vec::new(),
-            posts: Vec::new(),
-            dsts: HashSet::new(),
+    }
+
+    pub(crate) fn add(&mut self, post: u64, wanted: Wanted) {
+        let Wanted { layer, pair } = wanted;
+        let layer_of_batch = match self.together {
+            Together::All => None,
+            Together::ByLayer => Some(layer),
         };
-        batch.add(post, pair);
-        self.open.push(batch);
+        let of = |batch: &Batch| batch.layer == layer_of_batch;
+        let mut at = self.open.iter().position(of);
+        if layer_of_batch.is_some() && !self.written.insert((layer, pair.dst)) {
+            self.full.extend(at.take().map(|at| self.open.remove(at)));
+            self.written.retain(|(of, _)| *of != layer);
+            self.written.insert((layer, pair.dst));
+        }
+        let at = at.unwrap_or_else(|| {
+            self.open.push(Batch {
+                posted: Posted::new(&self.of),
+                posts: Vec::new(),
+                layer: layer_of_batch,
+            });
+            self.open.len() - 1
+        });
+        if let Some(batch) = self.open.get_mut(at) {
+            batch.posted.add(layer, pair);
+            batch.posts.push(post);
+        }
     }
 
     /// All of them, those first that hold a block before others that hold it again.
     pub(crate) fn into_all(self) -> impl Iterator<Item = Batch> {
         self.full.into_iter().chain(self.open)
-    }
-}
-
-impl Batch {
-    fn add(&mut self, post: u64, pair: BlockPair) {
-        self.dsts.insert(pair.dst);
-        self.pairs.push(pair);
-        self.posts.push(post);
     }
 }
 

@@ -3,13 +3,13 @@ use proptest::prelude::*;
 use super::*;
 use crate::layout::{KvFormat, KvPlacement, Packing, Side, Topology};
 use crate::mem::post::{Place, Status};
-use crate::plan::{Part, Role};
+use crate::plan::{Compiled, Part, PlanLimits, Role};
 
 const BYTES: u64 = 64;
 const LAYERS: u32 = 3;
 const BLOCKS: u32 = 40;
 
-fn plans() -> Compiled {
+fn ops() -> Arc<BlockOps> {
     let format = KvFormat::opaque(BYTES, LAYERS).expect("a format");
     let topology = Topology::single(&format);
     let uniform = KvPlacement::uniform(&format, topology, &[BLOCKS], Packing::OneMemory, 64);
@@ -18,12 +18,18 @@ fn plans() -> Compiled {
         format: &format,
         placement: &placement,
     };
-    Compiled::compile(&side, &side, Role::Push, Part::Common).expect("they are the same")
+    let plans = Compiled::compile(&side, &side, Role::Push, Part::Common);
+    let limits = PlanLimits {
+        max_msg_bytes: 1 << 20,
+        max_sge: 4,
+    };
+    let ops = BlockOps::new(&plans.expect("they are the same"), limits);
+    Arc::new(ops.expect("limits"))
 }
 
 fn table(expected: &[u32]) -> PostTable {
     let blocks = expected.to_vec();
-    PostTable::new(&plans(), &[GroupBlocks { group: 0, blocks }])
+    PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }])
 }
 
 fn put(here: Place, there: Place, len: u64) -> Descriptor {
@@ -49,11 +55,11 @@ fn place(layer: u16, block: u32) -> Place {
 fn posts_are_checked_and_their_faults_told_apart() {
     let table = table(&[7, 9]);
     let good = put(place(2, 39), place(2, 9), BYTES);
+    let (layer, _) = table.of.find(0, 2).expect("a layer");
     assert_eq!(
         table.check(&good),
         Ok(Wanted {
-            group: 0,
-            layer: 2,
+            layer,
             pair: BlockPair { src: 39, dst: 9 }
         })
     );
@@ -113,29 +119,41 @@ fn posts_are_checked_and_their_faults_told_apart() {
 }
 
 proptest! {
-    /// Every post is in one batch, of its own layer; no batch has a block twice, and a block that comes
-    /// again is in a later batch.
+    /// Every post is in one batch, in the order of its blocks. Where a consumer plans a batch it is of one layer and has
+    /// no block twice, and a block that comes again is in a later one; otherwise all are in one.
     #[test]
     fn batches_hold_every_post_once(
         posts in prop::collection::vec((0..3_u16, 0..40_u32, 0..12_u32), 0..200),
+        together in prop_oneof![Just(Together::All), Just(Together::ByLayer)],
     ) {
-        let mut batches = Batches::default();
+        let table = table(&[]);
+        let mut batches = Batches::new(table.block_ops(), together);
         for (post, (layer, src, dst)) in (0..).zip(&posts) {
             let pair = BlockPair { src: *src, dst: *dst };
-            batches.add(post, Wanted { group: 0, layer: *layer, pair });
+            let (layer, _) = table.of.find(0, (*layer).into()).expect("a layer");
+            batches.add(post, Wanted { layer, pair });
         }
         let mut seen = vec![false; posts.len()];
         let mut last: std::collections::HashMap<(u16, u32), u64> = Default::default();
-        for batch in batches.into_all() {
+        let batches: Vec<Batch> = batches.into_all().collect();
+        if together == Together::All {
+            prop_assert!(batches.len() <= 1);
+        }
+        for batch in &batches {
             let mut dsts = HashSet::new();
-            prop_assert_eq!(batch.pairs.len(), batch.posts.len());
-            for (pair, post) in batch.pairs.iter().zip(&batch.posts) {
+            let blocks: Vec<_> = batch.posted.blocks().collect();
+            prop_assert_eq!(blocks.len(), batch.posts.len());
+            for ((group, found, pair), post) in blocks.iter().zip(&batch.posts) {
                 let (layer, src, dst) = posts[*post as usize];
-                prop_assert_eq!((batch.layer, pair.src, pair.dst), (layer, src, dst));
+                prop_assert_eq!((*group, *found), (0, layer.into()));
+                prop_assert_eq!((pair.src, pair.dst), (src, dst));
                 prop_assert!(!std::mem::replace(&mut seen[*post as usize], true));
-                prop_assert!(dsts.insert(pair.dst), "a plan would refuse it");
-                if let Some(before) = last.insert((layer, dst), *post) {
-                    prop_assert!(before < *post);
+                if together == Together::ByLayer {
+                    prop_assert_eq!(*found, blocks[0].1, "one layer");
+                    prop_assert!(dsts.insert(pair.dst), "a plan would refuse it");
+                    if let Some(before) = last.insert((layer, dst), *post) {
+                        prop_assert!(before < *post);
+                    }
                 }
             }
         }
@@ -156,7 +174,7 @@ proptest! {
         let post = put(Place::from_word(bend(here)), Place::from_word(bend(there)), len);
         if let Ok(wanted) = table.check(&post) {
             prop_assert!(wanted.pair.src < BLOCKS && [7, 9].contains(&wanted.pair.dst));
-            prop_assert!(wanted.group == 0 && u32::from(wanted.layer) < LAYERS);
+            prop_assert!((0..LAYERS).any(|l| table.of.find(0, l).is_some_and(|of| of.0 == wanted.layer)));
             prop_assert_eq!(len, BYTES);
         }
     }

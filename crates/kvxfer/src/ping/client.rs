@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvxfer_verbs::{Context, DeviceAddr, GidChoice, Link as QpLink, QpEndpoint, RtrAttr, RtsAttr};
 
+use super::kernel::{Poster, Turn};
 use super::lane::{Lane, Parts};
 use super::{Ping, Probe, WORD};
 use crate::config::{Config, DEFAULT_PORT};
@@ -14,9 +15,11 @@ use crate::engine::{Dialler, net, random_nonce, session_config};
 use crate::error::Error;
 use crate::event::PeerName;
 use crate::ids::{EngineId, Generation, Rank};
+use crate::mem::gpu::Gpu;
 use crate::session::{Event, Session};
 use crate::transport::{
-    Choice, OnGpu, PathInfo, RdmaLink, gid_towards, open_device, retries, soft_path,
+    BothBlocks, Choice, PathInfo, RdmaLink, Unregistered, gid_towards, open_device, retries,
+    soft_path,
 };
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, KvRole, Message, PathKind, QpAnswer, QpOffer,
@@ -25,6 +28,8 @@ use crate::wire::{
 
 /// An operation is polled for so long before its wait sleeps: most are over by then.
 const SPIN: Duration = Duration::from_micros(100);
+/// How often a kernel is looked at after that.
+const KERNEL: Duration = Duration::from_micros(50);
 /// An operation that fails because the peer has died fails before the connection's end is read:
 /// how long that is waited for, to tell the cause and not its echo.
 const ECHO: Duration = Duration::from_millis(300);
@@ -68,6 +73,8 @@ pub struct Pinger {
     /// What the scratch holds, as far as is known; and what may be on its way there.
     holds: u64,
     written: Option<u64>,
+    /// A kernel that posts the WRITEs, if one does.
+    poster: Option<Poster>,
     _context: Context,
 }
 
@@ -139,6 +146,18 @@ impl Pinger {
     /// eventfd): [`ping`](Self::ping) then returns `None`, [`idle`](Self::idle) at once.
     pub fn stop_on(&mut self, fd: OwnedFd) {
         self.control.stop_on(fd);
+    }
+
+    /// From now on a kernel of this GPU posts the WRITE of each ping, to a proxy queue, and waits for its end; this side
+    /// carries the post out while it waits for the ping. A put by a kernel has nothing of its own to send here: the
+    /// eight bytes are those of every ping.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub fn post_from(&mut self, gpu: &Gpu) -> Result<(), Error> {
+        self.poster = Some(Poster::new(gpu)?);
+        Ok(())
     }
 
     /// One ping, all of which is waited for at most `wait`; only a READ after a control connection
@@ -229,8 +248,11 @@ impl Pinger {
     fn write(&mut self, until: Instant) -> Result<Probe, Error> {
         let value = splitmix(self.salt ^ self.sequence);
         let begun = Instant::now();
-        self.lane.write(value)?;
         self.written = Some(value);
+        match &mut self.poster {
+            Some(poster) => poster.launch()?,
+            None => self.lane.write(value)?,
+        }
         let probe = self.await_lane(begun, until)?;
         self.settled()?;
         Ok(probe)
@@ -265,6 +287,8 @@ impl Pinger {
             if self.lane_idle()? {
                 return Ok(Probe::Answered(begun.elapsed()));
             }
+            // Nobody tells of a kernel: it is looked at.
+            let looks = self.poster.is_some() && self.written.is_some();
             if begun.elapsed() < SPIN {
                 std::hint::spin_loop();
                 continue;
@@ -274,13 +298,34 @@ impl Pinger {
             if Instant::now() >= until || self.control.stopped() {
                 return Ok(Probe::Lost);
             }
-            if self.lane.arm()? {
+            if looks {
+                self.control.sleep(until.min(Instant::now() + KERNEL), None);
+            } else if self.lane.arm()? {
                 self.control.sleep(until, Some(self.lane.fd()));
             }
         }
     }
 
+    /// Whether nothing is out, of a kernel either.
     fn lane_idle(&mut self) -> Result<bool, Error> {
+        let is_idle = self.lane_is_idle()?;
+        let Some(poster) = &mut self.poster else {
+            return Ok(is_idle);
+        };
+        match poster.turn(is_idle)? {
+            Turn::Over => Ok(is_idle),
+            Turn::Under => Ok(false),
+            Turn::Posted => {
+                // One is posted for each value.
+                if let Some(value) = self.written {
+                    self.lane.write(value)?;
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    fn lane_is_idle(&mut self) -> Result<bool, Error> {
         match self.lane.is_idle() {
             Err(error @ Error::PingFailed { .. }) => {
                 // Rather the session's end, if that is why.
@@ -369,7 +414,8 @@ impl Bringup<'_> {
             others: &[],
             local_shareable: true,
             peer_shareable: describe.fd_backed,
-            on_gpu: OnGpu::NONE,
+            blocks: BothBlocks::ON_HOSTS,
+            unregistered: Unregistered::default(),
             unreachable: None,
             unstaged: None,
             allowed: &self.config.path,
@@ -486,6 +532,7 @@ impl Bringup<'_> {
             // A scratch region begins as zeros.
             holds: 0,
             written: None,
+            poster: None,
             _context: self.context,
         })
     }

@@ -25,6 +25,7 @@
 //! ```
 
 mod client;
+mod kernel;
 mod lane;
 mod seat;
 
@@ -73,7 +74,8 @@ pub struct Ping {
     pub sequence: u64,
     /// A Ping over the control connection and its Pong: the peer's session thread answers.
     pub control: Probe,
-    /// An 8-byte WRITE with a notification, until this side knows that both have been taken.
+    /// An 8-byte WRITE with a notification, until this side knows that both have been taken; where a kernel posts it
+    /// ([`Pinger::post_from`]), from the kernel's launch to its end, which is when it has seen that.
     /// Not tried where the control connection is silent.
     pub write: Probe,
     /// An 8-byte READ, whose value is checked against what was written. Over paths within a host it

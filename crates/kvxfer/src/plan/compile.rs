@@ -93,6 +93,11 @@ pub(super) struct Group {
 }
 
 impl Group {
+    /// Its layers, of all ranks, the lowest first.
+    pub(super) fn layers(&self) -> &[u32] {
+        &self.layers
+    }
+
     /// Whether the group has this layer, on whatever rank.
     pub(super) fn has(&self, layer: u32) -> bool {
         self.layers.binary_search(&layer).is_ok()

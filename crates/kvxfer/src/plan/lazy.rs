@@ -130,7 +130,7 @@ impl Section {
 }
 
 /// What takes operations. Those of one local piece are most of them, and have a way of their own.
-trait Sink {
+pub(super) trait Sink {
     fn op(&mut self, op: &Op<'_>);
     fn one(&mut self, remote_region: u32, remote_offset: u64, local: Piece);
 }
@@ -148,7 +148,7 @@ impl Sink for OpList {
 }
 
 /// A function that takes them.
-struct Each<'a>(&'a mut dyn FnMut(&Op<'_>));
+pub(super) struct Each<'a>(pub(super) &'a mut dyn FnMut(&Op<'_>));
 
 impl Sink for Each<'_> {
     fn op(&mut self, op: &Op<'_>) {
@@ -166,15 +166,29 @@ impl Sink for Each<'_> {
 }
 
 /// Operations at one place, into the sink.
-struct Emitter<'a, S> {
+pub(super) struct Emitter<'a, S> {
     pieces: &'a [SpanPiece],
     scratch: [Piece; MAX_PIECES],
-    sink: &'a mut S,
+    pub(super) sink: &'a mut S,
 }
 
-impl<S: Sink> Emitter<'_, S> {
+impl<'a, S: Sink> Emitter<'a, S> {
+    pub(super) fn new(pieces: &'a [SpanPiece], sink: &'a mut S) -> Self {
+        Self {
+            pieces,
+            scratch: [Piece::default(); MAX_PIECES],
+            sink,
+        }
+    }
+
     #[inline]
-    fn spans(&mut self, spans: &[OpSpan], tensor: &TensorPair, remote_base: u64, local_base: u64) {
+    pub(super) fn spans(
+        &mut self,
+        spans: &[OpSpan],
+        tensor: &TensorPair,
+        remote_base: u64,
+        local_base: u64,
+    ) {
         for span in spans {
             let (remote_region, remote_offset) = (tensor.remote_region, remote_base + span.remote);
             if span.count == 1 {
@@ -210,7 +224,7 @@ impl<S: Sink> Emitter<'_, S> {
 }
 
 /// An index that is known to be below a length in memory.
-fn index(n: u64) -> usize {
+pub(super) fn index(n: u64) -> usize {
     usize::try_from(n).expect("below the length of a slice")
 }
 
@@ -274,11 +288,7 @@ impl Plan {
         if at >= end {
             return;
         }
-        let mut out = Emitter {
-            pieces: &self.pieces,
-            scratch: [Piece::default(); MAX_PIECES],
-            sink,
-        };
+        let mut out = Emitter::new(&self.pieces, sink);
         for section in &self.sections[self.section_at(at)..] {
             if at >= end {
                 break;

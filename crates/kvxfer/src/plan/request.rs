@@ -373,16 +373,16 @@ fn runs(pairs: &[u64]) -> u64 {
 }
 
 /// Operations as they grow.
-struct Builder {
-    max_len: u32,
+pub(super) struct Builder {
+    pub(super) max_len: u32,
     max_pieces: u32,
-    spans: Vec<OpSpan>,
-    pieces: Vec<SpanPiece>,
+    pub(super) spans: Vec<OpSpan>,
+    pub(super) pieces: Vec<SpanPiece>,
     touched: Vec<(u32, u32)>,
 }
 
 impl Builder {
-    fn new(limits: PlanLimits, pairs: usize) -> Self {
+    pub(super) fn new(limits: PlanLimits, pairs: usize) -> Self {
         let max_len = limits.max_msg_bytes.min(MAX_CHUNK);
         Self {
             max_len: u32::try_from(max_len).expect("MAX_CHUNK is below 2^32"),
@@ -394,7 +394,7 @@ impl Builder {
     }
 
     /// The operations of one unit, with offsets from where it begins.
-    fn one_unit(&mut self, class: &Class) {
+    pub(super) fn one_unit(&mut self, class: &Class) {
         let mut open = Open::default();
         for piece in &class.pieces {
             self.add(&mut open, piece.remote, piece.local, piece.len, 0);

@@ -296,6 +296,8 @@ pub enum GpuOperation {
     Fence,
     /// Copying blocks.
     Gather,
+    /// Making what a network card has written visible to the GPU.
+    Visibility,
 }
 
 impl fmt::Display for GpuOperation {
@@ -304,6 +306,7 @@ impl fmt::Display for GpuOperation {
             Self::Wait => "waiting for the engine's work on a GPU",
             Self::Fence => "a fence on a GPU",
             Self::Gather => "copying blocks between GPUs",
+            Self::Visibility => "making what a network card wrote visible to a GPU",
         })
     }
 }
@@ -418,12 +421,16 @@ impl Cause {
         }
     }
 
-    /// Whether one queue pair has failed, and neither the way that it goes nor a side of it: what was lost with
+    /// Whether one queue pair has failed or was taken down, and neither the way that it goes nor a side of it: what was lost with
     /// it does well on another, or on its successor.
     #[must_use]
     pub fn is_of_one_lane(&self) -> bool {
         match self {
-            Self::LaneFailed | Self::QueuePair { .. } | Self::PeerReset | Self::Post { .. } => true,
+            Self::LaneFailed
+            | Self::LaneReset
+            | Self::QueuePair { .. }
+            | Self::PeerReset
+            | Self::Post { .. } => true,
             Self::Completion { .. } => !self.is_of_path(),
             _ => false,
         }

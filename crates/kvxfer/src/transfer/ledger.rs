@@ -5,9 +5,11 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+mod drain;
+
 use super::record::{
-    DrainToken, End, Incomplete, JobRecord, Kind, LeaseAnswer, MemoryState, Moved, Notice, Outcome,
-    Output, Progress, Record, Spec, State,
+    Incomplete, JobRecord, Kind, LeaseAnswer, Moved, Notice, Outcome, Output, Progress, Record,
+    Spec, State,
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
 use crate::plan::source::OpSource;
@@ -26,8 +28,8 @@ pub struct TransfersConfig {
     /// How long the outcome of a transfer that failed or was cancelled waits for its posted work to
     /// drain, so that it can say `Released`; never past its deadline.
     pub settle: Duration,
-    /// How long after its outcome a transfer may stay quarantined before its peer's queue pairs are
-    /// drained by force.
+    /// How long after its outcome a transfer may stay quarantined before the queue pairs that it is on are taken
+    /// down, and how long after that all of its peer's.
     pub drain_grace: Duration,
 }
 
@@ -62,8 +64,9 @@ struct PeerJobs {
 /// [`settle`](TransfersConfig::settle) and never past its deadline, for every scheduler to say that
 /// nothing of it is posted. Then its outcome says `Released`. If that takes longer, the outcome says
 /// `Quarantined` and [`Output::Released`] comes later; if it takes
-/// [`drain_grace`](TransfersConfig::drain_grace) more, the peer's queue pairs are drained by force.
-/// That is done at once where writes of it were lost on the way: the peer could carry them out after
+/// [`drain_grace`](TransfersConfig::drain_grace) more, the queue pairs that it is on are taken down and rebuilt
+/// ([`Output::ResetLanes`]), and if that does not bring it back in as long again, all of the peer's are drained by
+/// force. The latter is done at once where writes of it were lost on the way: the peer could carry them out after
 /// it was told that the push is closed. Where they were posted again on another rail
 /// ([`JobReport::doubts`]), the transfer goes on, and ends well or is stopped only when the peer has taken
 /// its half of the lanes down.
@@ -163,14 +166,14 @@ impl Transfers {
         self.set_timer(id, Some(deadline));
         if deadline <= now {
             if let Some(source) = source {
-                self.new_job(id, source);
+                self.new_job(id, source, workers.max(1));
             }
             self.on_time(now);
             self.start_waiting(peer);
             return Ok(());
         }
         if let Some(source) = source {
-            self.new_job(id, source);
+            self.new_job(id, source, workers.max(1));
             self.start_waiting(peer);
             self.advance(id);
         }
@@ -190,9 +193,24 @@ impl Transfers {
         id: TransferId,
         source: Arc<dyn OpSource>,
     ) -> Result<JobId, TransferError> {
+        let workers = self.records.get(&id).map_or(1, |record| record.workers);
+        self.add_job_of(now, id, (source, workers))
+    }
+
+    /// The same, to be started on so many schedulers.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_job`](Self::add_job).
+    pub(crate) fn add_job_of(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        (source, workers): (Arc<dyn OpSource>, u16),
+    ) -> Result<JobId, TransferError> {
         self.on_time(now);
         let peer = self.open_push(id)?.peer;
-        let job = self.new_job(id, source);
+        let job = self.new_job(id, source, workers);
         self.start_waiting(peer);
         self.advance(id);
         Ok(job)
@@ -267,7 +285,7 @@ impl Transfers {
         let Some(record) = self.records.get_mut(&id) else {
             return;
         };
-        let (peer, workers) = (record.peer, record.workers);
+        let peer = record.peer;
         let Some(job) = record.job_mut(report.job) else {
             return;
         };
@@ -279,7 +297,7 @@ impl Transfers {
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
         job.doubts += report.doubts;
-        let over = job.quiescent >= workers;
+        let over = job.quiescent >= job.job.workers;
         // Every operation is claimed once and confirmed once: all confirmed means none posted,
         // whether or not every scheduler has noticed that yet.
         let drained = job.complete() || over;
@@ -327,7 +345,7 @@ impl Transfers {
     /// Whether a job of a running push is complete: all of it is confirmed.
     pub(crate) fn is_complete(&self, id: TransferId, job: JobId) -> bool {
         let record = self.records.get(&id).filter(|r| !r.has_ended());
-        record.is_some_and(|r| r.jobs.iter().all(|j| j.job.id != job || j.complete()))
+        record.is_some_and(|record| record.job(job).is_none_or(JobRecord::complete))
     }
 
     /// Takes what the comparison of checksums has shown, or that those of a push have been told. Ignored
@@ -359,54 +377,6 @@ impl Transfers {
             LeaseAnswer::Live => self.done(id),
             LeaseAnswer::Gone { cause } => self.stop(now, id, cause, None, false),
         }
-    }
-
-    /// Says that a peer is lost: its transfers fail with `cause`, and what is posted to it is
-    /// drained by force at once.
-    pub fn peer_lost(&mut self, now: Time, peer: PeerKey, cause: &Cause) {
-        for id in self.transfers_of(peer) {
-            if let Some(record) = self.records.get_mut(&id) {
-                record.peer_lost = true;
-            }
-            self.stop(now, id, cause.clone(), None, false);
-        }
-        for id in self.transfers_of(peer) {
-            self.force_drain(id);
-        }
-    }
-
-    /// Answers [`Output::ForceDrain`]: nothing posted to the peer before it can touch memory any
-    /// more.
-    pub fn peer_drained(&mut self, peer: PeerKey, token: DrainToken) {
-        if let Some(p) = self.peers.get_mut(&peer) {
-            p.draining = p.draining.filter(|d| *d > token.0);
-        }
-        for id in self.transfers_of(peer) {
-            let Some(record) = self.records.get_mut(&id) else {
-                continue;
-            };
-            let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
-                continue;
-            };
-            // A transfer that was stopped after the drain was asked for may have posted on the
-            // queue pairs that came after it.
-            if end.before >= token.0 {
-                continue;
-            }
-            let mut left = 0;
-            for job in &mut record.jobs {
-                left += u32::from(job.progress == Progress::Started && !job.held);
-                if matches!(job.progress, Progress::Started | Progress::InDoubt) {
-                    job.progress = Progress::Drained;
-                    job.doubts = 0;
-                }
-            }
-            for _ in 0..left {
-                self.job_left(peer);
-            }
-            self.advance(id);
-        }
-        self.drop_peer_if_unused(peer);
     }
 
     /// Says what keeps all work that is posted to a peer from moving (a port that is down), or that nothing
@@ -446,7 +416,7 @@ impl Transfers {
                     self.stop(now, id, cause, None, false);
                 }
                 Some(State::Stopping(_)) => self.quarantine(now, id),
-                Some(State::Quarantined(_)) => self.force_drain(id),
+                Some(State::Quarantined(_)) => self.drain(now, id),
                 None => {}
             }
         }
@@ -488,7 +458,7 @@ impl Transfers {
     }
 
     /// Makes a job and puts it in its peer's line; one without operations is over already.
-    fn new_job(&mut self, id: TransferId, source: Arc<dyn OpSource>) -> JobId {
+    fn new_job(&mut self, id: TransferId, source: Arc<dyn OpSource>, workers: u16) -> JobId {
         let job_id = JobId(self.next_job);
         self.next_job += 1;
         let Some(record) = self.records.get_mut(&id) else {
@@ -505,7 +475,7 @@ impl Transfers {
             record.peer,
             dir,
             source,
-            record.workers,
+            workers,
         );
         let empty = job.ops() == 0;
         if empty && matches!(record.kind, Kind::Push) {
@@ -653,117 +623,6 @@ impl Transfers {
         });
     }
 
-    /// Stops a running transfer; the first reason stands, later ones change nothing.
-    fn stop(
-        &mut self,
-        now: Time,
-        id: TransferId,
-        cause: Cause,
-        at: Option<(JobId, u64)>,
-        asked: bool,
-    ) {
-        let Some(record) = self.records.get_mut(&id) else {
-            return;
-        };
-        if record.has_ended() {
-            return;
-        }
-        for job in &mut record.jobs {
-            match job.progress {
-                Progress::Queued => job.progress = Progress::Drained,
-                Progress::Started => {
-                    // The flag reaches workers that are just about to claim before the message does.
-                    job.job.stop();
-                    let peer = record.peer;
-                    self.out.push_back(Output::StopJob {
-                        job: job.job.id,
-                        peer,
-                    });
-                }
-                Progress::InDoubt | Progress::Drained => {}
-            }
-        }
-        record.state = State::Stopping(End {
-            cause,
-            at,
-            asked,
-            before: self.last_token,
-        });
-        if record.drained() {
-            self.stopped(id);
-        } else {
-            // Due at once when the deadline has passed: `on_time` looks again.
-            let due = record.deadline.min(now + self.cfg.settle);
-            self.set_timer(id, Some(due));
-        }
-    }
-
-    /// Ends a stopped transfer of which nothing is posted any more.
-    fn stopped(&mut self, id: TransferId) {
-        self.set_timer(id, None);
-        let Some(record) = self.records.remove(&id) else {
-            return;
-        };
-        self.tell_aborted(id, &record);
-        if let Some(outcome) = outcome(&record, MemoryState::Released) {
-            self.out.push_back(Output::Outcome { id, outcome });
-        }
-    }
-
-    /// Gives a stopped transfer's outcome although something of it may still be posted.
-    fn quarantine(&mut self, now: Time, id: TransferId) {
-        let Some(record) = self.records.get_mut(&id) else {
-            return;
-        };
-        if let Some(outcome) = outcome(record, MemoryState::Quarantined) {
-            self.out.push_back(Output::Outcome { id, outcome });
-        }
-        let state = std::mem::replace(&mut record.state, State::Active);
-        record.state = match state {
-            State::Stopping(end) => State::Quarantined(end),
-            other => other,
-        };
-        self.set_timer(id, Some(now + self.cfg.drain_grace));
-    }
-
-    /// Asks for the peer of a stopped transfer to be drained, unless that is under way.
-    fn force_drain(&mut self, id: TransferId) {
-        let Some(record) = self.records.get(&id) else {
-            return;
-        };
-        let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
-            return;
-        };
-        let p = self.peers.entry(record.peer).or_default();
-        if p.draining.is_some_and(|token| token > end.before) {
-            return;
-        }
-        self.last_token += 1;
-        p.draining = Some(self.last_token);
-        let token = DrainToken(self.last_token);
-        self.out.push_back(Output::ForceDrain {
-            peer: record.peer,
-            token,
-        });
-    }
-
-    /// A push that will not be done says so once nothing of it is under way.
-    fn tell_aborted(&mut self, id: TransferId, record: &Record) {
-        let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
-            return;
-        };
-        if matches!(record.kind, Kind::Push) && !record.peer_lost {
-            let notice = Notice::PushAborted {
-                cause: end.cause.clone(),
-            };
-            self.out.push_back(Output::SendNotice {
-                id,
-                peer: record.peer,
-                notice,
-            });
-        }
-    }
-
     fn set_timer(&mut self, id: TransferId, at: Option<Time>) {
         let Some(record) = self.records.get_mut(&id) else {
             return;
@@ -775,24 +634,6 @@ impl Transfers {
             self.timers.insert((at, id));
         }
     }
-}
-
-/// The outcome of a stopped transfer.
-fn outcome(record: &Record, memory: MemoryState) -> Option<Outcome> {
-    let (State::Stopping(end) | State::Quarantined(end)) = &record.state else {
-        return None;
-    };
-    let incomplete = record.incomplete();
-    Some(if end.asked {
-        Outcome::Cancelled { incomplete, memory }
-    } else {
-        Outcome::Failed {
-            cause: end.cause.clone(),
-            at: end.at,
-            incomplete,
-            memory,
-        }
-    })
 }
 
 #[cfg(test)]

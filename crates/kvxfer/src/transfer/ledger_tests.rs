@@ -1,6 +1,6 @@
 use super::*;
-use crate::transfer::JobError;
 use crate::transfer::testing::even;
+use crate::transfer::{DrainToken, JobError, MemoryState};
 
 const PEER: PeerKey = PeerKey(1);
 const T1: TransferId = TransferId(1);
@@ -56,6 +56,10 @@ fn said(t: &mut Transfers) -> Vec<String> {
                 Notice::PushDone { wrote } => format!("notice {} PushDone {wrote}", id.0),
                 notice => format!("notice {} {notice:?}", id.0),
             },
+            Output::ResetLanes { id, jobs, .. } => {
+                let jobs: Vec<u64> = jobs.iter().map(|job| job.0).collect();
+                format!("reset {} {jobs:?}", id.0)
+            }
             Output::ForceDrain { token, .. } => format!("drain {}", token.0),
             Output::Released { id } => format!("released {}", id.0),
             Output::Outcome { id, outcome } => match outcome {
@@ -268,7 +272,7 @@ fn a_failed_transfer_waits_for_its_work_to_drain() {
 }
 
 #[test]
-fn what_does_not_drain_is_quarantined_then_drained_by_force() {
+fn what_does_not_drain_is_quarantined_then_drained() {
     let mut t = ledger();
     t.submit(ms(0), pull(T1, 4)).expect("taken");
     t.cancel(ms(10), T1).expect("running");
@@ -278,6 +282,9 @@ fn what_does_not_drain_is_quarantined_then_drained_by_force() {
     assert_eq!(said(&mut t), ["cancelled 1 Quarantined"]);
     assert_eq!(t.next_timeout(), Some(ms(1110)));
     t.on_time(ms(1110));
+    assert_eq!(said(&mut t), ["reset 1 [0]"]);
+    assert_eq!(t.next_timeout(), Some(ms(2110)));
+    t.on_time(ms(2110));
     assert_eq!(
         (said(&mut t), t.next_timeout()),
         (vec!["drain 1".to_owned()], None)
@@ -288,6 +295,49 @@ fn what_does_not_drain_is_quarantined_then_drained_by_force() {
     assert_eq!(said(&mut t), ["released 1"]);
     t.peer_drained(PEER, DrainToken(1));
     assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn what_comes_back_with_its_queue_pairs_needs_no_more() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    t.cancel(ms(10), T1).expect("running");
+    t.on_time(ms(110));
+    t.on_time(ms(1110));
+    let reset = said(&mut t).pop();
+    assert_eq!(reset.as_deref(), Some("reset 1 [0]"));
+    // One of two workers has let go of it.
+    t.job_report(ms(1111), &report(0, T1, 0, true));
+    assert!(said(&mut t).is_empty());
+    t.job_report(ms(1112), &report(0, T1, 0, true));
+    assert_eq!(said(&mut t), ["released 1"]);
+    assert_eq!((t.live(), t.next_timeout()), (0, None));
+    t.lanes_stay(T1);
+    assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn where_no_queue_pair_goes_alone_all_go_at_once() {
+    let mut t = ledger();
+    t.submit(ms(0), pull(T1, 4)).expect("taken");
+    // Nothing to reset while it runs.
+    t.lanes_stay(T1);
+    t.cancel(ms(10), T1).expect("running");
+    t.lanes_stay(T1);
+    assert_eq!(said(&mut t), ["start 0", "stop 0"]);
+    t.on_time(ms(110));
+    t.on_time(ms(1110));
+    let reset = said(&mut t).pop();
+    assert_eq!(reset.as_deref(), Some("reset 1 [0]"));
+    t.lanes_stay(T1);
+    assert_eq!(
+        (said(&mut t), t.next_timeout()),
+        (vec!["drain 1".to_owned()], None)
+    );
+    t.lanes_stay(T1);
+    assert!(said(&mut t).is_empty());
+    t.peer_drained(PEER, DrainToken(1));
+    assert_eq!(said(&mut t), ["released 1"]);
 }
 
 #[test]
@@ -337,6 +387,7 @@ fn a_drain_covers_only_what_was_stopped_before_it() {
     late.deadline = ms(5000);
     t.submit(ms(900), late).expect("taken");
     t.on_time(ms(1100));
+    t.lanes_stay(T1);
     t.cancel(ms(1101), TransferId(3)).expect("running");
     let all = said(&mut t);
     assert_eq!(

@@ -12,8 +12,8 @@
 //!  submit ─► Transfers ──StartJob/StopJob──► Scheduler (one a worker) ──Batch──► post
 //!              ▲  │                              ▲  │
 //!   JobReport ─┘  └► CheckLease, SendNotice,     │  └► JobReport
-//!                    ForceDrain, Outcome,        └ complete, lane_failed, lane_flushed
-//!                    Released
+//!                    ResetLanes, ForceDrain,     └ complete, lane_failed, lane_flushed
+//!                    Outcome, Released
 //! ```
 
 mod batch;

@@ -231,7 +231,19 @@ pub enum Output {
         /// What to say.
         notice: Notice,
     },
-    /// Work of a stopped transfer does not drain, or the peer is lost: move every queue pair to the
+    /// Work of a stopped transfer does not drain: take the queue pairs down that these jobs are posted on (on every
+    /// worker, after the stops that came before this). They are rebuilt, and what others have posted on them is
+    /// posted again; reports of the jobs come as ever. Where queue pairs are not rebuilt, answer with
+    /// [`Transfers::lanes_stay`](super::Transfers::lanes_stay).
+    ResetLanes {
+        /// The transfer.
+        id: TransferId,
+        /// The peer.
+        peer: PeerKey,
+        /// Its jobs that are posted.
+        jobs: Arc<[JobId]>,
+    },
+    /// That has not helped, or the peer is lost: move every queue pair to the
     /// peer to the error state (on every worker, after the stops that came before this), and when
     /// nothing posted on them can touch memory any more answer with
     /// [`Transfers::peer_drained`](super::Transfers::peer_drained).
@@ -279,6 +291,8 @@ pub(super) struct End {
     pub(super) asked: bool,
     /// The last drain token given out when the jobs were stopped: any later one covers them.
     pub(super) before: u64,
+    /// The queue pairs that its jobs are posted on have been taken down, or were to be.
+    pub(super) reset: bool,
 }
 
 /// How far a job is, from the owner's side.
@@ -385,6 +399,11 @@ impl Record {
         Incomplete {
             sources: sources.map(|j| Arc::clone(&j.job.source)).collect(),
         }
+    }
+
+    pub(super) fn job(&self, job: JobId) -> Option<&JobRecord> {
+        let at = self.jobs.binary_search_by_key(&job, |j| j.job.id).ok()?;
+        self.jobs.get(at)
     }
 
     pub(super) fn job_mut(&mut self, job: JobId) -> Option<&mut JobRecord> {

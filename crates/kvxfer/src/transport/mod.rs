@@ -7,5 +7,7 @@ mod rdma;
 pub(crate) use device::{Opened, open_device, open_rails, retries};
 pub use device::{SkippedRail, check_device};
 pub use path::PathInfo;
-pub(crate) use path::{Choice, OnGpu, gid_towards, goes_over, soft_path};
+pub(crate) use path::{
+    Blocks, BothBlocks, Choice, Unregistered, gid_towards, goes_over, soft_path,
+};
 pub use rdma::{QueuePairs, RdmaLink};

@@ -8,7 +8,7 @@ use kvxfer_verbs::{Context, DeviceAddr, DeviceKind, GidChoice, SoftPath};
 use super::{RdmaLink, SkippedRail};
 use crate::config::PathSet;
 use crate::error::{Error, chain};
-use crate::wire::{Candidate, PathKind};
+use crate::wire::{Candidate, PathKind, clean};
 
 /// The paths that are looked at, the preferred first. The first and the last are for memory of GPUs alone.
 const PREFERENCE: [PathKind; 6] = [
@@ -92,17 +92,28 @@ pub(crate) fn gid_towards(
     Ok(choice)
 }
 
-/// Which of two sides have their blocks on a GPU.
+/// Where a side's blocks are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct OnGpu {
-    pub(crate) here: bool,
-    pub(crate) there: bool,
+pub(crate) enum Blocks {
+    /// In the host's memory.
+    Host,
+    /// In a GPU's, which all RDMA devices of the side have registered.
+    Registered,
+    /// In a GPU's, which none of its devices reaches.
+    Unreached,
 }
 
-impl OnGpu {
-    pub(crate) const NONE: Self = Self {
-        here: false,
-        there: false,
+/// Where the blocks of two sides are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BothBlocks {
+    pub(crate) here: Blocks,
+    pub(crate) there: Blocks,
+}
+
+impl BothBlocks {
+    pub(crate) const ON_HOSTS: Self = Self {
+        here: Blocks::Host,
+        there: Blocks::Host,
     };
 
     /// The same in the words of the other side.
@@ -113,28 +124,53 @@ impl OnGpu {
         }
     }
 
+    /// Whether there is a GPU at one end at least.
+    pub(crate) fn any_gpu(self) -> bool {
+        self != Self::ON_HOSTS
+    }
+
+    /// Whether one side at least has to stage its blocks, if they go over queue pairs.
+    fn any_unreached(self) -> bool {
+        [self.here, self.there].contains(&Blocks::Unreached)
+    }
+
     /// The path that blocks have over queue pairs of this one.
     pub(crate) fn path_over(self, beneath: PathKind) -> PathKind {
-        match (self, beneath) {
-            (Self::NONE, path) | (_, path @ PathKind::Ipc) => path,
-            _ => PathKind::Staged,
+        match beneath {
+            PathKind::Ipc => PathKind::Ipc,
+            _ if self.any_unreached() => PathKind::Staged,
+            path => path,
         }
     }
 
     /// Why a path does not carry the blocks of these two.
     pub(crate) fn why_not(self, path: PathKind) -> Option<&'static str> {
-        if path == PathKind::Staged {
-            return (self == Self::NONE).then_some("neither side's memory is a GPU's");
-        }
-        let ipc = path == PathKind::Ipc;
-        match (self.here == ipc, self.there == ipc) {
-            (true, true) => None,
-            (false, _) if ipc => Some("this side's memory is the host's"),
-            (false, _) => Some("this side's memory is a GPU's"),
-            (true, false) if ipc => Some("the peer's memory is the host's"),
-            (true, false) => Some("the peer's memory is a GPU's"),
+        let on_gpu = |blocks| blocks != Blocks::Host;
+        match path {
+            PathKind::Staged if self.any_unreached() => None,
+            PathKind::Staged if self.any_gpu() => Some("RDMA devices reach both sides' memory"),
+            PathKind::Staged => Some("neither side's memory is a GPU's"),
+            PathKind::Ipc if !on_gpu(self.here) => Some("this side's memory is the host's"),
+            PathKind::Ipc if !on_gpu(self.there) => Some("the peer's memory is the host's"),
+            PathKind::Ipc => None,
+            PathKind::Rdma if self.here == Blocks::Unreached => Some(GPU_HERE),
+            PathKind::Rdma if self.there == Blocks::Unreached => Some(GPU_THERE),
+            PathKind::Rdma => None,
+            _ if on_gpu(self.here) => Some(GPU_HERE),
+            _ if on_gpu(self.there) => Some(GPU_THERE),
+            _ => None,
         }
     }
+}
+
+const GPU_HERE: &str = "this side's memory is a GPU's";
+const GPU_THERE: &str = "the peer's memory is a GPU's";
+
+/// Why the memory of a GPU is not registered with a side's RDMA devices, at either end where it is not.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Unregistered<'a> {
+    pub(crate) here: Option<&'a str>,
+    pub(crate) there: Option<&'a str>,
 }
 
 /// What one side knows of both when it chooses.
@@ -148,7 +184,8 @@ pub(crate) struct Choice<'a> {
     /// Whether all memory of this side, and of the peer, has a file that the other may map.
     pub(crate) local_shareable: bool,
     pub(crate) peer_shareable: bool,
-    pub(crate) on_gpu: OnGpu,
+    pub(crate) blocks: BothBlocks,
+    pub(crate) unregistered: Unregistered<'a>,
     /// Why this side cannot fetch blocks out of the peer's GPU, if it has to.
     pub(crate) unreachable: Option<String>,
     /// Why blocks cannot be staged between the two, if they cannot.
@@ -165,7 +202,7 @@ impl Choice<'_> {
     /// [`Error::NoPath`] with every candidate's reason.
     pub(crate) fn choose(&self) -> Result<PathInfo, Error> {
         let forced = self.allowed.forced();
-        let of_gpus = |path| self.on_gpu != OnGpu::NONE || forced == Some(path);
+        let of_gpus = |path| self.blocks.any_gpu() || forced == Some(path);
         let candidates: Vec<Candidate> = PREFERENCE
             .into_iter()
             .filter(|path| match path {
@@ -185,18 +222,31 @@ impl Choice<'_> {
             PathKind::Staged => self.beneath().ok(),
             _ => None,
         };
-        let of_ipc = candidates.iter().find(|c| c.path == PathKind::Ipc);
-        let no_link = of_ipc.and_then(|c| c.why_not.as_deref());
+        let why_not = |path| {
+            let candidate = candidates.iter().find(|c| c.path == path);
+            let why_not = candidate.and_then(|c| c.why_not.as_deref());
+            why_not.unwrap_or("not asked for")
+        };
         let reason = match path {
-            PathKind::Staged => format!(
-                "through pinned host memory over {}; not by GPU links: {}",
-                over.map_or("nothing", PathKind::name),
-                no_link.unwrap_or("not asked for")
-            ),
+            PathKind::Staged => {
+                let beneath = over.map_or("nothing", PathKind::name);
+                let no_link = why_not(PathKind::Ipc);
+                let mut reason = format!(
+                    "through pinned host memory over {beneath}; not by GPU links: {no_link}"
+                );
+                if over == Some(PathKind::Rdma) {
+                    let no_key = why_not(PathKind::Rdma);
+                    reason.push_str(&format!("; not by RDMA alone: {no_key}"));
+                }
+                reason
+            }
             _ if forced.is_some() => format!("{path} was asked for"),
             PathKind::Arena => "same host, and both sides' memory can be mapped".to_owned(),
             PathKind::ProcessVm => "same host, memory registered by address".to_owned(),
             PathKind::Tcp => "no faster path leads to the peer".to_owned(),
+            PathKind::Rdma if self.blocks.any_gpu() => {
+                "both sides use RDMA devices, which reach the GPU's memory".to_owned()
+            }
             PathKind::Rdma => "both sides use RDMA devices".to_owned(),
             PathKind::Ipc => "same node, and this side's GPU reaches the peer's memory".to_owned(),
         };
@@ -214,13 +264,31 @@ impl Choice<'_> {
         if !self.allowed.allows(path) {
             return Some("the configuration does not allow it".to_owned());
         }
-        if let Some(why_not) = self.on_gpu.why_not(path) {
-            return Some(why_not.to_owned());
+        if let Some(why_not) = self.blocks.why_not(path) {
+            return Some(match path {
+                PathKind::Rdma => self.no_keys(why_not),
+                _ => why_not.to_owned(),
+            });
         }
         match path {
             PathKind::Staged if self.unstaged.is_some() => self.unstaged.clone(),
             PathKind::Staged => self.beneath().err(),
             path => self.why_not_there(path),
+        }
+    }
+
+    /// Why queue pairs of RDMA devices do not carry the blocks themselves: there are none, or some memory is not
+    /// registered with them.
+    fn no_keys(&self, whose: &str) -> String {
+        if !is_rdma(self.context.device().kind) || !is_rdma(self.peer.kind) {
+            return self.why_not_there(PathKind::Rdma).unwrap_or_default();
+        }
+        let here = self.unregistered.here.map(str::to_owned);
+        // A text of the peer's.
+        let there = || Some(self.unregistered.there?.escape_debug().to_string());
+        match here.or_else(there) {
+            Some(reason) => clean(&format!("{whose}, and not registered: {reason}")),
+            None => whose.to_owned(),
         }
     }
 
@@ -281,6 +349,72 @@ impl Choice<'_> {
                     .map(|error| chain(&error))
             }
             _ => Some("this version does not know it".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Blocks::{Host, Registered, Unreached};
+
+    const ALL: [Blocks; 3] = [Host, Registered, Unreached];
+
+    fn each() -> impl Iterator<Item = BothBlocks> {
+        ALL.into_iter()
+            .flat_map(|here| ALL.map(|there| BothBlocks { here, there }))
+    }
+
+    /// The side that chooses and the one that is asked come to the same path from the same descriptions.
+    #[test]
+    fn both_sides_see_the_same_way() {
+        for blocks in each() {
+            for beneath in BENEATH {
+                let there = blocks.seen_from_there().path_over(beneath);
+                assert_eq!(
+                    blocks.path_over(beneath),
+                    there,
+                    "{blocks:?} over {beneath}"
+                );
+            }
+            for path in PREFERENCE {
+                let there = blocks.seen_from_there().why_not(path).is_none();
+                assert_eq!(
+                    blocks.why_not(path).is_none(),
+                    there,
+                    "{blocks:?} by {path}"
+                );
+            }
+        }
+    }
+
+    /// A path that carries the blocks of two sides is what they have over it, or staged is.
+    #[test]
+    fn blocks_are_staged_where_one_side_is_not_reached() {
+        for blocks in each() {
+            let unreached = [blocks.here, blocks.there].contains(&Unreached);
+            let staged = blocks.why_not(PathKind::Staged).is_none();
+            assert_eq!(staged, unreached, "{blocks:?}");
+            let straight = blocks.why_not(PathKind::Rdma).is_none();
+            assert_eq!(straight, !unreached, "{blocks:?}");
+            let over = blocks.path_over(PathKind::Rdma);
+            let is = if unreached {
+                PathKind::Staged
+            } else {
+                PathKind::Rdma
+            };
+            assert_eq!(over, is, "{blocks:?}");
+            // The software device registers no memory of a GPU.
+            let hosts = blocks == BothBlocks::ON_HOSTS;
+            for path in [PathKind::Arena, PathKind::ProcessVm, PathKind::Tcp] {
+                assert_eq!(
+                    blocks.why_not(path).is_none(),
+                    hosts,
+                    "{blocks:?} by {path}"
+                );
+            }
+            let links = blocks.here != Host && blocks.there != Host;
+            assert_eq!(blocks.why_not(PathKind::Ipc).is_none(), links, "{blocks:?}");
         }
     }
 }

@@ -32,7 +32,7 @@ pub use parts::{
     Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
     RailEndpoint, Refusal, RemoteSpan, Stretch, SumsOf, TakeOf, limits,
 };
-pub(crate) use parts::{pack_sums, unpack_sums};
+pub(crate) use parts::{clean, pack_sums, unpack_sums};
 pub use preamble::{ConnectionKind, PREAMBLE_LEN, Preamble, PreambleReader, Sniff, sniff};
 pub use secret::{LoadedSecret, Secret, SecretError, SecretWarning};
 pub use stream::{

@@ -436,13 +436,18 @@ pub struct GpuDesc {
     pub handles: Vec<Blob>,
     /// The most bytes that are staged at a time for one [`Stage`](crate::wire::Stage); 0: nothing is staged.
     pub staged: u64,
+    /// Why the rank's devices have not registered the memories. `None`: they all have, and the rails' spans of
+    /// them have keys.
+    pub unregistered: Option<String>,
 }
 
 impl GpuDesc {
     pub(crate) fn check(&self) -> Result<(), WireError> {
         bounded("number of memories", self.handles.len(), limits::MEMORIES)?;
         let mut sizes = self.handles.iter().map(Blob::len);
-        sizes.try_for_each(|len| bounded("size of a memory's handle", len, limits::HANDLE))
+        sizes.try_for_each(|len| bounded("size of a memory's handle", len, limits::HANDLE))?;
+        let reason = self.unregistered.as_deref().unwrap_or("");
+        text("reason against a registration", reason, limits::TEXT)
     }
 }
 

@@ -1,9 +1,10 @@
 //! Lanes that fail under a session: they are taken down on both sides, and the side that dialled offers successors.
 
-use kvxfer::transfer::{Cause, LaneId};
+use kvxfer::transfer::{Cause, JobId, LaneId};
 use kvxfer::wire::{Blob, PathKind, QpAnswer, QpOffer, QpReset};
 
 use super::bug::{Bug, Step, ensure};
+use super::completions::rebuilds;
 use super::link::{Order, endpoint};
 use super::peer::LaneM;
 use super::worker::Cmd;
@@ -70,6 +71,31 @@ impl World {
                 };
                 self.send(peer, reset.into());
                 self.lane_is_down(peer, number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the lanes of a session get successors.
+    pub(crate) fn rebuilds_lanes(&self, peer: usize) -> bool {
+        let first = self.peers[peer].lanes.first();
+        first.is_some_and(|lane| rebuilds(self.qps[lane.qp].path))
+    }
+
+    /// Takes the lanes down that jobs are posted on which do not drain.
+    pub(crate) fn reset_lanes(&mut self, life: usize, w: usize, jobs: &[JobId]) -> Step {
+        for lane in self.lives[life].workers[w].scheduler.lanes_of(jobs) {
+            let worker = &self.lives[life].workers[w];
+            let Some(&q) = worker.lanes.get(&lane) else {
+                continue;
+            };
+            if worker.scheduler.lane_failure(lane).is_none() {
+                self.sum.count("lane: reset for what does not drain");
+                self.qp_flush(q, None)?;
+                let scheduler = &mut self.lives[life].workers[w].scheduler;
+                scheduler.lane_failed(lane, Cause::LaneReset);
+                self.look_at_peer_of(life, w, lane);
+                self.lane_fails(life, w, lane);
             }
         }
         Ok(())

@@ -75,6 +75,10 @@ pub(crate) enum Cmd {
         peer: usize,
         done: PushDone,
     },
+    /// Lanes that these jobs are posted on are to be taken down.
+    ResetLanes {
+        jobs: Arc<[JobId]>,
+    },
     /// The peer has taken its half of a lane down.
     LaneReset {
         peer: usize,
@@ -372,6 +376,7 @@ impl World {
                 let worker = &mut self.lives[life].workers[w];
                 worker.waiting_notices.push_back((peer, done));
             }
+            Cmd::ResetLanes { jobs } => self.reset_lanes(life, w, &jobs)?,
             Cmd::LaneReset { peer, qp } => self.lane_reset(life, w, peer, qp)?,
         }
         Ok(())
@@ -571,6 +576,19 @@ impl World {
                     self.check_notice(life, id, &notice)?;
                 }
                 self.notice(life, w, id, notice)
+            }
+            Output::ResetLanes { id, peer, jobs } => {
+                self.sum.count("drained by resets");
+                let peer = self.worker_peer(life, w, peer);
+                match peer.filter(|peer| self.rebuilds_lanes(*peer)) {
+                    Some(peer) => self.broadcast(life, w, peer, || Cmd::ResetLanes {
+                        jobs: Arc::clone(&jobs),
+                    }),
+                    None => {
+                        self.lives[life].workers[w].transfers.lanes_stay(id);
+                        Ok(())
+                    }
+                }
             }
             Output::ForceDrain { peer, token } => {
                 self.sum.count("drained by force");

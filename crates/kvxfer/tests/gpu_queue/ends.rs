@@ -1,5 +1,7 @@
 //! Pushes that end while posts are outstanding: every poster is told.
 
+use kvxfer::gpu_queue::QueueKind;
+
 use super::*;
 
 #[track_caller]
@@ -78,45 +80,49 @@ fn a_consumer_that_revokes_reaches_the_posters() {
 #[test]
 fn the_death_of_the_peer_reaches_the_posters() {
     for path in [PathKind::Arena, PathKind::Tcp, PathKind::Ipc] {
-        let mut peer = Child::start(&Spec {
-            role: KvRole::Consumer,
-            path,
-            block_bytes: BLOCK,
-            blocks: BLOCKS,
-            listen: "127.0.0.1:0".to_owned(),
-            engine_id: None,
-            seed: SEED,
-            namespace: None,
-        });
-        let producer = recipe(KvRole::Producer, path, BLOCK, BLOCKS).node();
-        let mut log = Log::new(&producer.engine);
-        let instance = producer.engine.connect(&peer.address, LONG).expect("up");
-        peer.expect("r", BLOCKS, LONG);
-        let push = instance.begin_push(&RequestId::from("r")).expect("a push");
-        let queue = push
-            .gpu_queue(&GpuQueueConfig::new(&gpu()))
-            .expect("a queue");
-        let kernels = PostKernels::load(&gpu()).expect("kernels");
-        let stream = Stream::new(&gpu()).expect("a stream");
-        // More than can be over before the peer is dead.
-        let moves: Vec<Move> = puts(BLOCKS).into_iter().cycle().take(200_000).collect();
-        let posting = post(&kernels, &stream, &queue, &moves, (PUT, ALL));
-        until("some are done", || queue.report().done > 100);
-        peer.die();
-        let ends = ends(&posting);
-        assert!(ends.contains(&WELL));
-        let told = |(posted, ended): &(Status, Status)| {
-            *posted == Status::Broken
-                || [Status::Ok, Status::Peer, Status::Flushed, Status::Device].contains(ended)
-        };
-        assert!(ends.iter().all(told), "{path}");
-        assert!(ends.iter().any(|end| *end != WELL), "{path}: all went well");
-        queue.finish(Kernels::Ended, LONG).expect("they have ended");
-        let sent = push.commit().expect("told");
-        assert_eq!(cause(&sent), Cause::PeerDead, "{path}");
-        assert!(sent.wait_released(LONG), "{path}");
-        log.assert_told_once();
+        dies(path, QueueKind::Proxy);
     }
+}
+
+pub(super) fn dies(path: PathKind, kind: QueueKind) {
+    let mut peer = Child::start(&Spec {
+        role: KvRole::Consumer,
+        path,
+        block_bytes: BLOCK,
+        blocks: BLOCKS,
+        listen: "127.0.0.1:0".to_owned(),
+        engine_id: None,
+        seed: SEED,
+        namespace: None,
+    });
+    let producer = recipe(KvRole::Producer, path, BLOCK, BLOCKS).node();
+    let mut log = Log::new(&producer.engine);
+    let instance = producer.engine.connect(&peer.address, LONG).expect("up");
+    peer.expect("r", BLOCKS, LONG);
+    let push = instance.begin_push(&RequestId::from("r")).expect("a push");
+    let mut config = GpuQueueConfig::new(&gpu());
+    config.kind = kind;
+    let queue = push.gpu_queue(&config).expect("a queue");
+    let kernels = PostKernels::load(&gpu()).expect("kernels");
+    let stream = Stream::new(&gpu()).expect("a stream");
+    // More than can be over before the peer is dead.
+    let moves: Vec<Move> = puts(BLOCKS).into_iter().cycle().take(200_000).collect();
+    let posting = post(&kernels, &stream, &queue, &moves, (PUT, ALL));
+    until("some are done", || queue.report().done > 100);
+    peer.die();
+    let ends = ends(&posting);
+    assert!(ends.contains(&WELL));
+    let told = |(posted, ended): &(Status, Status)| {
+        *posted == Status::Broken
+            || [Status::Ok, Status::Peer, Status::Flushed, Status::Device].contains(ended)
+    };
+    assert!(ends.iter().all(told), "{path}");
+    assert!(ends.iter().any(|end| *end != WELL), "{path}: all went well");
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let sent = push.commit().expect("told");
+    assert_eq!(cause(&sent), Cause::PeerDead, "{path}");
+    assert!(sent.wait_released(LONG), "{path}");
+    log.assert_told_once();
 }
 
 #[test]

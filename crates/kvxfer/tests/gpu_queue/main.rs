@@ -8,6 +8,7 @@ mod ends;
 mod lies;
 mod memory;
 mod pushes;
+mod wqes;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,9 +54,14 @@ struct Bench {
 
 impl Bench {
     fn new(path: PathKind, format: (u64, u32), blocks: u32, change: impl Fn(&mut Config)) -> Self {
+        let format = KvFormat::opaque(format.0, format.1).expect("a format");
+        Self::of(path, format, blocks, change)
+    }
+
+    fn of(path: PathKind, format: KvFormat, blocks: u32, change: impl Fn(&mut Config)) -> Self {
         let node = |role| {
-            let mut recipe = recipe(role, path, format.0, blocks).with(&change);
-            recipe.format = KvFormat::opaque(format.0, format.1).expect("a format");
+            let mut recipe = recipe(role, path, BLOCK, blocks).with(&change);
+            recipe.format = format.clone();
             recipe.node()
         };
         let (producer, consumer) = (node(KvRole::Producer), node(KvRole::Consumer));

@@ -1,16 +1,24 @@
 //! Pushes that go well.
 
+use kvxfer::gpu_queue::QueueKind;
+
 use super::*;
 
 /// 100,000 puts of four threads, each block of each layer once, through 64 slots.
 fn many(path: PathKind) {
+    many_of(path, QueueKind::Proxy);
+}
+
+pub(super) fn many_of(path: PathKind, kind: QueueKind) {
     const LAYERS: u16 = 16;
     const MANY: u32 = 6250;
     const SMALL: u64 = 64;
     let mut bench = Bench::new(path, (SMALL, LAYERS.into()), MANY, |_| {});
     bench.expect("r", 0..MANY);
     let push = bench.push("r", LONG);
-    let queue = bench.queue(&push, 64);
+    let mut config = bench.config(64);
+    config.kind = kind;
+    let queue = push.gpu_queue(&config).expect("a queue");
     assert_eq!(queue.block_bytes(0, 15), Some(SMALL));
     assert_eq!(queue.block_bytes(0, 16), None);
     let streams: Vec<Stream> = (0..4)

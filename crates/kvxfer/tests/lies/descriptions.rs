@@ -8,7 +8,7 @@ use kvxfer::config::{KvRole, PathKind};
 use kvxfer::ids::Rank;
 use kvxfer::layout::{PlacedTensor, Scaling, TensorFormat};
 use kvxfer::wire::{
-    Blob, Describe, ErrorCode, Fingerprint, MessageKind, Refusal, RemoteSpan, limits,
+    Blob, Describe, ErrorCode, Fingerprint, GpuDesc, MessageKind, Refusal, RemoteSpan, limits,
 };
 
 use crate::liar::Liar;
@@ -181,6 +181,17 @@ fn parts_that_do_not_agree() {
                 });
             },
             "share",
+        ),
+        // The software device registers no memory of a GPU.
+        (
+            |_, d| {
+                d.gpu = Some(GpuDesc {
+                    handles: vec![Blob(vec![7; 9])],
+                    staged: 0,
+                    unregistered: None,
+                });
+            },
+            "which is no RDMA device",
         ),
         (|_, d| d.format = Blob(vec![0xc1]), "format"),
         (|_, d| d.placement = Blob(vec![0xff; 64]), "placement"),
@@ -460,16 +471,21 @@ fn who_it_is() {
     liar.wire.reported(ErrorCode::UnexpectedMessage, "Describe");
 
     // A life of its own that is over.
-    let old = Liar::described(&world);
+    let mut old = Liar::described(&world);
     let (name, generation) = (old.name.clone(), old.generation);
+    // Whose offer is answered has been met.
+    let meets = |liar: &mut Liar| {
+        let offer = crate::liar::offer_of(PathKind::Arena, Vec::new());
+        liar.wire.say(offer);
+        liar.wire.hear_kind(MessageKind::QpAnswer);
+    };
+    meets(&mut old);
     let mut new = Liar::new(&world);
     new.name = name.clone();
     let describe = new.describe();
     new.wire.say(describe);
     new.hear_describe();
-    let offer = crate::liar::offer_of(PathKind::Arena, Vec::new());
-    new.wire.say(offer);
-    new.wire.hear_kind(MessageKind::QpAnswer);
+    meets(&mut new);
     let mut late = Liar::new(&world);
     (late.name, late.generation) = (name, generation);
     let describe = late.describe();

@@ -195,10 +195,15 @@ fn nothing_is_staged_between_memories_of_the_host() {
 fn what_cannot_be_staged_in_is_no_way() {
     let world = World::new(PathKind::Arena);
     for (staged, memory) in [(0, true), (65_535, true), (u64::MAX, true), (65_536, false)] {
+        let unregistered = Some("so it says".to_owned());
         let mut liar = Liar::new(&world);
         let mut describe = liar.describe();
         let handles = vec![Blob(vec![7; 9])];
-        describe.gpu = Some(GpuDesc { handles, staged });
+        describe.gpu = Some(GpuDesc {
+            handles,
+            staged,
+            unregistered,
+        });
         let own = describe.rails[0].memories[0];
         describe.rails[0].staging = memory.then_some(own);
         describe.rails[0].memories[0] = RemoteSpan {
@@ -226,6 +231,7 @@ fn producer(world: &World) -> Liar {
     describe.gpu = Some(GpuDesc {
         handles: vec![Blob(vec![7; 9])],
         staged: 65_536,
+        unregistered: Some("so it says".to_owned()),
     });
     let own = describe.rails[0].memories[0];
     describe.rails[0].staging = Some(own);

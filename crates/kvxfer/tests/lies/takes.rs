@@ -39,11 +39,19 @@ fn handle(memory: &GpuMemory) -> Blob {
     Blob(memory.export().expect("a handle").to_bytes().to_vec())
 }
 
+fn unstaged(handles: Vec<Blob>) -> GpuDesc {
+    GpuDesc {
+        handles,
+        staged: 0,
+        unregistered: Some("so it says".to_owned()),
+    }
+}
+
 /// A liar's description with its memory on a GPU.
 fn on_gpu(liar: &Liar, memory: &GpuMemory) -> Describe {
     let mut describe = liar.describe();
     let handles = vec![handle(memory)];
-    describe.gpu = Some(GpuDesc { handles, staged: 0 });
+    describe.gpu = Some(unstaged(handles));
     describe.rails[0].memories[0].rkey = 0;
     describe
 }
@@ -221,8 +229,7 @@ fn handles_that_are_not_of_the_memory_lead_nowhere() {
         };
         assert_eq!(answer.path, None);
     };
-    let set =
-        |describe: &mut Describe, handles| describe.gpu = Some(GpuDesc { handles, staged: 0 });
+    let set = |describe: &mut Describe, handles| describe.gpu = Some(unstaged(handles));
     refused(&|describe, _| set(describe, Vec::new()));
     refused(&|describe, memory| set(describe, vec![handle(memory), handle(memory)]));
     refused(&|describe, _| set(describe, vec![Blob(vec![7; 100])]));

@@ -10,6 +10,7 @@ mod cable;
 mod lives;
 mod rails;
 mod settings;
+mod vram;
 
 use std::process::Command;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{Instance, Outcome, Peer, PullOptions, PushOptions, Transfer, TransferReport};
 use kvxfer::event::Event;
 use kvxfer::ids::RequestId;
-use support::{LONG, Log, Node, POISON, groups, pairs, recipe, until};
+use support::{LONG, Log, Node, POISON, Recipe, groups, pairs, recipe, until};
 
 const SEED: u64 = 11;
 
@@ -37,9 +38,14 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) fn new(block: u64, blocks: u32, change: impl Fn(&mut Config)) -> Self {
+        Self::of(block, blocks, |recipe| change(&mut recipe.config))
+    }
+
+    pub(crate) fn of(block: u64, blocks: u32, change: impl Fn(&mut Recipe)) -> Self {
         let node = |role| {
-            let recipe = recipe(role, PathKind::Rdma, block, blocks);
-            recipe.with(|config| change(config)).node()
+            let mut recipe = recipe(role, PathKind::Rdma, block, blocks);
+            change(&mut recipe);
+            recipe.node()
         };
         let (producer, consumer) = (node(KvRole::Producer), node(KvRole::Consumer));
         producer.side.fill(SEED).expect("filled");

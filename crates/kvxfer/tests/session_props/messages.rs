@@ -60,7 +60,13 @@ fn describe() -> impl Strategy<Value = Describe> {
         },
     );
     let gpu = prop::option::of(
-        (vec(blob(), 0..4), any::<u64>()).prop_map(|(handles, staged)| GpuDesc { handles, staged }),
+        (vec(blob(), 0..4), any::<u64>(), prop::option::of(text())).prop_map(
+            |(handles, staged, unregistered)| GpuDesc {
+                handles,
+                staged,
+                unregistered,
+            },
+        ),
     );
     (
         (

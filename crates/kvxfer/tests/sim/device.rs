@@ -144,7 +144,7 @@ impl World {
         }
         self.nics[n].refused |= fails && !path;
         if let Some(data) = wr.data.as_ref().filter(|data| data.push)
-            && self.rails > 1
+            && self.retires()
             && (errored || fails)
             && !self.nics[n].refused
         {

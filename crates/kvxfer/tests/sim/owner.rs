@@ -166,6 +166,16 @@ impl World {
                     let lost = self.peers[self.seen[i].peer].lost;
                     self.seen[i].on_notice(&notice, lost, posted)?;
                 }
+                Output::ResetLanes { id, jobs, .. } => {
+                    self.sum.reset += 1;
+                    if !self.rebuilt {
+                        self.ledgers[o].lanes_stay(id);
+                        continue;
+                    }
+                    for worker in &mut self.workers {
+                        worker.inbox.push_back(ToWorker::Reset(Arc::clone(&jobs)));
+                    }
+                }
                 Output::ForceDrain { peer: key, token } => {
                     self.sum.forced += 1;
                     let peer = self

@@ -25,6 +25,14 @@ impl World {
                         self.lie_quiescent(job);
                     }
                 }
+                ToWorker::Reset(jobs) => {
+                    for lane in self.workers[w].scheduler.lanes_of(&jobs) {
+                        if self.workers[w].scheduler.lane_failure(lane).is_none() {
+                            let n = self.nic_of(w, lane)?;
+                            self.break_nic(n, true);
+                        }
+                    }
+                }
                 ToWorker::Drain {
                     owner,
                     peer,
@@ -99,7 +107,7 @@ impl World {
                 if scheduler.lane_failure(nic.lane).is_none() && nic.queue.is_empty() && !forced {
                     continue;
                 }
-                if self.rails > 1 {
+                if self.retires() {
                     self.retire(n);
                     continue;
                 }

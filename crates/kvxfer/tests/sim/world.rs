@@ -52,6 +52,7 @@ pub(crate) struct Summary {
     pub(crate) failed: u64,
     pub(crate) cancelled: u64,
     pub(crate) quarantined: u64,
+    pub(crate) reset: u64,
     pub(crate) forced: u64,
     pub(crate) replayed: u64,
     /// Writes that landed after they had been flushed.
@@ -78,6 +79,7 @@ pub(crate) struct Faults {
 pub(crate) enum ToWorker {
     Start(Arc<Job>),
     Stop(JobId),
+    Reset(Arc<[JobId]>),
     Drain {
         owner: usize,
         peer: usize,
@@ -133,6 +135,8 @@ pub(crate) struct World {
     pub(crate) nics: Vec<Nic>,
     /// Rails to every peer.
     pub(crate) rails: u16,
+    /// Lanes that fail alone have successors.
+    pub(crate) rebuilt: bool,
     pub(crate) seen: Vec<Seen>,
     pub(crate) index: HashMap<TransferId, usize>,
     pub(crate) next_vendor: u32,
@@ -179,6 +183,7 @@ impl World {
             short_deadlines: rate(600),
         };
         let rails = 1 + rng.below(2) as u16;
+        let rebuilt = rng.permille(500);
         let n_workers = 1 + rng.index(3);
         let n_owners = 1 + rng.index(n_workers.min(2));
         let cfg = SchedulerConfig {
@@ -223,6 +228,7 @@ impl World {
             peers: Vec::new(),
             nics: Vec::new(),
             rails,
+            rebuilt,
             seen: Vec::new(),
             index: HashMap::new(),
             next_vendor: 0x100,
@@ -257,6 +263,11 @@ impl World {
         }
     }
 
+    /// Whether lanes go one by one, while the peer may still carry out what was sent on them.
+    pub(super) fn retires(&self) -> bool {
+        self.rails > 1 || self.rebuilt
+    }
+
     pub(super) fn new_nic(&mut self, worker: usize, peer: usize) {
         let send_wr = self.peers[peer].send_wr;
         let believed = if self.bug == Bug::TooManyCredits {
@@ -271,7 +282,7 @@ impl World {
             LaneLimits {
                 send_wr: believed,
                 pair,
-                rebuilt: false,
+                rebuilt: self.rebuilt,
             },
         );
         self.nics.push(Nic {

@@ -41,6 +41,9 @@ impl Syndrome {
     /// The peer has no receive.
     pub const RNR_RETRY: Self = Self(MLX5_CQE_SYNDROME_RNR_RETRY_EXC_ERR);
 
+    /// It was given up.
+    pub const REMOTE_ABORTED: Self = Self(MLX5_CQE_SYNDROME_REMOTE_ABORTED_ERR);
+
     /// Its name in the header, if it has one.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {

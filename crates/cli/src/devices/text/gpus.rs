@@ -43,6 +43,11 @@ fn one(out: &mut String, report: &Report, gpu: &GpuRow) {
     for nic in &gpu.nics {
         let _ = writeln!(out, "  {}  {}", nic.device, how_near(nic));
     }
+    for nic in &gpu.registers {
+        let state = nic.why_not.as_ref().map(|why_not| format!("no: {why_not}"));
+        let state = state.unwrap_or_else(|| "yes".to_owned());
+        let _ = writeln!(out, "  registered with {}  {state}", nic.device);
+    }
     for pair in report
         .gpu_pairs
         .iter()

@@ -1,5 +1,6 @@
 use super::*;
 use crate::devices::gpus::{Class, GpuRow, Gpus, Nearness, Reach, Runtime};
+use crate::devices::registers::Registers;
 use crate::devices::report::{Asked, ChosenGid, Rdma, SoftLimits, SoftPath};
 
 fn gid(index: u32, kind: Option<&str>, address: &str) -> GidRow {
@@ -153,7 +154,9 @@ const GPU_MOVES: &str = "\
 GPU to GPU over ipc           no GPU
 GPU to GPU over staged        no GPU
 GPU to host over staged       no GPU
-memory of GPUs over rdma, and over ipc to the host's: no GPU, and not built into transfers yet
+GPU to GPU over rdma          no GPU
+GPU to host over rdma         no GPU
+memory of GPUs over ipc to the host's: no GPU, and not built into transfers yet
 ";
 
 const SOFTWARE: &str = "\
@@ -304,6 +307,18 @@ fn gpu(ordinal: u32, pci: &str) -> GpuRow {
             nic("mlx5_3", 0, Some(false)),
             nic("rxe0", 0, None),
         ],
+        registers: vec![
+            Registers {
+                device: "mlx5_0".to_owned(),
+                usable: true,
+                why_not: None,
+            },
+            Registers {
+                device: "rxe0".to_owned(),
+                usable: false,
+                why_not: Some("rxe0 does not register it".to_owned()),
+            },
+        ],
     }
 }
 
@@ -334,6 +349,8 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
   mlx5_2  on the same NUMA node
   mlx5_3  on another NUMA node
   rxe0  at an unknown distance
+  registered with mlx5_0  yes
+  registered with rxe0  no: rxe0 does not register it
 ";
     let head = |n, pci| {
         format!(
@@ -350,7 +367,9 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
 {moves}GPU to GPU over ipc           same host
 GPU to GPU over staged        any host
 GPU to host over staged       any host
-memory of GPUs over rdma, and over ipc to the host's: not built into transfers yet
+GPU to GPU over rdma          no, see above
+GPU to host over rdma         no, see above
+memory of GPUs over ipc to the host's: not built into transfers yet
 "
     );
     assert_eq!(told, wanted);

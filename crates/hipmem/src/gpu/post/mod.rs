@@ -8,6 +8,7 @@
 //!
 //! On the stand-in a kernel is the host build of the same source, in the thread of its stream.
 
+mod either;
 mod launch;
 mod links;
 mod posters;
@@ -15,6 +16,7 @@ mod queue;
 mod regions;
 mod wqe;
 
+pub use either::PostQueue;
 pub use launch::{
     PostBy, PostKernels, Posting, Posts, PreparedPosts, PreparedPush, Produce, ProducedTensor,
 };

@@ -83,7 +83,6 @@ impl Bringup {
             true => self.reach_gpu(engine).err(),
             false => None,
         };
-        let on_gpu = self.on_gpu(engine);
         let unstaged = self.unstaged(engine);
         let Some(known) = &self.known else {
             return Err(Error::ShuttingDown);
@@ -105,7 +104,8 @@ impl Bringup {
             others,
             local_shareable: engine.shareable(),
             peer_shareable: known.describe.fd_backed,
-            on_gpu,
+            blocks: self.blocks(engine),
+            unregistered: self.unregistered(engine),
             unreachable,
             unstaged,
             allowed: &engine.config.path,

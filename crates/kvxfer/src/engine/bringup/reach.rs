@@ -1,11 +1,11 @@
-//! Blocks on GPUs: whether this side's reaches the peer's memory.
+//! Blocks on GPUs: whether this side's reaches the peer's memory, and what the devices of both reach.
 
 use super::Bringup;
 use crate::engine::Inner;
 use crate::engine::gpu::GpuPeer;
 use crate::error::chain;
-use crate::transport::OnGpu;
-use crate::wire::{RemoteSpan, limits};
+use crate::transport::{Blocks, BothBlocks, Unregistered};
+use crate::wire::{GpuDesc, RemoteSpan, limits};
 
 impl Bringup {
     /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
@@ -34,13 +34,15 @@ impl Bringup {
         }
     }
 
-    /// Why blocks cannot be staged: a side whose memory is a GPU's needs buffers.
+    /// Why blocks cannot be staged: a side whose memory is a GPU's that its devices do not reach needs buffers.
     pub(super) fn unstaged(&self, engine: &Inner) -> Option<String> {
-        if let Some(Err(reason)) = engine.gpu.as_ref().map(|gpu| gpu.staging()) {
+        let own = engine.gpu.as_ref().filter(|gpu| !gpu.is_registered());
+        if let Some(Err(reason)) = own.map(|gpu| gpu.staging()) {
             return Some(format!("no pinned memory: {reason}"));
         }
         let known = self.known.as_ref()?;
-        let theirs = known.describe.gpu.as_ref()?;
+        let theirs = known.describe.gpu.as_ref();
+        let theirs = theirs.filter(|gpu| gpu.unregistered.is_some())?;
         let spans = known.describe.rails.iter().map(|rail| rail.staging);
         let bytes = |span: Option<RemoteSpan>| span.map_or(0, |span| span.len);
         // No fewer, or operations would be cut to nothing.
@@ -51,12 +53,31 @@ impl Bringup {
         }
     }
 
-    /// Which of the two sides have their blocks on a GPU.
-    pub(super) fn on_gpu(&self, engine: &Inner) -> OnGpu {
-        let known = self.known.as_ref();
-        OnGpu {
-            here: engine.gpu.is_some(),
-            there: known.is_some_and(|known| known.describe.gpu.is_some()),
+    /// Where the blocks of the two sides are.
+    pub(super) fn blocks(&self, engine: &Inner) -> BothBlocks {
+        let own = engine.gpu.as_ref().map(|gpu| gpu.shown());
+        let of = |gpu: Option<&GpuDesc>| match gpu.map(|gpu| &gpu.unregistered) {
+            None => Blocks::Host,
+            Some(None) => Blocks::Registered,
+            Some(Some(_)) => Blocks::Unreached,
+        };
+        BothBlocks {
+            here: of(own),
+            there: of(self.their_gpu()),
         }
+    }
+
+    /// Why those that are a GPU's are not registered.
+    pub(super) fn unregistered<'a>(&'a self, engine: &'a Inner) -> Unregistered<'a> {
+        let own = engine.gpu.as_ref().map(|gpu| gpu.shown());
+        let of = |gpu: Option<&'a GpuDesc>| gpu?.unregistered.as_deref();
+        Unregistered {
+            here: of(own),
+            there: of(self.their_gpu()),
+        }
+    }
+
+    fn their_gpu(&self) -> Option<&GpuDesc> {
+        self.known.as_ref()?.describe.gpu.as_ref()
     }
 }

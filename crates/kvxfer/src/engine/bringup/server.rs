@@ -11,7 +11,7 @@ use crate::engine::lanes::{Joining, Made};
 use crate::engine::pairing::{self, Ends, Pair, left_out, rdma_link};
 use crate::error::Error;
 use crate::transfer::PeerKey;
-use crate::transport::{OnGpu, PathInfo, SkippedRail, gid_towards, soft_path};
+use crate::transport::{BothBlocks, PathInfo, SkippedRail, gid_towards, soft_path};
 use crate::wire::{PathKind, QpAnswer, QpOffer, Ready, Refusal, StreamHalf, StreamOpening};
 
 /// Queue pairs of one pair of rails: the most that `qp_per_transfer` can ask for.
@@ -26,8 +26,8 @@ impl Bringup {
     fn why_not(&mut self, engine: &Inner, path: PathKind) -> Option<String> {
         let memory = match self.probe {
             // It has nothing to do with the engine's memory.
-            Some(_) => OnGpu::NONE,
-            None => self.on_gpu(engine).seen_from_there(),
+            Some(_) => BothBlocks::ON_HOSTS,
+            None => self.blocks(engine).seen_from_there(),
         };
         let blocks = memory.path_over(path);
         let allowed = &engine.config.path;
@@ -76,7 +76,7 @@ impl Bringup {
         let soft = soft_path(offer.path);
         let path = match self.probe {
             Some(_) => offer.path,
-            None => self.on_gpu(engine).path_over(offer.path),
+            None => self.blocks(engine).path_over(offer.path),
         };
         if let Some(why_not) = self.why_not(engine, offer.path) {
             for candidate in candidates.iter_mut().filter(|c| c.path == path) {

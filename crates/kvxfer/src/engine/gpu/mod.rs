@@ -5,21 +5,26 @@
 //! and a consumer that is stopped or dead writes nothing.
 
 mod portion;
+#[cfg(test)]
+mod portion_tests;
 mod staging;
 mod takes;
 mod taking;
 
 use std::sync::Arc;
 
-use kvxfer_verbs::{Memory, MemoryKind, PciAddress};
+use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress};
 
 pub(crate) use portion::{MOST_STAGED, Portion, Reads, StagedPeer, packed, told};
 pub(crate) use staging::{Packed, Slots, Staging};
 pub(crate) use takes::OpenTakes;
 pub(crate) use taking::Taking;
 
+use super::loopback::Loopback;
 use super::peer::PullOptions;
 use super::peer_session::Plans;
+use super::rail::{RailBlocks, register_blocks};
+use super::runtime::Runtime;
 use crate::config::{Config, FencePolicy};
 use crate::engine::Inner;
 use crate::error::{Error, chain};
@@ -27,11 +32,11 @@ use crate::mem::gather::{
     Fence, Gather, GatherFault, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels,
     TensorPlaces,
 };
-use crate::mem::gpu::{GpuFault, GpuMemory, IpcHandle, Place, Stream};
+use crate::mem::gpu::{Gpu, GpuFault, GpuMemory, HostStep, IpcHandle, Place, Stream, visibility};
 use crate::mem::kernels::{Pair, Piece};
 use crate::plan::{Compiled, Plan};
 use crate::transfer::{Cause, GpuOperation};
-use crate::wire::{Blob, GpuDesc, PathKind};
+use crate::wire::{Blob, GpuDesc, PathKind, clean};
 
 /// Transfers of so few bytes need not wait for long ones, and hardly slow them down. Two long ones side by side are
 /// slower than one after the other: on two H200s 0.78 of the link against 0.94.
@@ -49,8 +54,33 @@ pub(crate) struct GpuSide {
     short: Stream,
     options: GatherOptions,
     fence: FencePolicy,
-    /// Buffers for peers that the GPU does not reach; or why there are none.
+    /// Buffers for peers that the GPU does not reach, nor RDMA devices; or why there are none.
     staging: Result<Staging, String>,
+    /// What has to be done before what a NIC has written may be read.
+    step: HostStep,
+    #[cfg(test)]
+    pub(crate) trial: trial::Trial,
+}
+
+/// What tests see of a GPU's side, and what they have it pass for.
+#[cfg(test)]
+pub(crate) mod trial {
+    use std::cell::Cell;
+    use std::sync::atomic::AtomicU32;
+
+    use super::HostStep;
+
+    thread_local! {
+        /// What GPUs need of engines that this thread makes from here on.
+        pub(crate) static STEP: Cell<Option<HostStep>> = const { Cell::new(None) };
+    }
+
+    #[derive(Debug, Default)]
+    pub(crate) struct Trial {
+        /// Fences behind what a producer has written, and flushes.
+        pub(crate) released: AtomicU32,
+        pub(crate) flushed: AtomicU32,
+    }
 }
 
 impl GpuSide {
@@ -61,10 +91,7 @@ impl GpuSide {
     ///
     /// [`Error::ForeignGpuMemory`], [`Error::MixedMemory`], [`Error::SeveralGpus`]; [`Error::Memory`] for what
     /// cannot be exported, and for a GPU that the kernels do not run on.
-    pub(crate) fn of(
-        memories: &[Arc<dyn Memory>],
-        config: &Config,
-    ) -> Result<Option<Arc<Self>>, Error> {
+    pub(crate) fn of(memories: &[Arc<dyn Memory>], config: &Config) -> Result<Option<Self>, Error> {
         let on_host = |memory: &Arc<dyn Memory>| memory.kind() == MemoryKind::Host;
         let Some(first) = memories.iter().position(|memory| !on_host(memory)) else {
             return Ok(None);
@@ -90,17 +117,19 @@ impl GpuSide {
         let handle = |memory: &GpuMemory| Ok(Blob(memory.export()?.to_bytes().to_vec()));
         let handles = memories.iter().map(handle).collect::<Result<_, Error>>()?;
         let most = config.gpu_workgroups;
-        let kernels = GpuKernels::load(&gpu)?;
-        let staging = match config.path.allows(PathKind::Staged) {
-            true => Staging::new(&kernels, config).map_err(|error| chain(&error)),
-            false => Err("the configuration does not allow it".to_owned()),
-        };
-        let staged = staging.as_ref().map_or(0, Staging::piece_bytes);
-        Ok(Some(Arc::new(Self {
-            kernels,
+        let step = step_for(&memories, &gpu);
+        Ok(Some(Self {
+            kernels: GpuKernels::load(&gpu)?,
             memories,
-            shown: GpuDesc { handles, staged },
-            staging,
+            shown: GpuDesc {
+                handles,
+                staged: 0,
+                unregistered: None,
+            },
+            staging: Err("its RDMA devices reach its memory".to_owned()),
+            step,
+            #[cfg(test)]
+            trial: trial::Trial::default(),
             long: Stream::new(&gpu)?,
             short: Stream::new(&gpu)?,
             options: GatherOptions {
@@ -108,7 +137,107 @@ impl GpuSide {
                 ..GatherOptions::default()
             },
             fence: config.fence,
-        })))
+        }))
+    }
+
+    /// Registers the memory with the devices of an engine, all of it with each; or else makes ready to stage it, and
+    /// keeps the reason. What refuses is the driver of the GPU or the kernel, seldom one device of several, and a
+    /// memory that some rails reach and others do not would be two kinds to every peer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GpuOverRdma`].
+    pub(crate) fn register(
+        &mut self,
+        runtime: &Runtime,
+        config: &Config,
+        own: (&[Arc<dyn Memory>], Access),
+    ) -> Result<Vec<RailBlocks>, Error> {
+        let rails = runtime.rails();
+        let tried = match (runtime.is_rdma(), config.path.allows(PathKind::Rdma)) {
+            (true, true) => self.register_all(runtime, own).map_err(|e| chain(&e)),
+            (true, false) => Err("the configuration does not allow it".to_owned()),
+            (false, _) => Err("the engine uses the software device".to_owned()),
+        };
+        let unregistered = match tried {
+            Ok(blocks) => return Ok(blocks),
+            Err(reason) => reason,
+        };
+        self.stage(&unregistered, config);
+        if !runtime.is_rdma() {
+            return Ok(rails.iter().map(|_| RailBlocks::default()).collect());
+        }
+        let gpu = self.pci();
+        let device = rails.first().map(|rail| &rail.context.device().name);
+        match self.staging() {
+            Ok(_) => {
+                tracing::warn!(%gpu, unregistered, "memory of a GPU not registered: blocks are staged");
+                Ok(rails.iter().map(|_| RailBlocks::default()).collect())
+            }
+            Err(unstaged) => Err(Error::GpuOverRdma {
+                device: device.cloned().unwrap_or_default(),
+                gpu,
+                unstaged: unstaged.to_owned(),
+                unregistered,
+            }),
+        }
+    }
+
+    fn register_all(
+        &self,
+        runtime: &Runtime,
+        own: (&[Arc<dyn Memory>], Access),
+    ) -> Result<Vec<RailBlocks>, Error> {
+        let (_, access) = own;
+        let mut blocks = register_blocks(runtime.rails(), own)?;
+        let read_back = self.step == HostStep::LoopbackRead;
+        if let (true, true, Some(first)) = (
+            read_back,
+            access.contains(Access::LOCAL_WRITE),
+            self.memories.first(),
+        ) {
+            for (blocks, rail) in blocks.iter_mut().zip(runtime.rails()) {
+                let loopback = Loopback::new(rail, first, runtime.retries())?;
+                blocks.loopback = Some(loopback);
+            }
+        }
+        tracing::info!(gpu = %self.pci(), "memory registered with RDMA devices");
+        Ok(blocks)
+    }
+
+    /// What has to be done before what RDMA devices have written to the memory may be read.
+    pub(crate) fn step(&self) -> HostStep {
+        self.step
+    }
+
+    /// Waits until what devices have written is there for its owner.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`].
+    pub(crate) fn flush(&self) -> Result<(), Error> {
+        #[cfg(test)]
+        self.trial
+            .flushed
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        // Who reads on a stream is on the same GPU, and so is what sums are made with.
+        Ok(self.kernels.gpu().flush_writes(false)?)
+    }
+
+    /// No device has registered the memory, for this reason: blocks are staged for what queue pairs go by, where
+    /// that is allowed.
+    fn stage(&mut self, unregistered: &str, config: &Config) {
+        self.staging = match config.path.allows(PathKind::Staged) {
+            true => Staging::new(&self.kernels, config).map_err(|error| chain(&error)),
+            false => Err("the configuration does not allow it".to_owned()),
+        };
+        self.shown.staged = self.staging.as_ref().map_or(0, Staging::piece_bytes);
+        self.shown.unregistered = Some(clean(unregistered));
+    }
+
+    /// Whether RDMA devices have registered the memory: queue pairs reach it as they reach the host's.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.shown.unregistered.is_none()
     }
 
     /// Where the GPU is.
@@ -135,7 +264,13 @@ impl GpuSide {
     pub(crate) fn release(&self) -> Result<Option<Fence>, Error> {
         match self.fence {
             FencePolicy::Off => Ok(None),
-            FencePolicy::On | FencePolicy::Verify => Ok(Some(self.kernels.release(&self.short)?)),
+            FencePolicy::On | FencePolicy::Verify => {
+                #[cfg(test)]
+                self.trial
+                    .released
+                    .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                Ok(Some(self.kernels.release(&self.short)?))
+            }
         }
     }
 
@@ -150,6 +285,19 @@ impl GpuSide {
             FencePolicy::On | FencePolicy::Verify => Ok(Some(self.kernels.acquire(stream)?)),
         }
     }
+}
+
+/// What has to be done for all of these memories.
+fn step_for(memories: &[GpuMemory], reader: &Gpu) -> HostStep {
+    #[cfg(test)]
+    if let Some(step) = trial::STEP.get() {
+        return step;
+    }
+    let step = |memory: &GpuMemory| visibility(memory.class_for(reader), reader.consumer()).step;
+    let steps: Vec<HostStep> = memories.iter().map(step).collect();
+    let hardest = [HostStep::LoopbackRead, HostStep::HostFlush];
+    let hardest = hardest.into_iter().find(|step| steps.contains(step));
+    hardest.unwrap_or(HostStep::Native)
 }
 
 /// What this rank can fetch out of a peer's GPU.

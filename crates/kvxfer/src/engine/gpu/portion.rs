@@ -17,7 +17,7 @@ pub(crate) const MOST_STAGED: u32 = 64;
 pub(crate) struct StagedPeer {
     /// The most bytes of a portion.
     pub(crate) piece: u64,
-    /// Whether the peer's memory is a GPU's; and its staging memory, as plans number the peer's memories.
+    /// Whether the peer has to stage what is read; and its staging memory, as plans number the peer's memories.
     pub(crate) from_gpu: bool,
     pub(crate) region: u32,
     /// What has been asked for and is not given back.
@@ -30,7 +30,9 @@ impl StagedPeer {
         theirs: Option<&GpuDesc>,
         placement: &PlacementDesc,
     ) -> Self {
+        // What devices have registered needs no buffers.
         let own = own.and_then(|gpu| gpu.staging().ok());
+        let theirs = theirs.filter(|gpu| gpu.unregistered.is_some());
         let pieces = [
             own.map(|staging| staging.piece_bytes()),
             theirs.map(|gpu| gpu.staged),

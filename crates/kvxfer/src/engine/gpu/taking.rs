@@ -52,21 +52,12 @@ fn planned(
     Ok((plan, blocks.collect()))
 }
 
-/// Whether all of these blocks are among those.
-fn among(blocks: &[GroupBlocks], expected: &[GroupBlocks]) -> bool {
-    blocks.iter().all(|of| {
-        let expected = expected.iter().filter(|e| e.group == of.group);
-        let mut set = BlockSet::default();
-        for expected in expected {
-            // All of them in the same order is the usual case.
-            if expected.blocks == of.blocks {
-                return true;
-            }
-            // None is expected twice.
-            let _ = set.insert_all(of.group, &expected.blocks);
-        }
-        of.blocks.iter().all(|id| set.contains(of.group, *id))
-    })
+/// Whether all of these blocks are expected.
+fn among(blocks: &[GroupBlocks], expected: &BlockSet) -> bool {
+    let mut all = blocks
+        .iter()
+        .flat_map(|of| of.blocks.iter().map(|id| (of.group, *id)));
+    all.all(|(group, id)| expected.contains(group, id))
 }
 
 impl Inner {
@@ -90,10 +81,9 @@ impl Inner {
         let units = take.of.iter().map(|of| of.pairs().len() as u64).sum();
         let of = (take.request.clone(), take.nonce);
         // A try keeps its blocks. They are compared when the books are free for others.
-        let expected = self.books.with(self, |books, _| {
-            let expected = books.expects.groups(&of.0, of.1);
-            expected.map(<[GroupBlocks]>::to_vec)
-        });
+        let expected = self
+            .books
+            .with(self, |books, _| books.expects.block_set(&of.0, of.1));
         let fits = expected.is_some_and(|expected| among(&blocks, &expected));
         let opened = self.books.with(self, |books, _| {
             if !books.expects.may_write(&of.0, of.1, peer.key) {
@@ -171,7 +161,10 @@ mod tests {
 
     #[test]
     fn what_is_expected_in_whatever_order_is_among_it() {
-        let expected = [blocks(0, &[1, 2, 3]), blocks(2, &[7])];
+        let mut expected = BlockSet::default();
+        for (group, ids) in [(0, &[1, 2, 3][..]), (2, &[7])] {
+            expected.insert_all(group, ids).expect("each once");
+        }
         for (wanted, is) in [
             (vec![], true),
             (vec![blocks(0, &[1, 2, 3])], true),

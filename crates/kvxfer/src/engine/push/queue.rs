@@ -6,21 +6,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kvxfer_verbs::mlx5::model::HcaSetup;
+use kvxfer_verbs::mlx5::{CqDepth, Qpn, SqDepth};
 use tracing::{error, warn};
 
-use super::{Inner, LayerScope, Push, Pushing, Stage, Waiting};
-use crate::blocks::{BlockPair, GroupPairs};
+use super::{Inner, Push, Pushing, Stage};
+use crate::blocks::BlockPair;
 use crate::engine::gpu::cause;
-use crate::engine::worker::{Command, KernelQueue, QueueOrder};
+use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
 use crate::gpu_queue::{
-    GpuQueueConfig, GpuQueueReport, Kernels, MOST_SLOTS, Pace, PostFault, PostTable,
+    GpuQueueConfig, GpuQueueReport, Hca, Kernels, MOST_SLOTS, MOST_WQES, Pace, PostFault,
+    PostTable, QueueKind, Together, Windows, WqeDevice,
 };
 use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
-use crate::mem::post::device::DeviceQueue;
-use crate::plan::{Plan, PlanError};
+use crate::mem::post::device::{
+    Bell, DeviceQueue, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
+};
+use crate::plan::{BlockOps, PlanError, Posted};
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, GpuOperation, Refusal};
 
@@ -42,7 +47,7 @@ pub(crate) struct SharedQueue {
 /// The memory of a queue. Kernels touch it until somebody says that they have ended: before, it is never given back.
 #[derive(Debug)]
 struct Kept {
-    device: Arc<DeviceQueue>,
+    device: Arc<PostQueue>,
     /// No kernel touches it: nobody has had its handle, or the kernels have ended.
     is_over: AtomicBool,
     /// Its end tells who gives the memory back. It goes after `device`: fields go in their order.
@@ -78,7 +83,7 @@ impl Drop for Kept {
 }
 
 impl SharedQueue {
-    pub(crate) fn device(&self) -> &DeviceQueue {
+    pub(crate) fn device(&self) -> &PostQueue {
         &self.device.device
     }
 
@@ -86,8 +91,8 @@ impl SharedQueue {
         *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn note_taken(&self) {
-        self.taken.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn note_taken(&self, posts: u64) {
+        self.taken.fetch_add(posts, Ordering::Relaxed);
     }
 
     pub(crate) fn note_ended(&self, posts: u64, status: Status) {
@@ -105,12 +110,18 @@ impl SharedQueue {
         }
     }
 
-    fn report(&self) -> GpuQueueReport {
+    /// How many were taken, went well, and did not.
+    pub(crate) fn counts(&self) -> (u64, u64, u64) {
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
         // Those that have ended first, so that they are never more than were taken.
         let (done, failed) = (count(&self.done), count(&self.failed));
+        (count(&self.taken), done, failed)
+    }
+
+    fn report(&self) -> GpuQueueReport {
+        let (taken, done, failed) = self.counts();
         GpuQueueReport {
-            taken: count(&self.taken),
+            taken,
             done,
             failed,
         }
@@ -120,8 +131,8 @@ impl SharedQueue {
 /// Why what kernels have posted is not carried out.
 #[derive(Debug)]
 pub(crate) enum NotPosted {
-    /// A post is to blame: the first, or the one that reads this block.
-    Fault(PostFault),
+    /// A post is to blame: this one of them.
+    Fault { fault: PostFault, at: usize },
     /// None of them is.
     Cause(Cause),
 }
@@ -145,56 +156,68 @@ impl Pushing {
         Ok(())
     }
 
-    /// What posts are checked against, once the ticket is here.
-    pub(crate) fn posts(&self, ticket: &Ticket) -> PostTable {
-        PostTable::new(&self.plans, &ticket.groups)
+    /// What posts are checked against, once the ticket is here; `None` where no queue was made.
+    pub(crate) fn posts(&self, ticket: &Ticket) -> Option<PostTable> {
+        let block_ops = self.block_ops.get()?;
+        Some(PostTable::new(block_ops, &ticket.groups))
     }
 
-    /// Plans what kernels have posted of a layer, and claims what that reads. For the worker alone that owns the push:
-    /// it is also the one that lets go of the claims.
-    pub(crate) fn plan_posts(
-        &self,
-        (group, layer): (u8, u16),
-        pairs: Vec<BlockPair>,
-    ) -> Result<Plan, NotPosted> {
+    /// What a block of each layer takes: worked out for the first queue.
+    fn block_ops(&self, groups: u32) -> Result<(), PlanError> {
+        if self.block_ops.get().is_none() {
+            let limits = self.peer.block_limits(&self.plans, groups);
+            let ops = BlockOps::new(&self.plans, limits)?;
+            // Another queue's is the same.
+            let _ = self.block_ops.set(Arc::new(ops));
+        }
+        Ok(())
+    }
+
+    /// How posts go together: where the consumer fetches what it is told of, it plans that by itself.
+    pub(crate) fn together(&self) -> Together {
+        match self.peer.has_whole_jobs() {
+            true => Together::ByLayer,
+            false => Together::All,
+        }
+    }
+
+    /// Claims what kernels have posted, and counts its checksums. For the worker alone that owns the push: it is also
+    /// the one that lets go of the claims. A fault comes with its place among the posts.
+    pub(crate) fn take_posts(&self, posted: &Posted) -> Result<(), NotPosted> {
         let Some(engine) = self.peer.engine.upgrade() else {
             return Err(NotPosted::Cause(Cause::ShuttingDown));
         };
-        let scope = LayerScope::Layer(layer.into());
-        let group_pairs = vec![GroupPairs {
-            group: group.into(),
-            pairs,
-        }];
-        let plan = self.compile(scope, &group_pairs);
-        // What was checked against the table is planned.
-        let plan = plan.map_err(|_| NotPosted::Fault(PostFault::Layer { group, layer }))?;
-        let wanted = Waiting::Pairs(scope, group_pairs);
-        self.claim(&engine, &wanted).map_err(|error| match error {
-            Error::InUse(in_use) => NotPosted::Fault(PostFault::InUse {
-                group,
-                block: in_use.block,
-            }),
-            _ => NotPosted::Cause(Cause::ShuttingDown),
+        let sources = posted.blocks().map(|(group, _, pair)| (group, pair.src));
+        self.claim_sources(&engine, sources).map_err(|in_use| {
+            let (group, block) = (in_use.group, in_use.block);
+            let reads = |of: (u32, u32, BlockPair)| (of.0, of.2.src) == (group, block);
+            NotPosted::Fault {
+                fault: PostFault::InUse {
+                    // It is one of a post's.
+                    group: u8::try_from(group).unwrap_or(u8::MAX),
+                    block,
+                },
+                at: posted.blocks().position(reads).unwrap_or(0),
+            }
         })?;
-        self.count_sums(&plan).map_err(|_| {
+        self.count_posted(posted).map_err(|_| {
             let reason = Refusal::Sums;
             NotPosted::Cause(Cause::Refused { reason })
-        })?;
-        Ok(plan)
+        })
     }
 
     /// Gives a queue to the worker that owns the push.
     fn attach(
         self: &Arc<Self>,
         number: u64,
-        (shared, consumer): (&Arc<SharedQueue>, crate::mem::post::Consumer),
+        (shared, served): (&Arc<SharedQueue>, Served),
     ) -> Result<(), Error> {
         let stage = self.stage();
         let table = match &*stage {
             Stage::Asked {
                 committed: false, ..
             } => None,
-            Stage::Open(ticket) => Some(self.posts(ticket)),
+            Stage::Open(ticket) => self.posts(ticket),
             Stage::Asked { .. } | Stage::Ended { .. } => {
                 return Err(Error::PushEnded {
                     request: self.request.clone(),
@@ -202,7 +225,7 @@ impl Pushing {
                 });
             }
         };
-        let queue = KernelQueue::new(number, (self, self.id), (shared, consumer), table);
+        let queue = KernelQueue::new(number, (self, self.id), (shared, served), table);
         self.unfinished.fetch_add(1, Ordering::Relaxed);
         // Under the stage: a ticket that comes is told behind it.
         self.send(Command::Queue(QueueOrder::Add(Box::new(queue))));
@@ -225,12 +248,31 @@ impl Push {
         if !config.depth.is_power_of_two() || config.depth > MOST_SLOTS {
             return wrong("depth: a power of two, up to 65536");
         }
+        match config.kind.hca() {
+            Some(Hca::Nic) => {
+                return wrong("hca: nic is not there: no NIC's queues are mapped for kernels yet");
+            }
+            Some(Hca::Model) if config.depth > MOST_WQES => {
+                return wrong("depth: up to 32768 work requests");
+            }
+            _ => {}
+        }
         if config.patience.is_zero() {
             return wrong("patience: a post that may not wait at all finds no end of another");
         }
         let groups = u32::try_from(self.engine.format.groups().len()).unwrap_or(u32::MAX);
         self.pushing.has_equal_blocks(groups)?;
-        let (device, consumer) = DeviceQueue::new(&config.gpu, config.depth, config.patience)?;
+        self.pushing.block_ops(groups)?;
+        let number = self.pushing.queues.fetch_add(1, Ordering::Relaxed);
+        let (device, served) = match config.kind {
+            QueueKind::Proxy => {
+                let (gpu, patience) = (&config.gpu, config.patience);
+                let (device, consumer) = DeviceQueue::new(gpu, config.depth, patience)?;
+                (PostQueue::Proxy(device), Served::Ring(consumer))
+            }
+            QueueKind::GpuWqe(_) => self.wqes(config, number, Bell::Cpu)?,
+            QueueKind::Direct(_) => self.wqes(config, number, Bell::Kernel)?,
+        };
         let shared = Arc::new(SharedQueue {
             device: Kept {
                 device: Arc::new(device),
@@ -243,8 +285,7 @@ impl Push {
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         });
-        let number = self.engine.runtime.next_id();
-        self.pushing.attach(number, (&shared, consumer))?;
+        self.pushing.attach(number, (&shared, served))?;
         Ok(GpuQueue {
             number,
             pushing: Arc::clone(&self.pushing),
@@ -252,6 +293,49 @@ impl Push {
             shared,
             is_over: false,
         })
+    }
+}
+
+impl Push {
+    /// A queue of WQEs, and a model of its device.
+    fn wqes(
+        &self,
+        config: &GpuQueueConfig,
+        number: u64,
+        bell: Bell,
+    ) -> Result<(PostQueue, Served), Error> {
+        let memory = self.engine.placement.memory();
+        let at = |region: u32| Some(memory.get(usize::try_from(region).ok()?)?.addr());
+        let ops = self.pushing.block_ops.get();
+        let windows = ops.and_then(|ops| Windows::new(ops, at));
+        let windows = windows.ok_or(Error::QueueConfig {
+            what: "kind: work requests name blocks at even distances, below 2^48 bytes of a memory",
+        })?;
+        let depth = |_| Error::QueueConfig {
+            what: "depth: a power of two, up to 32768",
+        };
+        // Twice as many completions: each that failed makes one too.
+        let setup = HcaSetup {
+            qpn: Qpn::new(number as u32 & 0x00ff_ffff).map_err(depth)?,
+            sq_depth: SqDepth::new(config.depth).map_err(depth)?,
+            cq_depth: CqDepth::new((2 * config.depth).min(MOST_WQES)).map_err(depth)?,
+            first: 0,
+            keys: windows.keys().clone(),
+        };
+        let of = WqeQueueConfig {
+            bell,
+            sq_depth: setup.sq_depth,
+            cq_depth: setup.cq_depth,
+            qpn: setup.qpn,
+            patience: config.patience,
+        };
+        let table = RegionTable::new(&config.gpu, windows.layers())?;
+        let (queue, queues) = WqeQueue::new(&config.gpu, &of, Some(table))?;
+        let device = WqeDevice::new(queues, setup, windows);
+        let device = device.map_err(|_| Error::QueueConfig {
+            what: "depth: the queue's memory does not hold it",
+        })?;
+        Ok((PostQueue::Wqe(queue), Served::Wqes(Box::new(device))))
     }
 }
 
@@ -286,7 +370,7 @@ impl GpuQueue {
     /// The queue's memory, for the [kernels that are built in](crate::mem::post::device::PostKernels). Of its handle is
     /// true what [`handle`](Self::handle) says.
     #[must_use]
-    pub fn device(&self) -> &Arc<DeviceQueue> {
+    pub fn device(&self) -> &Arc<PostQueue> {
         self.hand_out();
         &self.shared.device.device
     }
@@ -399,8 +483,9 @@ impl GpuQueue {
     fn close(&mut self, posted: Option<u64>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
+        let id = self.pushing.id;
         self.pushing
-            .send(Command::Queue(QueueOrder::Close { number, posted }));
+            .send(Command::Queue(QueueOrder::Close { id, number, posted }));
         if is_finished {
             // Behind the order: who sees it sends its commit behind that.
             self.pushing.unfinished.fetch_sub(1, Ordering::Release);

@@ -35,9 +35,10 @@ use check::Checking;
 use std::sync::Arc;
 
 use crate::blocks::GroupBlocks;
+use crate::engine::moves::Moved;
 use crate::engine::{Inner, PeerSession};
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{Part, Plan};
+use crate::plan::Part;
 use crate::transfer::Cause;
 use crate::wire::{Blob, SumsOf};
 
@@ -47,7 +48,7 @@ pub(crate) struct Verification {
     /// Of what both ranks keep.
     pub(crate) part: Part,
     /// What it moves.
-    pub(crate) plans: Vec<Arc<Plan>>,
+    pub(crate) moved: Vec<Moved>,
     /// How many sums of a push the consumer has been told.
     pub(crate) told: u64,
     /// Destination blocks that differ, by group.
@@ -55,10 +56,10 @@ pub(crate) struct Verification {
 }
 
 impl Verification {
-    pub(crate) const fn new(part: Part, plans: Vec<Arc<Plan>>) -> Self {
+    pub(crate) const fn new(part: Part, moved: Vec<Moved>) -> Self {
         Self {
             part,
-            plans,
+            moved,
             told: 0,
             differing: Vec::new(),
         }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::Verification;
 use super::summing::{List, Summing};
 use super::thread::NOT_SUMMED;
+use crate::engine::moves::Moved;
 use crate::engine::worker::Live;
 use crate::engine::{Inner, PeerSession};
 use crate::ids::{Nonce, RequestId};
-use crate::plan::{Part, Plan, SideName};
+use crate::plan::{Part, SideName};
 use crate::transfer::{Cause, TransferId};
 
 pub(super) struct Subject {
@@ -18,7 +19,7 @@ pub(super) struct Subject {
     pub(super) request: RequestId,
     pub(super) nonce: Nonce,
     pub(super) part: Part,
-    plans: Vec<Arc<Plan>>,
+    moved: Vec<Moved>,
 }
 
 impl Subject {
@@ -30,14 +31,22 @@ impl Subject {
             request: live.request.clone(),
             nonce: live.nonce,
             part: of.part,
-            plans: of.plans.clone(),
+            moved: of.moved.clone(),
         }
     }
 
     /// What it moves, in the units of one side.
     pub(super) fn lists(&self, side: SideName) -> Vec<List> {
-        let plans = self.plans.iter();
-        plans.flat_map(|plan| List::of_plan(plan, side)).collect()
+        let mut lists = Vec::new();
+        let mut posted = Vec::new();
+        for moved in &self.moved {
+            match moved {
+                Moved::Planned(plan) => lists.extend(List::of_plan(plan, side)),
+                Moved::Posted(of) => posted.push(&**of),
+            }
+        }
+        lists.extend(List::of_posted(&posted, side));
+        lists
     }
 
     /// The sums of what this side, which is `own`, has of it; none is worked out yet.

@@ -1,5 +1,6 @@
 //! Sums of lists of units, worked out in turns.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use kvxfer_hipmem as mem;
 use crate::block_set::BlockSet;
 use crate::blocks::GroupBlocks;
 use crate::engine::Inner;
-use crate::plan::{LayerScope, Plan, SideName};
+use crate::plan::{LayerScope, Plan, Posted, SideName};
 use crate::sums::{Summed, SummedTensor};
 use crate::wire::{SumsOf, limits};
 
@@ -48,6 +49,23 @@ impl List {
             units: pairs.map(units).collect(),
         });
         lists.collect()
+    }
+
+    /// What kernels have posted, a list for each layer: each post by itself may be a few blocks.
+    pub(super) fn of_posted(posted: &[&Posted], side: SideName) -> Vec<Self> {
+        let mut lists: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+        for (group, layer, pair) in posted.iter().flat_map(|posted| posted.blocks()) {
+            lists.entry((group, layer)).or_default().push(match side {
+                SideName::Producer => pair.src,
+                SideName::Consumer => pair.dst,
+            });
+        }
+        let list = |((group, layer), units)| Self {
+            group,
+            scope: LayerScope::Layer(layer),
+            units,
+        };
+        lists.into_iter().map(list).collect()
     }
 
     pub(super) fn to_wire(&self, units: &[u32]) -> SumsOf {

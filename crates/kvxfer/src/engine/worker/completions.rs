@@ -182,7 +182,7 @@ impl Worker {
     }
 
     /// A receive has completed: a notice has come, or the queue pair is flushed.
-    fn received(&self, lane: LaneId, slot: u32, completion: &Completion) {
+    fn received(&mut self, lane: LaneId, slot: u32, completion: &Completion) {
         let Some((at, inbox)) = self
             .lanes
             .get(&lane)
@@ -193,24 +193,33 @@ impl Worker {
         let Some(len) = completion.byte_len() else {
             return;
         };
-        let told = inbox
-            .take(&at.qp, slot, len)
-            .map_err(|error| chain(&error))
-            .and_then(|notice| {
-                if let Message::PushDone(done) = &notice
-                    && !at.peer.may_speak(at.pair, usize::from(done.rail))
-                {
-                    let (pair, rail) = (at.pair, done.rail);
-                    return Err(format!("push done over rail {rail} told on rail {pair}"));
-                }
-                let engine = at.peer.engine.upgrade();
-                engine.map_or(Ok(()), |engine| engine.on_notice(&at.peer, notice))
-            });
-        if let Err(lie) = told {
-            warn!(peer = %at.peer.name.engine, %lie, "notice");
-            at.peer.link.cut_off(lie);
+        let peer = Arc::clone(&at.peer);
+        match inbox.take(&at.qp, slot, len).map_err(|error| chain(&error)) {
+            Ok(Message::PushDone(done)) if !peer.may_speak(at.pair, usize::from(done.rail)) => {
+                let (pair, rail) = (at.pair, done.rail);
+                lies(
+                    &peer,
+                    format!("push done over rail {rail} told on rail {pair}"),
+                );
+            }
+            Ok(Message::PushDone(done)) => self.push_told(&peer, done),
+            Ok(notice) => self.heard(&peer, notice),
+            Err(lie) => lies(&peer, lie),
         }
     }
+
+    /// What a peer has told on a queue pair is heeded.
+    pub(super) fn heard(&self, peer: &Arc<PeerSession>, notice: Message) {
+        let engine = peer.engine.upgrade();
+        if let Some(Err(lie)) = engine.map(|engine| engine.on_notice(peer, notice)) {
+            lies(peer, lie);
+        }
+    }
+}
+
+fn lies(peer: &PeerSession, lie: String) {
+    warn!(peer = %peer.name.engine, %lie, "notice");
+    peer.link.cut_off(lie);
 }
 
 /// The kernel's or the driver's number of an error; 0 where it has none.

@@ -15,7 +15,7 @@ use super::stages::Stages;
 use super::{RETRY, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::{Taking, cause};
-use crate::engine::moves::Moves;
+use crate::engine::moves::{Moved, Moves};
 use crate::engine::peer_session::PeerSession;
 use crate::error::Error;
 use crate::mem::gather::{Fence, Gather, GatherEnd};
@@ -67,7 +67,11 @@ pub(super) struct Wanted {
 impl Wanted {
     pub(super) fn plan(&self) -> Option<&Arc<Plan>> {
         match &self.by {
-            For::Job(job) => Moves::of(&*job.source).map(|moves| &moves.plan),
+            For::Job(job) => match &Moves::of(&*job.source)?.what {
+                Moved::Planned(plan) => Some(plan),
+                // The consumer plans what kernels have posted.
+                Moved::Posted(_) => None,
+            },
             For::Producer(taking) => Some(&taking.plan),
         }
     }
@@ -263,25 +267,28 @@ impl Worker {
                 let by = For::Job(job);
                 self.gathers.waiting.push_back(Wanted { peer, by });
             }
-            Direction::Write if Moves::of(&*job.source).is_some_and(|m| m.is_released) => {
-                self.ask(peer, job);
-            }
-            Direction::Write => {
-                let engine = self
-                    .live
-                    .get(&job.transfer)
-                    .map(|live| Arc::clone(&live.engine));
-                let fence = engine.as_ref().and_then(|engine| engine.gpu.as_ref());
-                match fence.map_or(Ok(None), |gpu| gpu.release()) {
-                    Ok(Some(fence)) => self.hold_until(&job, Until::Released(fence)),
-                    Ok(None) => self.ask(peer, job),
-                    Err(error) => {
-                        let cause = cause(GpuOperation::Fence, &error);
-                        self.job_over(&job, Some(cause), false);
-                    }
-                }
+            Direction::Write if self.hold_for_release(&job) => {}
+            Direction::Write => self.ask(peer, job),
+        }
+    }
+
+    /// Puts the fence behind the producer's last kernel, before anybody else reads what that has written. True: the
+    /// job waits for it, or has failed with it.
+    pub(super) fn hold_for_release(&mut self, job: &Arc<Job>) -> bool {
+        if Moves::of(&*job.source).is_some_and(|moves| moves.is_released) {
+            return false;
+        }
+        let live = self.live.get(&job.transfer);
+        let gpu = live.and_then(|live| live.engine.gpu.clone());
+        match gpu.map_or(Ok(None), |gpu| gpu.release()) {
+            Ok(None) => return false,
+            Ok(Some(fence)) => self.hold_until(job, Until::Released(fence)),
+            Err(error) => {
+                let cause = cause(GpuOperation::Fence, &error);
+                self.job_over(job, Some(cause), false);
             }
         }
+        true
     }
 
     /// Asks the consumer to fetch a job's blocks.
@@ -293,17 +300,29 @@ impl Worker {
         else {
             return;
         };
+        let (layer, of) = match &moves.what {
+            Moved::Planned(plan) => {
+                let layer = match plan.scope() {
+                    LayerScope::All => None,
+                    LayerScope::Layer(layer) => Some(layer),
+                };
+                let of = plan.units().map(|(group, of)| TakeOf::new(group, of));
+                (layer, of.collect())
+            }
+            // Of one layer: that is how it was put together for such a peer.
+            Moved::Posted(posted) => {
+                let first = posted.blocks().next();
+                let (group, layer) = first.map_or((0, 0), |(group, layer, _)| (group, layer));
+                let pairs = posted.blocks().map(|(_, _, pair)| (pair.src, pair.dst));
+                (Some(layer), vec![TakeOf::new(group, pairs)])
+            }
+        };
         let take = Take {
             number: job.id.0,
             request: live.request.clone(),
             nonce: live.nonce,
-            layer: match moves.plan.scope() {
-                LayerScope::All => None,
-                LayerScope::Layer(layer) => Some(layer),
-            },
-            of: (moves.plan.units())
-                .map(|(group, pairs)| TakeOf::new(group, pairs))
-                .collect(),
+            layer,
+            of,
             bytes: job.bytes(),
         };
         job.note_posted(self.clock.now());
@@ -520,7 +539,10 @@ impl Worker {
                     self.job_over(&job, Some(cause), false);
                 }
                 (Ok(()), Until::Event(_), _) => self.begin(job),
-                (Ok(()), Until::Released(_), Some(peer)) => self.ask(peer, job),
+                (Ok(()), Until::Released(_), Some(peer)) if peer.has_whole_jobs() => {
+                    self.ask(peer, job);
+                }
+                (Ok(()), Until::Released(_), Some(_)) => self.begin_on_lanes(&job),
                 (Ok(()), Until::Released(_), None) => {}
             }
         }

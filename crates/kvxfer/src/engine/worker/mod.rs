@@ -6,11 +6,13 @@ mod completions;
 mod drops;
 mod fetches;
 mod gathers;
+mod kernel_queue;
 mod outputs;
 mod posting;
 mod queues;
 mod rails;
 mod stages;
+mod visible;
 mod wreck;
 
 use std::collections::{HashMap, VecDeque};
@@ -53,9 +55,11 @@ use crate::wire::{PushDone, Staged};
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
-pub(crate) use queues::{KernelQueue, QueueOrder};
+pub(crate) use kernel_queue::{KernelQueue, Served};
+pub(crate) use queues::QueueOrder;
 use rails::{Laneless, Retired};
 pub(crate) use stages::ToStage;
+use visible::Visible;
 use wreck::Wreck;
 
 /// How long a lease check waits for a free credit or landing slot before it looks again.
@@ -147,6 +151,8 @@ pub(crate) enum Command {
         peer: Arc<PeerSession>,
         done: PushDone,
     },
+    /// Lanes are to be taken down that these jobs are posted on, and that are rebuilt.
+    ResetLanes { peer: PeerKey, jobs: Arc<[JobId]> },
     /// The peer has taken its half of a lane down.
     LaneReset { peer: Arc<PeerSession>, number: u16 },
     /// A producer wants blocks of its push fetched out of its GPU.
@@ -334,6 +340,7 @@ pub(crate) struct Worker {
     waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,
     gathers: Gathers,
+    visible: Visible,
     /// What kernels post to, of pushes that this worker owns or has owned.
     queues: Vec<KernelQueue>,
     outbox: Outbox,
@@ -389,6 +396,7 @@ impl Worker {
             waiting_notices: VecDeque::new(),
             singles: HashMap::new(),
             gathers: Gathers::default(),
+            visible: Visible::default(),
             queues: Vec::new(),
             outbox,
             next_token: 0,
@@ -427,6 +435,7 @@ impl Worker {
             busy |= self.poll();
             busy |= self.let_go();
             busy |= self.look_at_gpus();
+            busy |= self.look_at_visible();
             busy |= self.look_at_queues();
             self.leave_ports();
             self.give_up_waiting();
@@ -564,6 +573,7 @@ impl Worker {
             Command::Report(report) => self.reported(&report),
             Command::SetAside { peer, pair, cause } => self.set_aside(&peer, pair, &cause),
             Command::Tell { peer, done } => self.waiting_notices.push_back((peer, done)),
+            Command::ResetLanes { peer, jobs } => self.reset_lanes(peer, &jobs),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::Take { peer, taking } => self.take(peer, taking),
             Command::TakeStop { peer, number } => self.take_stop(&peer, number),
@@ -626,7 +636,8 @@ impl Worker {
 
     fn sleep(&mut self) {
         let queues = self.queues_rest();
-        let rest = self.gathers.rest().into_iter().chain(queues).min();
+        let rests = self.gathers.rest().into_iter().chain(queues);
+        let rest = rests.chain(self.visible.rest()).min();
         if rest == Some(Duration::ZERO) {
             if queues == rest {
                 // It may be for long, and who is waited for may be on this processor.

@@ -14,8 +14,8 @@ use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
 use crate::time::Time;
 use crate::transfer::{
-    self, Cause, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice, Output,
-    PeerKey, TransferId,
+    self, Cause, Direction, DrainToken, GpuOperation, Incomplete, Job, JobId, JobReport, Notice,
+    Output, PeerKey, TransferId,
 };
 use crate::wire::{Message, PushDone};
 
@@ -55,9 +55,10 @@ impl Worker {
         match output {
             Output::StartJob(job) => self.start(job),
             Output::StopJob { job, peer } => self.stop_job(peer, job),
-            Output::Verify { id, .. } => self.verify(id),
-            Output::CheckLease { id, .. } => self.waiting_checks.push_back(id),
+            Output::Verify { id, .. } => self.verify_pull(id),
+            Output::CheckLease { id, .. } => self.check_lease(id),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
+            Output::ResetLanes { id, peer, jobs } => self.reset_lanes_of(id, peer, &jobs),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
             Output::Outcome { id, outcome } => self.outcome(id, outcome),
             Output::Released { id } => self.released(id),
@@ -78,20 +79,28 @@ impl Worker {
 
     /// A job's bytes may move.
     pub(super) fn begin(&mut self, job: Arc<Job>) {
-        let peer = self.live.get(&job.transfer).map(|live| &live.peer);
-        match peer.filter(|peer| peer.has_whole_jobs()).map(Arc::clone) {
-            Some(peer) => self.begin_gather(peer, job),
-            None => self.on_lanes_of(job.transfer, || Command::Start(Arc::clone(&job))),
-        }
-    }
-
-    /// Gives a command to every worker that has lanes of the transfer's peer.
-    fn on_lanes_of(&mut self, id: TransferId, command: impl Fn() -> Command) {
-        let Some(live) = self.live.get(&id) else {
+        let Some(live) = self.live.get(&job.transfer) else {
             return;
         };
         let peer = Arc::clone(&live.peer);
-        self.broadcast(&peer, command);
+        if peer.has_whole_jobs() {
+            self.begin_gather(peer, job);
+        } else if job.dir != Direction::Write || !self.hold_for_release(&job) {
+            self.begin_on_lanes(&job);
+        }
+    }
+
+    pub(super) fn begin_on_lanes(&mut self, job: &Arc<Job>) {
+        let Some(live) = self.live.get(&job.transfer) else {
+            return;
+        };
+        let peer = Arc::clone(&live.peer);
+        if usize::from(job.workers) < peer.workers.len() {
+            // For this one alone, which has lanes too.
+            self.command(Command::Start(Arc::clone(job)));
+        } else {
+            self.broadcast(&peer, || Command::Start(Arc::clone(job)));
+        }
     }
 
     fn stop_job(&mut self, key: PeerKey, job: JobId) {
@@ -122,6 +131,22 @@ impl Worker {
         }
     }
 
+    /// Takes the queue pairs down, on all workers, that jobs of a transfer are posted on.
+    fn reset_lanes_of(&mut self, id: TransferId, key: PeerKey, jobs: &Arc<[JobId]>) {
+        // Where nothing moves no successor would.
+        let holds_up = self.port_that_holds_up(key).is_some();
+        match self
+            .peer(key)
+            .filter(|peer| peer.rebuilds_lanes() && !holds_up)
+        {
+            Some(peer) => self.broadcast(&peer, || Command::ResetLanes {
+                peer: key,
+                jobs: Arc::clone(jobs),
+            }),
+            None => self.transfers.lanes_stay(id),
+        }
+    }
+
     fn force_drain(&mut self, key: PeerKey, token: DrainToken) {
         match self.peer(key) {
             Some(peer) => {
@@ -136,7 +161,7 @@ impl Worker {
         }
     }
 
-    fn verify(&mut self, id: TransferId) {
+    pub(super) fn verify(&mut self, id: TransferId) {
         let own = self.others.get(usize::from(self.index));
         if let (Some(live), Some(own)) = (self.live.get(&id), own) {
             live.engine.runtime.verifier.begin(id, live, own);

@@ -1,31 +1,30 @@
 //! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
 //! to the posters.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, error};
+use tracing::debug;
 
+use super::kernel_queue::{KernelQueue, Served, Stage, post_number, status_of};
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
-use crate::engine::moves::Moves;
-use crate::engine::push::{NotPosted, Pushing, SharedQueue};
-use crate::gpu_queue::{Batches, Pace, PostFault, PostTable};
-use crate::mem::post::{Consumer, DescriptorFault, Rest, Status, Taken};
+use crate::engine::moves::{Moved, Moves};
+use crate::engine::push::NotPosted;
+use crate::gpu_queue::{Batch, Batches, PostFault, Together, Wrong};
+use crate::mem::post::{DescriptorFault, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
 /// Posts that are taken between two polls, so that completions and deadlines are seen in time.
-const MOST_TAKEN: usize = 256;
-/// How long after a post the next one is waited for without rest.
-const YOUNG: Duration = Duration::from_micros(200);
-/// How a queue is looked at whose push is over.
-const AFTERWARDS: Pace = Pace::Parked {
-    longest: Duration::from_millis(20),
-};
-
+const MOST_TAKEN: usize = 512;
+/// Jobs of a queue that are under way at most: what is posted meanwhile waits in the ring, and goes as one job later.
+const MOST_JOBS: usize = 16;
+/// The same where the consumer's GPU fetches the blocks of each job by a launch: those go one after the other.
+const MOST_FETCHED: usize = 4;
+/// A job of so few bytes is not worth waking other workers for.
+const SMALL: u64 = 256 << 10;
 /// What a worker is told of queues.
 #[derive(Debug)]
 pub(crate) enum QueueOrder {
@@ -33,7 +32,9 @@ pub(crate) enum QueueOrder {
     Add(Box<KernelQueue>),
     /// Nobody posts to it any more, or nobody is to.
     Close {
-        /// Which one.
+        /// Its push.
+        id: TransferId,
+        /// Which of its queues.
         number: u64,
         /// How many posts have been begun, if nobody posts any more.
         posted: Option<u64>,
@@ -42,145 +43,13 @@ pub(crate) enum QueueOrder {
     Look,
 }
 
-/// Whether posts are carried out.
+/// What a look at a ring was good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Open,
-    /// The push has all that is part of it, or is over: posts are told that it is closed.
-    Sealed,
-}
-
-/// A queue, as the worker has it that owns its push.
-#[derive(Debug)]
-pub(crate) struct KernelQueue {
-    number: u64,
-    id: TransferId,
-    pushing: Arc<Pushing>,
-    shared: Arc<SharedQueue>,
-    consumer: Consumer,
-    /// What posts may name; `None` before the push's ticket has come.
-    table: Option<PostTable>,
-    /// The posts of each job.
-    jobs: HashMap<JobId, Vec<u64>>,
-    stage: Stage,
-    /// It goes when nothing of it is under way.
-    is_closing: bool,
-    /// How many posts have been begun, if there are no more.
-    posted: Option<u64>,
-    /// Looks in a row that have found nothing, and when one last has found something.
-    looks: u32,
-    found: Option<Instant>,
-}
-
-impl KernelQueue {
-    pub(crate) fn new(
-        number: u64,
-        (pushing, id): (&Arc<Pushing>, TransferId),
-        (shared, consumer): (&Arc<SharedQueue>, Consumer),
-        table: Option<PostTable>,
-    ) -> Self {
-        Self {
-            number,
-            id,
-            pushing: Arc::clone(pushing),
-            shared: Arc::clone(shared),
-            consumer,
-            table,
-            jobs: HashMap::new(),
-            stage: Stage::Open,
-            is_closing: false,
-            posted: None,
-            looks: 0,
-            found: None,
-        }
-    }
-
-    /// A post has ended. It is counted first: whoever sees a kernel's end finds its posts counted.
-    fn complete(&mut self, post: u64, status: Status) {
-        self.shared.note_ended(1, status);
-        let ring = self.shared.device().ring();
-        match self.consumer.complete(ring, post, status) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(%error, "a post has ended twice"),
-            Err(error) => self.lose_ring(&error),
-        }
-    }
-
-    /// All that is under way has ended, and nothing is carried out any more.
-    pub(super) fn end(&mut self, status: Status) {
-        self.stage = Stage::Sealed;
-        self.jobs.clear();
-        let ring = self.shared.device().ring();
-        self.shared
-            .note_ended(self.consumer.under_way() as u64, status);
-        let closed = match status {
-            Status::Ok => Ok(()),
-            status => self.consumer.close(ring, status),
-        };
-        if let Err(error) = closed.and_then(|()| self.consumer.complete_all(ring, status)) {
-            self.lose_ring(&error);
-        }
-    }
-
-    /// The ring's words are not where they should be: a defect.
-    fn lose_ring(&mut self, error: &crate::mem::Error) {
-        error!(%error, "the ring of a queue");
-        self.stage = Stage::Sealed;
-        self.shared.stop();
-    }
-
-    /// How long the worker may rest before it looks again; `None`: it is told when there is something to look at.
-    fn rest(&mut self) -> Option<Duration> {
-        let pace = match self.stage {
-            Stage::Open if self.table.is_none() => return None,
-            Stage::Open => self.shared.pace(),
-            Stage::Sealed => AFTERWARDS,
-        };
-        if self.found.is_some_and(|found| found.elapsed() < YOUNG) {
-            return Some(Duration::ZERO);
-        }
-        match pace.rest(self.looks) {
-            Rest::Spin => Some(Duration::ZERO),
-            Rest::Sleep(sleep) => {
-                self.looks = self.looks.saturating_add(1);
-                Some(sleep)
-            }
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.is_closing && self.stage == Stage::Sealed && self.consumer.under_way() == 0
-    }
-}
-
-impl Drop for KernelQueue {
-    fn drop(&mut self) {
-        self.end(match std::thread::panicking() {
-            true => Status::Device,
-            false => Status::Closed,
-        });
-        // Nobody looks at it any more: a post that still finds room would wait for its end until it is late.
-        self.shared.stop();
-    }
-}
-
-/// What the posters of a push are told that has failed.
-fn status_of(cause: &Cause) -> Status {
-    match cause {
-        // The post that is to blame has been told by itself.
-        Cause::KernelPost { .. } => Status::Flushed,
-        Cause::DeadlinePassed => Status::Late,
-        Cause::Cancelled | Cause::Aborted | Cause::Revoked | Cause::ShuttingDown => Status::Closed,
-        Cause::PeerDead
-        | Cause::PeerStalled { .. }
-        | Cause::PeerRestarted
-        | Cause::PeerUnreachable
-        | Cause::PeerClosed
-        | Cause::PeerReset
-        | Cause::CutOff { .. }
-        | Cause::Refused { .. } => Status::Peer,
-        _ => Status::Device,
-    }
+enum Look {
+    Found,
+    Nothing,
+    /// It was not looked: enough is under way.
+    Later,
 }
 
 impl Worker {
@@ -194,9 +63,9 @@ impl Worker {
                 }
                 self.queues.push(*queue);
             }
-            QueueOrder::Close { number, posted } => {
-                let queue = self.queues.iter_mut().find(|queue| queue.number == number);
-                if let Some(queue) = queue {
+            QueueOrder::Close { id, number, posted } => {
+                let is_it = |queue: &&mut KernelQueue| (queue.id, queue.number) == (id, number);
+                if let Some(queue) = self.queues.iter_mut().find(is_it) {
                     queue.is_closing = true;
                     queue.posted = posted;
                     queue.looks = 0;
@@ -209,7 +78,7 @@ impl Worker {
     /// The ticket of a push is here: posts that waited for it can be checked.
     pub(super) fn open_queues(&mut self, id: TransferId, ticket: &Ticket) {
         for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
-            queue.table = Some(queue.pushing.posts(ticket));
+            queue.table = queue.pushing.posts(ticket);
         }
     }
 
@@ -222,12 +91,13 @@ impl Worker {
         let mut queues = std::mem::take(&mut self.queues);
         let mut any = false;
         for queue in &mut queues {
-            let found = self.look_at_queue(queue);
-            let drained = !found && (queue.table.is_some() || queue.stage == Stage::Sealed);
+            let look = self.look_at_queue(queue, false);
+            let drained =
+                look == Look::Nothing && (queue.table.is_some() || queue.stage == Stage::Sealed);
             if queue.is_closing && drained {
                 self.seal(queue);
             }
-            any |= found;
+            any |= look == Look::Found;
         }
         queues.retain(|queue| !queue.is_over());
         self.queues = queues;
@@ -239,9 +109,9 @@ impl Worker {
         let mut queues = std::mem::take(&mut self.queues);
         for queue in queues.iter_mut().filter(|queue| queue.id == id) {
             // What was posted before has a slot each; a kernel that goes on is not waited for.
-            let looks = (queue.consumer.depth() as usize).div_ceil(MOST_TAKEN);
-            for _ in 0..looks {
-                if !self.look_at_queue(queue) {
+            let looks = queue.shared.device().handle().depth as usize;
+            for _ in 0..looks.div_ceil(MOST_TAKEN) {
+                if self.look_at_queue(queue, true) == Look::Nothing {
                     break;
                 }
             }
@@ -256,20 +126,55 @@ impl Worker {
         if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
             return;
         }
-        let taken = queue.consumer.taken();
-        if queue.posted.is_some_and(|posted| taken < posted) {
+        let taken = queue.served.taken();
+        let in_part = matches!(&queue.served, Served::Wqes(device) if device.has_begun());
+        if queue.posted.is_some_and(|posted| taken < posted) || in_part {
             self.fail_post(queue.id, taken, PostFault::Unwritten);
+        }
+        if let Served::Wqes(device) = &mut queue.served {
+            device.close(Status::Closed);
         }
     }
 
-    fn look_at_queue(&mut self, queue: &mut KernelQueue) -> bool {
+    /// `all`: however many jobs are under way.
+    fn look_at_queue(&mut self, queue: &mut KernelQueue, all: bool) -> Look {
         if queue.table.is_none() && queue.stage == Stage::Open {
-            return false;
+            return Look::Nothing;
         }
-        let (mut batches, mut any) = (Batches::default(), false);
+        let together = queue.pushing.together();
+        let most_jobs = match together {
+            Together::ByLayer => MOST_FETCHED,
+            Together::All => MOST_JOBS,
+        };
+        if !all && queue.jobs.len() >= most_jobs {
+            return Look::Later;
+        }
+        let mut batches = None;
+        let any = match &queue.served {
+            Served::Ring(_) => self.take_descriptors(queue, &mut batches),
+            Served::Wqes(_) => self.take_wqes(queue, &mut batches),
+        };
+        for batch in batches.into_iter().flat_map(Batches::into_all) {
+            self.begin_posts(queue, batch);
+        }
+        if !any {
+            return Look::Nothing;
+        }
+        queue.looks = 0;
+        queue.found = Some(Instant::now());
+        Look::Found
+    }
+
+    /// Takes what is in a ring; whether there was something.
+    fn take_descriptors(&mut self, queue: &mut KernelQueue, batches: &mut Option<Batches>) -> bool {
+        let mut any = false;
         for _ in 0..MOST_TAKEN {
-            let taken = queue.consumer.take(queue.shared.device().ring());
-            let taken = match taken {
+            let (Served::Ring(consumer), Some(of)) =
+                (&mut queue.served, queue.shared.device().proxy())
+            else {
+                break;
+            };
+            let taken = match consumer.take(of.ring()) {
                 Ok(Some(taken)) => taken,
                 Ok(None) => break,
                 Err(error) => {
@@ -282,15 +187,12 @@ impl Worker {
                 }
             };
             any = true;
-            queue.shared.note_taken();
+            queue.shared.note_taken(1);
             match (taken, &queue.table) {
                 (Taken::Post(post), Some(table)) if queue.stage == Stage::Open => {
                     match table.check(&post) {
-                        Ok(wanted) => batches.add(post.ticket, wanted),
-                        Err(fault) => {
-                            queue.complete(post.ticket, fault.status());
-                            self.fail_post(queue.id, post.ticket, fault);
-                        }
+                        Ok(wanted) => queue.add(batches, post.ticket, wanted),
+                        Err(fault) => self.refuse(queue, post.ticket, fault),
                     }
                 }
                 (Taken::Post(post), _) => queue.complete(post.ticket, Status::Closed),
@@ -311,51 +213,100 @@ impl Worker {
                 (Taken::Flushed(_), _) => queue.shared.note_ended(1, Status::Flushed),
             }
         }
-        if any {
-            queue.looks = 0;
-            queue.found = Some(Instant::now());
+        any
+    }
+
+    /// Takes what a device is told of; whether there was something.
+    fn take_wqes(&mut self, queue: &mut KernelQueue, batches: &mut Option<Batches>) -> bool {
+        let (Served::Wqes(device), Some(of)) = (&mut queue.served, queue.shared.device().wqe())
+        else {
+            return false;
+        };
+        if let Err(error) = of.relay() {
+            queue.lose_ring(&error);
+            return false;
         }
-        for batch in batches.into_all() {
-            let begun = Instant::now();
-            let of = (batch.group, batch.layer);
-            let sources: Vec<u32> = batch.pairs.iter().map(|pair| pair.src).collect();
-            match queue.pushing.plan_posts(of, batch.pairs) {
-                Ok(plan) => {
-                    let runs = plan.report().runs;
-                    let source = Moves {
-                        plan: Arc::new(plan),
-                        after: None,
-                        is_released: true,
-                    };
-                    // Of a push that has failed the posts end with its outcome.
-                    if let Some(job) = self.add_job(queue.id, source, runs, begun.elapsed()) {
-                        queue.jobs.insert(job, batch.posts);
-                        self.end_posts(queue, queue.id, job);
-                    }
-                }
-                Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
-                    id: queue.id,
-                    cause,
-                }),
-                Err(NotPosted::Fault(fault)) => {
-                    let blamed = match fault {
-                        PostFault::InUse { block, .. } => {
-                            sources.iter().position(|src| *src == block)
-                        }
-                        _ => None,
-                    };
-                    let post = batch.posts.get(blamed.unwrap_or(0)).copied().unwrap_or(0);
-                    queue.complete(post, fault.status());
-                    self.fail_post(queue.id, post, fault);
-                }
+        let mut blocks = Vec::new();
+        let (count, wrong) = device.look(&mut blocks);
+        queue.shared.note_taken(blocks.len() as u64);
+        for block in blocks {
+            match &queue.table {
+                Some(table) if queue.stage == Stage::Open => match table.check_block(&block) {
+                    Ok(wanted) => queue.add(batches, block.ticket, wanted),
+                    Err(fault) => self.refuse(queue, block.ticket, fault),
+                },
+                _ => queue.complete(block.ticket, Status::Closed),
             }
         }
-        any
+        if let Some(wrong) = wrong.or(queue.broken.take()) {
+            self.wrong(queue, wrong);
+        }
+        count > 0
+    }
+
+    /// A work request was wrong, or a rule was broken, of which posters hear by their abort word.
+    fn wrong(&mut self, queue: &mut KernelQueue, Wrong { wqe, fault }: Wrong) {
+        let was_open = queue.stage == Stage::Open;
+        if matches!(fault, PostFault::Rule { .. }) {
+            queue.shared.stop();
+            queue.stage = Stage::Sealed;
+        } else {
+            queue.shared.note_taken(1);
+            queue.shared.note_ended(1, fault.status());
+        }
+        if was_open {
+            self.fail_post(queue.id, wqe, fault);
+        }
+    }
+
+    /// A post cannot be carried out.
+    fn refuse(&mut self, queue: &mut KernelQueue, post: u64, fault: PostFault) {
+        queue.complete(post, fault.status());
+        self.fail_post(queue.id, post_number(post), fault);
+    }
+
+    /// Makes a job of posts.
+    fn begin_posts(&mut self, queue: &mut KernelQueue, batch: Batch) {
+        let begun = Instant::now();
+        let Batch { posted, posts, .. } = batch;
+        match queue.pushing.take_posts(&posted) {
+            Ok(()) => {
+                let source = Moves {
+                    what: Moved::Posted(Arc::new(posted)),
+                    after: None,
+                    is_released: true,
+                };
+                // Of a push that has failed the posts end with its outcome.
+                if let Some(job) = self.add_posts(queue.id, source, begun.elapsed()) {
+                    queue.jobs.push_back((job, posts));
+                    self.end_posts(queue, queue.id, job);
+                }
+            }
+            Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
+                id: queue.id,
+                cause,
+            }),
+            Err(NotPosted::Fault { fault, at }) => {
+                self.refuse(queue, posts.get(at).copied().unwrap_or(0), fault);
+            }
+        }
     }
 
     fn fail_post(&mut self, id: TransferId, post: u64, fault: PostFault) {
         let cause = Cause::KernelPost { post, fault };
         self.command(Command::Fail { id, cause });
+    }
+
+    /// Adds what kernels have posted to a push; `None`: it has ended.
+    fn add_posts(&mut self, id: TransferId, source: Moves, prepare: Duration) -> Option<JobId> {
+        let peer = self.live.get(&id).map(|live| Arc::clone(&live.peer))?;
+        let alone = source.bytes() <= SMALL && self.working_lanes(peer.key).next().is_some();
+        let workers = match alone {
+            true => 1,
+            false => peer.worker_count(),
+        };
+        let runs = source.what.runs();
+        self.add_job_of(id, (source, workers), runs, prepare)
     }
 
     /// Adds operations to a push; `None`: it has ended.
@@ -366,16 +317,28 @@ impl Worker {
         runs: u64,
         prepare: Duration,
     ) -> Option<JobId> {
+        let workers = self.live.get(&id)?.peer.worker_count();
+        self.add_job_of(id, (source, workers), runs, prepare)
+    }
+
+    fn add_job_of(
+        &mut self,
+        id: TransferId,
+        (source, workers): (Moves, u16),
+        runs: u64,
+        prepare: Duration,
+    ) -> Option<JobId> {
         if let Some(live) = self.live.get_mut(&id) {
             live.report.operations += source.ops();
             live.report.merged_runs += runs;
             live.report.prepare += prepare;
             if let Some(verify) = &mut live.verify {
-                verify.plans.push(Arc::clone(&source.plan));
+                verify.moved.push(source.what.clone());
             }
         }
         let now = self.clock.now();
-        match self.transfers.add_job(now, id, Arc::new(source)) {
+        let source = (Arc::new(source) as Arc<dyn OpSource>, workers.max(1));
+        match self.transfers.add_job_of(now, id, source) {
             Ok(job) => Some(job),
             // The transfer may have ended meanwhile: its outcome has said so.
             Err(error) => {
@@ -403,11 +366,17 @@ impl Worker {
 
     /// Ends the posts of a job, if it is complete.
     fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
-        if !queue.jobs.contains_key(&job) || !self.transfers.is_complete(id, job) {
+        let Ok(at) = queue.jobs.binary_search_by_key(&job, |(job, _)| *job) else {
+            return;
+        };
+        if !self.transfers.is_complete(id, job) {
             return;
         }
-        for post in queue.jobs.remove(&job).unwrap_or_default() {
-            queue.complete(post, Status::Ok);
+        if let Some((_, posts)) = queue.jobs.remove(at) {
+            queue.complete_each(&posts, Status::Ok);
+        }
+        if let Some(wrong) = queue.broken.take() {
+            self.wrong(queue, wrong);
         }
         // A kernel may post for as long as it likes: what is over is not kept.
         if let Some(live) = self.live.get_mut(&id)

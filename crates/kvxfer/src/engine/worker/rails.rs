@@ -12,7 +12,7 @@ use crate::engine::books::pack_cause;
 use crate::engine::notices::RECEIVES;
 use crate::engine::peer_session::PeerSession;
 use crate::time::Time;
-use crate::transfer::{Cause, LaneId, PeerKey};
+use crate::transfer::{Cause, JobId, LaneId, PeerKey};
 use crate::wire::{PushDone, QpReset};
 
 /// How long a port may be down before its work goes on over other rails: its device tries again for longer,
@@ -200,6 +200,17 @@ impl Worker {
         lanes.sort_unstable();
         for lane in lanes {
             self.take_down(lane, cause);
+        }
+    }
+
+    /// Takes the lanes of a peer down that jobs are posted on which do not drain.
+    pub(super) fn reset_lanes(&mut self, peer: PeerKey, jobs: &[JobId]) {
+        for lane in self.scheduler.lanes_of(jobs) {
+            let of_peer = |at: &&LaneQp| at.peer.key == peer;
+            if let Some(at) = self.lanes.get(&lane).filter(of_peer) {
+                warn!(peer = %at.peer.name.engine, number = at.number, "work does not drain: its queue pair is rebuilt");
+                self.take_down(lane, &Cause::LaneReset);
+            }
         }
     }
 

@@ -234,6 +234,24 @@ impl Scheduler {
         lanes.unwrap_or_default().iter().map(|l| LaneId(*l))
     }
 
+    /// The lanes that have something posted of these jobs.
+    #[must_use]
+    pub fn lanes_of(&self, jobs: &[JobId]) -> Vec<LaneId> {
+        let slots: Vec<u32> = jobs
+            .iter()
+            .filter_map(|job| self.job_of.get(job).copied())
+            .collect();
+        let is_one =
+            |posted: &Posted| matches!(posted.what, Use::Job { slot, .. } if slots.contains(&slot));
+        let lanes = self.lanes.iter().enumerate();
+        let holds =
+            |lane: &Option<Lane>| lane.as_ref().is_some_and(|l| l.posted.iter().any(is_one));
+        lanes
+            .filter(|(_, lane)| holds(lane))
+            .map(|(at, _)| LaneId(index(at)))
+            .collect()
+    }
+
     // ---- jobs --------------------------------------------------------------------------------
 
     /// Begins to post a job. A job that is started twice is ignored the second time.

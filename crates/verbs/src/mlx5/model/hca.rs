@@ -96,6 +96,8 @@ pub struct Hca<M, S> {
     failed: Option<Failed>,
     /// A failure has been told: what is behind it was flushed.
     told_of_failure: bool,
+    /// The first WQE that was not begun, and why.
+    refused: Option<(u64, Syndrome)>,
 }
 
 /// What becomes of the next WQE after a failure.
@@ -132,6 +134,7 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             bell,
             failed: None,
             told_of_failure: false,
+            refused: None,
         })
     }
 
@@ -145,6 +148,12 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
     #[must_use]
     pub fn ended(&self) -> u64 {
         self.consumed - self.untold.len() as u64
+    }
+
+    /// The first WQE that was not begun for what it says, by its keys or its [`Sink`], and why.
+    #[must_use]
+    pub fn refused(&self) -> Option<(u64, Syndrome)> {
+        self.refused
     }
 
     /// What carries out WQEs.
@@ -317,7 +326,9 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             Some(Failed::Next(why)) => Err(why),
             None => {
                 let allowed = self.setup.keys.check(&wqe);
-                allowed.and_then(|()| self.sink.execute(n, &wqe.operation))
+                let begun = allowed.and_then(|()| self.sink.execute(n, &wqe.operation));
+                self.refused = self.refused.or(begun.err().map(|why| (n, why)));
+                begun
             }
         };
         if ended.is_err() {

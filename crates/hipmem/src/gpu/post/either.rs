@@ -1,0 +1,106 @@
+//! A queue of either kind.
+
+use std::time::Instant;
+
+use super::queue::{DeviceQueue, KernelQueue, sealed};
+use super::wqe::WqeQueue;
+use crate::error::Error;
+use crate::gpu::Gpu;
+use crate::kernels::queue::Queue;
+
+/// The memory of a queue of one kind or the other, for who has both.
+#[derive(Debug)]
+pub enum PostQueue {
+    /// Kernels write descriptors.
+    Proxy(DeviceQueue),
+    /// Kernels write WQEs.
+    Wqe(WqeQueue),
+}
+
+impl PostQueue {
+    /// The ring of descriptors, if it has one.
+    #[must_use]
+    pub fn proxy(&self) -> Option<&DeviceQueue> {
+        match self {
+            Self::Proxy(queue) => Some(queue),
+            Self::Wqe(_) => None,
+        }
+    }
+
+    /// The queue of WQEs, if it is one.
+    #[must_use]
+    pub fn wqe(&self) -> Option<&WqeQueue> {
+        match self {
+            Self::Proxy(_) => None,
+            Self::Wqe(queue) => Some(queue),
+        }
+    }
+
+    /// What a kernel is given: [`KernelQueue::handle`].
+    #[must_use]
+    pub fn handle(&self) -> Queue {
+        match self {
+            Self::Proxy(queue) => queue.handle(),
+            Self::Wqe(queue) => queue.handle(),
+        }
+    }
+
+    /// The GPU whose kernels post.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        match self {
+            Self::Proxy(queue) => queue.gpu(),
+            Self::Wqe(queue) => queue.gpu(),
+        }
+    }
+
+    /// How many numbers posters have taken, once no kernel runs any more: one for each descriptor, or each WQE.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`], also where it cannot be read before the deadline.
+    pub fn posted(&self, deadline: Instant) -> Result<u64, Error> {
+        match self {
+            Self::Proxy(queue) => queue.posted(deadline),
+            Self::Wqe(queue) => queue.posted(deadline),
+        }
+    }
+
+    /// Takes a number and posts nothing, as a kernel does that is killed in between: for tests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    #[doc(hidden)]
+    pub fn lose_a_ticket(&self) -> Result<(), Error> {
+        match self {
+            Self::Proxy(queue) => queue.lose_a_ticket(),
+            Self::Wqe(queue) => queue.lose_a_ticket(),
+        }
+    }
+
+    /// Sets the abort word: whoever waits is told [`Status::Stopped`](crate::post::Status::Stopped), and so is whoever
+    /// would wait later.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn stop(&self) -> Result<(), Error> {
+        match self {
+            Self::Proxy(queue) => queue.stop(),
+            Self::Wqe(queue) => queue.stop(),
+        }
+    }
+}
+
+impl sealed::Sealed for PostQueue {}
+
+impl KernelQueue for PostQueue {
+    fn handle(&self) -> Queue {
+        self.handle()
+    }
+
+    fn gpu(&self) -> &Gpu {
+        self.gpu()
+    }
+}

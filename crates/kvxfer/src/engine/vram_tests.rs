@@ -1,0 +1,216 @@
+//! What an RDMA device has written to a GPU's memory is made visible before it counts, as the GPU needs it; and what
+//! a producer's kernels have written is released before a device reads it. On the stand-in, which passes for GPUs
+//! that need more than it does.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kvxfer_hipmem::gpu::{HostStep, RuntimeChoice, RuntimeKind};
+
+use super::gpu::GpuSide;
+use super::gpu::trial::STEP;
+use super::loopback::Loopback;
+use super::panic_tests::{LONG, wait_for};
+use super::rail_tests::{BLOCKS, Node, groups, joined_by, pull, push, word};
+use crate::bench::{BenchMemory, BenchShape, BenchSide};
+use crate::blocks::{BlockPair, GroupPairs};
+use crate::config::{Config, ConfigBuilder, FencePolicy, KvRole, PathKind, PathSet};
+use crate::engine::{Engine, PullOptions};
+use crate::event::{Event, MemoryState, PeerName};
+use crate::ids::RequestId;
+use crate::layout::{KvFormat, Topology};
+use crate::transfer::{Cause, GpuOperation};
+
+/// On the device that `KVXFER_TEST_RDMA` names for the role, as in `tests/support`.
+fn node(
+    role: KvRole,
+    on_gpu: bool,
+    step: Option<HostStep>,
+    change: impl FnOnce(&mut Config),
+) -> Node {
+    let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
+    let pair = names.split(',').next().unwrap_or_default();
+    let (first, second) = pair.split_once(':').unwrap_or((pair, pair));
+    let name = match role {
+        KvRole::Consumer => second,
+        _ => first,
+    };
+    let format = KvFormat::opaque(16 << 10, 2).expect("a format");
+    let gpu = BenchMemory::Gpu {
+        runtime: RuntimeChoice::Only(RuntimeKind::Host),
+        ordinal: 0,
+    };
+    let shape = BenchShape {
+        topology: Topology::single(&format),
+        format,
+        num_blocks: vec![BLOCKS],
+        memory: if on_gpu { gpu } else { BenchMemory::Arena },
+    };
+    let side = BenchSide::new(&shape).expect("memory");
+    let mut builder = ConfigBuilder::new();
+    let named = builder.flag("rdma_devices", "KVXFER_TEST_RDMA", name);
+    let mut config = Config {
+        kv_role: role,
+        path: PathSet::some([PathKind::Rdma, PathKind::Staged]),
+        num_worker_threads: 2,
+        qp_per_transfer: 2,
+        ..named.and_then(|named| named.build()).expect("a name")
+    };
+    change(&mut config);
+    let (format, placement) = (side.format().clone(), side.placement().clone());
+    STEP.set(step);
+    let engine = Engine::new(config, format, placement);
+    STEP.set(None);
+    Node {
+        engine: engine.expect("an engine"),
+        side,
+    }
+}
+
+impl Node {
+    fn gpu(&self) -> &GpuSide {
+        self.engine.inner().gpu.as_deref().expect("a GPU's memory")
+    }
+
+    fn loopback(&self) -> Option<&Loopback> {
+        self.engine.inner().rails[0].loopback.as_deref()
+    }
+
+    /// Flushes, and reads that have come back.
+    fn seen(&self) -> (u32, u32) {
+        let reads = self.loopback().map_or(0, Loopback::ended);
+        (count(&self.gpu().trial.flushed), reads)
+    }
+}
+
+fn count(of: &AtomicU32) -> u32 {
+    of.load(Ordering::Relaxed)
+}
+
+fn all() -> Vec<GroupPairs> {
+    vec![GroupPairs {
+        group: 0,
+        pairs: (0..BLOCKS).map(|b| BlockPair { src: b, dst: b }).collect(),
+    }]
+}
+
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_what_a_card_wrote_is_made_visible_before_it_counts() {
+    for (step, flushes, reads) in [
+        (HostStep::Native, 0, 0),
+        (HostStep::HostFlush, 1, 0),
+        (HostStep::LoopbackRead, 0, 1),
+    ] {
+        for verify in [false, true] {
+            // Straight out of the host's memory, and out of a GPU's that has to stage.
+            for staged in [false, true] {
+                let producer = node(KvRole::Producer, staged, None, |config| {
+                    config.verify = verify;
+                    if staged {
+                        config.path = PathSet::only(PathKind::Staged);
+                    }
+                });
+                let consumer = node(KvRole::Consumer, true, Some(step), |config| {
+                    config.verify = verify;
+                });
+                let (producer, consumer, way) = joined_by(producer, consumer);
+                let path = way.path().expect("up").path;
+                assert_eq!(path == PathKind::Staged, staged);
+                let mut seen = consumer.seen();
+                let mut once = |what| {
+                    let now = consumer.seen();
+                    let more = (now.0 - seen.0, now.1 - seen.1);
+                    assert_eq!(more, (flushes, reads), "{what} {step:?} {verify} {staged}");
+                    seen = now;
+                };
+                let nodes = (&producer, &consumer, &way);
+                for round in [0, 1] {
+                    pull(round, nodes, || {});
+                    once("pull");
+                    push(round, nodes, || {});
+                    once("push");
+                }
+            }
+        }
+    }
+}
+
+/// Memory that is only read needs nothing of it, and no queue pairs for it.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_a_producer_releases_what_its_kernels_wrote_before_a_card_reads_it() {
+    for (fence, releases) in [
+        (FencePolicy::On, 2),
+        (FencePolicy::Verify, 2),
+        (FencePolicy::Off, 0),
+    ] {
+        let step = Some(HostStep::LoopbackRead);
+        let producer = node(KvRole::Producer, true, step, |config| config.fence = fence);
+        assert!(producer.loopback().is_none());
+        let consumer = node(KvRole::Consumer, false, None, |_| {});
+        let (producer, consumer, way) = joined_by(producer, consumer);
+        let nodes = (&producer, &consumer, &way);
+        // One a layer.
+        push(0, nodes, || {});
+        assert_eq!(count(&producer.gpu().trial.released), releases, "{fence}");
+        // An offer's kernels have ended with one of their own.
+        pull(1, nodes, || {});
+        assert_eq!(count(&producer.gpu().trial.released), releases, "{fence}");
+    }
+}
+
+/// What nobody knows to be visible does not count.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_what_cannot_be_read_back_does_not_count() {
+    for verify in [false, true] {
+        let producer = node(KvRole::Producer, false, None, |_| {});
+        let step = Some(HostStep::LoopbackRead);
+        let consumer = node(KvRole::Consumer, true, step, |config| {
+            config.verify = verify;
+        });
+        let (producer, consumer, way) = joined_by(producer, consumer);
+        let loopback = consumer.loopback().expect("it reads back");
+        producer.fill(|at| word(0, at));
+        let offer = producer.engine.offer(&"r".into(), &groups(), 1, LONG);
+        loopback.break_once();
+        let pulled = way.pull(&offer.expect("room"), &all(), PullOptions::default());
+        let outcome = pulled.expect("a pull").wait(LONG).expect("an outcome");
+        let failure = outcome.failure().expect("it cannot be known");
+        let operation = GpuOperation::Visibility;
+        let cause = Cause::Gpu { operation, code: 0 };
+        assert_eq!(failure.first_cause, cause);
+        assert_eq!(failure.memory, MemoryState::Released);
+        let invalid = failure
+            .invalid_blocks
+            .iter()
+            .map(|group| group.blocks.len());
+        assert_eq!(invalid.sum::<usize>(), BLOCKS as usize);
+        // Others come after it.
+        pull(1, (&producer, &consumer, &way), || {});
+
+        // A push cannot be asked for again: its session ends.
+        loopback.break_once();
+        let request = RequestId::from("w");
+        let expected = consumer.engine.expect(&request, &groups(), 1, LONG);
+        expected.expect("an expectation");
+        let name = PeerName {
+            engine: consumer.engine.id().clone(),
+            rank: consumer.engine.rank(),
+        };
+        let peer = producer.engine.peer_of(&name).expect("a session");
+        let push = peer.begin_push(&request).expect("a push");
+        push.all_layers(&all(), None).expect("fits");
+        let _ = push.commit().expect("all of it").wait(LONG);
+        let mut seen = Vec::new();
+        let of = |event: &Event| event.request().is_some_and(|(r, _)| *r == request);
+        wait_for(&consumer.engine, &mut seen, of);
+        let received = |event: &Event| matches!(event, Event::Received { .. });
+        assert!(
+            !seen.iter().any(|event| of(event) && received(event)),
+            "{seen:?}"
+        );
+        assert!(way.wait_up(LONG), "set up anew");
+        pull(2, (&producer, &consumer, &way), || {});
+    }
+}

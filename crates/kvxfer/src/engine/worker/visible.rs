@@ -1,0 +1,217 @@
+//! What has to be done between "the device says that the bytes have come" and "a GPU reads them", where RDMA devices
+//! write into a GPU's memory: at the end of a pull before its checksums and its lease are looked at, and before a
+//! push counts of which a producer says that it is done. For some GPUs it is nothing, for some a call of the host's,
+//! for others a READ of the memory through each device that has written there, which takes some microseconds: other
+//! work goes on meanwhile.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::error;
+
+use super::Worker;
+use crate::engine::Inner;
+use crate::engine::gpu::cause;
+use crate::engine::loopback::{Loopback, Reading};
+use crate::engine::peer_session::PeerSession;
+use crate::engine::verify::Unverified;
+use crate::error::chain;
+use crate::mem::gpu::HostStep;
+use crate::time::Time;
+use crate::transfer::{Cause, GpuOperation, LeaseAnswer, TransferId};
+use crate::wire::PushDone;
+
+/// The rests between two looks at a READ.
+const REST: Duration = Duration::from_micros(10);
+
+/// What comes then.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// The checksums of a pull.
+    Verify(TransferId),
+    /// Its lease.
+    CheckLease(TransferId),
+    /// The end of a push, as its producer has told it.
+    Done(Arc<PeerSession>, Box<PushDone>),
+}
+
+/// A READ through one device.
+#[derive(Debug)]
+enum Step {
+    ToBegin(Arc<Loopback>),
+    Begun(Arc<Loopback>, Arc<Reading>),
+}
+
+#[derive(Debug)]
+struct Seeing {
+    then: Then,
+    steps: Vec<Step>,
+}
+
+/// What is read back.
+#[derive(Debug, Default)]
+pub(super) struct Visible(Vec<Seeing>);
+
+impl Visible {
+    /// How long the worker may rest before it has to look again; `None`: there is nothing to look at.
+    pub(super) fn rest(&self) -> Option<Duration> {
+        (!self.0.is_empty()).then_some(REST)
+    }
+}
+
+impl Step {
+    /// Whether it is over; the error is in the log.
+    fn go_on(&mut self) -> Result<bool, Cause> {
+        let failed = Cause::Gpu {
+            operation: GpuOperation::Visibility,
+            code: 0,
+        };
+        match self {
+            Self::ToBegin(loopback) => match loopback.begin() {
+                Ok(Some(reading)) => {
+                    *self = Self::Begun(Arc::clone(loopback), reading);
+                    Ok(false)
+                }
+                Ok(None) => Ok(false),
+                Err(error) => {
+                    error!(error = chain(&error), "a GPU's memory is not read back");
+                    Err(failed)
+                }
+            },
+            Self::Begun(loopback, reading) => {
+                loopback.look();
+                match reading.end() {
+                    None => Ok(false),
+                    Some(true) => Ok(true),
+                    Some(false) => Err(failed),
+                }
+            }
+        }
+    }
+}
+
+impl Worker {
+    /// All bytes of a pull have come; its checksums are looked at when they can be read.
+    pub(super) fn verify_pull(&mut self, id: TransferId) {
+        self.pulled(id, Then::Verify(id));
+    }
+
+    /// Or its lease is.
+    pub(super) fn check_lease(&mut self, id: TransferId) {
+        match self.live.get(&id).is_some_and(|live| live.verify.is_some()) {
+            // They can: there were checksums before.
+            true => self.waiting_checks.push_back(id),
+            false => self.pulled(id, Then::CheckLease(id)),
+        }
+    }
+
+    fn pulled(&mut self, id: TransferId, then: Then) {
+        let Some(live) = self.live.get(&id) else {
+            return;
+        };
+        if live.push {
+            // What it has written is the peer's to see.
+            return self.seen(then, Ok(()));
+        }
+        let (engine, peer) = (Arc::clone(&live.engine), Arc::clone(&live.peer));
+        let since = live.submitted;
+        self.see(&engine, then, || used_since(&peer, since));
+    }
+
+    /// A producer has said that its push is done: it counts when its bytes can be read.
+    pub(super) fn push_told(&mut self, peer: &Arc<PeerSession>, done: PushDone) {
+        let Some(engine) = peer.engine.upgrade() else {
+            return;
+        };
+        // It speaks for one pair of rails; but what was staged was read over any.
+        let only = peer.rails.get(usize::from(done.rail));
+        let only = only.filter(|_| !peer.has_whole_jobs());
+        let loopbacks = || match only {
+            Some(rail) => rail.loopback.iter().map(Arc::clone).collect(),
+            None => used_since(peer, Time::ZERO),
+        };
+        let then = Then::Done(Arc::clone(peer), Box::new(done));
+        self.see(&engine, then, loopbacks);
+    }
+
+    fn see(
+        &mut self,
+        engine: &Arc<Inner>,
+        then: Then,
+        loopbacks: impl FnOnce() -> Vec<Arc<Loopback>>,
+    ) {
+        // What is staged is put there by the GPU itself.
+        let gpu = engine.gpu.as_ref().filter(|gpu| gpu.is_registered());
+        match gpu.map(|gpu| (gpu, gpu.step())) {
+            None | Some((_, HostStep::Native)) => self.seen(then, Ok(())),
+            Some((gpu, HostStep::HostFlush)) => {
+                let flushed = gpu.flush();
+                let flushed = flushed.map_err(|error| cause(GpuOperation::Visibility, &error));
+                self.seen(then, flushed);
+            }
+            Some((_, HostStep::LoopbackRead)) => {
+                let steps = loopbacks().into_iter().map(Step::ToBegin).collect();
+                self.visible.0.push(Seeing { then, steps });
+                self.look_at_visible();
+            }
+        }
+    }
+
+    /// Looks at what is read back; whether any of it is over.
+    pub(super) fn look_at_visible(&mut self) -> bool {
+        let (mut any, mut at) = (false, 0);
+        while let Some(seeing) = self.visible.0.get_mut(at) {
+            let mut failed = None;
+            seeing.steps.retain_mut(|step| match step.go_on() {
+                Ok(over) => !over,
+                Err(cause) => {
+                    failed = Some(cause);
+                    true
+                }
+            });
+            let gone = match &seeing.then {
+                Then::Verify(id) | Then::CheckLease(id) => !self.live.contains_key(id),
+                Then::Done(peer, _) => peer.lost().is_some(),
+            };
+            let end = match failed {
+                Some(cause) => Err(cause),
+                None if seeing.steps.is_empty() || gone => Ok(()),
+                None => {
+                    at += 1;
+                    continue;
+                }
+            };
+            any = true;
+            let Seeing { then, .. } = self.visible.0.swap_remove(at);
+            if !gone {
+                self.seen(then, end);
+            }
+        }
+        any
+    }
+
+    /// The bytes can be read, or why that is not known.
+    fn seen(&mut self, then: Then, end: Result<(), Cause>) {
+        let now = self.clock.now();
+        match (then, end) {
+            (Then::Verify(id), Ok(())) => self.verify(id),
+            (Then::Verify(id), Err(cause)) => {
+                self.verified(now, id, Err(Box::new(Unverified::from(cause))));
+            }
+            (Then::CheckLease(id), Ok(())) => self.waiting_checks.push_back(id),
+            (Then::CheckLease(id), Err(cause)) => {
+                let gone = LeaseAnswer::Gone { cause };
+                self.transfers.lease_answer(now, id, gone);
+            }
+            (Then::Done(peer, done), Ok(())) => self.heard(&peer, (*done).into()),
+            // What has come is not to be believed, nor can it be asked for again.
+            (Then::Done(peer, _), Err(cause)) => peer.fail(cause),
+        }
+    }
+}
+
+/// By which what came from a peer since then is read back.
+fn used_since(peer: &PeerSession, since: Time) -> Vec<Arc<Loopback>> {
+    let used = peer.rails.iter().filter(|rail| rail.was_used(since));
+    used.filter_map(|rail| rail.loopback.clone()).collect()
+}
