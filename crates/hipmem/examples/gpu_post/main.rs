@@ -214,8 +214,8 @@ fn links(report: &mut Report, bench: &Bench, gpus: &[Gpu]) -> Result<()> {
     )];
     let units = gpu.info().compute_units.max(1);
     for (kib, workgroups, wanted) in [
-        (16, 2 * units, wanted),
-        (16, 4 * units, None),
+        (16, 4 * units, wanted),
+        (16, 2 * units, None),
         (16, units, None),
         (16, units / 2, None),
         (16, 32, None),

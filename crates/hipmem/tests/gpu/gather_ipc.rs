@@ -1,7 +1,8 @@
-//! Gathering from and into another process's memory, and what is left when one of the two is killed.
+//! Gathering from and into another process's memory, kernels that put blocks there, and what is left when one of the two is killed.
 
 use std::io::BufReader;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::Error;
@@ -9,7 +10,10 @@ use kvxfer_hipmem::gather::{
     GatherEnd, GatherOptions, GatherSection, GatherTable, GpuKernels, TensorPlaces,
 };
 use kvxfer_hipmem::gpu::{Gpu, GpuMemory, IpcHandle, Place, Stream};
+use kvxfer_hipmem::kernels::queue::{ALL_TENSORS, LOCAL_PLACE, Move, REMOTE_PLACE};
 use kvxfer_hipmem::kernels::{Pair, Piece};
+use kvxfer_hipmem::post::Place as BlockPlace;
+use kvxfer_hipmem::post::device::{LinkLayer, LinkPiece, LinkQueue, LinkSide, PostKernels};
 
 use crate::ipc::answer;
 use crate::{Outcome, gpu, pattern, runtime, soon};
@@ -244,4 +248,59 @@ fn who_exports_outlives_one_that_gathers_and_is_killed() -> Outcome {
         fresh(&kernels, &stream)?;
     }
     Ok(())
+}
+
+#[test]
+fn a_kernel_puts_blocks_into_another_processs_memory() -> Outcome {
+    let (other, handle) = Other::exporter()?;
+    let gpu = gpu();
+    let (kernels, stream) = (PostKernels::load(&gpu)?, Stream::new(&gpu)?);
+    let theirs = GpuMemory::open(&gpu, &handle)?;
+    let ours = GpuMemory::new(&gpu, LEN)?;
+    let bytes = pattern(LEN as usize, 9);
+    ours.write(0, &bytes)?;
+    let side = |memory| LinkSide {
+        place: Place::Gpu(memory, 0),
+        stride: BLOCK,
+    };
+    let layer = LinkLayer {
+        group: 0,
+        layer: 0,
+        local_blocks: BLOCKS,
+        remote_blocks: BLOCKS,
+        tensors: vec![vec![LinkPiece {
+            local: side(&ours),
+            remote: side(&theirs),
+            len: BLOCK,
+        }]],
+    };
+    let queue = Arc::new(LinkQueue::new(&gpu, &[layer])?);
+    let place = |block| {
+        let (group, tensor, layer) = (0, ALL_TENSORS, 0);
+        let of = BlockPlace {
+            group,
+            tensor,
+            layer,
+            block,
+        };
+        of.to_word()
+    };
+    let moves: Vec<_> = pairs(1)
+        .iter()
+        .map(|pair| Move {
+            local: place(pair.src),
+            remote: place(pair.dst),
+            len: BLOCK,
+            flags: LOCAL_PLACE | REMOTE_PLACE,
+            ..Move::default()
+        })
+        .collect();
+    let push = kernels.prepare_push(&stream, &moves)?;
+    let results = kernels.push(&stream, &queue, &push, 16)?.wait(soon())?;
+    assert!(results.iter().all(|r| (r.posted, r.ended) == (0, 0)));
+    let mut found = vec![0; LEN as usize];
+    theirs.read(0, &mut found)?;
+    assert!(found == turned(&bytes), "the blocks are not there");
+    drop(queue);
+    other.kill()
 }
