@@ -57,6 +57,8 @@ struct State {
 /// One rail's.
 #[derive(Debug)]
 pub(crate) struct Loopback {
+    // Declared first: the queue pairs go before what they read and write.
+    state: Mutex<State>,
     context: Context,
     pd: ProtectionDomain,
     cq: CompletionQueue,
@@ -65,8 +67,6 @@ pub(crate) struct Loopback {
     landing: Arc<RegionTable>,
     /// What is read: peers are told no key of it.
     read: MemoryRegion,
-    // Declared last: its queue pairs go when nobody begins anything any more.
-    state: Mutex<State>,
 }
 
 impl Loopback {

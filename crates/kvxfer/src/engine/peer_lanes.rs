@@ -176,12 +176,12 @@ impl PeerSession {
         let Some(rail) = self.rails.get(pair) else {
             return false;
         };
+        // Before the lock: the engine may end with this handle. One that is gone reads nothing any more.
+        let since = self.engine.upgrade().map(|engine| engine.now());
         let mut aside = rail.aside();
         if aside.is_some() {
             return false;
         }
-        // An engine that is gone reads nothing any more.
-        let since = self.engine.upgrade().map(|engine| engine.now());
         let reason = reason();
         *aside = Some(Aside {
             reason: reason.clone(),

@@ -154,6 +154,7 @@ impl GpuSide {
         own: (&[Arc<dyn Memory>], Access),
     ) -> Result<Vec<RailBlocks>, Error> {
         let rails = runtime.rails();
+        let none = || rails.iter().map(|_| RailBlocks::default()).collect();
         let tried = match (runtime.is_rdma(), config.path.allows(PathKind::Rdma)) {
             (true, true) => self.register_all(runtime, own).map_err(|e| chain(&e)),
             (true, false) => Err("the configuration does not allow it".to_owned()),
@@ -165,14 +166,14 @@ impl GpuSide {
         };
         self.stage(&unregistered, config);
         if !runtime.is_rdma() {
-            return Ok(rails.iter().map(|_| RailBlocks::default()).collect());
+            return Ok(none());
         }
         let gpu = self.pci();
         let device = rails.first().map(|rail| &rail.context.device().name);
         match self.staging() {
             Ok(_) => {
                 tracing::warn!(%gpu, unregistered, "memory of a GPU not registered: blocks are staged");
-                Ok(rails.iter().map(|_| RailBlocks::default()).collect())
+                Ok(none())
             }
             Err(unstaged) => Err(Error::GpuOverRdma {
                 device: device.cloned().unwrap_or_default(),
@@ -190,12 +191,10 @@ impl GpuSide {
     ) -> Result<Vec<RailBlocks>, Error> {
         let (_, access) = own;
         let mut blocks = register_blocks(runtime.rails(), own)?;
-        let read_back = self.step == HostStep::LoopbackRead;
-        if let (true, true, Some(first)) = (
-            read_back,
-            access.contains(Access::LOCAL_WRITE),
-            self.memories.first(),
-        ) {
+        // What is never written needs none.
+        let written = access.contains(Access::LOCAL_WRITE);
+        let read_back = written && self.step == HostStep::LoopbackRead;
+        if let Some(first) = self.memories.first().filter(|_| read_back) {
             for (blocks, rail) in blocks.iter_mut().zip(runtime.rails()) {
                 let loopback = Loopback::new(rail, first, runtime.retries())?;
                 blocks.loopback = Some(loopback);
