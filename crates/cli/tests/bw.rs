@@ -599,15 +599,15 @@ fn a_reader_that_has_gone_is_no_failure() {
     }
 }
 
-/// A process may lock 8 MiB of memory, and no more: the card refuses the 16 that are to be registered for a GPU, and
+/// A process may lock 4 MiB of memory, and no more: the card refuses the 6 that are to be registered for a GPU, and
 /// the blocks go through buffers that are smaller.
 #[test]
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_memory_of_a_gpu_that_a_card_refuses_is_staged_and_the_reasons_are_told() {
     let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
     let name = names.split([',', ':']).next().expect("one");
-    let args = ["bw", "-d", name, "--mem", "gpu", "--json", "--iters", "4"];
-    let size = ["--size", "1M", "--blocks", "16"];
+    let args = ["bw", "-d", name, "--mem", "gpu", "--op", "read", "--json"];
+    let size = ["--size", "64K", "--blocks", "96", "--iters", "2"];
     let kvxfer = |memlock: &str, path: &str| {
         let plain = command(&[&args[..], &size, &["--path", path]].concat());
         let mut limited = locking(memlock, &plain);
@@ -616,13 +616,17 @@ fn on_rdma_memory_of_a_gpu_that_a_card_refuses_is_staged_and_the_reasons_are_tol
         limited.env("KVXFER_STAGING_SLOT_BYTES", "64K");
         spawn(&mut limited).end()
     };
-    let rows = |report: &Value| report["rows"].as_array().expect("rows").clone();
+    let rows = |report: &Value| {
+        let rows = report["rows"].as_array().expect("rows").clone();
+        assert_eq!(rows.len(), 1, "{report}");
+        rows
+    };
     let reasons = [
         "this side's memory is a GPU's, and not registered",
         "As a dma-buf: ",
         "By its address: Cannot allocate memory",
     ];
-    let tight = "8388608";
+    let tight = "4194304";
     let report = kvxfer(tight, "auto").json();
     for row in rows(&report) {
         assert_eq!(row["path"], "staged", "{row}");
@@ -634,8 +638,8 @@ fn on_rdma_memory_of_a_gpu_that_a_card_refuses_is_staged_and_the_reasons_are_tol
             assert!(why_not.contains(reason), "{reason}: {row}");
             assert!(told.contains(reason), "{reason}: {row}");
         }
-        let number = |name: &str| row[name].as_f64().unwrap_or_default();
-        assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
+        let number = |name: &str| row[name].as_u64().unwrap_or_default();
+        assert!(number("verified_bytes") >= 6 << 20, "{row}");
     }
     // Where it may not be staged there is no way, for both reasons.
     let unstaged = "the configuration does not allow it";
