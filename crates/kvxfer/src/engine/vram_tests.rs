@@ -3,6 +3,7 @@
 //! that need more than it does.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gpu::{HostStep, RuntimeChoice, RuntimeKind};
 
@@ -14,7 +15,7 @@ use super::rail_tests::{BLOCKS, Node, groups, joined_by, pull, push, word};
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupPairs};
 use crate::config::{Config, ConfigBuilder, FencePolicy, KvRole, PathKind, PathSet};
-use crate::engine::{Engine, PullOptions};
+use crate::engine::{Engine, Instance, PullOptions};
 use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
 use crate::layout::{KvFormat, Topology};
@@ -66,6 +67,21 @@ fn node(
     }
 }
 
+/// Both sides' sessions stand.
+fn joined(producer: Node, consumer: Node) -> (Node, Node, Instance) {
+    let all = joined_by(producer, consumer);
+    let name = PeerName {
+        engine: all.1.engine.id().clone(),
+        rank: all.1.engine.rank(),
+    };
+    let end = Instant::now() + LONG;
+    while all.0.engine.peer_of(&name).is_none() {
+        assert!(Instant::now() < end, "the producer's session");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    all
+}
+
 impl Node {
     fn gpu(&self) -> &GpuSide {
         self.engine.inner().gpu.as_deref().expect("a GPU's memory")
@@ -112,7 +128,7 @@ fn on_rdma_what_a_card_wrote_is_made_visible_before_it_counts() {
             let consumer = node(KvRole::Consumer, true, Some(step), |config| {
                 config.verify = verify;
             });
-            let (producer, consumer, way) = joined_by(producer, consumer);
+            let (producer, consumer, way) = joined(producer, consumer);
             let path = way.path().expect("up").path;
             assert_eq!(path == PathKind::Staged, staged);
             let mut seen = consumer.seen();
@@ -144,7 +160,7 @@ fn on_rdma_a_producer_releases_what_its_kernels_wrote_before_a_card_reads_it() {
         let producer = node(KvRole::Producer, true, step, |config| config.fence = fence);
         assert!(producer.loopback().is_none());
         let consumer = node(KvRole::Consumer, false, None, |_| {});
-        let (producer, consumer, way) = joined_by(producer, consumer);
+        let (producer, consumer, way) = joined(producer, consumer);
         let nodes = (&producer, &consumer, &way);
         // One a layer.
         push(0, nodes, || {});
@@ -165,7 +181,7 @@ fn on_rdma_what_cannot_be_read_back_does_not_count() {
         let consumer = node(KvRole::Consumer, true, step, |config| {
             config.verify = verify;
         });
-        let (producer, consumer, way) = joined_by(producer, consumer);
+        let (producer, consumer, way) = joined(producer, consumer);
         let loopback = consumer.loopback().expect("it reads back");
         producer.fill(|at| word(0, at));
         let offer = producer.engine.offer(&"r".into(), &groups(), 1, LONG);

@@ -2,11 +2,12 @@
 //! arrive all the same, over the other.
 
 use kvxfer::blocks::GroupPairs;
-use kvxfer::config::{Config, ConfigBuilder, KvRole};
+use kvxfer::config::{Config, ConfigBuilder, KvRole, PathKind};
 use kvxfer::engine::Outcome;
 use kvxfer::event::Event;
 
 use crate::support::{LONG, dealt, until};
+use crate::vram::on_gpus;
 use crate::{Pair, sh};
 
 const BLOCK: u64 = 64 << 10;
@@ -91,18 +92,26 @@ fn never_down(pair: &mut Pair) {
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_blocks_go_over_both_rails() {
     let rails = Rails::new();
-    let mut pair = Pair::new(BLOCK, BLOCKS, two_rails);
-    let both = vec!["rb".to_owned(), "rb2".to_owned()];
-    assert_eq!(devices(&pair), (both, Vec::new()));
-    let (lanes, _) = pair.instance.lanes().expect("up");
-    assert_eq!(lanes, 8, "four on each rail");
-    let before = ["ha", "ha2"].map(sent_on);
-    let [pulled, pushed] = pair.moves(&pair.all());
-    let bytes = pulled.bytes + pushed.bytes;
-    for (end, before) in ["ha", "ha2"].into_iter().zip(before) {
-        let sent = sent_on(end) - before;
-        println!("{end}: {sent} of {bytes}");
-        assert!(sent > bytes / 8, "{end} carries {sent} of {bytes}");
+    // Between memories of the host, and of GPUs.
+    for mems in [(false, false), (true, true)] {
+        let mut pair = Pair::of(BLOCK, BLOCKS, |recipe| {
+            two_rails(&mut recipe.config);
+            on_gpus(recipe, mems);
+        });
+        let path = pair.instance.path().expect("up").path;
+        assert_eq!(path, PathKind::Rdma, "{mems:?}");
+        let both = vec!["rb".to_owned(), "rb2".to_owned()];
+        assert_eq!(devices(&pair), (both, Vec::new()));
+        let (lanes, _) = pair.instance.lanes().expect("up");
+        assert_eq!(lanes, 8, "four on each rail");
+        let before = ["ha", "ha2"].map(sent_on);
+        let [pulled, pushed] = pair.moves(&pair.all());
+        let bytes = pulled.bytes + pushed.bytes;
+        for (end, before) in ["ha", "ha2"].into_iter().zip(before) {
+            let sent = sent_on(end) - before;
+            println!("{end}: {sent} of {bytes}");
+            assert!(sent > bytes / 8, "{end} carries {sent} of {bytes}");
+        }
     }
     drop(rails);
 }

@@ -18,7 +18,7 @@ const BLOCK: u64 = 16 << 10;
 /// What a stream is kept busy with.
 const BUSY: u64 = 64 << 20;
 
-fn on_gpus(recipe: &mut Recipe, (producers, consumers): (bool, bool)) {
+pub(crate) fn on_gpus(recipe: &mut Recipe, (producers, consumers): (bool, bool)) {
     let role = recipe.config.kv_role;
     let is = if role == KvRole::Consumer {
         consumers
