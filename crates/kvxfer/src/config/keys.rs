@@ -161,7 +161,7 @@ keys! {
     heartbeat_interval: Duration = SECOND, Within(10 * MS, 600 * SECOND);
     /// How long a peer may be silent before it counts as stalled.
     heartbeat_timeout: Duration = 5 * SECOND, Within(20 * MS, 3600 * SECOND);
-    /// How long posted work and revoked peers may take to drain before queue pairs are reset: those with the work, and after as long again all of the peer's.
+    /// How long posted work and revoked peers may take to drain before queue pairs are reset: those with the work, and after as long again, a second at least, all of the peer's.
     drain_grace: Duration = 2 * SECOND, Within(MS, 600 * SECOND);
 
     /// The ways to a peer that may be used.

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use tracing::error;
 
@@ -22,12 +23,14 @@ use crate::mem::{ArenaOptions, HostArena, HugePages};
 const WORD: u32 = 8;
 /// What is registered for it of the memory: no more than has to be.
 const SPAN: u64 = 4096;
+/// How long a read may take beside its retries, of which a device may take four times as long as it was told.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Reads under way at a time.
 const DEPTH: u32 = 64;
 
 /// A read that was begun; how it has ended.
-#[derive(Debug, Default)]
-pub(crate) struct Reading(OnceLock<bool>);
+#[derive(Debug)]
+pub(crate) struct Reading(OnceLock<bool>, Instant);
 
 impl Reading {
     /// `None`: not yet; `Some(false)`: it has failed.
@@ -41,6 +44,8 @@ impl Reading {
 struct Joined {
     near: QueuePair<Rts>,
     _far: QueuePair<Rts>,
+    /// Theirs alone: one that has failed is not used again.
+    cq: CompletionQueue,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +66,6 @@ pub(crate) struct Loopback {
     state: Mutex<State>,
     context: Context,
     pd: ProtectionDomain,
-    cq: CompletionQueue,
     retries: RtsAttr,
     /// Where the word lands.
     landing: Arc<RegionTable>,
@@ -86,7 +90,6 @@ impl Loopback {
         let new = Self {
             read: rail.pd.register(first.as_memory(), Access::REMOTE_READ)?,
             landing: Arc::new(RegionTable::new(vec![landing])),
-            cq: rail.context.create_cq(2 * DEPTH)?,
             context: rail.context.clone(),
             pd: rail.pd.clone(),
             retries,
@@ -110,10 +113,11 @@ impl Loopback {
             max_send_sge: 1,
             max_recv_sge: 1,
         };
+        let cq = self.context.create_cq(2 * DEPTH)?;
         let make = |access| {
             let mut attr = InitAttr::new(access);
             attr.gid_index = gid.as_ref().map(|gid| gid.index);
-            self.pd.create_qp(caps, &self.cq, &self.cq)?.init(attr)
+            self.pd.create_qp(caps, &cq, &cq)?.init(attr)
         };
         let (near, far) = (make(Access::NONE)?, make(Access::REMOTE_READ)?);
         let towards = |remote| RtrAttr {
@@ -125,6 +129,7 @@ impl Loopback {
         Ok(Joined {
             near: near.rtr(to_far)?.rts(self.retries)?,
             _far: far.rtr(to_near)?.rts(self.retries)?,
+            cq,
         })
     }
 
@@ -157,9 +162,9 @@ impl Loopback {
             if let Err(failed) = joined.near.post_send(&chain, &self.landing) {
                 error!(device = self.context.device().name, cause = %failed.cause, "READ of its own memory");
                 state.give_up();
-                return Ok(Some(Arc::new(Reading(OnceLock::from(false)))));
+                return Ok(Some(Arc::new(Reading(OnceLock::from(false), Instant::now()))));
             }
-            let reading = Arc::new(Reading::default());
+            let reading = Arc::new(Reading(OnceLock::new(), Instant::now()));
             state.under_way.push_back(Arc::clone(&reading));
             Ok(Some(reading))
         })
@@ -183,13 +188,14 @@ impl Loopback {
     }
 
     fn look_at(&self, state: &mut State) {
-        if state.under_way.is_empty() {
+        let (Some(oldest), Some(joined)) = (state.under_way.front(), &state.joined) else {
             return;
-        }
+        };
+        let begun = oldest.1;
         let mut completions = std::mem::take(&mut state.completions);
         completions.clear();
         let device = &self.context.device().name;
-        if let Err(error) = self.cq.poll(&mut completions, DEPTH as usize) {
+        if let Err(error) = joined.cq.poll(&mut completions, DEPTH as usize) {
             error!(device, %error, "READs of its own memory");
             state.give_up();
         }
@@ -211,6 +217,12 @@ impl Loopback {
             }
         }
         state.completions = completions;
+        // A device that has failed may never say so of what was posted to it.
+        let retries = self.retries.retry_time().unwrap_or_default();
+        if !state.under_way.is_empty() && begun.elapsed() > 4 * retries + PATIENCE {
+            error!(device, "READ of its own memory: no end");
+            state.give_up();
+        }
     }
 }
 

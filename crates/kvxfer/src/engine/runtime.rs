@@ -36,6 +36,8 @@ use crate::wire::{
 
 /// Send queue entries where the configuration says auto.
 const AUTO_SEND_WR: u32 = 1024;
+/// What queue pairs that are taken down have to let go of their work at least: devices take their time.
+const LEAST_RESET: Duration = Duration::from_secs(1);
 /// Entries of a completion queue for what is posted, unless set.
 const AUTO_CQ_ENTRIES: u32 = 1 << 16;
 /// So many queue pairs' receives find room in a completion queue at least, where the device has it.
@@ -98,7 +100,7 @@ fn cq_entries(wanted: u32, max: u32) -> (u32, u32) {
         0 => AUTO_CQ_ENTRIES.min(max),
         wanted => wanted,
     };
-    let receives = (work / 8).max(LEAST_RECEIVING * RECEIVES);
+    let receives = (work / 8).max(LEAST_RECEIVING * RECEIVES).min(max / 2);
     // More than the device takes is for the device to refuse.
     let depth = work.saturating_add(receives).min(max).max(work);
     (depth, work.min(depth.saturating_sub(receives)).max(1))
@@ -150,6 +152,7 @@ impl Runtime {
             let transfers = TransfersConfig {
                 owner: index,
                 drain_grace: config.drain_grace,
+                reset_grace: config.drain_grace.max(LEAST_RESET),
                 ..TransfersConfig::default()
             };
             let worker = Worker::new(
@@ -512,10 +515,10 @@ mod tests {
             (0, 32_767, 32_767, 32_767 - 32_767 / 8),
             (1, 1 << 20, 1 + receives, 1),
             (64, 1 << 20, 64 + receives, 64),
-            (64, 1000, 1000, 1),
+            (64, 1000, 564, 64),
             (1 << 16, 1 << 16, 1 << 16, (1 << 16) - (1 << 13)),
             // The device says that this is too much.
-            (200, 100, 200, 1),
+            (200, 100, 200, 150),
         ] {
             assert_eq!(cq_entries(wanted, max), (all, work), "{wanted} of {max}");
         }

@@ -182,8 +182,8 @@ pub struct JobReport {
     pub ops_done: u64,
     /// Bytes confirmed since the last report.
     pub bytes_done: u64,
-    /// The pairs of rails that have confirmed writes of it so far.
-    pub wrote: RailSet,
+    /// The pairs of rails that have confirmed some of it so far.
+    pub rails: RailSet,
     /// The first error of the job on any worker, once this one has seen the job fail.
     pub error: Option<JobError>,
     /// Some of its writes were lost on the way: the device here has let go of them, and the peer may

@@ -29,8 +29,10 @@ pub struct TransfersConfig {
     /// drain, so that it can say `Released`; never past its deadline.
     pub settle: Duration,
     /// How long after its outcome a transfer may stay quarantined before the queue pairs that it is on are taken
-    /// down, and how long after that all of its peer's.
+    /// down.
     pub drain_grace: Duration,
+    /// How long those may take to let go of it, before all of its peer's are taken down.
+    pub reset_grace: Duration,
 }
 
 impl Default for TransfersConfig {
@@ -41,6 +43,7 @@ impl Default for TransfersConfig {
             jobs_per_peer: 64,
             settle: Duration::from_millis(100),
             drain_grace: Duration::from_secs(1),
+            reset_grace: Duration::from_secs(1),
         }
     }
 }
@@ -65,7 +68,7 @@ struct PeerJobs {
 /// nothing of it is posted. Then its outcome says `Released`. If that takes longer, the outcome says
 /// `Quarantined` and [`Output::Released`] comes later; if it takes
 /// [`drain_grace`](TransfersConfig::drain_grace) more, the queue pairs that it is on are taken down and rebuilt
-/// ([`Output::ResetLanes`]), and if that does not bring it back in as long again, all of the peer's are drained by
+/// ([`Output::ResetLanes`]), and if that does not bring it back in [`reset_grace`](TransfersConfig::reset_grace), all of the peer's are drained by
 /// force. The latter is done at once where writes of it were lost on the way: the peer could carry them out after
 /// it was told that the push is closed. Where they were posted again on another rail
 /// ([`JobReport::doubts`]), the transfer goes on, and ends well or is stopped only when the peer has taken
@@ -293,7 +296,7 @@ impl Transfers {
             return;
         }
         job.ops_done += report.ops_done;
-        job.wrote |= report.wrote;
+        job.rails |= report.rails;
         job.quiescent += u16::from(report.quiescent);
         job.in_doubt |= report.in_doubt;
         job.doubts += report.doubts;
@@ -340,6 +343,13 @@ impl Transfers {
             record.fold(report.job);
         }
         self.advance(id);
+    }
+
+    /// The pairs of rails whose lanes have confirmed something of a transfer, as far as it is here.
+    pub(crate) fn rails(&self, id: TransferId) -> RailSet {
+        let record = self.records.get(&id);
+        let jobs = record.iter().flat_map(|record| &record.jobs);
+        jobs.fold(RailSet::EMPTY, |all, job| all | job.rails)
     }
 
     /// Whether a job of a running push is complete: all of it is confirmed.
@@ -491,7 +501,7 @@ impl Transfers {
             },
             held: false,
             ops_done: 0,
-            wrote: RailSet::EMPTY,
+            rails: RailSet::EMPTY,
             in_doubt: false,
             doubts: 0,
             quiescent: 0,
@@ -603,8 +613,8 @@ impl Transfers {
             Kind::Pull { release: true, .. } => Some(Notice::Release),
             Kind::Pull { .. } => None,
             Kind::Push => {
-                let wrote = record.jobs.iter().map(|j| j.wrote);
-                let wrote = wrote.fold(record.moved.wrote, |all, wrote| all | wrote);
+                let wrote = record.jobs.iter().map(|j| j.rails);
+                let wrote = wrote.fold(record.moved.rails, |all, rails| all | rails);
                 Some(Notice::PushDone { wrote })
             }
         };

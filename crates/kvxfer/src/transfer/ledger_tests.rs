@@ -81,7 +81,7 @@ fn report(job: u64, transfer: TransferId, ops_done: u64, quiescent: bool) -> Job
         owner: 0,
         ops_done,
         bytes_done: ops_done * 10,
-        wrote: RailSet::EMPTY,
+        rails: RailSet::EMPTY,
         error: None,
         in_doubt: false,
         doubts: 0,
@@ -637,7 +637,7 @@ fn the_end_of_a_push_names_all_rails_that_wrote() {
     };
     t.submit(ms(0), spec).expect("taken");
     let over = |job, ops, pair| JobReport {
-        wrote: RailSet::only(pair),
+        rails: RailSet::only(pair),
         ..report(job, T1, ops, true)
     };
     t.add_job(ms(0), T1, even(4, 1)).expect("open");
@@ -676,7 +676,7 @@ fn a_job_that_is_held_takes_no_place() {
         ops_done: 1,
         bytes_done: 10,
         error: None,
-        wrote: RailSet::EMPTY,
+        rails: RailSet::EMPTY,
         in_doubt: false,
         doubts: 0,
         quiescent: true,

@@ -303,8 +303,8 @@ pub(super) struct JobRecord {
     /// It has been started and waits for something of its engine's own: it takes no place among the started.
     pub(super) held: bool,
     pub(super) ops_done: u64,
-    /// The pairs of rails, of all schedulers, that have confirmed writes of it.
-    pub(super) wrote: RailSet,
+    /// The pairs of rails, of all schedulers, that have confirmed some of it.
+    pub(super) rails: RailSet,
     /// Writes of it were lost on the way.
     pub(super) in_doubt: bool,
     /// Lanes, of all schedulers, that have lost writes which were posted again, and may be carried out yet.
@@ -357,7 +357,7 @@ pub(super) struct Record {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Moved {
     pub(super) bytes: u64,
-    pub(super) wrote: RailSet,
+    pub(super) rails: RailSet,
 }
 
 impl Record {
@@ -370,7 +370,7 @@ impl Record {
         if complete && matches!(self.kind, Kind::Push) {
             let job = self.jobs.remove(at);
             self.moved.bytes += job.job.bytes();
-            self.moved.wrote |= job.wrote;
+            self.moved.rails |= job.rails;
         }
     }
 

@@ -230,6 +230,7 @@ impl World {
                         jobs_per_peer,
                         settle: Duration::from_nanos(MS / 2),
                         drain_grace: self.grace,
+                        reset_grace: self.grace,
                     },
                 )
             })

@@ -79,7 +79,7 @@ impl World {
                     transfer: s.id,
                     owner: s.owner as u16,
                     ops_done: 0,
-                    wrote: kvxfer::rails::RailSet::EMPTY,
+                    rails: kvxfer::rails::RailSet::EMPTY,
                     bytes_done: 0,
                     error: None,
                     in_doubt: false,

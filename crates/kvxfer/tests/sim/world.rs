@@ -214,6 +214,7 @@ impl World {
                 jobs_per_peer: 1 + rng.index(5),
                 settle: Duration::from_micros(rng.below(200)),
                 drain_grace: Duration::from_micros(1 + rng.below(300)),
+                reset_grace: Duration::from_micros(1 + rng.below(300)),
             })
         });
         let ledgers: Vec<_> = ledgers.collect();

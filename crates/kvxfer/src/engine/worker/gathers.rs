@@ -238,7 +238,7 @@ fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
         in_doubt: false,
         doubts: 0,
         // There is no card whose writes could be on their way still.
-        wrote: RailSet::first(usize::from(whole)),
+        rails: RailSet::first(usize::from(whole)),
         quiescent: true,
     }
 }

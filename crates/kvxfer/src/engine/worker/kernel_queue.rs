@@ -132,7 +132,7 @@ impl KernelQueue {
     /// All that is under way has ended, and nothing is carried out any more.
     pub(super) fn end(&mut self, status: Status) {
         self.stage = Stage::Sealed;
-        self.jobs.clear();
+        let jobs = std::mem::take(&mut self.jobs);
         match &mut self.served {
             Served::Ring(consumer) => {
                 let Some(queue) = self.shared.device().proxy() else {
@@ -153,8 +153,17 @@ impl KernelQueue {
                 self.shared
                     .note_ended(taken.saturating_sub(done + failed), status);
                 match status {
-                    // Nothing is under way, and what comes is no part of it.
-                    Status::Ok => device.close(Status::Closed),
+                    Status::Ok => {
+                        // The push is done before its last jobs' posts have been told so.
+                        let posts = jobs.iter().flat_map(|(_, posts)| posts);
+                        let mut ends = posts.map(|post| device.complete(*post, status));
+                        let is_broken = ends.any(|end| end.is_err());
+                        // What comes is no part of it.
+                        device.close(Status::Closed);
+                        if is_broken {
+                            self.shared.stop();
+                        }
+                    }
                     status => {
                         if device.fail(status).is_err() {
                             self.shared.stop();

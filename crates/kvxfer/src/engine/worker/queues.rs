@@ -223,7 +223,11 @@ impl Worker {
             return false;
         };
         if let Err(error) = of.relay() {
+            let was_open = queue.stage == Stage::Open;
             queue.lose_ring(&error);
+            if was_open {
+                self.fail_post(queue.id, 0, PostFault::Malformed);
+            }
             return false;
         }
         let mut blocks = Vec::new();
@@ -238,7 +242,7 @@ impl Worker {
                 _ => queue.complete(block.ticket, Status::Closed),
             }
         }
-        if let Some(wrong) = wrong.or(queue.broken.take()) {
+        for wrong in wrong.into_iter().chain(queue.broken.take()) {
             self.wrong(queue, wrong);
         }
         count > 0

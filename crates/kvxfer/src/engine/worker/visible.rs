@@ -21,6 +21,9 @@ use crate::time::Time;
 use crate::transfer::{Cause, GpuOperation, LeaseAnswer, TransferId};
 use crate::wire::PushDone;
 
+/// What a device has written that long ago is there, whatever has become of the device since: its queue pairs were taken
+/// down within moments, and nothing was written by them later.
+const LANDED: Duration = Duration::from_secs(10);
 /// The rests between two looks at a READ.
 const REST: Duration = Duration::from_micros(10);
 
@@ -114,8 +117,19 @@ impl Worker {
             return self.seen(then, Ok(()));
         }
         let (engine, peer) = (Arc::clone(&live.engine), Arc::clone(&live.peer));
-        let since = live.submitted;
-        self.see(&engine, then, || used_since(&peer, since));
+        let since = live.submitted.saturating_sub(LANDED);
+        let rails = self.transfers.rails(id);
+        let loopbacks = || match peer.has_whole_jobs() {
+            // What was staged has gone over any rail.
+            true => used_since(&peer, since),
+            false => {
+                let rails = rails
+                    .iter()
+                    .filter_map(|pair| peer.rails.get(usize::from(pair)));
+                rails.filter_map(|rail| rail.loopback.clone()).collect()
+            }
+        };
+        self.see(&engine, &peer, then, loopbacks);
     }
 
     /// A producer has said that its push is done: it counts when its bytes can be read.
@@ -123,25 +137,28 @@ impl Worker {
         let Some(engine) = peer.engine.upgrade() else {
             return;
         };
+        let now = self.clock.now();
         // It speaks for one pair of rails; but what was staged was read over any.
         let only = peer.rails.get(usize::from(done.rail));
         let only = only.filter(|_| !peer.has_whole_jobs());
         let loopbacks = || match only {
             Some(rail) => rail.loopback.iter().map(Arc::clone).collect(),
-            None => used_since(peer, Time::ZERO),
+            None => used_since(peer, now.saturating_sub(LANDED)),
         };
         let then = Then::Done(Arc::clone(peer), Box::new(done));
-        self.see(&engine, then, loopbacks);
+        self.see(&engine, peer, then, loopbacks);
     }
 
     fn see(
         &mut self,
         engine: &Arc<Inner>,
+        peer: &PeerSession,
         then: Then,
         loopbacks: impl FnOnce() -> Vec<Arc<Loopback>>,
     ) {
-        // What is staged is put there by the GPU itself.
-        let gpu = engine.gpu.as_ref().filter(|gpu| gpu.is_registered());
+        // What comes over GPU links, or is unpacked from buffers, is put there by the GPU itself.
+        let gpu = engine.gpu.as_ref().filter(|_| !peer.is_ipc());
+        let gpu = gpu.filter(|gpu| gpu.is_registered());
         match gpu.map(|gpu| (gpu, gpu.step())) {
             None | Some((_, HostStep::Native)) => self.seen(then, Ok(())),
             Some((gpu, HostStep::HostFlush)) => {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::outputs::by_group;
+use super::visible::Visible;
 use super::{Command, Live, QueueOrder, Worker};
 use crate::engine::handle::{Failure, Outcome};
 use crate::engine::notices::Inbox;
@@ -84,6 +85,7 @@ impl Wreck {
             queue.end(Status::Device);
         }
         worker.queues.clear();
+        worker.visible = Visible::default();
         worker.lane_of.clear();
         worker.singles.clear();
         let mut ids: Vec<TransferId> = worker.live.keys().copied().collect();

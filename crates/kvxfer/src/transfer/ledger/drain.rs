@@ -134,7 +134,7 @@ impl Transfers {
     }
 
     /// What a quarantined transfer has posted has not come back in time: the queue pairs that it is on are taken down,
-    /// and if that does not bring it back in as long again, all of its peer's.
+    /// and if that does not bring it back either, all of its peer's.
     pub(super) fn drain(&mut self, now: Time, id: TransferId) {
         let Some(record) = self.records.get_mut(&id) else {
             return;
@@ -143,14 +143,14 @@ impl Transfers {
             return;
         };
         let posted = record.jobs.iter();
-        let posted = posted.filter(|j| j.progress == Progress::Started && !j.held);
+        let posted = posted.filter(|j| j.progress == Progress::Started);
         let jobs: Arc<[JobId]> = posted.map(|j| j.job.id).collect();
         if jobs.is_empty() || std::mem::replace(&mut end.reset, true) {
             return self.force_drain(id);
         }
         let peer = record.peer;
         self.out.push_back(Output::ResetLanes { id, peer, jobs });
-        self.set_timer(id, Some(now + self.cfg.drain_grace));
+        self.set_timer(id, Some(now + self.cfg.reset_grace));
     }
 
     /// Answers [`Output::ResetLanes`]: no queue pair to the peer is taken down alone.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::rails::RailSet;
-use crate::transfer::{Direction, Job, PeerKey};
+use crate::transfer::{Job, PeerKey};
 
 #[derive(Debug)]
 pub(super) struct JobSlot {
@@ -19,8 +19,8 @@ pub(super) struct JobSlot {
     pub(super) replay: Vec<(Range<u64>, u32)>,
     pub(super) ops_done: u64,
     pub(super) bytes_done: u64,
-    /// The pairs of rails whose lanes have confirmed writes of it.
-    pub(super) wrote: RailSet,
+    /// The pairs of rails whose lanes have confirmed some of it.
+    pub(super) rails: RailSet,
     /// In its peer's queue of jobs with operations to claim.
     pub(super) queued: bool,
     /// In the list of jobs with something to report.
@@ -78,8 +78,8 @@ impl JobSlot {
     /// So many operations are confirmed by a lane of this pair of rails.
     pub(super) fn confirmed(&mut self, ops: u64, pair: u16) {
         self.ops_done += ops;
-        if self.job.dir == Direction::Write && ops > 0 {
-            self.wrote.insert(pair);
+        if ops > 0 {
+            self.rails.insert(pair);
         }
     }
 
