@@ -275,6 +275,11 @@ fn a_flood_of_pushes() {
         .expect(&request, &groups(24..28), 1, LONG)
         .expect("room");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    // Its blocks are wanted again.
+    world.log.borrow_mut().wait(
+        "push",
+        |e| matches!(e, Event::Received { request: r, .. } if *r == request),
+    );
     peak.assert_below(64 << 10);
     drop(liar);
     world.works();
