@@ -70,15 +70,17 @@ cat "$out/bw-kernel.txt"
 sed 's/"op":"/\n/g' "$out/bw-kernel.json" | sed -n 's/^write.*"executor":"\([a-z-]*\)".*"hca":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),.*"blocks_per_s":\([0-9.]*\).*/posted by a kernel (\1, NIC: \2) over \3, \4 bytes a block: \5 GB\/s of \6, \7 posts\/s/p'
 [ $by_kernel -ne 0 ] && echo "kvxfer bw --initiator gpu ended with $by_kernel"
 for queue in proxy gpu-wqe direct; do
-    timeout -k 5 60 "$here/gpu_push" --gpu "$KVXFER_TEST_GPU" --queue $queue 2>&1
+    timeout -k 5 60 "$here/gpu_push" --gpu "$KVXFER_TEST_GPU" --queue $queue 2>&1 || echo "gpu_push --queue $queue failed"
 done | tee "$out/gpu_push.txt"
 # Posts a second that are carried out: 64-byte puts of four pushes with a worker each, and blocks over GPU links.
 {
-    timeout -k 5 30 "$here/post_rate" --gpu "$KVXFER_TEST_GPU" --queues 4 --posters 64
+    timeout -k 5 30 "$here/post_rate" --gpu "$KVXFER_TEST_GPU" --queues 4 --posters 64 || echo "post_rate failed"
     for blocks in 1024 16384; do
-        timeout -k 5 30 "$here/post_rate" --gpu "$KVXFER_TEST_GPU" --memory gpu --block-bytes 16384 --layers 1 --blocks $blocks --posters 64
+        timeout -k 5 30 "$here/post_rate" --gpu "$KVXFER_TEST_GPU" --memory gpu --block-bytes 16384 --layers 1 --blocks $blocks --posters 64 || echo "post_rate failed"
     done
 } 2>&1 | tee "$out/post_rate.txt"
+# What a pipe ends with is tee's end.
+grep -qE '^(gpu_push|post_rate).* failed$' "$out/gpu_push.txt" "$out/post_rate.txt" && by_kernel=1
 
 echo
 echo "== tests =="

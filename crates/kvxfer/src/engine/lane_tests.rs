@@ -272,8 +272,8 @@ fn what_does_not_drain_costs_others_nothing() {
     }
 }
 
-/// One lane on the device that `KVXFER_TEST_RDMA` names for the role, as in `tests/support`.
-fn rdma_node(role: KvRole) -> Node {
+/// With the device that `KVXFER_TEST_RDMA` names for the role, as in `tests/support`.
+pub(super) fn rdma_config(role: KvRole) -> Config {
     let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
     let pair = names.split(',').next().unwrap_or_default();
     let (first, second) = pair.split_once(':').unwrap_or((pair, pair));
@@ -284,13 +284,18 @@ fn rdma_node(role: KvRole) -> Node {
     };
     let mut builder = ConfigBuilder::new();
     let named = builder.flag("rdma_devices", "KVXFER_TEST_RDMA", name);
+    named.and_then(|named| named.build()).expect("a name")
+}
+
+/// One lane there.
+fn rdma_node(role: KvRole) -> Node {
     let config = Config {
         kv_role: role,
         path: PathSet::only(PathKind::Rdma),
         num_worker_threads: 1,
         qp_per_transfer: 1,
         drain_grace: Duration::from_millis(1),
-        ..named.and_then(|named| named.build()).expect("a name")
+        ..rdma_config(role)
     };
     let side = side();
     let (format, placement) = (side.format().clone(), side.placement().clone());

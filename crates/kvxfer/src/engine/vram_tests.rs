@@ -9,12 +9,13 @@ use kvxfer_hipmem::gpu::{HostStep, RuntimeChoice, RuntimeKind};
 
 use super::gpu::GpuSide;
 use super::gpu::trial::STEP;
+use super::lane_tests::rdma_config;
 use super::loopback::Loopback;
 use super::panic_tests::{LONG, wait_for};
 use super::rail_tests::{BLOCKS, Node, groups, joined_by, pull, push, word};
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupPairs};
-use crate::config::{Config, ConfigBuilder, FencePolicy, KvRole, PathKind, PathSet};
+use crate::config::{Config, FencePolicy, KvRole, PathKind, PathSet};
 use crate::engine::{Engine, Instance, PullOptions};
 use crate::event::{Event, MemoryState, PeerName};
 use crate::ids::RequestId;
@@ -28,13 +29,6 @@ fn node(
     step: Option<HostStep>,
     change: impl FnOnce(&mut Config),
 ) -> Node {
-    let names = std::env::var("KVXFER_TEST_RDMA").expect("KVXFER_TEST_RDMA names an RDMA device");
-    let pair = names.split(',').next().unwrap_or_default();
-    let (first, second) = pair.split_once(':').unwrap_or((pair, pair));
-    let name = match role {
-        KvRole::Consumer => second,
-        _ => first,
-    };
     let format = KvFormat::opaque(4 << 10, 2).expect("a format");
     let gpu = BenchMemory::Gpu {
         runtime: RuntimeChoice::Only(RuntimeKind::Host),
@@ -47,14 +41,12 @@ fn node(
         memory: if on_gpu { gpu } else { BenchMemory::Arena },
     };
     let side = BenchSide::new(&shape).expect("memory");
-    let mut builder = ConfigBuilder::new();
-    let named = builder.flag("rdma_devices", "KVXFER_TEST_RDMA", name);
     let mut config = Config {
         kv_role: role,
         path: PathSet::some([PathKind::Rdma, PathKind::Staged]),
         num_worker_threads: 2,
         qp_per_transfer: 2,
-        ..named.and_then(|named| named.build()).expect("a name")
+        ..rdma_config(role)
     };
     change(&mut config);
     let (format, placement) = (side.format().clone(), side.placement().clone());

@@ -112,7 +112,8 @@ pub enum Kernels<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct GpuQueueReport {
-    /// Posts that were taken: descriptors, or blocks all of whose work requests have come.
+    /// Posts that were taken: descriptors; or blocks all of whose work requests have come, and work requests that were
+    /// refused.
     pub taken: u64,
     /// Of those, posts whose every byte is confirmed.
     pub done: u64,

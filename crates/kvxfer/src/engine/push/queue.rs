@@ -314,7 +314,6 @@ impl Push {
         let depth = |_| Error::QueueConfig {
             what: "depth: a power of two, up to 32768",
         };
-        // Twice as many completions: each that failed makes one too.
         let setup = HcaSetup {
             qpn: Qpn::new(number as u32 & 0x00ff_ffff).map_err(depth)?,
             sq_depth: SqDepth::new(config.depth).map_err(depth)?,

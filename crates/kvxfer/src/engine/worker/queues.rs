@@ -332,24 +332,26 @@ impl Worker {
         runs: u64,
         prepare: Duration,
     ) -> Option<JobId> {
-        if let Some(live) = self.live.get_mut(&id) {
-            live.report.operations += source.ops();
-            live.report.merged_runs += runs;
-            live.report.prepare += prepare;
-            if let Some(verify) = &mut live.verify {
-                verify.moved.push(source.what.clone());
-            }
-        }
+        let (ops, what) = (source.ops(), source.what.clone());
         let now = self.clock.now();
         let source = (Arc::new(source) as Arc<dyn OpSource>, workers.max(1));
-        match self.transfers.add_job_of(now, id, source) {
-            Ok(job) => Some(job),
+        let job = match self.transfers.add_job_of(now, id, source) {
+            Ok(job) => job,
             // The transfer may have ended meanwhile: its outcome has said so.
             Err(error) => {
                 debug!(?id, %error, "operations of a push that has ended");
-                None
+                return None;
+            }
+        };
+        if let Some(live) = self.live.get_mut(&id) {
+            live.report.operations += ops;
+            live.report.merged_runs += runs;
+            live.report.prepare += prepare;
+            if let Some(verify) = &mut live.verify {
+                verify.moved.push(what);
             }
         }
+        Some(job)
     }
 
     /// Takes what there is to say of a job, and tells the posters whose posts are confirmed.
