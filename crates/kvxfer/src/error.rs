@@ -86,6 +86,14 @@ pub enum Error {
         /// Why it cannot be staged.
         unstaged: String,
     },
+    /// An RDMA device has to read a GPU's memory back, and a READ between two queue pairs of its own does not end well.
+    #[error(
+        "device {device} does not read its own memory back, which this GPU needs: is its port up?"
+    )]
+    NoLoopback {
+        /// The device.
+        device: String,
+    },
     /// A stream was given for memory that is the host's.
     #[error("a stream to put the fence on, and the engine's memory is the host's")]
     StreamWithoutGpu,

@@ -520,6 +520,15 @@ impl Expects {
         standing && expectation.open_writers().any(|writer| writer == peer)
     }
 
+    /// Whether a peer has begun to write something that stands, and has not said that it is done.
+    #[must_use]
+    pub fn is_written_by(&self, peer: PeerKey) -> bool {
+        self.all.values().any(|expectation| {
+            let standing = matches!(expectation.phase, Phase::Standing(_));
+            standing && expectation.open_writers().any(|writer| writer == peer)
+        })
+    }
+
     /// The blocks of a try that stands, or whose memory has not been released.
     #[must_use]
     pub fn groups(&self, request: &RequestId, nonce: Nonce) -> Option<&[GroupBlocks]> {

@@ -149,3 +149,46 @@ fn a_transfer_ends_when_its_engine_goes() {
         assert!(pull.wait_released(Duration::from_secs(10)), "{pause} ms");
     }
 }
+
+/// What was sent is received, however soon its producer goes.
+#[test]
+fn a_push_that_is_done_outlives_its_producer() {
+    for (path, notices) in [
+        (PathKind::Arena, true),
+        (PathKind::Tcp, false),
+        (PathKind::Tcp, true),
+    ] {
+        for round in 0..20 {
+            let of = |path| {
+                let mut config = Config::default();
+                config.path = PathSet::only(path);
+                config.enable_notification = notices;
+                config
+            };
+            let producer = sized(KvRole::Producer, 8, of(path));
+            let consumer = sized(KvRole::Consumer, 8, of(path));
+            let address = producer.listen("127.0.0.1:0").expect("a free port");
+            let session = consumer.connect(&address.to_string(), LONG);
+            let _session = session.expect("a session");
+            let name: PeerName = wait_for(&producer, "peer", |event| match event {
+                Event::PeerUp { peer, .. } => Some(peer.clone()),
+                _ => None,
+            });
+            expect(&consumer, "r", 3);
+            let to = producer.peer_of(&name).expect("up");
+            let push = to.begin_push(&RequestId::from("r")).expect("a push");
+            let pairs = vec![BlockPair { src: 0, dst: 3 }];
+            push.all_layers(&[GroupPairs { group: 0, pairs }], None)
+                .expect("planned");
+            let sent = push.commit().expect("committed").wait(LONG);
+            assert!(sent.is_some_and(|sent| sent.failure().is_none()));
+            drop(to);
+            drop(producer);
+            let end = ended(&consumer, "r");
+            assert!(
+                matches!(end, Event::Received { .. }),
+                "{path} {notices} {round}: {end:?}"
+            );
+        }
+    }
+}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tracing::info;
 
+use super::farewell::Untold;
 use super::gpu::{GpuPeer, StagedPeer};
 use super::lanes::Lanes;
 use super::link::Link;
@@ -104,6 +105,7 @@ impl Acquainted {
             facts: describe.facts,
             same_host,
             standing: Standing::new(workers.len()),
+            untold: Untold::default(),
             workers,
             lanes: places,
             pull: known.pull,

@@ -353,6 +353,9 @@ impl Bringup {
         let Some(peer) = self.peer.take() else {
             return (self.observed, cause);
         };
+        if cause == Cause::PeerClosed {
+            peer.hear_out(engine);
+        }
         (true, engine.peer_down(&peer, cause))
     }
 }

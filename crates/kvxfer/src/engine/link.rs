@@ -16,6 +16,7 @@ use tracing::{debug, error, info, warn};
 use super::Clock;
 use super::accept::Arriving;
 use super::bringup::{Bringup, Step};
+use super::farewell::FAREWELL;
 use super::wake::Wake;
 use crate::engine::Inner;
 use crate::error::{Error, chain};
@@ -367,6 +368,9 @@ impl Driver {
                 Order::CutOff(lie) => self.session.cut_off(ErrorCode::Lie, &lie),
                 Order::Close(reason) => {
                     self.wanted = true;
+                    if let Some(peer) = self.bringup.peer().filter(|_| !self.session.is_closed()) {
+                        peer.take_leave(Instant::now() + FAREWELL);
+                    }
                     self.session.close(reason);
                 }
                 #[cfg(test)]

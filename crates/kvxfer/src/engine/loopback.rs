@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::error;
@@ -25,6 +26,8 @@ const WORD: u32 = 8;
 const SPAN: u64 = 4096;
 /// How long a read may take beside its retries, of which a device may take four times as long as it was told.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks at the first one.
+const LOOK: Duration = Duration::from_micros(50);
 /// Reads under way at a time.
 const DEPTH: u32 = 64;
 
@@ -78,7 +81,7 @@ impl Loopback {
     ///
     /// # Errors
     ///
-    /// [`Error::Verbs`], [`Error::Memory`].
+    /// [`Error::Verbs`], [`Error::Memory`]; [`Error::NoLoopback`] where the device does not read what is its own.
     pub(crate) fn new(rail: &Rail, memory: &GpuMemory, retries: RtsAttr) -> Result<Self, Error> {
         let first = memory.slice(0, memory.len().min(SPAN))?;
         let options = ArenaOptions {
@@ -95,9 +98,32 @@ impl Loopback {
             retries,
             state: Mutex::default(),
         };
-        let joined = new.join()?;
-        new.with_state(|state| state.joined = Some(joined));
+        new.try_once()?;
         Ok(new)
+    }
+
+    /// Reads once and waits for it: a device that takes such queue pairs and carries nothing over them is better known
+    /// before anything depends on it.
+    fn try_once(&self) -> Result<(), Error> {
+        #[cfg(test)]
+        if super::gpu::trial::DEAF.get() {
+            let joined = self.join()?;
+            joined.near.to_error();
+            self.with_state(|state| state.joined = Some(joined));
+        }
+        let reading = self.begin()?;
+        loop {
+            self.look();
+            match reading.as_ref().and_then(|reading| reading.end()) {
+                Some(true) => return Ok(()),
+                Some(false) => {
+                    let device = self.context.device().name.clone();
+                    return Err(Error::NoLoopback { device });
+                }
+                // Not for long: a read that does not end is given up.
+                None => thread::sleep(LOOK),
+            }
+        }
     }
 
     fn with_state<R>(&self, act: impl FnOnce(&mut State) -> R) -> R {

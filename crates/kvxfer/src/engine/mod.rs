@@ -11,6 +11,7 @@ mod connect;
 mod description;
 mod dial;
 mod events;
+mod farewell;
 mod gpu;
 mod handle;
 mod health;
@@ -80,6 +81,7 @@ pub(crate) use wake::poll_timeout;
 
 use books::{Books, not_counted};
 use events::EventQueue;
+use farewell::FAREWELL;
 use gpu::GpuSide;
 use link::Link;
 use presence::{Met, Presence};
@@ -699,6 +701,9 @@ impl Inner {
 
     /// Ends everything that is under way.
     pub(crate) fn shut_down(self: &Arc<Self>) {
+        let until = Instant::now() + FAREWELL;
+        let up: Vec<_> = self.roster().up.values().cloned().collect();
+        up.iter().for_each(|peer| peer.take_leave(until));
         self.books
             .with(self, |books, now| books.end_all(now, &Cause::ShuttingDown));
         self.books.stop();

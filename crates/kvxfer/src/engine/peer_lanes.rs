@@ -13,7 +13,6 @@ use super::peer_session::PeerSession;
 use super::rail::RailMemory;
 use super::worker::Command;
 use crate::rails::RailSet;
-use crate::time::Time;
 use crate::transfer::Cause;
 use crate::transport::{PathInfo, RdmaLink, SkippedRail};
 use crate::wire::RemoteSpan;
@@ -25,8 +24,8 @@ pub(crate) struct PeerRail {
     pub(crate) device: String,
     /// The way over it, on an RDMA device.
     pub(crate) link: Option<RdmaLink>,
-    /// Why it is not used any more, and since when; the first reason stays.
-    aside: Mutex<Option<Aside>>,
+    /// Why it is not used any more; the first reason stays.
+    aside: Mutex<Option<String>>,
     /// What reads back through this side's device what that has written, where a GPU needs it.
     pub(crate) loopback: Option<Arc<Loopback>>,
     /// The memories of this side, as the plans number them.
@@ -35,14 +34,6 @@ pub(crate) struct PeerRail {
     pub(crate) remote: Vec<RemoteSpan>,
     /// Its lease slots, if it offers.
     pub(crate) leases: Option<RemoteSpan>,
-}
-
-/// A pair of rails that is not used any more.
-#[derive(Debug)]
-struct Aside {
-    reason: String,
-    /// `None`: it never was used.
-    since: Option<Time>,
 }
 
 impl PeerRail {
@@ -67,21 +58,11 @@ impl PeerRail {
 
     /// It was never joined.
     pub(super) fn leave_out(&self, reason: String) {
-        *self.aside() = Some(Aside {
-            reason,
-            since: None,
-        });
-    }
-
-    /// Whether this side's device may have written something over it since then.
-    pub(super) fn was_used(&self, since: Time) -> bool {
-        let aside = self.aside();
-        let last = aside.as_ref().map(|aside| aside.since);
-        last.is_none_or(|last| last.is_some_and(|last| last >= since))
+        *self.aside() = Some(reason);
     }
 
     /// Why it is not used any more.
-    fn aside(&self) -> MutexGuard<'_, Option<Aside>> {
+    fn aside(&self) -> MutexGuard<'_, Option<String>> {
         // Valid at every step.
         self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -152,9 +133,8 @@ impl PeerSession {
         let mut path = self.path.clone();
         for rail in &self.rails {
             match &*rail.aside() {
-                Some(aside) => {
-                    path.skipped
-                        .push(SkippedRail::new(&rail.device, &aside.reason));
+                Some(reason) => {
+                    path.skipped.push(SkippedRail::new(&rail.device, reason));
                 }
                 None => path.rails.extend(rail.link.clone()),
             }
@@ -176,17 +156,12 @@ impl PeerSession {
         let Some(rail) = self.rails.get(pair) else {
             return false;
         };
-        // Before the lock: the engine may end with this handle. One that is gone reads nothing any more.
-        let since = self.engine.upgrade().map(|engine| engine.now());
         let mut aside = rail.aside();
         if aside.is_some() {
             return false;
         }
         let reason = reason();
-        *aside = Some(Aside {
-            reason: reason.clone(),
-            since,
-        });
+        *aside = Some(reason.clone());
         drop(aside);
         let (peer, device) = (&self.name.engine, &rail.device);
         warn!(%peer, device, reason, "device set aside; the work goes on over the others");

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use super::farewell::Untold;
 use super::gpu::{GpuPeer, StagedPeer};
 use super::link::Link;
 use super::peer_lanes::{LanePlace, PeerRail};
@@ -197,6 +198,8 @@ pub(crate) struct PeerSession {
     pub(crate) engine: Weak<Inner>,
     pub(crate) all_workers: Vec<WorkerHandle>,
     pub(crate) standing: Standing,
+    /// The ends of pushes that are on their way to it on queue pairs.
+    pub(crate) untold: Untold,
 }
 
 /// Whether a peer still stands, and how far its queue pairs are taken down.
@@ -497,6 +500,7 @@ impl PeerSession {
             }
             cause
         };
+        self.untold.give_up();
         for worker in self.own_workers() {
             worker.send(Command::PeerLost {
                 peer: Arc::clone(self),

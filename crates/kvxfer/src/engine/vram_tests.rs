@@ -2,25 +2,29 @@
 //! a producer's kernels have written is released before a device reads it. On the stand-in, which passes for GPUs
 //! that need more than it does.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gpu::{HostStep, RuntimeChoice, RuntimeKind};
 
 use super::gpu::GpuSide;
-use super::gpu::trial::STEP;
+use super::gpu::trial::{DEAF, STEP};
 use super::lane_tests::rdma_config;
 use super::loopback::Loopback;
 use super::panic_tests::{LONG, wait_for};
 use super::rail_tests::{BLOCKS, Node, groups, joined_by, pull, push, word};
 use crate::bench::{BenchMemory, BenchShape, BenchSide};
 use crate::blocks::{BlockPair, GroupPairs};
-use crate::config::{Config, FencePolicy, KvRole, PathKind, PathSet};
+use crate::config::{Config, ConfigBuilder, FencePolicy, KvRole, PathKind, PathSet};
+use crate::engine::worker::Command;
 use crate::engine::{Engine, Instance, PullOptions};
 use crate::event::{Event, MemoryState, PeerName};
-use crate::ids::RequestId;
+use crate::ids::{Nonce, RequestId};
 use crate::layout::{KvFormat, Topology};
+use crate::rails::RailSet;
 use crate::transfer::{Cause, GpuOperation};
+use crate::wire::PushDone;
 
 /// On the device that `KVXFER_TEST_RDMA` names for the role, as in `tests/support`.
 fn node(
@@ -124,17 +128,130 @@ fn on_rdma_what_a_card_wrote_is_made_visible_before_it_counts() {
             let path = way.path().expect("up").path;
             assert_eq!(path == PathKind::Staged, staged);
             let mut seen = consumer.seen();
-            let mut once = |what| {
+            let mut each = |what, times: u32| {
                 let now = consumer.seen();
                 let more = (now.0 - seen.0, now.1 - seen.1);
-                assert_eq!(more, (flushes, reads), "{what} {step:?} {verify} {staged}");
+                let wanted = (times * flushes, times * reads);
+                assert_eq!(more, wanted, "{what} {step:?} {verify} {staged}");
                 seen = now;
             };
             let nodes = (&producer, &consumer, &way);
             pull(0, nodes, || {});
-            once("pull");
+            each("pull", 1);
             push(1, nodes, || {});
-            once("push");
+            // What was staged has been seen when the producer hears of it, layer by layer.
+            each("push", if staged { 2 } else { 1 });
+        }
+    }
+}
+
+/// A rail shows what has come over it, and none shows another's.
+#[test]
+#[ignore = "needs three RDMA devices: the virtual machine of cargo xtask test has some"]
+fn on_rdma_each_rail_reads_back_what_it_has_written() {
+    let on = |role, name: &str, on_gpu: bool| {
+        let mut builder = ConfigBuilder::new();
+        let named = builder.flag("rdma_devices", "a test", name);
+        let named = named.and_then(|named| named.build()).expect("names");
+        let step = on_gpu.then_some(HostStep::LoopbackRead);
+        node(role, on_gpu, step, |config| {
+            config.rdma_devices = named.rdma_devices;
+        })
+    };
+    let producer = on(KvRole::Producer, "rxe0,ra", false);
+    let consumer = on(KvRole::Consumer, "rxe0,rb", true);
+    let (producer, consumer, way) = joined(producer, consumer);
+    assert_eq!(way.path().expect("up").rails.len(), 2);
+    let ended = || -> Vec<u32> {
+        let rails = consumer.engine.inner().rails.iter();
+        let loopbacks = rails.map(|rail| rail.loopback.as_deref().expect("it reads back"));
+        loopbacks.map(Loopback::ended).collect()
+    };
+    let nodes = (&producer, &consumer, &way);
+    let before = ended();
+    pull(0, nodes, || {});
+    let pulled = ended();
+    assert_eq!(pulled, [before[0] + 1, before[1] + 1]);
+    push(1, nodes, || {});
+    assert_eq!(ended(), [pulled[0] + 1, pulled[1] + 1]);
+    // One that shows nothing makes what came over both count for nothing.
+    let second = consumer.engine.inner().rails[1].loopback.as_deref();
+    second.expect("it reads back").break_once();
+    let offer = producer.engine.offer(&"r".into(), &groups(), 1, LONG);
+    let pulled = way.pull(&offer.expect("room"), &all(), PullOptions::default());
+    let outcome = pulled.expect("a pull").wait(LONG).expect("an outcome");
+    let failure = outcome.failure().expect("it cannot be known");
+    let operation = GpuOperation::Visibility;
+    assert_eq!(failure.first_cause, Cause::Gpu { operation, code: 0 });
+    pull(2, nodes, || {});
+}
+
+/// A peer that tells the end of what nobody expects, again and again, has nothing read back and nothing kept for it.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_ends_of_pushes_that_nobody_expects_are_not_looked_into() {
+    let producer = node(KvRole::Producer, false, None, |_| {});
+    let consumer = node(KvRole::Consumer, true, Some(HostStep::LoopbackRead), |_| {});
+    let (producer, consumer, way) = joined(producer, consumer);
+    let nodes = (&producer, &consumer, &way);
+    push(0, nodes, || {});
+    let before = consumer.seen();
+    let name = PeerName {
+        engine: consumer.engine.id().clone(),
+        rank: consumer.engine.rank(),
+    };
+    let session = producer
+        .engine
+        .inner()
+        .peer_named(&name)
+        .expect("a session");
+    let worker = session.workers[0];
+    for nonce in 0..100 {
+        let done = PushDone {
+            request: "push 0".into(),
+            nonce: Nonce(nonce),
+            sender: producer.engine.rank(),
+            bytes: 0,
+            sums: 0,
+            rails: RailSet::only(0),
+            rail: 0,
+        };
+        let peer = Arc::clone(&session);
+        session.on_worker(worker, Command::Tell { peer, done });
+    }
+    // Behind them on the same queue pairs.
+    push(1, nodes, || {});
+    assert_eq!(consumer.seen(), (before.0, before.1 + 1));
+}
+
+/// The end of a push is on its way, or its bytes are read back, when its producer says goodbye.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_a_push_that_is_done_outlives_its_producer() {
+    for step in [HostStep::Native, HostStep::LoopbackRead] {
+        for round in 0..5 {
+            let producer = node(KvRole::Producer, false, None, |_| {});
+            let consumer = node(KvRole::Consumer, true, Some(step), |_| {});
+            let (producer, consumer, _way) = joined(producer, consumer);
+            let request = RequestId::from("w");
+            let expected = consumer.engine.expect(&request, &groups(), 1, LONG);
+            expected.expect("an expectation");
+            let name = PeerName {
+                engine: consumer.engine.id().clone(),
+                rank: consumer.engine.rank(),
+            };
+            let peer = producer.engine.peer_of(&name).expect("a session");
+            let push = peer.begin_push(&request).expect("a push");
+            push.all_layers(&all(), None).expect("fits");
+            let sent = push.commit().expect("all of it").wait(LONG);
+            assert!(sent.is_some_and(|sent| sent.failure().is_none()));
+            drop((peer, producer));
+            let mut seen = Vec::new();
+            let of = |event: &Event| event.request().is_some_and(|(r, _)| *r == request);
+            wait_for(&consumer.engine, &mut seen, of);
+            let received = |event: &Event| matches!(event, Event::Received { .. });
+            let received = seen.iter().any(|event| of(event) && received(event));
+            assert!(received, "{step:?} {round}: {seen:?}");
         }
     }
 }
@@ -161,6 +278,25 @@ fn on_rdma_a_producer_releases_what_its_kernels_wrote_before_a_card_reads_it() {
         pull(1, nodes, || {});
         assert_eq!(count(&producer.gpu().trial.released), releases, "{fence}");
     }
+}
+
+/// A device that reads nothing back is found out when the engine starts, not by the first transfer.
+#[test]
+#[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
+fn on_rdma_memory_that_cannot_be_read_back_is_staged() {
+    DEAF.set(true);
+    let consumer = node(KvRole::Consumer, true, Some(HostStep::LoopbackRead), |_| {});
+    DEAF.set(false);
+    let producer = node(KvRole::Producer, false, None, |_| {});
+    let (producer, consumer, way) = joined(producer, consumer);
+    let path = way.path().expect("up");
+    assert_eq!(path.path, PathKind::Staged);
+    let why = path.candidates.iter().map(|of| format!("{of:?}"));
+    let why: Vec<String> = why
+        .filter(|of| of.contains("read its own memory"))
+        .collect();
+    assert_eq!(why.len(), 1, "{:?}", path.candidates);
+    pull(0, (&producer, &consumer, &way), || {});
 }
 
 /// What nobody knows to be visible does not count.

@@ -73,6 +73,8 @@ pub(crate) mod trial {
     thread_local! {
         /// What GPUs need of engines that this thread makes from here on.
         pub(crate) static STEP: Cell<Option<HostStep>> = const { Cell::new(None) };
+        /// Their devices read nothing back.
+        pub(crate) static DEAF: Cell<bool> = const { Cell::new(false) };
     }
 
     #[derive(Debug, Default)]

@@ -150,7 +150,10 @@ impl Worker {
             Some(Single::Notice { slot, peer, done }) => {
                 self.outbox.give(slot);
                 match result {
-                    Ok(()) => self.told_on(lane, *done),
+                    Ok(()) => {
+                        peer.untold.told();
+                        self.told_on(lane, *done);
+                    }
                     Err(cause) if peer.is_rdma() => {
                         debug!(%cause, "notice goes by another queue pair");
                         self.waiting_notices.push_back((peer, *done));
@@ -158,6 +161,7 @@ impl Worker {
                     Err(cause) => {
                         debug!(%cause, "notice goes by the control connection");
                         peer.link.send((*done).into());
+                        peer.untold.told();
                     }
                 }
             }

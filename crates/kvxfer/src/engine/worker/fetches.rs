@@ -16,7 +16,8 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use super::gathers::Wanted;
+use super::gathers::{For, Wanted};
+use super::visible::Then;
 use super::{Command, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::{Portion, Reads, StagedPeer, cause};
@@ -24,6 +25,7 @@ use crate::engine::peer_session::PeerSession;
 use crate::error::Error;
 use crate::mem::gather::{Gather, GatherEnd};
 use crate::plan::{OpSource, Plan};
+use crate::rails::RailSet;
 use crate::transfer::{
     Cause, Direction, GpuOperation, Job, JobId, JobReport, PeerKey, Refusal, TransferId,
 };
@@ -77,6 +79,8 @@ pub(super) struct Fetch {
     /// The first operation that is in no portion yet.
     at: u64,
     under_way: Vec<UnderWay>,
+    /// The pairs of rails that have confirmed some of it.
+    rails: RailSet,
     /// Why no more portions are begun.
     ended: Option<Cause>,
     /// It waits for a buffer.
@@ -187,6 +191,7 @@ impl Worker {
             plan,
             at: 0,
             under_way: Vec::with_capacity(DEPTH),
+            rails: RailSet::EMPTY,
             ended: None,
             blocked: false,
             lost: false,
@@ -217,10 +222,32 @@ impl Worker {
             return begun;
         }
         if !fetch.lost {
-            let end = fetch.ended.map_or(Ok(()), Err);
-            self.over(fetch.wanted, end);
+            self.fetched(fetch);
         }
         true
+    }
+
+    /// All of it has come, or nothing of it moves any more. What rails have written to a GPU's memory for a producer is
+    /// made visible before the producer hears that it is there; what is this rank's pull's, when that has all.
+    fn fetched(&mut self, fetch: Fetch) {
+        let Fetch {
+            wanted,
+            engine,
+            rails,
+            ended,
+            ..
+        } = fetch;
+        match (wanted.by, ended) {
+            (For::Producer(taking), None) => {
+                let peer = Arc::clone(&wanted.peer);
+                self.see(&engine, &wanted.peer, rails, Then::Taken(peer, taking));
+            }
+            (by, ended) => {
+                let peer = wanted.peer;
+                let end = ended.map_or(Ok(()), Err);
+                self.over_by(Wanted { peer, by }, end, rails);
+            }
+        }
     }
 
     /// A GPU has lost what it wrote of a portion, whose buffer nobody gets any more. The others end as ever.
@@ -449,6 +476,7 @@ impl Worker {
         let Some(at) = fetch.under_way.iter().position(is_it) else {
             return;
         };
+        fetch.rails |= report.rails;
         let mut part = fetch.under_way.swap_remove(at);
         let (State::Reading(reading) | State::Checking(reading)) = &mut part.state else {
             return;

@@ -51,7 +51,7 @@ struct Held {
 
 /// Who wants blocks copied.
 #[derive(Debug)]
-enum For {
+pub(super) enum For {
     /// A pull of this worker's.
     Job(Arc<Job>),
     /// A producer, of its push.
@@ -61,7 +61,7 @@ enum For {
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) peer: Arc<PeerSession>,
-    by: For,
+    pub(super) by: For,
 }
 
 impl Wanted {
@@ -223,7 +223,8 @@ impl Gathers {
 }
 
 /// All that there is to say of a job, in one report.
-fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
+/// What there is to say of a job that is whole or not, if so by these pairs of rails.
+fn report(job: &Job, error: Option<Cause>, whole: bool, rails: RailSet) -> JobReport {
     let (ops_done, bytes_done) = match whole {
         true => (job.ops(), job.bytes()),
         false => (0, 0),
@@ -237,8 +238,7 @@ fn report(job: &Job, error: Option<Cause>, whole: bool) -> JobReport {
         error: error.map(|cause| JobError { op: 0, cause }),
         in_doubt: false,
         doubts: 0,
-        // There is no card whose writes could be on their way still.
-        rails: RailSet::first(usize::from(whole)),
+        rails: if whole { rails } else { RailSet::EMPTY },
         quiescent: true,
     }
 }
@@ -331,10 +331,15 @@ impl Worker {
     }
 
     fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
-        let report = report(job, error, whole);
-        // The word of all that would have had a part in it.
+        // There is no card whose writes could be on their way still.
+        let report = report(job, error, whole, RailSet::only(0));
+        self.report_all(job, &report);
+    }
+
+    /// The word of all that would have had a part in it.
+    fn report_all(&mut self, job: &Job, report: &JobReport) {
         for _ in 0..job.workers.max(1) {
-            self.job_report(&report);
+            self.job_report(report);
         }
     }
 
@@ -410,6 +415,11 @@ impl Worker {
 
     /// Nothing more is copied.
     pub(super) fn over(&mut self, wanted: Wanted, end: Result<(), Cause>) {
+        self.over_by(wanted, end, RailSet::only(0));
+    }
+
+    /// The same, of what these pairs of rails have carried.
+    pub(super) fn over_by(&mut self, wanted: Wanted, end: Result<(), Cause>, rails: RailSet) {
         let Wanted { peer, by } = wanted;
         match by {
             For::Job(job) => {
@@ -419,7 +429,8 @@ impl Worker {
                     Cause::Cancelled => peer.ends_for().unwrap_or(Cause::LaneReset),
                     cause => cause,
                 });
-                self.job_over(&job, error.filter(|_| !job.is_stopped()), whole);
+                let report = report(&job, error.filter(|_| !job.is_stopped()), whole, rails);
+                self.report_all(&job, &report);
             }
             For::Producer(taking) => {
                 if let Some(engine) = peer.engine.upgrade() {
@@ -470,7 +481,7 @@ impl Worker {
         self.gathers.lost.push(wanted.peer.key);
         wanted.peer.fail(cause.clone());
         if let For::Job(job) = &wanted.by {
-            let mut report = report(job, Some(cause.clone()), false);
+            let mut report = report(job, Some(cause.clone()), false, RailSet::EMPTY);
             report.quiescent = false;
             self.job_report(&report);
         }

@@ -206,6 +206,7 @@ impl Worker {
         let on_data_plane = peer.is_rdma() || self.post_notice(peer, &done) == Noticed::Posted;
         if let Some(live) = self.live.get_mut(&id).filter(|_| on_data_plane) {
             live.report.data_plane_notice = true;
+            peer.untold.add();
         }
         match (peer.is_rdma(), on_data_plane) {
             (true, _) => self.waiting_notices.push_back((Arc::clone(peer), done)),

@@ -7,23 +7,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::error;
+use tracing::{debug, error};
 
 use super::Worker;
 use crate::engine::Inner;
-use crate::engine::gpu::cause;
+use crate::engine::gpu::{Taking, cause};
 use crate::engine::loopback::{Loopback, Reading};
 use crate::engine::peer_session::PeerSession;
 use crate::engine::verify::Unverified;
 use crate::error::chain;
 use crate::mem::gpu::HostStep;
-use crate::time::Time;
-use crate::transfer::{Cause, GpuOperation, LeaseAnswer, TransferId};
+use crate::rails::RailSet;
+use crate::transfer::{Cause, GpuOperation, LeaseAnswer, PeerKey, TransferId};
 use crate::wire::PushDone;
 
-/// What a device has written that long ago is there, whatever has become of the device since: its queue pairs were taken
-/// down within moments, and nothing was written by them later.
-const LANDED: Duration = Duration::from_secs(10);
 /// The rests between two looks at a READ.
 const REST: Duration = Duration::from_micros(10);
 
@@ -34,6 +31,8 @@ pub(super) enum Then {
     Verify(TransferId),
     /// Its lease.
     CheckLease(TransferId),
+    /// Blocks that a producer has asked for.
+    Taken(Arc<PeerSession>, Box<Taking>),
     /// The end of a push, as its producer has told it.
     Done(Arc<PeerSession>, Box<PushDone>),
 }
@@ -59,6 +58,17 @@ impl Visible {
     /// How long the worker may rest before it has to look again; `None`: there is nothing to look at.
     pub(super) fn rest(&self) -> Option<Duration> {
         (!self.0.is_empty()).then_some(REST)
+    }
+}
+
+impl Visible {
+    /// Whether a peer has told this already.
+    fn has(&self, peer: PeerKey, done: &PushDone) -> bool {
+        let told = |seeing: &Seeing| match &seeing.then {
+            Then::Done(of, told) => of.key == peer && **told == *done,
+            _ => false,
+        };
+        self.0.iter().any(told)
     }
 }
 
@@ -117,19 +127,8 @@ impl Worker {
             return self.seen(then, Ok(()));
         }
         let (engine, peer) = (Arc::clone(&live.engine), Arc::clone(&live.peer));
-        let since = live.submitted.saturating_sub(LANDED);
         let rails = self.transfers.rails(id);
-        let loopbacks = || match peer.has_whole_jobs() {
-            // What was staged has gone over any rail.
-            true => used_since(&peer, since),
-            false => {
-                let rails = rails
-                    .iter()
-                    .filter_map(|pair| peer.rails.get(usize::from(pair)));
-                rails.filter_map(|rail| rail.loopback.clone()).collect()
-            }
-        };
-        self.see(&engine, &peer, then, loopbacks);
+        self.see(&engine, &peer, rails, then);
     }
 
     /// A producer has said that its push is done: it counts when its bytes can be read.
@@ -137,25 +136,35 @@ impl Worker {
         let Some(engine) = peer.engine.upgrade() else {
             return;
         };
-        let now = self.clock.now();
-        // It speaks for one pair of rails; but what was staged was read over any.
-        let only = peer.rails.get(usize::from(done.rail));
-        let only = only.filter(|_| !peer.has_whole_jobs());
-        let loopbacks = || match only {
-            Some(rail) => rail.loopback.iter().map(Arc::clone).collect(),
-            None => used_since(peer, now.saturating_sub(LANDED)),
+        if self.visible.has(peer.key, &done) {
+            // One word of it is enough, and a peer that repeats it is to keep nothing here.
+            return debug!(request = %done.request, rail = done.rail, "push done, told again");
+        }
+        let of = (&done.request, done.nonce);
+        let may = engine.books.with(&engine, |books, _| {
+            books.expects.may_write(of.0, of.1, peer.key)
+        });
+        // It speaks for one pair of rails. What was staged has been seen before it was taken; and of what nobody
+        // expects there is nothing to see.
+        let rails = match peer.has_whole_jobs() || !may {
+            true => RailSet::EMPTY,
+            false => RailSet::only(done.rail),
         };
         let then = Then::Done(Arc::clone(peer), Box::new(done));
-        self.see(&engine, peer, then, loopbacks);
+        self.see(&engine, peer, rails, then);
     }
 
-    fn see(
+    /// Does what is needed before it can be read what these pairs of rails have written.
+    pub(super) fn see(
         &mut self,
         engine: &Arc<Inner>,
         peer: &PeerSession,
+        rails: RailSet,
         then: Then,
-        loopbacks: impl FnOnce() -> Vec<Arc<Loopback>>,
     ) {
+        if rails.is_empty() {
+            return self.seen(then, Ok(()));
+        }
         // What comes over GPU links, or is unpacked from buffers, is put there by the GPU itself.
         let gpu = engine.gpu.as_ref().filter(|_| !peer.is_ipc());
         let gpu = gpu.filter(|gpu| gpu.is_registered());
@@ -167,7 +176,10 @@ impl Worker {
                 self.seen(then, flushed);
             }
             Some((_, HostStep::LoopbackRead)) => {
-                let steps = loopbacks().into_iter().map(Step::ToBegin).collect();
+                let rails = rails.iter();
+                let rails = rails.filter_map(|pair| peer.rails.get(usize::from(pair)));
+                let loopbacks = rails.filter_map(|rail| rail.loopback.clone());
+                let steps = loopbacks.map(Step::ToBegin).collect();
                 self.visible.0.push(Seeing { then, steps });
                 self.look_at_visible();
             }
@@ -188,7 +200,7 @@ impl Worker {
             });
             let gone = match &seeing.then {
                 Then::Verify(id) | Then::CheckLease(id) => !self.live.contains_key(id),
-                Then::Done(peer, _) => peer.lost().is_some(),
+                Then::Taken(peer, _) | Then::Done(peer, _) => peer.lost().is_some(),
             };
             let end = match failed {
                 Some(cause) => Err(cause),
@@ -220,15 +232,14 @@ impl Worker {
                 let gone = LeaseAnswer::Gone { cause };
                 self.transfers.lease_answer(now, id, gone);
             }
+            (Then::Taken(peer, taking), end) => {
+                if let Some(engine) = peer.engine.upgrade() {
+                    Inner::take_ended(&engine, &peer, &taking, end.err());
+                }
+            }
             (Then::Done(peer, done), Ok(())) => self.heard(&peer, (*done).into()),
             // What has come is not to be believed, nor can it be asked for again.
             (Then::Done(peer, _), Err(cause)) => peer.fail(cause),
         }
     }
-}
-
-/// By which what came from a peer since then is read back.
-fn used_since(peer: &PeerSession, since: Time) -> Vec<Arc<Loopback>> {
-    let used = peer.rails.iter().filter(|rail| rail.was_used(since));
-    used.filter_map(|rail| rail.loopback.clone()).collect()
 }
