@@ -409,27 +409,40 @@ fn listening_to_the_network_needs_a_secret_or_leave() {
 
 #[test]
 fn blocks_of_a_gpu_go_to_the_hosts_memory_and_back() {
-    for mems in [["gpu", "host"], ["host", "gpu"]] {
-        let [own, target] = mems;
-        let args = bw(&["--mem", own, "--peer-mem", target, "--json"]);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let ended = spawn(command(&args).env("KVXFER_GPU", "host")).end();
-        let report = ended.json();
-        let rows = report["rows"].as_array().expect("rows");
-        assert_eq!(rows.len(), 4, "{report}");
-        for row in rows {
-            assert_eq!(row["path"], "staged", "{row}");
-            let reason = row["path_reason"].as_str().expect("a reason");
-            assert!(reason.contains("over arena; not by GPU links"), "{row}");
-            let number = |name: &str| row[name].as_f64().unwrap_or_default();
-            assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
-            // What goes beneath is measured beside it.
-            assert!(number("limit_gb_per_s") > 0.0, "{row}");
+    let ways = [
+        ("auto", "ipc", "the GPU reaches the host's memory"),
+        (
+            "staged,arena",
+            "staged",
+            "over arena; not by GPU links: the configuration does not allow it",
+        ),
+    ];
+    for (allowed, path, why) in ways {
+        for [own, target] in [["gpu", "host"], ["host", "gpu"]] {
+            let args = bw(&["--mem", own, "--peer-mem", target, "--json"]);
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let mut command = command(&args);
+            command
+                .env("KVXFER_GPU", "host")
+                .env("KVXFER_PATH", allowed);
+            let ended = spawn(&mut command).end();
+            let report = ended.json();
+            let rows = report["rows"].as_array().expect("rows");
+            assert_eq!(rows.len(), 4, "{report}");
+            for row in rows {
+                assert_eq!(row["path"], path, "{row}");
+                let reason = row["path_reason"].as_str().expect("a reason");
+                assert!(reason.contains(why), "{row}");
+                let number = |name: &str| row[name].as_f64().unwrap_or_default();
+                assert_eq!(number("verified_bytes"), number("bytes") * 4.0, "{row}");
+                // One pinned copy, or what goes beneath, is measured beside it.
+                assert!(number("limit_gb_per_s") > 0.0, "{row}");
+            }
+            let memory = &report["config"]["memory"];
+            assert_eq!(memory["kind"], own);
+            assert_eq!(memory["gpu"].is_null(), own == "host", "{memory}");
+            assert_eq!(memory["target_gpu"].is_null(), target == "host", "{memory}");
         }
-        let memory = &report["config"]["memory"];
-        assert_eq!(memory["kind"], own);
-        assert_eq!(memory["gpu"].is_null(), own == "host", "{memory}");
-        assert_eq!(memory["target_gpu"].is_null(), target == "host", "{memory}");
     }
 }
 

@@ -155,6 +155,14 @@ impl HostMemory {
         Self::new(ptr, len, Hold::Owner { _keep: keep })
     }
 
+    /// The memory behind a token, if it is of this type.
+    #[must_use]
+    pub fn of(memory: &Arc<dyn Memory>) -> Option<Self> {
+        let any = Arc::clone(memory) as Arc<dyn Any + Send + Sync>;
+        let span = any.downcast::<Span>().ok()?;
+        Some(Self { span })
+    }
+
     /// A part of this memory as memory of its own. It keeps the whole alive.
     ///
     /// # Errors

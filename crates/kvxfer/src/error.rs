@@ -155,6 +155,14 @@ pub enum Error {
         /// The memory's.
         memory: u64,
     },
+    /// Memory of the host that a GPU was to write is not of a kind that kvxfer can pin.
+    #[error(
+        "memory {index} of the placement is not one of kvxfer::mem::HostMemory: no GPU can be given it"
+    )]
+    ForeignHostMemory {
+        /// Which of the placement's memories.
+        index: usize,
+    },
     /// A memory has more places where blocks begin than a GPU's kernel counts.
     #[error("blocks begin at more than 2^32 places: a GPU's kernel cannot count them")]
     TooManySteps,

@@ -383,10 +383,13 @@ fn the_reason_is_told() {
         recipe.config.path = PathSet::auto();
         recipe
     };
-    let (gpu, host) = (of(KvRole::Producer, Gpu), of(KvRole::Consumer, Host));
-    let path = reason(&gpu, &host);
-    assert_eq!(path.over, Some(PathKind::Arena));
-    let words = "over arena; not by GPU links: this side's memory is the host's";
+    // A GPU reads and writes memory of the host that it can be given: this has no file.
+    let (mut host, gpu) = (of(KvRole::Producer, Host), of(KvRole::Consumer, Gpu));
+    host.memory = BenchMemory::Anonymous;
+    let path = reason(&host, &gpu);
+    assert_eq!(path.over, Some(PathKind::ProcessVm));
+    let words =
+        "over process-vm; not by GPU links: the peer shares no files of its memory with GPUs";
     assert!(path.reason.contains(words), "{}", path.reason);
     // Over what is allowed.
     let both = [Gpu, Gpu].map(|mem| side(KvRole::Producer, mem, PathKind::Tcp, size));
@@ -395,7 +398,11 @@ fn the_reason_is_told() {
     assert_eq!(path.over, Some(PathKind::Tcp));
     let words = "over tcp; not by GPU links: the configuration does not allow it";
     assert!(path.reason.contains(words), "{}", path.reason);
-    // Two GPUs of one node take the links if they may.
+    // A GPU and the host take the GPU's way if they may, and so do two GPUs of one node.
+    let (first, second) = (of(KvRole::Producer, Gpu), of(KvRole::Consumer, Host));
+    let (first, second) = (made(&first), made(&second));
+    let path = meet(&first, &second).path().expect("up");
+    assert_eq!((path.path, path.over), (PathKind::Ipc, None));
     let (first, second) = (of(KvRole::Producer, Gpu), of(KvRole::Consumer, Gpu));
     let (first, second) = (made(&first), made(&second));
     let path = meet(&first, &second).path().expect("up");

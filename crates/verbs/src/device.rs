@@ -10,11 +10,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::cq::Poll;
-use crate::error::{Error, os};
+use crate::error::{Error, PathFault, os};
 use crate::memory::{Memory, MemoryKind};
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
-use crate::region::{Access, MemoryRegion, RegionKey};
+use crate::region::{Access, MemoryRegion, RegionKey, SegmentSpan};
+use crate::soft::segment::Mapping;
 use crate::sys::enums::ibv_event_type;
 use crate::sys::types::ibv_cq;
 use crate::wr::Completion;
@@ -25,6 +26,29 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     /// As the address has it.
     fn host(&self) -> &str;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
+    /// Lets who has the token that is answered have the files of these spans.
+    fn share(&self, spans: &[SegmentSpan]) -> Result<[u8; 16], Error> {
+        let _ = spans;
+        Err(Error::NotShared { index: 0 })
+    }
+    /// And from now on not.
+    fn unshare(&self, token: &[u8; 16]) {
+        let _ = token;
+    }
+    /// Maps the file of the span of this index that a peer shares, and says where in it the span begins.
+    fn map_shared(
+        &self,
+        peer: &DeviceAddr,
+        token: [u8; 16],
+        index: u32,
+    ) -> Result<(Arc<Mapping>, u64), Error> {
+        let _ = (token, index);
+        Err(Error::Path {
+            path: SoftPath::Arena,
+            peer: peer.name.clone(),
+            fault: PathFault::NoSuchPath,
+        })
+    }
     fn alloc_pd(&self) -> Result<u32, Error>;
     /// Nothing is registered or made with it any more.
     fn dealloc_pd(&self, pd: u32);
@@ -233,6 +257,10 @@ pub struct Context {
 impl Context {
     pub(crate) fn new(backend: Arc<dyn DeviceBackend>) -> Self {
         Self { backend }
+    }
+
+    pub(crate) fn backend(&self) -> &Arc<dyn DeviceBackend> {
+        &self.backend
     }
 
     /// What the device is and what it takes.

@@ -56,6 +56,14 @@ pub enum Error {
         /// Bytes of the span.
         len: u64,
     },
+    /// Memory that is to be shared with peers on the host has no file that they may map for reading.
+    #[error(
+        "memory {index} has no file that peers may map to read it: an arena has, registered for remote reading"
+    )]
+    NotShared {
+        /// Which of the regions.
+        index: usize,
+    },
     /// The device's key table is full.
     #[error("no free memory key: all {max} are in use")]
     TooManyRegions {
@@ -490,6 +498,9 @@ pub enum PathFault {
     /// The peer does not know the queue pair's token.
     #[error("the peer has no queue pair with this token: it is gone, or the endpoint is stale")]
     Token,
+    /// The peer shares no memory by this token.
+    #[error("the peer shares no such memory (any more)")]
+    NotShared,
     /// The peer answered something that is not this protocol.
     #[error("the peer speaks another protocol or version")]
     Protocol,

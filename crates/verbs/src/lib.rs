@@ -20,6 +20,7 @@ mod null;
 mod qp;
 mod rdma;
 mod region;
+mod shared;
 mod soft;
 mod sync;
 mod sys;
@@ -44,6 +45,7 @@ pub use rdma::{
     UnusablePort, UsablePort, choose_gid, open_rdma, rank_ports, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
+pub use shared::{PeerMapping, SharedFiles};
 pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};
 #[doc(hidden)]
 pub use sys::library_file;

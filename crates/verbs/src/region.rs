@@ -133,6 +133,11 @@ impl MemoryRegion {
         self.0.key.rkey
     }
 
+    /// Where it lies in a file that peers may map.
+    pub(crate) fn segment(&self) -> SegmentSpan {
+        self.0.key.segment
+    }
+
     /// What was registered for.
     #[must_use]
     pub fn access(&self) -> Access {

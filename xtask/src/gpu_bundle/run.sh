@@ -49,18 +49,29 @@ bw=$?
 cat "$out/bw.txt"
 # Through pinned memory: to this host's memory and back, and between GPUs as if they were on two hosts. The limit is
 # what goes beneath.
-staged() {
+over() {
     file=$1 path=$2
     shift 2
     KVXFER_PATH=$path command timeout -k 5 40 "$here/kvxfer" bw "$@" -D 500ms --size 16K,1M --json \
         >"$out/$file.json" 2>"$out/$file.txt"
     ended=$?
     cat "$out/$file.txt"
-    [ $ended -ne 0 ] && echo "kvxfer bw, staged, ended with $ended" && bw=$ended
+    [ $ended -ne 0 ] && echo "kvxfer bw, $path, ended with $ended" && bw=$ended
 }
-staged bw-to-host staged,arena --mem gpu --peer-mem host
-staged bw-from-host staged,arena --mem host --peer-mem gpu
-staged bw-tcp staged,tcp --mem gpu
+over bw-to-host staged,arena --mem gpu --peer-mem host
+over bw-from-host staged,arena --mem host --peer-mem gpu
+over bw-tcp staged,tcp --mem gpu
+# Between this host's memory and a GPU by one launch, for the side that has the destination. The limit is one pinned
+# copy by the copy engine.
+over ipc-gpu ipc --mem gpu --peer-mem host
+over ipc-host ipc --mem host --peer-mem gpu
+rows() {
+    sed 's/"op":"/\n/g' "$out/$1.json" | sed -n "s/^$2\",[^{[]*\"path\":\"\([a-z-]*\)\".*\"block_bytes\":\([0-9]*\).*\"gb_per_s\":\([0-9.]*\),\"limit_gb_per_s\":\([0-9.]*\),\"of_limit\":\([0-9.]*\).*/$3 over \1, $2, \2 bytes a block: \3 GB\/s of \4, \5/p"
+}
+rows ipc-gpu read 'host memory to a GPU'
+rows ipc-host write 'host memory to a GPU'
+rows ipc-gpu write 'a GPU to host memory'
+rows ipc-host read 'a GPU to host memory'
 cat "$out"/bw*.json | sed 's/"op":"/\n/g' | sed -n 's/^\([a-z]*\)",[^{[]*"path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*/\1 over \2, \3 bytes a block: \4 GB\/s of \5, \6/p'
 [ $bw -ne 0 ] && echo "kvxfer bw ended with $bw"
 # The same blocks, each posted by a kernel.

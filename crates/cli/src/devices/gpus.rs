@@ -39,6 +39,8 @@ pub(super) struct GpuRow {
     pub(super) dma_buf: bool,
     pub(super) gpudirect_rdma: Option<bool>,
     pub(super) large_bar: Option<bool>,
+    pub(super) host_register: bool,
+    pub(super) host_register_read_only: Option<bool>,
     pub(super) classes: Vec<Class>,
     pub(super) nics: Vec<Nearness>,
     /// Of the NICs that can be used.
@@ -177,6 +179,8 @@ impl GpuRow {
             dma_buf: info.dma_buf,
             gpudirect_rdma: info.gpudirect_rdma,
             large_bar: info.large_bar,
+            host_register: info.host_register,
+            host_register_read_only: info.host_register_read_only,
             classes: classes(info, all.iter().map(Gpu::info))
                 .map(|class| Class::new(class, gpu))
                 .collect(),

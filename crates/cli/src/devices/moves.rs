@@ -37,21 +37,34 @@ pub(super) fn moves(soft: &Soft, rdma: &Rdma, order: &[Chosen], gpus: &Gpus) -> 
     let no_gpu = gpus.runtime.missing.as_ref().map(|_| "no GPU".to_owned());
     let of_gpus = [
         known([GPU, GPU], "ipc", "same host", no_gpu.clone()),
+        known(
+            [GPU, HOST],
+            "ipc",
+            "same host",
+            no_gpu.clone().or_else(|| unpinned(gpus)),
+        ),
         known([GPU, GPU], "staged", "any host", no_gpu.clone()),
         known([GPU, HOST], "staged", "any host", no_gpu.clone()),
     ];
     let unregistered = no_gpu.clone().or(no_nic).or_else(|| unregistered(gpus));
     let straight = [[GPU, GPU], [GPU, HOST]]
         .map(|between| known(between, "rdma", "any host", unregistered.clone()));
-    // What goes between the two is staged.
-    let without = no_gpu.map(|no_gpu| format!("{no_gpu}, and "));
-    let unbuilt = format!(
-        "{}not built into transfers yet",
-        without.unwrap_or_default()
-    );
-    let unbuilt = known([GPU, HOST], "ipc", "same host", Some(unbuilt));
     let paths = paths.chain([network]).chain(of_gpus);
-    paths.chain(straight).chain([unbuilt]).collect()
+    paths.chain(straight).collect()
+}
+
+/// Why no GPU moves blocks from and to host memory that it did not allocate, where none does.
+fn unpinned(gpus: &Gpus) -> Option<String> {
+    let to_host = gpus.gpus.iter().filter(|gpu| gpu.host_register);
+    if to_host.clone().next().is_none() {
+        return Some("no GPU takes host memory that it has not allocated".to_owned());
+    }
+    // Where the runtime does not say, trying tells.
+    let mut both = to_host.filter(|gpu| gpu.host_register_read_only != Some(false));
+    match both.next() {
+        Some(_) => None,
+        None => Some("to the host alone: no GPU takes another process's memory to read".to_owned()),
+    }
 }
 
 /// Why no NIC registers a GPU's memory, where none does with any GPU: the first reason, of the NICs as they are named.

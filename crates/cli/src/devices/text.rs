@@ -202,9 +202,7 @@ fn moves(out: &mut String, report: &Report) {
         let _ = writeln!(out, "host to host over {:<10}  {state}", a_move.path);
     }
     let of_gpus = |a_move: &&Move| a_move.between[0] == "gpu";
-    let is_built = |a_move: &&Move| a_move.path != "ipc" || a_move.between[1] == "gpu";
-    let (built, others): (Vec<_>, Vec<_>) = report.moves.iter().filter(of_gpus).partition(is_built);
-    for a_move in built {
+    for a_move in report.moves.iter().filter(of_gpus) {
         let state = match (&a_move.why_not, a_move.path) {
             (None, _) => a_move.reach,
             // It is long, and stands with the GPU.
@@ -217,9 +215,6 @@ fn moves(out: &mut String, report: &Report) {
         };
         let way = format!("{whom} {}", a_move.path);
         let _ = writeln!(out, "{way:<28}  {state}");
-    }
-    if let Some(why_not) = others.iter().find_map(|a_move| a_move.why_not.as_deref()) {
-        let _ = writeln!(out, "memory of GPUs over ipc to the host's: {why_not}");
     }
 }
 

@@ -10,11 +10,11 @@ use anyhow::Context;
 use kvxfer::bench::{BenchSide, BlockMemory};
 use kvxfer::config::PathKind;
 use kvxfer_hipmem::bare::{self, Piece, RemotePiece};
-use kvxfer_hipmem::gpu::Gpu;
+use kvxfer_hipmem::gpu::{Gpu, GpuMemory};
 use kvxfer_hipmem::{CopyPair, HostArena, HostBuffer, HostMemory};
 
 use super::case::Case;
-use super::engine_limit::EngineLimit;
+use super::engine_limit::{Ends, EngineLimit};
 use crate::output::schema::Op;
 
 /// Spans of one bare call at most.
@@ -63,7 +63,7 @@ impl Stretch {
 pub(crate) enum Limit {
     /// Of a path between memories of the host, also beneath what is staged.
     Bare(Box<BareLimit>),
-    /// Of one between GPUs.
+    /// Of one by which a GPU copies.
     Engine(EngineLimit),
 }
 
@@ -110,9 +110,17 @@ impl Limit {
         side: &BenchSide,
     ) -> anyhow::Result<Option<Self>> {
         let own = side.memory().first().and_then(BlockMemory::gpu);
-        if let (PathKind::Ipc, Some(own), Some(other)) = (ways.path, own, ways.target_gpu) {
-            let limit = EngineLimit::new(own.gpu(), other, ways.op, case.bytes())?;
-            return Ok(Some(Self::Engine(limit)));
+        if ways.path == PathKind::Ipc {
+            let own = own.map(GpuMemory::gpu);
+            let ends = match (own, ways.target_gpu, ways.target) {
+                (Some(own), Some(target), _) => Some(Ends::Gpus(own, target)),
+                // Of a target of our own it is known that it has none.
+                (Some(own), None, Some(_)) => Some(Ends::OwnGpu(own)),
+                (None, Some(target), _) => Some(Ends::TargetGpu(target)),
+                _ => None,
+            };
+            let limit = ends.map(|ends| EngineLimit::new(ends, ways.op, case.bytes()));
+            return Ok(limit.transpose()?.map(Self::Engine));
         }
         let limit = BareLimit::new(ways, case, side)?;
         Ok(limit.map(|limit| Self::Bare(Box::new(limit))))

@@ -163,6 +163,10 @@ forward! {
     /// # Safety
     /// The span is mapped until [`host_unregister`](Self::host_unregister).
     [unsafe] fn host_register(&self, pointer: u64, len: u64) -> Result<u64, Refused>;
+    /// The same of memory that is mapped to be read, and that devices only read.
+    /// # Safety
+    /// As [`host_register`](Self::host_register).
+    [unsafe] fn host_register_read_only(&self, pointer: u64, len: u64) -> Result<u64, Refused>;
     /// # Safety
     /// `pointer` was registered, is unregistered once, and no device uses it any more.
     [unsafe] fn host_unregister(&self, pointer: u64) -> Result<(), Refused>;

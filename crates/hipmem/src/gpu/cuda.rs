@@ -213,6 +213,7 @@ impl CudaApi {
             writes_ordering: number(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING),
             flush_options: number(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS),
             host_register: flag(CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED).unwrap_or(false),
+            host_register_read_only: flag(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED),
             fine_grained: false,
             large_bar: None,
         })
@@ -277,7 +278,20 @@ impl CudaApi {
     }
 
     pub(super) unsafe fn host_register(&self, at: u64, len: u64) -> Result<u64, Refused> {
-        let flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: as for this function.
+        unsafe { self.register(at, len, 0) }
+    }
+
+    pub(super) unsafe fn host_register_read_only(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // SAFETY: as for this function.
+        unsafe { self.register(at, len, CU_MEMHOSTREGISTER_READ_ONLY) }
+    }
+
+    /// # Safety
+    ///
+    /// As [`host_register`](Self::host_register).
+    unsafe fn register(&self, at: u64, len: u64, more: c_uint) -> Result<u64, Refused> {
+        let flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP | more;
         call!(self.cuMemHostRegister_v2(pointer(at), len as usize, flags))?;
         self.device_address(pointer(at)).inspect_err(|_| {
             // SAFETY: it was registered above, and nobody has used it.

@@ -64,6 +64,8 @@ pub struct GpuInfo {
     pub flush_options: Option<u32>,
     /// Whether it reaches host memory that was allocated without it.
     pub host_register: bool,
+    /// Whether it reaches host memory that is mapped to be read alone, such as another process's, where the runtime says.
+    pub host_register_read_only: Option<bool>,
     /// Whether it has memory that is coherent while kernels run.
     pub fine_grained: bool,
     /// Whether the host's CPU could reach all of its memory, where the runtime says.

@@ -259,6 +259,14 @@ pub enum GpuFault {
         /// Threads of each.
         block: u32,
     },
+    /// Another process's memory was to be written.
+    #[error("the {len} bytes at {addr:#x} are another process's, mapped to be read alone")]
+    ReadOnly {
+        /// The address of the first.
+        addr: u64,
+        /// How many there are.
+        len: u64,
+    },
     /// Handles of two devices were mixed.
     #[error("{what} is of GPU {is}, the stream of {stream}")]
     OtherStreamDevice {

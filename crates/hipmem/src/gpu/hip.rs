@@ -234,6 +234,7 @@ impl HipApi {
             writes_ordering: None,
             flush_options: None,
             host_register: true,
+            host_register_read_only: None,
             fine_grained: flag(hipDeviceAttributeFineGrainSupport).unwrap_or(false),
             large_bar: flag(hipDeviceAttributeIsLargeBar),
         })
@@ -309,6 +310,13 @@ impl HipApi {
             // SAFETY: it was registered above, and nobody has used it.
             let _ = unsafe { self.host_unregister(at) };
         })
+    }
+
+    pub(super) unsafe fn host_register_read_only(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // HIP has no flag for it that AMD's driver heeds: 8 is coarse-grained memory to it, which kernels would
+        // read stale bytes of.
+        // SAFETY: as for this function.
+        unsafe { self.host_register(at, len) }
     }
 
     pub(super) unsafe fn host_unregister(&self, at: u64) -> Result<(), Refused> {

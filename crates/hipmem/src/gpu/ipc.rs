@@ -76,6 +76,12 @@ impl IpcHandle {
     /// The length of a handle's bytes.
     pub const BYTES: usize = 4 + 1 + 64 + 8 * 3 + 7 + 16 + 16;
 
+    /// The runtime that opens it.
+    #[must_use]
+    pub fn runtime(&self) -> RuntimeKind {
+        self.runtime
+    }
+
     /// The device whose memory it is.
     #[must_use]
     pub fn pci(&self) -> PciAddress {

@@ -14,6 +14,7 @@ use super::device::Gpu;
 use super::error::{GpuFault, NoGpu};
 use super::hip::HipApi;
 use super::host::HostApi;
+use super::ipc::IpcHandle;
 use crate::error::Error;
 
 /// Whose runtime it is.
@@ -178,6 +179,17 @@ impl GpuRuntime {
     pub fn gpu_at(&self, pci: PciAddress) -> Result<&Gpu, Error> {
         let gpu = self.0.gpus.iter().find(|gpu| gpu.info().pci == pci);
         gpu.ok_or_else(|| self.no_such(pci.to_string()))
+    }
+
+    /// The device whose memory a handle names, if this process sees it.
+    ///
+    /// # Errors
+    ///
+    /// [`GpuFault::NoSuchDevice`].
+    pub fn gpu_of(&self, handle: &IpcHandle) -> Result<&Gpu, Error> {
+        let uuid = handle.uuid();
+        let gpu = self.0.gpus.iter().find(|gpu| gpu.info().uuid == uuid);
+        gpu.ok_or_else(|| self.no_such(handle.pci().to_string()))
     }
 
     fn no_such(&self, asked: String) -> Error {

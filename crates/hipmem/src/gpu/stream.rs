@@ -12,6 +12,7 @@ use super::api::Direction;
 use super::device::{Gpu, same_runtime};
 use super::event::{Event, poll};
 use super::memory::GpuMemory;
+use super::peer_memory::PeerHostMemory;
 use super::pinned::PinnedMemory;
 use crate::error::{Error, Operation};
 
@@ -45,6 +46,8 @@ pub enum Place<'a> {
     Gpu(&'a GpuMemory, u64),
     /// In pinned host memory, from this offset.
     Pinned(&'a PinnedMemory, u64),
+    /// In another process's host memory, from this offset: it is only read.
+    PeerHost(&'a PeerHostMemory, u64),
 }
 
 /// One contiguous copy.
@@ -71,6 +74,7 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, offset) => memory.range(operation, *offset, len),
             Self::Pinned(memory, offset) => memory.range(operation, *offset, len),
+            Self::PeerHost(memory, offset) => memory.range(operation, *offset, len),
         }
     }
 
@@ -79,6 +83,7 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, offset) => memory.len().saturating_sub(*offset),
             Self::Pinned(memory, offset) => memory.len().saturating_sub(*offset),
+            Self::PeerHost(memory, offset) => memory.len().saturating_sub(*offset),
         }
     }
 
@@ -87,6 +92,7 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, offset) => memory.addr().wrapping_add(*offset),
             Self::Pinned(memory, offset) => memory.device_addr().wrapping_add(*offset),
+            Self::PeerHost(memory, offset) => memory.device_addr().wrapping_add(*offset),
         }
     }
 
@@ -94,6 +100,7 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, _) => memory.gpu(),
             Self::Pinned(memory, _) => memory.gpu(),
+            Self::PeerHost(memory, _) => memory.gpu(),
         }
     }
 
@@ -101,6 +108,7 @@ impl Place<'_> {
         match self {
             Self::Gpu(memory, _) => Arc::clone(&memory.span) as Keep,
             Self::Pinned(memory, _) => Arc::clone(&memory.pinned) as Keep,
+            Self::PeerHost(memory, _) => Arc::clone(&memory.peer) as Keep,
         }
     }
 }
@@ -108,10 +116,10 @@ impl Place<'_> {
 /// Which way a copy goes; `None`: it is the host's alone.
 pub(super) fn way(dst: Place<'_>, src: Place<'_>) -> Option<Direction> {
     match (dst, src) {
-        (Place::Gpu(..), Place::Pinned(..)) => Some(Direction::HostToDevice),
+        (Place::Gpu(..), Place::Pinned(..) | Place::PeerHost(..)) => Some(Direction::HostToDevice),
         (Place::Pinned(..), Place::Gpu(..)) => Some(Direction::DeviceToHost),
         (Place::Gpu(..), Place::Gpu(..)) => Some(Direction::DeviceToDevice),
-        (Place::Pinned(..), Place::Pinned(..)) => None,
+        (Place::Pinned(..) | Place::PeerHost(..), _) => None,
     }
 }
 
@@ -207,7 +215,8 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfBounds`], [`Error::HostCopy`], [`GpuFault::OtherRuntime`](super::GpuFault::OtherRuntime);
+    /// [`Error::OutOfBounds`], [`Error::HostCopy`], [`GpuFault::ReadOnly`](super::GpuFault::ReadOnly),
+    /// [`GpuFault::OtherRuntime`](super::GpuFault::OtherRuntime);
     /// then none was put. [`Error::Gpu`].
     pub fn copy(&self, copies: &[Copy<'_>]) -> Result<Pending, Error> {
         let mut spans = Vec::with_capacity(copies.len());

@@ -67,6 +67,7 @@ fn layer<'a>(local: At<'a>, remote: At<'a>) -> LinkLayer<'a> {
     let by = |place: At<'a>, by: u64| match place {
         At::Gpu(memory, at) => At::Gpu(memory, at + by),
         At::Pinned(memory, at) => At::Pinned(memory, at + by),
+        At::PeerHost(memory, at) => At::PeerHost(memory, at + by),
     };
     let piece = |(src, dst, len): &(u64, u64, u64)| LinkPiece {
         local: LinkSide {

@@ -10,6 +10,7 @@ mod ipc;
 mod links;
 mod memory;
 mod on_gpu;
+mod peer_host;
 mod pieces;
 mod post;
 mod regions;

@@ -35,7 +35,9 @@ use crate::ping::ProbeSeat;
 use crate::session::Session;
 use crate::transfer::{Cause, PeerKey};
 use crate::transport::{PathInfo, RdmaLink};
-use crate::wire::{Describe, Message, Refusal, Role, SessionId, Side as End, StreamKey, limits};
+use crate::wire::{
+    Candidate, Describe, Message, Refusal, Role, SessionId, Side as End, StreamKey, limits,
+};
 
 /// What the driver is to do, in this order.
 #[derive(Debug)]
@@ -68,7 +70,9 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
-    /// What can be fetched out of the peer's GPU.
+    /// Paths that a client has offered and the server has declined.
+    declined: Vec<Candidate>,
+    /// What this side has a GPU fetch of the peer's memory.
     gpu: Option<GpuPeer>,
     /// The rails that the peer is told of, as the runtime numbers them.
     rails: Vec<usize>,
@@ -126,6 +130,7 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
+            declined: Vec::new(),
             gpu: None,
             rails: Vec::new(),
             pairs: Vec::new(),

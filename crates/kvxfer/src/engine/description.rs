@@ -86,6 +86,9 @@ pub(super) fn consistent(
             "memory of a GPU registered with {name}, which is no RDMA device"
         ));
     }
+    if describe.gpu.is_some() && describe.shared.is_some() {
+        return Err("files of the host's memory beside memory of a GPU".to_owned());
+    }
     for rail in &describe.rails {
         of_rail(rail, placement)?;
     }

@@ -82,7 +82,7 @@ pub(crate) use wake::poll_timeout;
 use books::{Books, not_counted};
 use events::EventQueue;
 use farewell::FAREWELL;
-use gpu::GpuSide;
+use gpu::{GpuSide, HostSide};
 use link::Link;
 use presence::{Met, Presence};
 use push::Pushes;
@@ -152,6 +152,8 @@ pub(crate) struct Inner {
     pub(crate) placement: KvPlacement,
     /// The same memory, where it is a GPU's.
     pub(crate) gpu: Option<Arc<GpuSide>>,
+    /// And where it is the host's.
+    pub(crate) host: Option<HostSide>,
     /// The memory on each of the runtime's rails.
     pub(crate) rails: Vec<RailMemory>,
     pub(crate) scratch: Landings,
@@ -196,6 +198,10 @@ impl Inner {
             None => register_blocks(runtime.rails(), own)?,
             Some(gpu) => gpu.register(&runtime, &config, own)?,
         };
+        let host = gpu.is_none().then(|| {
+            let regions = blocks.first().map_or(&[][..], |rail| &rail.regions);
+            HostSide::new(placement.memory(), (&runtime, &config), regions)
+        });
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(Error::random)?;
         let generation = Generation(random);
@@ -227,6 +233,7 @@ impl Inner {
             fingerprint,
             placement,
             gpu: gpu.map(Arc::new),
+            host,
             rails,
             scratch,
             scratch_region,
@@ -351,6 +358,7 @@ impl Inner {
             },
             fd_backed: self.shareable(),
             gpu: self.gpu.as_ref().map(|gpu| gpu.shown().clone()),
+            shared: self.host.as_ref().and_then(HostSide::token),
         })
     }
 

@@ -120,6 +120,7 @@ pub(crate) fn shown(describe: Describe) -> Describe {
         // They tell how a stranger could open a queue pair, or a GPU's memory.
         rails: Vec::new(),
         gpu: None,
+        shared: None,
         facts: ConfigFacts::default(),
         fd_backed: false,
         ..describe

@@ -417,6 +417,7 @@ impl Bringup<'_> {
             blocks: BothBlocks::ON_HOSTS,
             unregistered: Unregistered::default(),
             unreachable: None,
+            declined: &[],
             unstaged: None,
             allowed: &self.config.path,
         }
@@ -572,6 +573,7 @@ fn describe(context: &Context) -> Result<Describe, Error> {
         },
         fd_backed: true,
         gpu: None,
+        shared: None,
     })
 }
 

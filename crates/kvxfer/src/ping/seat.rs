@@ -102,6 +102,8 @@ impl ProbeSeat {
         Ok(Describe {
             format: Blob(Vec::new()),
             placement: Blob(Vec::new()),
+            // Its blocks are not a pinger's to read.
+            shared: None,
             // The path is chosen as it would be for the engine's own memory.
             ..describe
         })

@@ -129,6 +129,11 @@ impl BothBlocks {
         self != Self::ON_HOSTS
     }
 
+    /// Whether there is memory of the host at one end at least.
+    pub(crate) fn any_host(self) -> bool {
+        [self.here, self.there].contains(&Blocks::Host)
+    }
+
     /// Whether one side at least has to stage its blocks, if they go over queue pairs.
     fn any_unreached(self) -> bool {
         [self.here, self.there].contains(&Blocks::Unreached)
@@ -150,8 +155,7 @@ impl BothBlocks {
             PathKind::Staged if self.any_unreached() => None,
             PathKind::Staged if self.any_gpu() => Some("RDMA devices reach both sides' memory"),
             PathKind::Staged => Some("neither side's memory is a GPU's"),
-            PathKind::Ipc if !on_gpu(self.here) => Some("this side's memory is the host's"),
-            PathKind::Ipc if !on_gpu(self.there) => Some("the peer's memory is the host's"),
+            PathKind::Ipc if !self.any_gpu() => Some("neither side's memory is a GPU's"),
             PathKind::Ipc => None,
             PathKind::Rdma if self.here == Blocks::Unreached => Some(GPU_HERE),
             PathKind::Rdma if self.there == Blocks::Unreached => Some(GPU_THERE),
@@ -190,6 +194,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) unreachable: Option<String>,
     /// Why blocks cannot be staged between the two, if they cannot.
     pub(crate) unstaged: Option<String>,
+    /// Paths that the peer has declined, and why.
+    pub(crate) declined: &'a [Candidate],
     /// The paths that the configuration allows.
     pub(crate) allowed: &'a PathSet,
 }
@@ -248,6 +254,9 @@ impl Choice<'_> {
                 "both sides use RDMA devices, which reach the GPU's memory".to_owned()
             }
             PathKind::Rdma => "both sides use RDMA devices".to_owned(),
+            PathKind::Ipc if self.blocks.any_host() => {
+                "same node, and the GPU reaches the host's memory".to_owned()
+            }
             PathKind::Ipc => "same node, and this side's GPU reaches the peer's memory".to_owned(),
         };
         Ok(PathInfo {
@@ -263,6 +272,9 @@ impl Choice<'_> {
     fn why_not(&self, path: PathKind) -> Option<String> {
         if !self.allowed.allows(path) {
             return Some("the configuration does not allow it".to_owned());
+        }
+        if let Some(declined) = self.declined.iter().find(|of| of.path == path) {
+            return declined.why_not.clone();
         }
         if let Some(why_not) = self.blocks.why_not(path) {
             return Some(match path {
@@ -335,10 +347,11 @@ impl Choice<'_> {
                 Some(format!("the peer uses its RDMA device {name}"))
             }
             PathKind::Tcp => None,
-            PathKind::Arena | PathKind::Ipc if !self.local_shareable => {
+            // Over GPU links queue pairs reach no blocks: what a GPU needs is looked at where it is opened.
+            PathKind::Arena if !self.local_shareable => {
                 Some("this side's memory has no file that the peer could map".to_owned())
             }
-            PathKind::Arena | PathKind::Ipc if !self.peer_shareable => {
+            PathKind::Arena if !self.peer_shareable => {
                 Some("the peer's memory has no file that could be mapped".to_owned())
             }
             PathKind::Arena | PathKind::ProcessVm | PathKind::Ipc => {
@@ -413,8 +426,12 @@ mod tests {
                     "{blocks:?} by {path}"
                 );
             }
-            let links = blocks.here != Host && blocks.there != Host;
-            assert_eq!(blocks.why_not(PathKind::Ipc).is_none(), links, "{blocks:?}");
+            // A GPU reaches another's memory, and the host's.
+            assert_eq!(
+                blocks.why_not(PathKind::Ipc).is_none(),
+                !hosts,
+                "{blocks:?}"
+            );
         }
     }
 }

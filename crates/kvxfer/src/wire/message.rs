@@ -196,6 +196,9 @@ pub struct Describe {
     /// By what other processes of the node open its memories, if they are a GPU's; the rails then have no keys
     /// for them.
     pub gpu: Option<GpuDesc>,
+    /// By what other processes of the node map its memories to read them, if they are the host's: a token that the
+    /// first rail's software device knows.
+    pub shared: Option<Blob>,
 }
 
 impl Describe {
@@ -208,7 +211,9 @@ impl Describe {
         bounded("placement size", self.placement.len(), limits::PLACEMENT)?;
         bounded("number of rails", self.rails.len(), limits::RAILS)?;
         self.rails.iter().try_for_each(RailDesc::check)?;
-        self.gpu.iter().try_for_each(GpuDesc::check)
+        self.gpu.iter().try_for_each(GpuDesc::check)?;
+        let mut token = self.shared.iter().map(Blob::len);
+        token.try_for_each(|len| bounded("size of a token", len, limits::TOKEN))
     }
 }
 

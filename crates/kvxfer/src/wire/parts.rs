@@ -35,6 +35,8 @@ pub mod limits {
     pub const TICKET: usize = 8 << 20;
     /// Bytes of a handle of a GPU's memory.
     pub const HANDLE: usize = 512;
+    /// A token of shared memory, in bytes.
+    pub const TOKEN: usize = 16;
     /// Bytes that a side which stages takes at a time: no fewer.
     pub const LEAST_STAGED: u64 = 1 << 16;
     /// Stretches of memory that are staged together.

@@ -430,6 +430,7 @@ impl World {
             },
             fd_backed: true,
             gpu: None,
+            shared: None,
         }
     }
 

@@ -193,6 +193,18 @@ fn parts_that_do_not_agree() {
             },
             "which is no RDMA device",
         ),
+        // It is the host's, or a GPU's.
+        (
+            |_, d| {
+                d.shared = Some(Blob(vec![7; 16]));
+                d.gpu = Some(GpuDesc {
+                    handles: vec![Blob(vec![7; 9])],
+                    staged: 0,
+                    unregistered: Some("soft".to_owned()),
+                });
+            },
+            "beside memory of a GPU",
+        ),
         (|_, d| d.format = Blob(vec![0xc1]), "format"),
         (|_, d| d.placement = Blob(vec![0xff; 64]), "placement"),
         (|_, d| d.rails[0].device = Blob(vec![0x93, 1, 2]), "device"),

@@ -196,6 +196,7 @@ impl Liar {
             },
             fd_backed: true,
             gpu: None,
+            shared: None,
         }
     }
 

@@ -40,9 +40,11 @@ fn an_observer_is_told_nothing_to_reach_memory_by() {
         facts: ConfigFacts::default(),
         fd_backed: false,
         gpu: None,
+        shared: None,
         ..all.clone()
     };
     assert_eq!(shown, wanted);
+    assert!(all.shared.is_some());
     assert!(!all.rails[0].memories.is_empty() && !all.rails[0].device.is_empty());
     wire.say(Goodbye {
         reason: GoodbyeReason::Finished,

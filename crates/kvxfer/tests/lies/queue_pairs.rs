@@ -408,7 +408,10 @@ fn a_pinger_that_wants_more() {
     let dial = || Wire::dial(world.address.get(), Some(&world.secret), Role::Probe);
     let mut wire = dial();
     wire.say(describe.clone());
-    wire.hear_kind(MessageKind::Describe);
+    let Message::Describe(told) = wire.hear_kind(MessageKind::Describe) else {
+        unreachable!("that kind");
+    };
+    assert_eq!(told.shared, None, "the engine's blocks are not a pinger's");
     wire.say(offer_of(
         PathKind::Arena,
         vec![invented(1, 1), invented(2, 2)],

@@ -245,8 +245,14 @@ fn handles_that_are_not_of_the_memory_lead_nowhere() {
         drop(other);
         set(describe, vec![gone]);
     });
-    // And of the host, over the same path.
+    // And of the host, over the same path: without a token, and with some that are none.
     refused(&|describe, _| describe.gpu = None);
+    for len in [0, 15, 16] {
+        refused(&|describe, _| {
+            describe.gpu = None;
+            describe.shared = Some(Blob(vec![7; len]));
+        });
+    }
     world.works();
 }
 

@@ -107,6 +107,7 @@ fn the_encoding_is_the_documented_one() {
         facts: ConfigFacts::default(),
         fd_backed: true,
         gpu: None,
+        shared: None,
     };
     let want = format!(
         "9ca165dc0010{}93000000a4{}c0{n32}c400c400919600c400919301020393010203c0c09700000000c20000c3c0",

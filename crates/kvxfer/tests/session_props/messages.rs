@@ -78,7 +78,12 @@ fn describe() -> impl Strategy<Value = Describe> {
             any::<[u8; 32]>(),
         ),
         (blob(), blob(), vec(rail_desc(), 0..4)),
-        (facts, any::<bool>(), gpu),
+        (
+            facts,
+            any::<bool>(),
+            gpu,
+            prop::option::of(vec(any::<u8>(), 0..=limits::TOKEN)),
+        ),
     )
         .prop_map(
             |((engine, g, rank, kv_role, wanted, f), (format, placement, rails), d)| Describe {
@@ -94,6 +99,7 @@ fn describe() -> impl Strategy<Value = Describe> {
                 facts: d.0,
                 fd_backed: d.1,
                 gpu: d.2,
+                shared: d.3.map(Blob),
             },
         )
 }
@@ -532,6 +538,13 @@ fn fields_out_of_bounds_are_refused_on_both_ways() {
             "number of rails",
             Describe {
                 rails: vec![rail(|_| {}); limits::RAILS + 1],
+                ..good.clone()
+            },
+        ),
+        (
+            "size of a token",
+            Describe {
+                shared: Some(Blob(vec![0; limits::TOKEN + 1])),
                 ..good.clone()
             },
         ),

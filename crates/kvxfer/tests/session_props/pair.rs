@@ -63,6 +63,7 @@ pub(crate) fn plain_describe(engine: &str) -> Describe {
         },
         fd_backed: true,
         gpu: None,
+        shared: None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::process::{Child as Process, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use kvxfer::bench::BenchMemory;
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Peer, PullOptions, Push, PushOptions};
 use kvxfer::event::{Event, MemoryState, PeerName};
@@ -60,6 +61,11 @@ impl Child {
     /// As the pipeline rank `pp` of `stages`, with its share of the two layers.
     pub(crate) fn start_stage(spec: &Spec, pp: u32, stages: u32) -> Child {
         Self::start_as(spec, "pp", pp, stages)
+    }
+
+    /// With its blocks in the host's memory, on whatever path.
+    pub(crate) fn start_on_host(spec: &Spec) -> Child {
+        Self::start_as(spec, "host", 0, 1)
     }
 
     fn start_as(spec: &Spec, kind: &str, rank: u32, ranks: u32) -> Child {
@@ -328,10 +334,13 @@ fn build(text: &str) -> (Node, u64) {
     let blocks = u32::try_from(number(blocks)).expect("a number of blocks");
     let recipe = recipe(role, path, number(block_bytes), blocks);
     let count = |text| u32::try_from(number(text)).expect("a rank");
-    let recipe = match kind {
+    let mut recipe = match kind {
         "pp" => recipe.stage(count(rank), count(ranks)),
         _ => recipe.rank(count(rank), count(ranks)),
     };
+    if kind == "host" {
+        recipe.memory = BenchMemory::Arena;
+    }
     let recipe = recipe.with(|config| {
         // Whoever listens elsewhere is in a network of the test's own.
         config.allow_unauthenticated = !listen.starts_with("127.");

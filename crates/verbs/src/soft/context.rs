@@ -25,8 +25,9 @@ use crate::soft::injector::Injector;
 use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
-use crate::soft::segment::{MapCache, Segments};
+use crate::soft::segment::{MapCache, Mapping, Segments};
 use crate::soft::server::{self, Command, Mailbox};
+use crate::soft::shares::Shares;
 use crate::soft::{FIRST_CQ, PORT, SoftConfig, fill_random};
 use crate::sync::{Mutex, MutexGuard, lock};
 
@@ -67,6 +68,7 @@ pub(crate) struct SoftShared {
     segments: Mutex<Segments>,
     pub(crate) maps: MapCache,
     tokens: Mutex<HashMap<[u8; 16], Weak<SoftQp>>>,
+    pub(crate) shares: Shares,
     pub(crate) mailbox: Mailbox,
     next_pd: AtomicU32,
     /// The first queue pair's number is random, so that a stale one names nobody.
@@ -219,6 +221,7 @@ impl SoftDevice {
             segments: Mutex::default(),
             maps: MapCache::default(),
             tokens: Mutex::default(),
+            shares: Shares::default(),
             mailbox: Mailbox::new()?,
             next_pd: AtomicU32::new(1),
             first_qpn: first,
@@ -264,6 +267,33 @@ impl DeviceBackend for SoftDevice {
 
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         link::probe(&self.shared, peer, path)
+    }
+
+    fn share(&self, spans: &[SegmentSpan]) -> Result<[u8; 16], Error> {
+        let file = |(index, span): (usize, &SegmentSpan)| {
+            let file = self.shared.segment_readable(span.id);
+            let file = file.ok_or(Error::NotShared { index })?;
+            Ok((file, span.offset))
+        };
+        let files = spans.iter().enumerate().map(file);
+        let files = files.collect::<Result<Vec<_>, Error>>()?;
+        let token = random()?;
+        self.shared.shares.add(token, files);
+        Ok(token)
+    }
+
+    fn unshare(&self, token: &[u8; 16]) {
+        self.shared.shares.remove(token);
+    }
+
+    fn map_shared(
+        &self,
+        peer: &DeviceAddr,
+        token: [u8; 16],
+        index: u32,
+    ) -> Result<(Arc<Mapping>, u64), Error> {
+        let (file, offset) = link::shared_file(&self.shared, peer, token, index)?;
+        Ok((self.shared.maps.map(file.as_fd())?, offset))
     }
 
     fn alloc_pd(&self) -> Result<u32, Error> {

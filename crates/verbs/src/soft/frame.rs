@@ -189,6 +189,9 @@ pub(crate) enum Role {
     /// The answer: the opener's memory cannot be read from here (`errno` says why), so a path that
     /// needs it leads nowhere.
     Barred = 6,
+    /// Asks for the file of the shared memory number `qpn` of `target`, which is the token of what is shared. The
+    /// answer has it in place of the key table, and in `probe_addr` where in it the memory begins.
+    File = 7,
 }
 
 /// The opening of a stream, and its answer.
@@ -258,6 +261,7 @@ impl Hello {
             4 => Role::Welcome,
             5 => Role::Refused,
             6 => Role::Barred,
+            7 => Role::File,
             _ => return None,
         };
         Some(Self {

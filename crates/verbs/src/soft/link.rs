@@ -199,6 +199,9 @@ impl Dial<'_> {
         }
         match answer.role {
             Role::Welcome => {}
+            Role::Refused if hello.role == Role::File => {
+                return Err(self.fault(PathFault::NotShared));
+            }
             Role::Refused => return Err(self.fault(PathFault::Token)),
             Role::Barred if reader != 0 => {
                 return Err(self.fault(PathFault::ReaderTaken { reader }));
@@ -267,6 +270,27 @@ pub(crate) fn probe(shared: &SoftShared, peer: &DeviceAddr, path: SoftPath) -> R
         SoftPath::Arena => Ok(()),
         SoftPath::ProcessVm => dial.check_process_vm(&answer),
     }
+}
+
+/// Asks for the file of memory that a peer shares, and where in it the memory begins.
+pub(crate) fn shared_file(
+    shared: &SoftShared,
+    peer: &DeviceAddr,
+    token: [u8; 16],
+    index: u32,
+) -> Result<(OwnedFd, u64), Error> {
+    let dial = Dial {
+        shared,
+        peer,
+        path: SoftPath::Arena,
+        deadline: Instant::now() + PROBE_TIME,
+    };
+    let answer = dial.open(Hello {
+        target: token,
+        qpn: index,
+        ..hello(shared, None, Role::File)
+    })?;
+    Ok((answer.keys, answer.hello.probe_addr))
 }
 
 /// Opens both streams: for this side's requests, and for the peer's.

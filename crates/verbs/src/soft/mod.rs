@@ -23,8 +23,9 @@ mod requester_local;
 mod requester_receive;
 mod requester_tcp;
 mod responder;
-mod segment;
+pub(crate) mod segment;
 mod server;
+mod shares;
 mod stream;
 
 use std::sync::Arc;

@@ -397,6 +397,21 @@ impl Server {
         }
     }
 
+    /// Passes the file of memory that is shared by a token to who has it.
+    fn file(&self, hello: &Hello, stream: &Stream) -> Result<(), &'static str> {
+        let mut answer = answer(&self.shared, None, hello);
+        let Some((file, offset)) = self.shared.shares.find(&hello.target, hello.qpn) else {
+            answer.role = Role::Refused;
+            let _ = stream.send(&answer.encode(), None);
+            return Err("nothing is shared so");
+        };
+        answer.probe_addr = offset;
+        match stream.send(&answer.encode(), Some(file.as_fd())) {
+            Ok(HELLO) => Ok(()),
+            _ => Err("it takes no answer"),
+        }
+    }
+
     /// Answers an opening. A probe that must stay for a while is given back.
     fn opened(&self, mut o: Opening) -> Result<Option<Opening>, &'static str> {
         let hello = Hello::decode(&o.buf).ok_or("not this protocol")?;
@@ -408,6 +423,7 @@ impl Server {
         o.process.expect(&hello);
         let qp = match hello.role {
             Role::Probe => None,
+            Role::File => return self.file(&hello, &o.stream).map(|()| None),
             Role::ToResponder | Role::ToRequester => {
                 let qp = self.shared.by_token(&hello.target);
                 if qp.is_none() {

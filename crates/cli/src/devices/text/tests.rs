@@ -152,11 +152,11 @@ host to host over rdma        {rdma}
 
 const GPU_MOVES: &str = "\
 GPU to GPU over ipc           no GPU
+GPU to host over ipc          no GPU
 GPU to GPU over staged        no GPU
 GPU to host over staged       no GPU
 GPU to GPU over rdma          no GPU
 GPU to host over rdma         no GPU
-memory of GPUs over ipc to the host's: no GPU, and not built into transfers yet
 ";
 
 const SOFTWARE: &str = "\
@@ -294,6 +294,8 @@ fn gpu(ordinal: u32, pci: &str) -> GpuRow {
         dma_buf: true,
         gpudirect_rdma: None,
         large_bar: Some(true),
+        host_register: true,
+        host_register_read_only: None,
         classes: vec![
             class("local", "loopback-read", true),
             class("uncached", "loopback-read", false),
@@ -365,11 +367,11 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
 {second}{nics}  to GPU 0  no P2P, no IPC: no link
 
 {moves}GPU to GPU over ipc           same host
+GPU to host over ipc          same host
 GPU to GPU over staged        any host
 GPU to host over staged       any host
 GPU to GPU over rdma          no, see above
 GPU to host over rdma         no, see above
-memory of GPUs over ipc to the host's: not built into transfers yet
 "
     );
     assert_eq!(told, wanted);

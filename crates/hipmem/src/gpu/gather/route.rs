@@ -61,7 +61,7 @@ pub(super) struct Grid {
 impl Route {
     pub(super) fn of(gpu: &Gpu, src: Place<'_>, dst: Place<'_>) -> Self {
         let near = |place: Place<'_>| match place {
-            Place::Pinned(..) => None,
+            Place::Pinned(..) | Place::PeerHost(..) => None,
             Place::Gpu(memory, _) => Some(!matches!(
                 memory.class_for(gpu),
                 MemoryClass::Peer | MemoryClass::OtherPartition

@@ -10,8 +10,8 @@ use super::GpuKernels;
 use super::error::{GatherFault, Side};
 use super::launch::{GatherPart, Part};
 use super::route::{Grid, Route};
-use crate::error::Error;
-use crate::gpu::{Gpu, GpuMemory, PinnedMemory, Place};
+use crate::error::{Error, Operation};
+use crate::gpu::{Gpu, GpuMemory, PeerHostMemory, PinnedMemory, Place};
 use crate::kernels::{Pair, Piece, Table, Tensor, bytes_of};
 
 /// Block 0 of a tensor on both sides.
@@ -96,6 +96,7 @@ pub(super) type Tensors = (Owned, Owned);
 pub(super) enum Owned {
     Gpu(GpuMemory, u64),
     Pinned(PinnedMemory, u64),
+    PeerHost(PeerHostMemory, u64),
 }
 
 impl Owned {
@@ -103,6 +104,7 @@ impl Owned {
         match place {
             Place::Gpu(memory, at) => Self::Gpu(memory.clone(), at),
             Place::Pinned(memory, at) => Self::Pinned(memory.clone(), at),
+            Place::PeerHost(memory, at) => Self::PeerHost(memory.clone(), at),
         }
     }
 
@@ -111,6 +113,7 @@ impl Owned {
         match self {
             Self::Gpu(memory, at) => Place::Gpu(memory, at.saturating_add(by)),
             Self::Pinned(memory, at) => Place::Pinned(memory, at.saturating_add(by)),
+            Self::PeerHost(memory, at) => Place::PeerHost(memory, at.saturating_add(by)),
         }
     }
 }
@@ -143,6 +146,9 @@ pub(super) fn check(
         .into());
     }
     same_runtime("the memory", place.gpu(), gpu)?;
+    if let (Side::Destination, Place::PeerHost(..)) = (side, place) {
+        place.range(Operation::CopyDestination, 0)?;
+    }
     match place {
         Place::Gpu(memory, _) if memory.gpu() != gpu => {
             if memory.is_opened() {
@@ -158,7 +164,7 @@ pub(super) fn check(
             gpu.enable_access(memory.gpu())
         }
         // The runtime's pinned memory is every device's.
-        Place::Gpu(..) | Place::Pinned(..) => Ok(()),
+        Place::Gpu(..) | Place::Pinned(..) | Place::PeerHost(..) => Ok(()),
     }
 }
 

@@ -152,6 +152,7 @@ impl HostApi {
             writes_ordering: None,
             flush_options: None,
             host_register: true,
+            host_register_read_only: Some(true),
             fine_grained: false,
             large_bar: None,
         })
@@ -195,6 +196,11 @@ impl HostApi {
     pub(super) unsafe fn host_register(&self, at: u64, len: u64) -> Result<u64, Refused> {
         self.memories.register(at, len)?;
         Ok(at)
+    }
+
+    pub(super) unsafe fn host_register_read_only(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // SAFETY: as for this function.
+        unsafe { self.host_register(at, len) }
     }
 
     pub(super) unsafe fn host_unregister(&self, at: u64) -> Result<(), Refused> {

@@ -160,7 +160,7 @@ fn side(
         }
         Place::Gpu(memory, _) => gpu.enable_access(memory.gpu())?,
         // The runtime's pinned memory is every device's.
-        Place::Pinned(..) => {}
+        Place::Pinned(..) | Place::PeerHost(..) => {}
     }
     memories.push(place.keep());
     Ok(RegionSide {

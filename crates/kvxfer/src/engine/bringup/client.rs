@@ -14,7 +14,7 @@ use crate::engine::pairing::{self, Ends, Pair, left_out, pair_up, rdma_link};
 use crate::error::Error;
 use crate::transfer::PeerKey;
 use crate::transport::{Choice, PathInfo, SkippedRail, soft_path};
-use crate::wire::{PathKind, QpAnswer, QpOffer, Ready, Refusal, StreamHalf};
+use crate::wire::{Candidate, PathKind, QpAnswer, QpOffer, Ready, Refusal, StreamHalf};
 
 /// A pair of rails, its queue pairs here, and the peer's.
 type Taken = (Pair, Vec<Made>, Vec<QpEndpoint>);
@@ -63,8 +63,9 @@ impl Bringup {
         if let Some(error) = first.filter(|_| self.offered.is_empty()) {
             return Err(error);
         }
+        let count = self.declined.len();
         let offer = QpOffer {
-            offer: 1,
+            offer: u32::try_from(count).map_or(u32::MAX, |declined| declined + 1),
             replaces: None,
             path: path.beneath(),
             candidates: path.candidates.clone(),
@@ -79,7 +80,9 @@ impl Bringup {
     }
 
     fn choose(&mut self, engine: &Inner) -> Result<PathInfo, Error> {
-        let unreachable = match engine.config.path.allows(PathKind::Ipc) {
+        // Once is enough.
+        let reach = engine.config.path.allows(PathKind::Ipc) && self.declined.is_empty();
+        let unreachable = match reach {
             true => self.reach_gpu(engine).err(),
             false => None,
         };
@@ -108,9 +111,36 @@ impl Bringup {
             unregistered: self.unregistered(engine),
             unreachable,
             unstaged,
+            declined: &self.declined,
             allowed: &engine.config.path,
         }
         .choose()
+        .inspect(|path| {
+            if path.path != PathKind::Ipc {
+                self.gpu = None;
+            }
+        })
+    }
+
+    /// The server takes none of the queue pairs. Where that is because it cannot do its part over GPU links, others
+    /// are offered, for the next best way.
+    fn declined(&mut self, engine: &Arc<Inner>, answer: QpAnswer) -> Result<Vec<Step>, Error> {
+        let offered = self.path.take().map(|path| path.path);
+        if offered != Some(PathKind::Ipc) {
+            return Err(Error::NoPath {
+                forced: engine.config.path.forced(),
+                candidates: answer.candidates,
+            });
+        }
+        let why_not = answer.candidates.into_iter();
+        let why_not = why_not.filter(|of| of.path == PathKind::Ipc);
+        let why_not = why_not.filter_map(|of| of.why_not).next();
+        self.declined.push(Candidate {
+            path: PathKind::Ipc,
+            why_not: Some(why_not.unwrap_or_else(|| "the peer does not take it".to_owned())),
+        });
+        self.offered.clear();
+        Ok(vec![self.offer(engine)?])
     }
 
     /// The server has answered a client's offer: the queue pairs are joined.
@@ -123,10 +153,7 @@ impl Bringup {
             return self.rebuilt(engine, successor, &answer);
         }
         let Some(path) = answer.path else {
-            return Err(Error::NoPath {
-                forced: engine.config.path.forced(),
-                candidates: answer.candidates,
-            });
+            return self.declined(engine, answer);
         };
         if self.path.as_ref().map(PathInfo::beneath) != Some(path) {
             let detail = format!("path {path} is not the one that was offered");

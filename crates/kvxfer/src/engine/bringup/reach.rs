@@ -1,37 +1,58 @@
 //! Blocks on GPUs: whether this side's reaches the peer's memory, and what the devices of both reach.
 
+use kvxfer_verbs::{PeerMapping, SoftPath};
+
 use super::Bringup;
 use crate::engine::Inner;
 use crate::engine::gpu::GpuPeer;
+use crate::engine::pairing::KnownRail;
+use crate::engine::rail::Rail;
 use crate::error::chain;
 use crate::transport::{Blocks, BothBlocks, Unregistered};
-use crate::wire::{GpuDesc, RemoteSpan, limits};
+use crate::wire::{Describe, GpuDesc, RemoteSpan, limits};
 
 impl Bringup {
-    /// Opens the peer's memory for this side's GPU, if blocks are to be fetched out of it; the error says why that
-    /// cannot be.
+    /// Opens the peer's memory for the GPU that this side fetches blocks by, if blocks are to be fetched out of it
+    /// and there is a GPU at either end; the error says why that cannot be.
     pub(super) fn reach_gpu(&mut self, engine: &Inner) -> Result<(), String> {
+        self.gpu = None;
         let Some(known) = &self.known else {
             return Ok(());
         };
-        let (Some(own), Some(theirs)) = (&engine.gpu, &known.describe.gpu) else {
+        let theirs = known.describe.gpu.as_ref();
+        if engine.gpu.is_none() && theirs.is_none() {
             return Ok(());
-        };
+        }
         let device = self.rails.first();
         let device = device.and_then(|at| engine.runtime.rail(*at).ok());
         let devices = device.zip(known.rails.first());
-        if !devices.is_some_and(|(own, theirs)| own.context.shares_host(&theirs.device)) {
+        let same = |(own, theirs): &(&Rail, &KnownRail)| own.context.shares_host(&theirs.device);
+        let Some(devices) = devices.filter(same) else {
             return Err("the peer is on another host".to_owned());
-        }
+        };
+        let Some(plans) = &known.pull else {
+            return Ok(());
+        };
         let lengths = known.layout.1.memory_len();
-        let open = |plans| GpuPeer::open(own, (theirs, lengths), plans);
-        match known.pull.as_ref().map(open).transpose() {
-            Ok(gpu) => {
-                self.gpu = gpu;
-                Ok(())
+        let gpu = match (&engine.gpu, theirs, &engine.host) {
+            (Some(own), Some(theirs), _) => GpuPeer::open(own, (theirs, lengths), plans),
+            // What is wrong with the devices is said where the path is chosen.
+            _ if engine.runtime.is_rdma() => return Ok(()),
+            (Some(own), None, _) => {
+                let mapped = map_peer(&known.describe, lengths, devices)?;
+                GpuPeer::of_host(own, mapped, plans)
             }
-            Err(error) => Err(chain(&error)),
-        }
+            (None, Some(theirs), Some(own)) => {
+                // Before anything is pinned.
+                let (own_rail, their_rail) = devices;
+                let probed = own_rail.context.probe(&their_rail.device, SoftPath::Arena);
+                probed.map_err(|error| chain(&error))?;
+                own.reach(&engine.config, (theirs, lengths), plans)
+            }
+            _ => return Ok(()),
+        };
+        self.gpu = Some(gpu.map_err(|error| chain(&error))?);
+        Ok(())
     }
 
     /// Why blocks cannot be staged: a side whose memory is a GPU's that its devices do not reach needs buffers.
@@ -80,4 +101,20 @@ impl Bringup {
     fn their_gpu(&self) -> Option<&GpuDesc> {
         self.known.as_ref()?.describe.gpu.as_ref()
     }
+}
+
+/// Maps a peer's memories, which are the host's, to be read.
+fn map_peer(
+    describe: &Describe,
+    lengths: &[u64],
+    (own, theirs): (&Rail, &KnownRail),
+) -> Result<Vec<PeerMapping>, String> {
+    let none = || "the peer shares no files of its memory with GPUs".to_owned();
+    let token = describe.shared.as_ref().ok_or_else(none)?;
+    let token = <[u8; 16]>::try_from(token.0.as_slice()).map_err(|_| none())?;
+    let map = |(index, len): (u32, &u64)| {
+        let mapped = own.context.map_shared(&theirs.device, token, (index, *len));
+        mapped.map_err(|error| chain(&error))
+    };
+    (0..).zip(lengths).map(map).collect()
 }

@@ -4,6 +4,8 @@
 //! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
 //! and a consumer that is stopped or dead writes nothing.
 
+mod host;
+mod launcher;
 mod portion;
 #[cfg(test)]
 mod portion_tests;
@@ -13,12 +15,15 @@ mod taking;
 
 use std::sync::Arc;
 
-use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress};
+use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress, PeerMapping};
 
+pub(crate) use host::HostSide;
 pub(crate) use portion::{MOST_STAGED, Portion, Reads, StagedPeer, packed, told};
 pub(crate) use staging::{Packed, Slots, Staging};
 pub(crate) use takes::OpenTakes;
 pub(crate) use taking::Taking;
+
+use launcher::{Launcher, Reached};
 
 use super::loopback::Loopback;
 use super::peer::PullOptions;
@@ -28,12 +33,11 @@ use super::runtime::Runtime;
 use crate::config::{Config, FencePolicy};
 use crate::engine::Inner;
 use crate::error::{Error, chain};
-use crate::mem::gather::{
-    Fence, Gather, GatherFault, GatherOptions, GatherPart, GatherSection, GatherTable, GpuKernels,
-    TensorPlaces,
+use crate::mem::gather::{Fence, Gather, GatherFault, GatherPart, GatherTable};
+use crate::mem::gpu::{
+    Gpu, GpuFault, GpuMemory, HostStep, IpcHandle, PeerHostMemory, Stream, visibility,
 };
-use crate::mem::gpu::{Gpu, GpuFault, GpuMemory, HostStep, IpcHandle, Place, Stream, visibility};
-use crate::mem::kernels::{Pair, Piece};
+use crate::mem::kernels::Pair;
 use crate::plan::{Compiled, Plan};
 use crate::transfer::{Cause, GpuOperation};
 use crate::wire::{Blob, GpuDesc, PathKind, clean};
@@ -45,14 +49,10 @@ const SHORT: u64 = 1 << 20;
 /// This rank's memory, where it is a GPU's.
 #[derive(Debug)]
 pub(crate) struct GpuSide {
-    kernels: GpuKernels,
+    launcher: Arc<Launcher>,
     /// In the order of the placement.
     memories: Vec<GpuMemory>,
     shown: GpuDesc,
-    /// Where gathers go, one after the other: long ones, and short ones with fences.
-    long: Stream,
-    short: Stream,
-    options: GatherOptions,
     fence: FencePolicy,
     /// Buffers for peers that the GPU does not reach, nor RDMA devices; or why there are none.
     staging: Result<Staging, String>,
@@ -118,10 +118,9 @@ impl GpuSide {
         }
         let handle = |memory: &GpuMemory| Ok(Blob(memory.export()?.to_bytes().to_vec()));
         let handles = memories.iter().map(handle).collect::<Result<_, Error>>()?;
-        let most = config.gpu_workgroups;
         let step = step_for(&memories, &gpu);
         Ok(Some(Self {
-            kernels: GpuKernels::load(&gpu)?,
+            launcher: Arc::new(Launcher::new(&gpu, config)?),
             memories,
             shown: GpuDesc {
                 handles,
@@ -132,12 +131,6 @@ impl GpuSide {
             step,
             #[cfg(test)]
             trial: trial::Trial::default(),
-            long: Stream::new(&gpu)?,
-            short: Stream::new(&gpu)?,
-            options: GatherOptions {
-                max_workgroups: (most > 0).then_some(most),
-                ..GatherOptions::default()
-            },
             fence: config.fence,
         }))
     }
@@ -222,14 +215,14 @@ impl GpuSide {
             .flushed
             .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // Who reads on a stream is on the same GPU, and so is what sums are made with.
-        Ok(self.kernels.gpu().flush_writes(false)?)
+        Ok(self.launcher.kernels.gpu().flush_writes(false)?)
     }
 
     /// No device has registered the memory, for this reason: blocks are staged for what queue pairs go by, where
     /// that is allowed.
     fn stage(&mut self, unregistered: &str, config: &Config) {
         self.staging = match config.path.allows(PathKind::Staged) {
-            true => Staging::new(&self.kernels, config).map_err(|error| chain(&error)),
+            true => Staging::new(&self.launcher.kernels, config).map_err(|error| chain(&error)),
             false => Err("the configuration does not allow it".to_owned()),
         };
         self.shown.staged = self.staging.as_ref().map_or(0, Staging::piece_bytes);
@@ -241,9 +234,15 @@ impl GpuSide {
         self.shown.unregistered.is_none()
     }
 
+    /// The memories, as the GPU itself reaches them.
+    fn reached(&self) -> Vec<Reached> {
+        let memories = self.memories.iter().cloned();
+        memories.map(Reached::Gpu).collect()
+    }
+
     /// Where the GPU is.
     pub(crate) fn pci(&self) -> PciAddress {
-        self.kernels.gpu().info().pci
+        self.launcher.kernels.gpu().info().pci
     }
 
     /// Its buffers for what is staged; or why there are none.
@@ -270,7 +269,7 @@ impl GpuSide {
                 self.trial
                     .released
                     .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                Ok(Some(self.kernels.release(&self.short)?))
+                Ok(Some(self.launcher.kernels.release(&self.launcher.short)?))
             }
         }
     }
@@ -283,7 +282,9 @@ impl GpuSide {
     pub(crate) fn acquire(&self, stream: &Stream) -> Result<Option<Fence>, Error> {
         match self.fence {
             FencePolicy::Off => Ok(None),
-            FencePolicy::On | FencePolicy::Verify => Ok(Some(self.kernels.acquire(stream)?)),
+            FencePolicy::On | FencePolicy::Verify => {
+                Ok(Some(self.launcher.kernels.acquire(stream)?))
+            }
         }
     }
 }
@@ -301,10 +302,49 @@ fn step_for(memories: &[GpuMemory], reader: &Gpu) -> HostStep {
     hardest.unwrap_or(HostStep::Native)
 }
 
-/// What this rank can fetch out of a peer's GPU.
+/// The handles of a peer's memories, whose lengths its placement says.
+///
+/// # Errors
+///
+/// [`Error::GpuHandles`], [`Error::GpuHandleLen`] for a description that does not agree with itself;
+/// [`Error::Memory`] for what is no handle.
+fn handles(theirs: &GpuDesc, lengths: &[u64]) -> Result<Vec<IpcHandle>, Error> {
+    let (handles, memories) = (theirs.handles.len(), lengths.len());
+    if handles != memories {
+        return Err(Error::GpuHandles { handles, memories });
+    }
+    let read = |(bytes, len): (&Blob, &u64)| {
+        let handle = IpcHandle::from_bytes(&bytes.0)?;
+        match handle.len() == *len {
+            true => Ok(handle),
+            false => Err(Error::GpuHandleLen {
+                handle: handle.len(),
+                memory: *len,
+            }),
+        }
+    };
+    theirs.handles.iter().zip(lengths).map(read).collect()
+}
+
+/// Opens memories of a peer's GPU for one of this process's.
+///
+/// # Errors
+///
+/// [`Error::Memory`].
+fn opened(gpu: &Gpu, handles: &[IpcHandle]) -> Result<Vec<Reached>, Error> {
+    let open = |handle: &IpcHandle| {
+        Ok(Reached::Gpu(match GpuMemory::exported(handle) {
+            Some(memory) => memory,
+            None => GpuMemory::open(gpu, handle)?,
+        }))
+    };
+    handles.iter().map(open).collect()
+}
+
+/// What this rank has a GPU fetch of a peer's memory.
 #[derive(Debug)]
 pub(crate) struct GpuPeer {
-    own: Arc<GpuSide>,
+    launcher: Arc<Launcher>,
     /// For each of the two kinds of plans, which are one kind mostly.
     tables: Vec<(Compiled, GatherTable)>,
 }
@@ -317,39 +357,47 @@ impl GpuPeer {
     /// [`Error::Memory`] for what cannot be opened or reached, [`Error::GpuHandles`] for a description that does
     /// not agree with itself, [`Error::TooManySteps`].
     pub(crate) fn open(
-        own: &Arc<GpuSide>,
+        own: &GpuSide,
         (theirs, lengths): (&GpuDesc, &[u64]),
         plans: &Plans,
     ) -> Result<Self, Error> {
-        let (handles, memories) = (theirs.handles.len(), lengths.len());
-        if handles != memories {
-            return Err(Error::GpuHandles { handles, memories });
-        }
-        let open = |(bytes, len): (&Blob, &u64)| {
-            let handle = IpcHandle::from_bytes(&bytes.0)?;
-            if handle.len() != *len {
-                return Err(Error::GpuHandleLen {
-                    handle: handle.len(),
-                    memory: *len,
-                });
-            }
-            Ok(match GpuMemory::exported(&handle) {
-                Some(memory) => memory,
-                None => GpuMemory::open(own.kernels.gpu(), &handle)?,
-            })
+        let theirs = opened(own.launcher.kernels.gpu(), &handles(theirs, lengths)?)?;
+        Self::new(Arc::clone(&own.launcher), (&theirs, &own.reached()), plans)
+    }
+
+    /// Pins the memories of a peer on the host, which are mapped here, for this side's GPU to read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`], [`Error::TooManySteps`].
+    pub(crate) fn of_host(
+        own: &GpuSide,
+        theirs: Vec<PeerMapping>,
+        plans: &Plans,
+    ) -> Result<Self, Error> {
+        let pin = |mapping| {
+            let pinned = PeerHostMemory::pin(own.launcher.kernels.gpu(), mapping)?;
+            Ok(Reached::PeerHost(pinned))
         };
-        let theirs = theirs.handles.iter().zip(lengths).map(open);
+        let theirs = theirs.into_iter().map(pin);
         let theirs = theirs.collect::<Result<Vec<_>, Error>>()?;
+        Self::new(Arc::clone(&own.launcher), (&theirs, &own.reached()), plans)
+    }
+
+    fn new(
+        launcher: Arc<Launcher>,
+        (theirs, own): (&[Reached], &[Reached]),
+        plans: &Plans,
+    ) -> Result<Self, Error> {
         let table = |plans: &Compiled| {
-            own.table(&theirs, plans)
-                .map(|table| (plans.clone(), table))
+            let table = launcher.table((theirs, own), plans)?;
+            Ok::<_, Error>((plans.clone(), table))
         };
         let mut tables = vec![table(&plans.common)?];
         if !plans.share.is_same(&plans.common) {
             tables.push(table(&plans.share)?);
         }
-        let own = Arc::clone(own);
-        Ok(Self { own, tables })
+        Ok(Self { launcher, tables })
     }
 
     /// Puts what a plan copies on a stream.
@@ -363,8 +411,8 @@ impl GpuPeer {
             return Err(Error::OtherPlan);
         };
         let stream = match plan.report().bytes {
-            0..=SHORT => &self.own.short,
-            _ => &self.own.long,
+            0..=SHORT => &self.launcher.short,
+            _ => &self.launcher.long,
         };
         let wanted = plan.scattered().ok_or(Error::TooManySteps)?;
         let pairs: Vec<Vec<Pair>> = wanted
@@ -387,41 +435,6 @@ impl GpuPeer {
     }
 }
 
-impl GpuSide {
-    /// What this rank reads of a peer's memories by these plans.
-    fn table(&self, theirs: &[GpuMemory], plans: &Compiled) -> Result<GatherTable, Error> {
-        let classes = plans.scattered().ok_or(Error::TooManySteps)?;
-        fn place((memory, offset): (u32, u64), of: &[GpuMemory]) -> Result<Place<'_>, Error> {
-            let memory = usize::try_from(memory).ok().and_then(|at| of.get(at));
-            Ok(Place::Gpu(memory.ok_or(Error::OtherPlan)?, offset))
-        }
-        let mut pieces: Vec<Vec<Piece>> = Vec::with_capacity(classes.len());
-        let mut tensors = Vec::with_capacity(classes.len());
-        for class in &classes {
-            let piece = |(src, dst, len)| Piece { src, dst, len };
-            pieces.push(class.pieces().map(piece).collect());
-            let places = class.tensors().map(|(remote, local)| {
-                Ok(TensorPlaces {
-                    src: place(remote, theirs)?,
-                    dst: place(local, &self.memories)?,
-                })
-            });
-            tensors.push(places.collect::<Result<Vec<_>, Error>>()?);
-        }
-        let sections: Vec<GatherSection<'_>> = classes
-            .iter()
-            .zip(tensors.iter().zip(&pieces))
-            .map(|(class, (tensors, pieces))| GatherSection {
-                tensors,
-                pieces,
-                strides: (class.remote_step, class.local_step),
-                blocks: (class.remote_steps, class.local_steps),
-            })
-            .collect();
-        Ok(self.kernels.table(&sections, self.options)?)
-    }
-}
-
 impl Inner {
     /// Whether there can be a fence for who reads what a pull brings.
     ///
@@ -432,7 +445,7 @@ impl Inner {
         match (&self.gpu, &options.stream) {
             (_, None) => Ok(()),
             (None, Some(_)) => Err(Error::StreamWithoutGpu),
-            (Some(gpu), Some(stream)) if gpu.kernels.gpu() == stream.gpu() => Ok(()),
+            (Some(gpu), Some(stream)) if gpu.launcher.kernels.gpu() == stream.gpu() => Ok(()),
             (Some(gpu), Some(stream)) => {
                 let other = GpuFault::OtherStreamDevice {
                     what: "the engine's memory",

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvxfer_verbs::Memory;
 
 use super::GpuSide;
+use super::launcher::Launcher;
 use crate::config::Config;
 use crate::engine::scratch::turn_over;
 use crate::error::{Error, chain};
@@ -211,7 +212,10 @@ impl GpuSide {
             })
             .collect();
         let stream = &staging.packing;
-        Ok(self.kernels.pieces(stream, &lists, self.options)?)
+        let Launcher {
+            kernels, options, ..
+        } = &*self.launcher;
+        Ok(kernels.pieces(stream, &lists, *options)?)
     }
 
     /// Copies what was read into a buffer to where it belongs.
@@ -241,7 +245,10 @@ impl GpuSide {
             })
             .collect();
         let stream = &staging.unpacking;
-        Ok(self.kernels.pieces(stream, &lists, self.options)?)
+        let Launcher {
+            kernels, options, ..
+        } = &*self.launcher;
+        Ok(kernels.pieces(stream, &lists, *options)?)
     }
 
     /// A list of pieces for each memory that is named.

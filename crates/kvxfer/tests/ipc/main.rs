@@ -1,8 +1,11 @@
-//! Blocks that go from GPU to GPU: on the stand-in, or on the runtime that `KVXFER_TEST_GPU` names, where a test
+//! Blocks that go from GPU to GPU, or between a GPU and the host's memory, by a GPU's launches: on the stand-in, or on the runtime that `KVXFER_TEST_GPU` names, where a test
 //! fails if there is no GPU. (Checksums, lives of a peer and its deaths over this path: tests/verify.rs,
 //! tests/cycles.rs, tests/faults.)
 
+#[path = "../support/mod.rs"]
 mod support;
+
+mod hosts;
 
 use std::time::{Duration, Instant};
 
@@ -465,29 +468,6 @@ fn a_producer_that_dies_while_it_is_read() {
 }
 
 #[test]
-fn a_gpus_memory_that_is_not_to_be_staged_does_not_meet_the_hosts() {
-    let gpu = node(KvRole::Producer);
-    let host = recipe(KvRole::Consumer, PathKind::Arena, BLOCK, BLOCKS);
-    let host = host
-        .with(|config| config.path = Config::default().path)
-        .node();
-    let address = gpu.engine.listen("127.0.0.1:0").expect("a free port");
-    let refused = host.engine.connect(&address.to_string(), LONG);
-    let kvxfer::Error::NoPath { candidates, .. } = refused.expect_err("no way") else {
-        panic!("another error");
-    };
-    let why = |path| {
-        let candidate = candidates.iter().find(|c| c.path == path);
-        candidate.and_then(|c| c.why_not.clone()).expect("a reason")
-    };
-    assert_eq!(why(PathKind::Ipc), "this side's memory is the host's");
-    // The GPU's engine allows no other path, which is not asked before this side knows of none.
-    assert_eq!(why(PathKind::Arena), "the peer's memory is a GPU's");
-    let no_buffers = "the peer has no pinned memory to stage blocks in";
-    assert_eq!(why(PathKind::Staged), no_buffers);
-}
-
-#[test]
 fn whoever_asks_for_gpu_links_between_memories_of_the_host_hears_why_not() {
     let side = |role| recipe(role, PathKind::Arena, BLOCK, BLOCKS);
     let producer = side(KvRole::Producer).node();
@@ -502,7 +482,7 @@ fn whoever_asks_for_gpu_links_between_memories_of_the_host_hears_why_not() {
     };
     let ipc = candidates.iter().find(|c| c.path == PathKind::Ipc);
     let why_not = ipc.and_then(|c| c.why_not.as_deref());
-    assert_eq!(why_not, Some("this side's memory is the host's"));
+    assert_eq!(why_not, Some("neither side's memory is a GPU's"));
 }
 
 #[test]

@@ -1,0 +1,224 @@
+//! Another process's host memory, mapped by the software device and read by a GPU. Here both are this process; the
+//! mapping is another one.
+
+use kvxfer_hipmem::gather::{
+    GatherEnd, GatherFault, GatherOptions, GatherSection, GpuKernels, Side, TensorPlaces,
+};
+use kvxfer_hipmem::gpu::{Copy, GpuFault, GpuMemory, PeerHostMemory, PinnedMemory, Place, Stream};
+use kvxfer_hipmem::kernels::{Pair, Piece};
+use kvxfer_hipmem::{HostArena, HostMemory};
+use kvxfer_verbs::{
+    Access, Context, MemoryRegion, PeerMapping, SharedFiles, SoftConfig, open_soft,
+};
+
+use crate::{Outcome, fault, gpu, on_host, pattern, soon};
+
+/// Memory, and what a peer needs to map it.
+struct Owner {
+    context: Context,
+    memory: HostMemory,
+    shared: SharedFiles,
+    _regions: Vec<MemoryRegion>,
+}
+
+/// Two halves of an arena, with a pattern.
+fn owner(bytes: &[u8]) -> Result<Owner, Box<dyn std::error::Error>> {
+    let len = bytes.len() as u64;
+    let arena = HostArena::new(len)?;
+    let memory = arena.memory().clone();
+    memory.write(0, bytes)?;
+    let context = open_soft(SoftConfig::default())?;
+    let pd = context.alloc_pd()?;
+    let half = len / 2;
+    let parts = [memory.slice(0, half)?, memory.slice(half, len - half)?];
+    let register = |part: &HostMemory| pd.register(part.as_memory(), Access::REMOTE_READ);
+    let regions = parts.iter().map(register).collect::<Result<Vec<_>, _>>()?;
+    let shared = context.share(&regions)?;
+    Ok(Owner {
+        context,
+        memory,
+        shared,
+        _regions: regions,
+    })
+}
+
+impl Owner {
+    fn map(
+        &self,
+        reader: &Context,
+        index: u32,
+        len: u64,
+    ) -> Result<PeerMapping, kvxfer_verbs::Error> {
+        let token = self.shared.token();
+        reader.map_shared(&self.context.address(), token, (index, len))
+    }
+}
+
+#[test]
+fn another_processes_memory_is_read_by_a_gpu() -> Outcome {
+    let (block, blocks): (u64, u32) = (5000, 40);
+    let half = block * u64::from(blocks);
+    let bytes = pattern(2 * half as usize, 3);
+    let (owner, reader) = (owner(&bytes)?, open_soft(SoftConfig::default())?);
+    let gpu = gpu();
+    let map = |index| owner.map(&reader, index, half);
+    let first = PeerHostMemory::pin(&gpu, map(0)?)?;
+    let second = PeerHostMemory::pin(&gpu, map(1)?)?;
+    // They lie in one file, which is pinned once.
+    assert_eq!(second.device_addr(), first.device_addr() + half);
+    assert_eq!(second.len(), half);
+    drop(first);
+    // Written after it was pinned, and read all the same.
+    let at = half + 7 * block;
+    owner.memory.fill(at, block, 0x3c)?;
+    let mut wanted = bytes[half as usize..].to_vec();
+    wanted[(7 * block) as usize..(8 * block) as usize].fill(0x3c);
+
+    let kernels = GpuKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let to = GpuMemory::new(&gpu, half)?;
+    let piece = Piece {
+        src: 0,
+        dst: 0,
+        len: block,
+    };
+    for from in [0, 1] {
+        to.fill(0, half, 0xee)?;
+        let section = GatherSection {
+            tensors: &[TensorPlaces {
+                src: Place::PeerHost(&second, 0),
+                dst: Place::Gpu(&to, 0),
+            }],
+            pieces: &[piece],
+            strides: (block, block),
+            blocks: (blocks, blocks),
+        };
+        // By the kernel alone, and by the copy engine.
+        let options = GatherOptions {
+            copy_engine_from: Some(from),
+            ..GatherOptions::default()
+        };
+        let table = kernels.table(&[section], options)?;
+        let pairs: Vec<Pair> = (0..blocks)
+            .map(|b| Pair {
+                src: b,
+                dst: blocks - 1 - b,
+            })
+            .collect();
+        let mut gather = table.gather(&stream, &[&pairs])?;
+        assert!(matches!(gather.wait(soon())?, GatherEnd::Whole));
+        let mut got = vec![0; half as usize];
+        to.read(0, &mut got)?;
+        let n = block as usize;
+        for (i, block) in got.chunks(n).enumerate() {
+            let src = (blocks as usize - 1 - i) * n;
+            assert!(block == &wanted[src..src + n], "block {i}");
+        }
+    }
+    let copied = stream.copy(&[Copy {
+        dst: Place::Gpu(&to, 0),
+        src: Place::PeerHost(&second, 0),
+        len: half,
+    }])?;
+    copied.wait(soon())?;
+    let mut got = vec![0; half as usize];
+    to.read(0, &mut got)?;
+    assert!(got == wanted);
+    // What its owner has given back stays mapped.
+    let Owner { memory, .. } = owner;
+    drop(memory);
+    to.fill(0, half, 0)?;
+    let copied = stream.copy(&[Copy {
+        dst: Place::Gpu(&to, 0),
+        src: Place::PeerHost(&second, 0),
+        len: half,
+    }])?;
+    copied.wait(soon())?;
+    to.read(0, &mut got)?;
+    assert!(got == wanted);
+    Ok(())
+}
+
+#[test]
+fn another_processes_memory_is_not_written() -> Outcome {
+    let len: u64 = 8192;
+    let (owner, reader) = (
+        owner(&pattern(len as usize, 9))?,
+        open_soft(SoftConfig::default())?,
+    );
+    let gpu = gpu();
+    let peer = PeerHostMemory::pin(&gpu, owner.map(&reader, 0, 4096)?)?;
+    let own = GpuMemory::new(&gpu, 4096)?;
+    let pinned = PinnedMemory::new(&gpu, 4096)?;
+    let stream = Stream::new(&gpu)?;
+    for src in [Place::Gpu(&own, 0), Place::Pinned(&pinned, 0)] {
+        let copy = Copy {
+            dst: Place::PeerHost(&peer, 0),
+            src,
+            len: 16,
+        };
+        let refused = fault(stream.copy(&[copy]));
+        assert!(matches!(refused, GpuFault::ReadOnly { .. }), "{refused}");
+    }
+    let kernels = GpuKernels::load(&gpu)?;
+    let section = |dst, src| GatherSection {
+        tensors: Box::leak(Box::new([TensorPlaces { src, dst }])),
+        pieces: &[Piece {
+            src: 0,
+            dst: 0,
+            len: 64,
+        }],
+        strides: (64, 64),
+        blocks: (4, 4),
+    };
+    let to = section(Place::PeerHost(&peer, 0), Place::Gpu(&own, 0));
+    let refused = fault(kernels.table(&[to], GatherOptions::default()));
+    assert!(matches!(refused, GpuFault::ReadOnly { .. }), "{refused}");
+    // Beyond its end it is not read either.
+    let beyond = section(Place::Gpu(&own, 0), Place::PeerHost(&peer, 4096 - 255));
+    let refused = kernels.table(&[beyond], GatherOptions::default()).err();
+    let side = |fault: &GatherFault| {
+        matches!(
+            fault,
+            GatherFault::Outside {
+                side: Side::Source,
+                ..
+            }
+        )
+    };
+    match refused {
+        Some(kvxfer_hipmem::Error::Gather(fault)) if side(&fault) => {}
+        other => panic!("{other:?}"),
+    }
+    Ok(())
+}
+
+/// The last user of a file ends its pinning, and another may begin: no user in between sees the one or the other half
+/// done.
+#[test]
+fn a_file_is_pinned_as_long_as_somebody_uses_it() -> Outcome {
+    let len: u64 = 1 << 20;
+    let (owner, reader) = (
+        owner(&pattern(len as usize, 1))?,
+        open_soft(SoftConfig::default())?,
+    );
+    let gpu = gpu();
+    let rounds = if on_host() { 500 } else { 20 };
+    std::thread::scope(|scope| {
+        let users: Vec<_> = (0..4)
+            .map(|at| {
+                let (owner, reader, gpu) = (&owner, &reader, &gpu);
+                scope.spawn(move || {
+                    for _ in 0..rounds {
+                        let mapping = owner.map(reader, at % 2, len / 2).expect("mapped");
+                        drop(PeerHostMemory::pin(gpu, mapping).expect("pinned"));
+                    }
+                })
+            })
+            .collect();
+        for user in users {
+            user.join().expect("no user is refused");
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! Memory that a process shares with others of its host, which map it to read it.
+#![allow(missing_docs, reason = "a test")]
+
+mod support;
+
+use kvxfer_verbs::{Access, Context, Error, Memory, PathFault, PeerMapping, SoftConfig, open_soft};
+use support::{TestMemory, pattern};
+
+fn soft() -> Context {
+    open_soft(SoftConfig::default()).expect("opened")
+}
+
+/// Memory that is shared is mapped by who has its token, as long as it is shared; what has been mapped stays.
+#[test]
+fn shared_memory_is_mapped_by_its_token_alone() {
+    const LEN: usize = 12_000;
+    let (owner, reader) = (soft(), soft());
+    let pd = owner.alloc_pd().expect("pd");
+    let memories = [0, 1].map(|_| TestMemory::sealed(LEN));
+    let regions = memories.clone().map(|memory| {
+        memory.put(0, &pattern(LEN, (memory.addr() >> 12) as u8));
+        pd.register(memory, Access::REMOTE_READ)
+            .expect("registered")
+    });
+    let shared = owner.share(&regions).expect("files");
+    let map = |token, of| reader.map_shared(&owner.address(), token, of);
+    let len = LEN as u64;
+    let read = |mapping: &PeerMapping| {
+        let mut bytes = vec![0_u8; LEN];
+        let from = mapping.addr() as *const u8;
+        // SAFETY: it is mapped for as many bytes, and nobody writes them now.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), LEN) };
+        bytes
+    };
+    for (index, memory) in (0..).zip(&memories) {
+        let mapping = map(shared.token(), (index, len)).expect("mapped");
+        assert_ne!(mapping.addr(), memory.addr());
+        assert!(read(&mapping) == pattern(LEN, (memory.addr() >> 12) as u8));
+        memory.put(5, &[1, 2, 3]);
+        assert_eq!(read(&mapping).get(5..8), Some(&[1, 2, 3][..]));
+    }
+    let fault = |token, of| match map(token, of) {
+        Err(Error::Path { fault, .. }) => fault,
+        other => panic!("{other:?}"),
+    };
+    let mut wrong = shared.token();
+    wrong[3] ^= 1;
+    for (token, index) in [(wrong, 0), ([0; 16], 0), (shared.token(), 2)] {
+        let fault = fault(token, (index, len));
+        assert!(matches!(fault, PathFault::NotShared), "{fault}");
+    }
+    for bad in [0, 1 << 40, u64::MAX] {
+        let error = map(shared.token(), (0, bad)).expect_err("not so many");
+        assert!(matches!(error, Error::FileTooSmall { .. }), "{error}");
+    }
+    let kept = map(shared.token(), (1, len)).expect("mapped");
+    let before = read(&kept);
+    let token = shared.token();
+    drop((shared, regions, memories, pd, owner.clone()));
+    let fault = fault(token, (0, len));
+    assert!(matches!(fault, PathFault::NotShared), "{fault}");
+    assert!(read(&kept) == before);
+}
+
+#[test]
+fn what_peers_cannot_map_or_may_not_read_is_not_shared() {
+    let owner = soft();
+    let pd = owner.alloc_pd().expect("pd");
+    let readable = |memory: std::sync::Arc<TestMemory>, access| {
+        pd.register(memory, access).expect("registered")
+    };
+    let good = readable(TestMemory::sealed(4096), Access::REMOTE_READ);
+    for bad in [
+        readable(TestMemory::anonymous(4096), Access::REMOTE_READ),
+        readable(TestMemory::sealed(4096), Access::LOCAL_WRITE),
+    ] {
+        let error = owner.share(&[good.clone(), bad]).expect_err("refused");
+        assert!(matches!(error, Error::NotShared { index: 1 }), "{error}");
+    }
+}
