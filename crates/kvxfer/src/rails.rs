@@ -36,6 +36,11 @@ impl RailSet {
         *self |= RailSet::only(rail);
     }
 
+    /// Takes one away.
+    pub fn remove(&mut self, rail: u16) {
+        self.0 &= !RailSet::only(rail).0;
+    }
+
     /// Whether it has this one.
     #[must_use]
     pub const fn contains(self, rail: u16) -> bool {
@@ -99,6 +104,10 @@ mod tests {
         set.insert(16);
         assert_eq!(set.iter().collect::<Vec<_>>(), [0, 3, 15]);
         assert!(set.contains(15) && !set.contains(1) && !set.contains(u16::MAX));
+        let mut less = set;
+        less.remove(3);
+        less.remove(1);
+        assert_eq!(less.iter().collect::<Vec<_>>(), [0, 15]);
         assert_eq!(set.to_string(), "{0, 3, 15}");
         assert_eq!(set | RailSet::only(1), RailSet(0b1000_0000_0000_1011));
     }

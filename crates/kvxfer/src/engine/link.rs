@@ -168,6 +168,8 @@ pub(crate) struct Driver {
     arriving: Option<Arriving>,
     /// When it ends for queue pairs that have failed, if nothing else is heard until then.
     resets_at: Option<(Time, Cause)>,
+    /// It closes: the ends of pushes have been waited for.
+    is_leaving: bool,
     error: Option<Error>,
     wanted: bool,
 }
@@ -198,6 +200,7 @@ impl Driver {
             bringup,
             arriving: None,
             resets_at: None,
+            is_leaving: false,
             error: None,
             wanted: false,
         })
@@ -368,8 +371,12 @@ impl Driver {
                 Order::CutOff(lie) => self.session.cut_off(ErrorCode::Lie, &lie),
                 Order::Close(reason) => {
                     self.wanted = true;
-                    if let Some(peer) = self.bringup.peer().filter(|_| !self.session.is_closed()) {
+                    if let Some(peer) = self.bringup.peer().filter(|_| !self.is_leaving) {
                         peer.take_leave(Instant::now() + FAREWELL);
+                        // What could not be told there is among the orders by now.
+                        self.is_leaving = true;
+                        self.link.orders().push_back(Order::Close(reason));
+                        continue;
                     }
                     self.session.close(reason);
                 }

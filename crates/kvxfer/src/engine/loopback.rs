@@ -59,6 +59,9 @@ struct State {
     under_way: VecDeque<Arc<Reading>>,
     #[cfg(test)]
     ended: u32,
+    /// Nothing comes back for now.
+    #[cfg(test)]
+    held: bool,
     completions: Vec<Completion>,
 }
 
@@ -202,6 +205,18 @@ impl Loopback {
         self.with_state(|state| state.ended)
     }
 
+    /// Whether nothing comes back from here on.
+    #[cfg(test)]
+    pub(crate) fn hold(&self, held: bool) {
+        self.with_state(|state| state.held = held);
+    }
+
+    /// Reads that have not come back.
+    #[cfg(test)]
+    pub(crate) fn under_way(&self) -> usize {
+        self.with_state(|state| state.under_way.len())
+    }
+
     /// The next read fails.
     #[cfg(test)]
     pub(crate) fn break_once(&self) {
@@ -218,6 +233,10 @@ impl Loopback {
             return;
         };
         let begun = oldest.1;
+        #[cfg(test)]
+        if state.held {
+            return;
+        }
         let mut completions = std::mem::take(&mut state.completions);
         completions.clear();
         let device = &self.context.device().name;

@@ -75,6 +75,7 @@ pub use ranks::RanksPush;
 
 pub(crate) use connect::{Target, connect};
 pub(crate) use dial::Dialler;
+use peer_session::ClosedPush;
 pub(crate) use peer_session::PeerSession;
 pub(crate) use runtime::{Runtime, random_nonce, session_config, spawn};
 pub(crate) use wake::poll_timeout;
@@ -545,11 +546,17 @@ impl Inner {
             Message::PushAborted(PushAborted { request, nonce, .. })
             | Message::PushClosed(PushClosed { request, nonce, .. }) => {
                 self.nothing_to_take(peer, &request, nonce)?;
-                let closed = self.books.with(self, |books, now| {
-                    books.push_closed(now, self, peer.key, (&request, nonce))
-                });
-                if let Err(refusal) = closed {
-                    debug!(%request, %refusal, "closed push is not known");
+                let closed = ClosedPush {
+                    peer: Arc::clone(peer),
+                    request,
+                    nonce,
+                };
+                let gpu = self.gpu.as_ref().filter(|_| peer.is_rdma());
+                match gpu.is_some_and(|gpu| gpu.is_written_late()) {
+                    true => {
+                        peer.on_worker(peer.owner(TransferId(nonce.0)), Command::PushClosed(closed))
+                    }
+                    false => closed.heed(),
                 }
             }
             Message::Revoke(revoke) => {

@@ -128,6 +128,17 @@ pub(crate) enum Speaker {
 }
 
 impl PeerSession {
+    /// The pairs of rails that have not been set aside.
+    pub(crate) fn rails_that_work(&self) -> RailSet {
+        let mut all = RailSet::first(self.rails.len());
+        for (at, rail) in (0..).zip(&self.rails) {
+            if rail.aside().is_some() {
+                all.remove(at);
+            }
+        }
+        all
+    }
+
     /// The way to it, over the rails that have not been set aside since.
     pub(crate) fn way(&self) -> PathInfo {
         let mut path = self.path.clone();

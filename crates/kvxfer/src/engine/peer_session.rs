@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use tracing::debug;
+
 use super::farewell::Untold;
 use super::gpu::{GpuPeer, StagedPeer};
 use super::link::Link;
@@ -13,7 +15,7 @@ use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::engine::Inner;
 use crate::error::Error;
 use crate::event::PeerName;
-use crate::ids::Generation;
+use crate::ids::{Generation, Nonce, RequestId};
 use crate::layout::{GroupKind, KvFormat, PlacementDesc, Side};
 use crate::plan::{
     CompileError, Compiled, Cover, MissingPart, Part, PlanLimits, Role, SideName, UnitPairs,
@@ -231,6 +233,34 @@ pub(crate) struct SummedParts {
     parts: [OnceLock<Result<Arc<Summed>, SumError>>; 4],
     /// The weight of questions that wait for an answer.
     asked: AtomicU64,
+}
+
+/// A push that its producer has given up: it has said that it writes nothing more of it.
+#[derive(Debug)]
+pub(crate) struct ClosedPush {
+    pub(crate) peer: Arc<PeerSession>,
+    pub(crate) request: RequestId,
+    pub(crate) nonce: Nonce,
+}
+
+impl ClosedPush {
+    /// Its expectation, and its blocks, are over.
+    pub(crate) fn heed(&self) {
+        let Self {
+            peer,
+            request,
+            nonce,
+        } = self;
+        let Some(engine) = peer.engine.upgrade() else {
+            return;
+        };
+        let closed = engine.books.with(&engine, |books, now| {
+            books.push_closed(now, &engine, peer.key, (request, *nonce))
+        });
+        if let Err(refusal) = closed {
+            debug!(%request, %refusal, "closed push is not known");
+        }
+    }
 }
 
 impl PeerSession {

@@ -204,6 +204,11 @@ impl GpuSide {
         self.step
     }
 
+    /// Whether what RDMA devices write to the memory may come there after they have said so.
+    pub(crate) fn is_written_late(&self) -> bool {
+        self.is_registered() && self.step != HostStep::Native
+    }
+
     /// Waits until what devices have written is there for its owner.
     ///
     /// # Errors

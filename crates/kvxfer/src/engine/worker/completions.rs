@@ -151,8 +151,8 @@ impl Worker {
                 self.outbox.give(slot);
                 match result {
                     Ok(()) => {
-                        peer.untold.told();
                         self.told_on(lane, *done);
+                        peer.untold.told();
                     }
                     Err(cause) if peer.is_rdma() => {
                         debug!(%cause, "notice goes by another queue pair");
@@ -221,7 +221,7 @@ impl Worker {
     }
 }
 
-fn lies(peer: &PeerSession, lie: String) {
+pub(super) fn lies(peer: &PeerSession, lie: String) {
     warn!(peer = %peer.name.engine, %lie, "notice");
     peer.link.cut_off(lie);
 }

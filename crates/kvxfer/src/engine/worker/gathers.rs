@@ -222,8 +222,7 @@ impl Gathers {
     }
 }
 
-/// All that there is to say of a job, in one report.
-/// What there is to say of a job that is whole or not, if so by these pairs of rails.
+/// All that there is to say of a job that is whole or not, if so by these pairs of rails.
 fn report(job: &Job, error: Option<Cause>, whole: bool, rails: RailSet) -> JobReport {
     let (ops_done, bytes_done) = match whole {
         true => (job.ops(), job.bytes()),

@@ -34,7 +34,7 @@ use super::health::Health;
 use super::joint::Told;
 use super::moves::Moves;
 use super::notices::{Inbox, Outbox};
-use super::peer_session::PeerSession;
+use super::peer_session::{ClosedPush, PeerSession};
 use super::push::close;
 use super::rail::Rail;
 use super::verify::{Verdict, Verification};
@@ -160,6 +160,8 @@ pub(crate) enum Command {
         peer: Arc<PeerSession>,
         taking: Box<Taking>,
     },
+    /// A producer has given a push up, and writes nothing more of it.
+    PushClosed(ClosedPush),
     /// And no more of them.
     TakeStop { peer: Arc<PeerSession>, number: u64 },
     /// A consumer has fetched the blocks of a job, or why not.
@@ -576,6 +578,7 @@ impl Worker {
             Command::ResetLanes { peer, jobs } => self.reset_lanes(peer, &jobs),
             Command::LaneReset { peer, number } => self.lane_reset(&peer, number),
             Command::Take { peer, taking } => self.take(peer, taking),
+            Command::PushClosed(closed) => self.push_closed(closed),
             Command::TakeStop { peer, number } => self.take_stop(&peer, number),
             Command::Taken { peer, job, failed } => self.taken(&peer, job, failed),
             Command::Stage { peer, staging } => self.stage(peer, staging),

@@ -318,6 +318,7 @@ impl Worker {
         if !told.is_empty() {
             warn!(peer = %peer.name.engine, notices = told.len(), "told again on other queue pairs");
         }
+        told.iter().for_each(|_| peer.untold.add());
         let again = told.into_iter().map(|done| (Arc::clone(peer), done));
         self.waiting_notices.extend(again);
     }

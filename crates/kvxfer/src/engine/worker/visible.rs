@@ -10,10 +10,11 @@ use std::time::Duration;
 use tracing::{debug, error};
 
 use super::Worker;
+use super::completions::lies;
 use crate::engine::Inner;
 use crate::engine::gpu::{Taking, cause};
 use crate::engine::loopback::{Loopback, Reading};
-use crate::engine::peer_session::PeerSession;
+use crate::engine::peer_session::{ClosedPush, PeerSession};
 use crate::engine::verify::Unverified;
 use crate::error::chain;
 use crate::mem::gpu::HostStep;
@@ -33,6 +34,8 @@ pub(super) enum Then {
     CheckLease(TransferId),
     /// Blocks that a producer has asked for.
     Taken(Arc<PeerSession>, Box<Taking>),
+    /// The end of a push that was given up.
+    Closed(Box<ClosedPush>),
     /// The end of a push, as its producer has told it.
     Done(Arc<PeerSession>, Box<PushDone>),
 }
@@ -59,16 +62,24 @@ impl Visible {
     pub(super) fn rest(&self) -> Option<Duration> {
         (!self.0.is_empty()).then_some(REST)
     }
-}
 
-impl Visible {
-    /// Whether a peer has told this already.
-    fn has(&self, peer: PeerKey, done: &PushDone) -> bool {
-        let told = |seeing: &Seeing| match &seeing.then {
-            Then::Done(of, told) => of.key == peer && **told == *done,
+    /// Whether a producer has said the same already.
+    fn is_closing(&self, closed: &ClosedPush) -> bool {
+        let of = |closed: &ClosedPush| (closed.peer.key, closed.nonce);
+        self.0.iter().any(|seeing| match &seeing.then {
+            Then::Closed(told) => of(told) == of(closed) && told.request == closed.request,
             _ => false,
-        };
-        self.0.iter().any(told)
+        })
+    }
+
+    /// What a peer has told of the same push and rail.
+    fn told(&self, peer: PeerKey, done: &PushDone) -> Option<&PushDone> {
+        let of = |done: &PushDone| (done.nonce, done.rail);
+        let mut all = self.0.iter().filter_map(|seeing| match &seeing.then {
+            Then::Done(by, told) if by.key == peer => Some(&**told),
+            _ => None,
+        });
+        all.find(|told| of(told) == of(done) && told.request == done.request)
     }
 }
 
@@ -136,22 +147,47 @@ impl Worker {
         let Some(engine) = peer.engine.upgrade() else {
             return;
         };
-        if self.visible.has(peer.key, &done) {
+        match self.visible.told(peer.key, &done) {
+            None => {}
             // One word of it is enough, and a peer that repeats it is to keep nothing here.
-            return debug!(request = %done.request, rail = done.rail, "push done, told again");
+            Some(told) if *told == done => {
+                return debug!(request = %done.request, rail = done.rail, "push done, told again");
+            }
+            Some(_) => return lies(peer, format!("push of {} done in two ways", done.request)),
         }
         let of = (&done.request, done.nonce);
-        let may = engine.books.with(&engine, |books, _| {
-            books.expects.may_write(of.0, of.1, peer.key)
+        // Also of one that has failed: its memory is free then.
+        let bound = engine.books.with(&engine, |books, _| {
+            books.expects.may_tell(of.0, of.1, peer.key)
         });
-        // It speaks for one pair of rails. What was staged has been seen before it was taken; and of what nobody
-        // expects there is nothing to see.
-        let rails = match peer.has_whole_jobs() || !may {
+        // It speaks for one pair of rails. What was staged has been seen before it was taken; and who is not bound has
+        // written nothing.
+        let rails = match peer.has_whole_jobs() || !bound {
             true => RailSet::EMPTY,
             false => RailSet::only(done.rail),
         };
         let then = Then::Done(Arc::clone(peer), Box::new(done));
         self.see(&engine, peer, rails, then);
+    }
+
+    /// A producer has said that it writes nothing more of a push that it has given up: its blocks are free when what it
+    /// has written has landed, which a device says of its own queue pairs before.
+    pub(super) fn push_closed(&mut self, closed: ClosedPush) {
+        let Some(engine) = closed.peer.engine.upgrade() else {
+            return;
+        };
+        let peer = Arc::clone(&closed.peer);
+        let bound = engine.books.with(&engine, |books, _| {
+            (books.expects).may_tell(&closed.request, closed.nonce, peer.key)
+        });
+        if self.visible.is_closing(&closed) {
+            return debug!(request = %closed.request, "push closed, told again");
+        }
+        let rails = match bound {
+            true => peer.rails_that_work(),
+            false => RailSet::EMPTY,
+        };
+        self.see(&engine, &peer, rails, Then::Closed(Box::new(closed)));
     }
 
     /// Does what is needed before it can be read what these pairs of rails have written.
@@ -200,6 +236,7 @@ impl Worker {
             });
             let gone = match &seeing.then {
                 Then::Verify(id) | Then::CheckLease(id) => !self.live.contains_key(id),
+                Then::Closed(closed) => closed.peer.lost().is_some(),
                 Then::Taken(peer, _) | Then::Done(peer, _) => peer.lost().is_some(),
             };
             let end = match failed {
@@ -237,6 +274,9 @@ impl Worker {
                     Inner::take_ended(&engine, &peer, &taking, end.err());
                 }
             }
+            (Then::Closed(closed), Ok(())) => closed.heed(),
+            // Its queue pairs go, and its blocks are free when they have gone.
+            (Then::Closed(closed), Err(cause)) => closed.peer.fail(cause),
             (Then::Done(peer, done), Ok(())) => self.heard(&peer, (*done).into()),
             // What has come is not to be believed, nor can it be asked for again.
             (Then::Done(peer, _), Err(cause)) => peer.fail(cause),
