@@ -55,9 +55,11 @@ pub(crate) struct Bench<S = Counted> {
     pub(crate) around: Around,
     pub(crate) queue: Queue,
     pub(crate) sq: HostMemory,
+    /// By which posters ring for each other.
+    pub(crate) words: HostMemory,
     cq: HostMemory,
     report: HostMemory,
-    record: HostMemory,
+    pub(crate) record: HostMemory,
     bell: HostMemory,
     /// Of `GPU_WQE`: the doorbell behind the word.
     uar: HostMemory,
@@ -95,6 +97,7 @@ impl<S: Sink> Bench<S> {
         report.store_u64(0, first).expect("inside");
         let sq = memory.take(64 * u64::from(depth));
         let cq = memory.take(64 * u64::from(cq_depth));
+        let words = memory.take(8 * u64::from(depth));
         for i in 0..u64::from(cq_depth) {
             cq.write(64 * i, &Cqe::unwritten()).expect("inside");
         }
@@ -105,6 +108,7 @@ impl<S: Sink> Bench<S> {
         cq_record.write(0, &[0, b, c, d]).expect("inside");
         let queue = Queue {
             slots: sq.addr(),
+            words: words.addr(),
             state: around.state.addr(),
             report: report.addr(),
             abort: around.abort.addr(),
@@ -138,6 +142,7 @@ impl<S: Sink> Bench<S> {
             around,
             queue,
             sq,
+            words,
             cq,
             report,
             record,
@@ -146,6 +151,27 @@ impl<S: Sink> Bench<S> {
             _memory: memory,
         }
     }
+}
+
+/// The WQE of a put.
+pub(crate) fn put(n: u64, of: &Move) -> [u8; 64] {
+    let len = u32::try_from(of.len).expect("short");
+    let wqe = SendWqe {
+        index: n as u16,
+        qpn: Qpn::new(QPN).expect("24 bits"),
+        flags: SendFlags {
+            signalled: true,
+            ..SendFlags::default()
+        },
+        operation: Operation::Write {
+            remote: RemoteSpan {
+                addr: of.remote,
+                rkey: of.rkey,
+            },
+            local: Gather::One(Segment::new(of.local, len, of.lkey).expect("a length")),
+        },
+    };
+    wqe.encode().expect("valid")
 }
 
 /// Posters, and a device that looks when it comes to it.
@@ -311,6 +337,12 @@ fn what_the_device_cannot_do_is_refused_before_a_ticket_is_taken() {
         let results = run(&shipped, queue, &moves(1), 1, PUT, EACH);
         assert_eq!(ends(&results)[0].0, Status::BadQueue, "{depth} {cq_depth}");
     }
+    let queue = Queue {
+        words: 0,
+        ..bench.queue
+    };
+    let results = run(&shipped, queue, &moves(1), 1, PUT, EACH);
+    assert_eq!(ends(&results)[0].0, Status::BadQueue, "no words");
 }
 
 #[test]
@@ -393,6 +425,10 @@ fn a_kernel_killed_before_it_rang_ends_the_queue() {
     let posted: Vec<_> = ends(&results).iter().map(|(posted, _)| *posted).collect();
     // Its turn never comes; who comes after it does not wait for that.
     assert_eq!(posted, [Status::Timeout, Status::Broken, Status::Broken]);
+    // Nor has who comes late anything of it to ring for.
+    let mut words = [0; 64];
+    bench.words.read(0, &mut words).expect("inside");
+    assert_eq!(words, [0; 64]);
     let mut bench = bench;
     assert_eq!(bench.hca.look(), Ok(0), "the device was told of nothing");
 }

@@ -97,7 +97,7 @@ impl WqeQueue {
             config: *config,
             words,
             regions,
-            posters: Posters::new(gpu, config.patience)?,
+            posters: Posters::of_wqes(gpu, config.patience, sq_depth.get())?,
             memory,
         };
         Ok((queue, queues))
@@ -110,7 +110,7 @@ impl WqeQueue {
         let word = |n: u64| at + self.words + n * LINE;
         Queue {
             slots: at,
-            words: 0,
+            words: self.posters.words(),
             state: self.posters.state(),
             report: self.posters.report(),
             abort: self.posters.abort(),
