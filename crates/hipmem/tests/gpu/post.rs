@@ -355,7 +355,7 @@ impl Nic {
             let word = self.bell.load_u64(0).expect("inside");
             self.uar.store_u64(0, word).expect("inside");
         }
-        self.hca.look().unwrap_or_else(|e| panic!("{e}"));
+        self.hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
     }
 }
 
