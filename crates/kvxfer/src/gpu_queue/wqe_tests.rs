@@ -1,8 +1,8 @@
 //! WQEs as a poster in Rust writes them: whole blocks, and everything that is none.
 
 use kvxfer_verbs::mlx5::{
-    CqDepth, Cqe, CqeStatus, DoorbellRecord, Qpn, QueueMemory, RemoteSpan, Segment, SendFlags,
-    SendWqe, SqDepth,
+    CqDepth, Cqe, CqeStatus, DoorbellRecord, Qpn, QueueMemory, QueueNotReached, RemoteSpan,
+    Segment, SendFlags, SendWqe, SqDepth,
 };
 
 use super::*;
@@ -20,7 +20,7 @@ const HERE: u64 = 0x10_0000_0000;
 
 /// Ranks that keep K and V of all heads, and of the second half of them.
 fn ops() -> BlockOps {
-    ops_to(|format| Topology::single(format))
+    ops_to(Topology::single)
 }
 
 /// Of the second half of the heads, to a rank that keeps these.
@@ -254,6 +254,13 @@ fn a_look_takes_no_more_than_it_may_and_the_next_one_goes_on() {
     let pair = |src, dst| BlockPair { src, dst };
     assert_eq!(found, [pair(3, 5), pair(0, 1)]);
     assert_eq!(bench.look(), (vec![], None));
+}
+
+#[test]
+fn memory_that_is_copies_do_not_reach_is_told_apart() {
+    let lost = QueueNotReached { step: "a copy" };
+    let rule = QueueRule::of(&Violation::NotReached(lost));
+    assert_eq!(rule, QueueRule::Reached);
 }
 
 /// Two ranks with other heads: all layers are there on both, and nothing of them moves.

@@ -240,8 +240,8 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// [`Error::QueueConfig`], [`Error::QueueDepth`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks are of unequal size;
-    /// [`Error::Memory`].
+    /// [`Error::QueueConfig`], [`Error::QueueDepth`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks
+    /// are of unequal size; [`Error::Memory`].
     pub fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, Error> {
         self.engine.runtime.health.check()?;
         let wrong = |what| Err(Error::QueueConfig { what });
