@@ -277,8 +277,18 @@ KVX_FN void kvx_store_release_u64(kvx_u64 at, kvx_u64 value) {
 
 // Words that the threads of one device have among themselves, in its own memory: loads acquire, stores
 // release and swaps do both, at the scope of the device. A swap gives what was there, and has taken place
-// if that is `expected`.
+// if that is `expected`. Those that are called bare order nothing: so several loads are under way at once,
+// with kvx_fence_device behind them, and a store goes right behind a fence that releases.
 #ifdef KVX_NVIDIA
+KVX_FN kvx_u64 kvx_load_bare_u64(kvx_u64 at) {
+  kvx_u64 value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+KVX_FN void kvx_store_bare_u64(kvx_u64 at, kvx_u64 value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+KVX_FN void kvx_fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
   kvx_u64 value;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
@@ -297,17 +307,24 @@ KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) 
 }
 #elif defined(KVX_AMD)
 // Each reaches the device's coherent memory by itself, past the caches that are not; and waits for what
-// was before it. Whatever else one wave leaves for another, a fence of its own sees to.
+// was before it, unless it is bare. Whatever else one wave leaves for another, a fence of its own sees to.
+KVX_FN kvx_u64 kvx_load_bare_u64(kvx_u64 at) {
+  return __scoped_atomic_load_n((const KVX_GLOBAL kvx_u64 *)at, __ATOMIC_RELAXED,
+                                __MEMORY_SCOPE_DEVICE);
+}
+KVX_FN void kvx_store_bare_u64(kvx_u64 at, kvx_u64 value) {
+  __scoped_atomic_store_n((KVX_GLOBAL kvx_u64 *)at, value, __ATOMIC_RELAXED,
+                          __MEMORY_SCOPE_DEVICE);
+}
+KVX_FN void kvx_fence_device() { kvx_drain(); }
 KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
-  kvx_u64 value = __scoped_atomic_load_n((const KVX_GLOBAL kvx_u64 *)at, __ATOMIC_RELAXED,
-                                         __MEMORY_SCOPE_DEVICE);
+  kvx_u64 value = kvx_load_bare_u64(at);
   kvx_drain();
   return value;
 }
 KVX_FN void kvx_store_device_u64(kvx_u64 at, kvx_u64 value) {
   kvx_drain();
-  __scoped_atomic_store_n((KVX_GLOBAL kvx_u64 *)at, value, __ATOMIC_RELAXED,
-                          __MEMORY_SCOPE_DEVICE);
+  kvx_store_bare_u64(at, value);
 }
 KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) {
   kvx_drain();
@@ -317,6 +334,13 @@ KVX_FN kvx_u64 kvx_swap_device_u64(kvx_u64 at, kvx_u64 expected, kvx_u64 value) 
   return expected;
 }
 #else
+KVX_FN kvx_u64 kvx_load_bare_u64(kvx_u64 at) {
+  return __atomic_load_n((const kvx_u64 *)at, __ATOMIC_RELAXED);
+}
+KVX_FN void kvx_store_bare_u64(kvx_u64 at, kvx_u64 value) {
+  __atomic_store_n((kvx_u64 *)at, value, __ATOMIC_RELAXED);
+}
+KVX_FN void kvx_fence_device() { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
 KVX_FN kvx_u64 kvx_load_device_u64(kvx_u64 at) {
   return __atomic_load_n((const kvx_u64 *)at, __ATOMIC_ACQUIRE);
 }

@@ -31,17 +31,22 @@ KVX_FN kvx_u32 kvx_nic_can(const kvx_move &move) {
 // Units of 16 bytes: no local segment where there are no bytes, for one of no bytes would be 2 GiB.
 KVX_FN kvx_u32 kvx_mlx5_units(const kvx_move &move) { return move.len == 0 ? 2 : 3; }
 
+// What the doorbell of a WQE says beside its number, in eight bits: out of what the WQE is made of.
+KVX_FN kvx_u32 kvx_nic_says(const kvx_move &move, kvx_u32 op) {
+  return kvx_mlx5_opcode(op) << 2 | kvx_mlx5_units(move);
+}
+
 // The first eight bytes of the WQE, which are the doorbell too.
-KVX_FN kvx_u64 kvx_mlx5_head(const kvx_queue &queue, kvx_u64 n, const kvx_move &move, kvx_u32 op) {
-  kvx_u32 first = kvx_be32(((kvx_u32)n & 0xffff) << 8 | kvx_mlx5_opcode(op));
-  kvx_u32 second = kvx_be32(queue.qpn << 8 | kvx_mlx5_units(move));
+KVX_FN kvx_u64 kvx_mlx5_head(const kvx_queue &queue, kvx_u64 n, kvx_u32 says) {
+  kvx_u32 first = kvx_be32(((kvx_u32)n & 0xffff) << 8 | says >> 2);
+  kvx_u32 second = kvx_be32(queue.qpn << 8 | (says & 3));
   return (kvx_u64)second << 32 | first;
 }
 
 // Writes WQE `n` into its slot. One that is not `told` makes a completion only if it fails.
 KVX_FN void kvx_nic_write(const kvx_queue &queue, kvx_u64 at, kvx_u64 n, const kvx_move &move,
                           kvx_u32 op, kvx_u32 told) {
-  kvx_u64 head = kvx_mlx5_head(queue, n, move, op);
+  kvx_u64 head = kvx_mlx5_head(queue, n, kvx_nic_says(move, op));
   kvx_u64 remote = kvx_be64(move.remote);
   kvx_u64 local = kvx_be64(move.local);
   KVX_GLOBAL kvx_v4 *to = (KVX_GLOBAL kvx_v4 *)at;
@@ -55,10 +60,9 @@ KVX_FN void kvx_nic_write(const kvx_queue &queue, kvx_u64 at, kvx_u64 n, const k
   to[2] = near;
 }
 
-// The doorbell for WQE `n`: out of what it was made of, never out of the slot, which the device may
-// have given back.
-KVX_FN kvx_u64 kvx_nic_bell(const kvx_queue &queue, kvx_u64 n, const kvx_move &move, kvx_u32 op) {
-  return kvx_mlx5_head(queue, n, move, op);
+// The doorbell for WQE `n`: never out of the slot, which the device may have given back.
+KVX_FN kvx_u64 kvx_nic_bell(const kvx_queue &queue, kvx_u64 n, kvx_u32 says) {
+  return kvx_mlx5_head(queue, n, says);
 }
 
 // The doorbell record that says that WQEs below `next` are there.
@@ -95,11 +99,19 @@ KVX_FN kvx_u32 kvx_mlx5_status(kvx_u32 syndrome) {
   }
 }
 
-// Completion `n`. The last eight bytes of it are read at once: what they say of the owner, they say
-// of themselves too.
-KVX_FN kvx_nic_end kvx_nic_poll(const kvx_queue &queue, kvx_u64 n) {
-  kvx_u64 at = queue.completions + (n & (queue.cq_depth - 1)) * 64;
-  kvx_u64 word = kvx_load_system_u64(at + 56);
+// Where completion `n` is.
+KVX_FN kvx_u64 kvx_mlx5_cqe(const kvx_queue &queue, kvx_u64 n) {
+  return queue.completions + (n & (queue.cq_depth - 1)) * 64;
+}
+
+// The word of completion `n` that says whether it is there: its last eight bytes. What they say of the
+// owner, they say of themselves too.
+KVX_FN kvx_u64 kvx_nic_peek(const kvx_queue &queue, kvx_u64 n) {
+  return kvx_load_system_u64(kvx_mlx5_cqe(queue, n) + 56);
+}
+
+// Completion `n`, by its word.
+KVX_FN kvx_nic_end kvx_nic_poll(const kvx_queue &queue, kvx_u64 n, kvx_u64 word) {
   kvx_u32 last = (kvx_u32)(word >> 56);
   kvx_u32 opcode = last >> 4;
   kvx_nic_end end = {0, 0, KVX_OK};
@@ -110,7 +122,8 @@ KVX_FN kvx_nic_end kvx_nic_poll(const kvx_queue &queue, kvx_u64 n) {
   end.counter = __builtin_bswap16((unsigned short)(word >> 32));
   if (opcode == KVX_MLX5_REQ_ERR) {
     kvx_fence_acquire();
-    end.status = kvx_mlx5_status((kvx_u32)(kvx_load_system_u64(at + 48) >> 56));
+    kvx_u64 told = kvx_load_system_u64(kvx_mlx5_cqe(queue, n) + 48);
+    end.status = kvx_mlx5_status((kvx_u32)(told >> 56));
   } else if (opcode != KVX_MLX5_REQ) {
     end.status = KVX_MALFORMED;
   }

@@ -12,7 +12,8 @@
 // tensor's. What pieces that is in, the host knows of a proxy's post, and the queue's table of others
 // (regions.h); however many they are, the post has one ticket, whose end is that of all of them.
 //
-// They return a status (queue.h), never later than the queue's patience and never without an end.
+// They return a status (queue.h), and never without an end: waits are over within the queue's patience.
+// A put over GPU links has no clock: it lasts as long as its copies, or until the abort word is set.
 // Plain names are for a thread that posts what is its own; lanes of a wave take turns, for lanes that
 // wait for each other in lockstep would wait for ever. Names with _wave are called by all lanes of a wave, with
 // the same arguments, and post once; what any lane wrote before is part of it. Names with _block are
@@ -44,9 +45,13 @@
 #define KVX_WQE_LATE 5u            // the WQE after the record that tells of it
 #define KVX_NO_TURN 6u             // rings though those before have not
 #define KVX_TOLD_FIRST 7u          // of several WQEs the first tells of its end
+#define KVX_READY_EARLY 8u         // ready to be rung for before the WQEs are written
+#define KVX_READY_STALE 9u         // who rings takes words of the lap before for good ones
+#define KVX_BELL_OWN 10u           // who rings for others rings with its own doorbell
 #define KVX_TRAP_PHASE 1u
 #define KVX_TRAP_RECORD 2u
 #define KVX_TRAP_BELL 3u
+#define KVX_TRAP_READY 4u
 
 #define KVX_STATE(queue, field) ((queue).state + __builtin_offsetof(kvx_queue_state, field))
 #define KVX_REPORT(queue, field) ((queue).report + __builtin_offsetof(kvx_queue_report, field))
@@ -81,7 +86,7 @@ KVX_FN kvx_u32 kvx_queue_check(const kvx_queue &queue) {
   if (queue.kind == KVX_GPU_WQE || queue.kind == KVX_DIRECT) {
     // What is outstanding must fit half of a 16-bit counter, and the completion queue.
     good = good && queue.depth <= 1u << 15 && kvx_power_of_two(queue.cq_depth) &&
-           queue.cq_depth >= queue.depth;
+           queue.cq_depth >= queue.depth && queue.words != 0;
   } else if (queue.kind == KVX_LINKS) {
     good = queue.regions != 0;
   } else if (queue.kind != KVX_PROXY) {
@@ -105,23 +110,35 @@ KVX_FN void kvx_nic_reap(const kvx_queue &queue) {
   kvx_u64 first = kvx_load_device_u64(KVX_STATE(queue, taken));
   kvx_u64 ended = kvx_load_device_u64(KVX_REPORT(queue, ended));
   kvx_u64 taken = first;
+  kvx_u32 more = 1;
 #pragma nounroll
-  for (kvx_u32 i = 0; i < queue.cq_depth; ++i) {
-    kvx_nic_end end = kvx_nic_poll(queue, taken);
-    if (!end.there) {
-      break;
+  for (kvx_u32 i = 0; i < queue.cq_depth && more; i += 4) {
+    // Four at once: each is a way to the host and back.
+    kvx_u64 word = kvx_nic_peek(queue, taken), second = kvx_nic_peek(queue, taken + 1);
+    kvx_u64 third = kvx_nic_peek(queue, taken + 2), fourth = kvx_nic_peek(queue, taken + 3);
+#pragma nounroll
+    for (kvx_u32 k = 0; k < 4 && more; ++k) {
+      kvx_nic_end end = kvx_nic_poll(queue, taken, word);
+      if (!end.there) {
+        more = 0;
+        break;
+      }
+      ++taken;
+      // The counter made whole: it must name what is under way.
+      kvx_u64 ahead = (end.counter - (kvx_u32)ended) & 0xffff;
+      if (ahead >= kvx_load_device_u64(KVX_STATE(queue, next)) - ended) {
+        kvx_fail(queue, ended, KVX_MALFORMED);
+        more = 0;
+        break;
+      }
+      if (end.status != KVX_OK) {
+        kvx_fail(queue, ended + ahead, end.status);
+      }
+      ended += ahead + 1;
+      word = second;
+      second = third;
+      third = fourth;
     }
-    ++taken;
-    // The counter made whole: it must name what is under way.
-    kvx_u64 ahead = (end.counter - (kvx_u32)ended) & 0xffff;
-    if (ahead >= kvx_load_device_u64(KVX_STATE(queue, next)) - ended) {
-      kvx_fail(queue, ended, KVX_MALFORMED);
-      break;
-    }
-    if (end.status != KVX_OK) {
-      kvx_fail(queue, ended + ahead, end.status);
-    }
-    ended += ahead + 1;
   }
   if (taken != first) {
     // The device may write there again once it is told; so first all has been read.
@@ -164,6 +181,9 @@ KVX_FN kvx_u32 kvx_look(const kvx_queue &queue) {
   return KVX_OK;
 }
 
+// Swaps that are tried one right after the other, before somebody looks whether to go on.
+#define KVX_RESERVE_TRIES 8u
+
 // So many numbers in a row, from `first`, whose slots are free: without them nothing has changed. So a
 // queue that is full for too long has none that nobody posts.
 KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u32 count, kvx_u64 &first) {
@@ -172,12 +192,19 @@ KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u32 count, kvx_u64 &first
     if (kvx_load_device_u64(KVX_STATE(queue, broken)) != 0) {
       return KVX_BROKEN;
     }
-    // Where somebody else was quicker, the swap finds out.
+    // Before `next`, so that there is room at least for what it says.
+    kvx_u64 seen = kvx_load_device_u64(KVX_STATE(queue, seen));
     kvx_u64 next = kvx_load_device_u64(KVX_STATE(queue, next));
-    if (next + count - kvx_load_device_u64(KVX_STATE(queue, seen)) <= queue.depth) {
-      if (kvx_swap_device_u64(KVX_STATE(queue, next), next, next + count) == next) {
-        first = next;
-        return KVX_OK;
+    if (next + count - seen <= queue.depth) {
+      // Where somebody else was quicker, the swap finds out, and how far they are.
+#pragma nounroll
+      for (kvx_u32 i = 0; i < KVX_RESERVE_TRIES && next + count - seen <= queue.depth; ++i) {
+        kvx_u64 found = kvx_swap_device_u64(KVX_STATE(queue, next), next, next + count);
+        if (found == next) {
+          first = next;
+          return KVX_OK;
+        }
+        next = found;
       }
     } else {
       kvx_u32 status = kvx_look(queue);
@@ -225,7 +252,6 @@ struct kvx_train {
   kvx_u64 first;
   kvx_u64 next;        // behind the last
   kvx_move last;       // what the last one moves
-  kvx_u64 last_at;     // its slot
 };
 
 // Puts a WQE for each piece into its slot. Only the last one tells of its end: those of a queue pair
@@ -239,48 +265,110 @@ KVX_FN void kvx_nic_fill(const kvx_queue &queue, const kvx_move &move, const kvx
     if (block.pieces != 0) {
       train.last = kvx_piece_of(block, (kvx_u32)(n - train.first), move.imm);
     }
-    train.last_at = queue.slots + (n & (queue.depth - 1)) * 64;
+    kvx_u64 at = queue.slots + (n & (queue.depth - 1)) * 64;
     kvx_u32 this_op = ends || op == KVX_GET ? op : KVX_PUT;
-    kvx_nic_write(queue, train.last_at, n, train.last, this_op, told);
+    kvx_nic_write(queue, at, n, train.last, this_op, told);
   }
 }
 
-// Writes the WQEs of a post from number `first`, and rings once for all, when all before them have.
-KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_move &move,
-                            const kvx_block &block, kvx_u32 op) {
-  kvx_train train = {first, first + block.count, move, 0};
-  if (!KVX_PLANTED(KVX_WQE_LATE)) {
-    kvx_nic_fill(queue, move, block, op, train);
-  }
-  // All that was written is there when this is over, and not only before what this thread writes next:
-  // another one, whose turn comes by this one's word, tells of it too.
-  kvx_fence_release();
-  kvx_vigil vigil = kvx_vigil_begin();
-  while (!KVX_PLANTED(KVX_NO_TURN) && kvx_load_device_u64(KVX_STATE(queue, rung)) != first) {
-    kvx_u32 status = kvx_vigil_go_on(queue, vigil);
-    if (status != KVX_OK) {
-      // Its turn never came, so nobody's after it will.
-      kvx_fail(queue, first, status);
-      return status;
+KVX_FN kvx_u64 kvx_ready_at(const kvx_queue &queue, kvx_u64 n) {
+  return queue.words + (n & (queue.depth - 1)) * 8;
+}
+
+// Tells whoever rings that this post may be told of. Right behind the release of its WQEs.
+KVX_FN void kvx_nic_ready(const kvx_queue &queue, const kvx_train &train, kvx_u64 ready) {
+  kvx_store_bare_u64(kvx_ready_at(queue, train.first), ready);
+  KVX_TRAP(queue, KVX_TRAP_READY, train.first);
+}
+
+// How far somebody rings for others: so many times four slots, which is so many posts at least.
+#define KVX_RING_LOOKS 16u
+
+// Rings once, for the post that left `ready` and for all behind it that are ready too, as far as it looks.
+// By the one whose turn it is; then it is that of the first for which it has not rung.
+KVX_FN void kvx_nic_ring(const kvx_queue &queue, kvx_u64 ready) {
+  kvx_u64 own = KVX_READY_NEXT(ready), end = own;
+#pragma nounroll
+  for (kvx_u32 i = 0; i < KVX_RING_LOOKS; ++i) {
+    kvx_u64 from = end;
+    kvx_u64 word = kvx_load_bare_u64(kvx_ready_at(queue, from));
+    kvx_u64 second = kvx_load_bare_u64(kvx_ready_at(queue, from + 1));
+    kvx_u64 third = kvx_load_bare_u64(kvx_ready_at(queue, from + 2));
+    kvx_u64 fourth = kvx_load_bare_u64(kvx_ready_at(queue, from + 3));
+#pragma nounroll
+    for (kvx_u64 n = from; n != from + 4; ++n) {
+      // The next post begins here, and is of this lap.
+      kvx_u32 good = KVX_PLANTED(KVX_READY_STALE) ? word != 0 : KVX_READY_NEXT(word) > end;
+      if (n == end && good) {
+        ready = KVX_PLANTED(KVX_BELL_OWN) ? ready : word;
+        end = KVX_READY_NEXT(word);
+      }
+      word = second;
+      second = third;
+      third = fourth;
+    }
+    if (end - from < 4) {
+      break;
     }
   }
+  if (end != own) {
+    kvx_fence_device();
+  }
   if (!KVX_PLANTED(KVX_RECORD_LATE)) {
-    kvx_store_system_u32(queue.record, kvx_nic_record(train.next));
-    KVX_TRAP(queue, KVX_TRAP_RECORD, train.next);
+    kvx_store_system_u32(queue.record, kvx_nic_record(end));
+    KVX_TRAP(queue, KVX_TRAP_RECORD, end);
   }
-  if (KVX_PLANTED(KVX_WQE_LATE)) {
-    kvx_nic_fill(queue, move, block, op, train);
-  }
-  kvx_u64 bell = kvx_nic_bell(queue, train.next - 1, train.last, op);
+  kvx_u64 bell = kvx_nic_bell(queue, KVX_READY_NEXT(ready) - 1, KVX_READY_SAYS(ready));
   if (KVX_PLANTED(KVX_BELL_FROM_SLOT)) {
-    bell = kvx_load_system_u64(train.last_at);
+    bell = kvx_load_system_u64(queue.slots + ((end - 1) & (queue.depth - 1)) * 64);
   }
   kvx_store_release_u64(queue.bell, bell);
   KVX_TRAP(queue, KVX_TRAP_BELL, bell);
   if (KVX_PLANTED(KVX_RECORD_LATE)) {
-    kvx_store_system_u32(queue.record, kvx_nic_record(train.next));
+    kvx_store_system_u32(queue.record, kvx_nic_record(end));
   }
-  kvx_store_device_u64(KVX_STATE(queue, rung), train.next);
+  kvx_store_device_u64(KVX_STATE(queue, rung), end);
+}
+
+// Writes the WQEs of a post from number `first`, and has the device told of them when it has been told of
+// all before them: by this thread, or by one that rings for several.
+KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_move &move,
+                            const kvx_block &block, kvx_u32 op) {
+  kvx_train train = {first, first + block.count, move};
+  if (KVX_PLANTED(KVX_READY_EARLY)) {
+    kvx_nic_ready(queue, train, KVX_READY(train.next, kvx_nic_says(move, op)));
+  }
+  if (!KVX_PLANTED(KVX_WQE_LATE)) {
+    kvx_nic_fill(queue, move, block, op, train);
+  }
+  // All that was written is there when this is over, and not only before what this thread writes next:
+  // another one tells of it.
+  kvx_fence_release();
+  kvx_u64 ready = KVX_READY(train.next, kvx_nic_says(train.last, op));
+  if (!KVX_PLANTED(KVX_READY_EARLY)) {
+    kvx_nic_ready(queue, train, ready);
+  }
+  kvx_vigil vigil = kvx_vigil_begin();
+  kvx_u64 rung = first;
+  while (!KVX_PLANTED(KVX_NO_TURN) && (rung = kvx_load_device_u64(KVX_STATE(queue, rung))) < first) {
+    kvx_u32 status = kvx_vigil_go_on(queue, vigil);
+    if (status != KVX_OK) {
+      // Its turn never came, so nobody's after it will. Who is late has nothing to ring for any more,
+      // unless it has just looked; and then it may have rung.
+      kvx_swap_device_u64(kvx_ready_at(queue, first), ready, 0);
+      if (kvx_load_device_u64(KVX_STATE(queue, rung)) > first) {
+        return KVX_OK;
+      }
+      kvx_fail(queue, first, status);
+      return status;
+    }
+  }
+  if (rung == first) {
+    kvx_nic_ring(queue, ready);
+    if (KVX_PLANTED(KVX_WQE_LATE)) {
+      kvx_nic_fill(queue, move, block, op, train);
+    }
+  }
   return KVX_OK;
 }
 

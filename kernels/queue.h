@@ -50,6 +50,13 @@
 #define KVX_TICKET_LAST(ticket) ((ticket) & (1ull << 56) - 1)
 #define KVX_TICKET_FIRST(ticket) (KVX_TICKET_LAST(ticket) - ((ticket) >> 56))
 
+// What a post of WQEs leaves for whoever rings for it, in the word of its first slot: the number behind
+// its last WQE, and in eight bits what the doorbell says beside the number. A word that was left a lap
+// before has a number that is not above the slot's.
+#define KVX_READY(next, says) ((next) << 8 | (says))
+#define KVX_READY_NEXT(word) ((word) >> 8)
+#define KVX_READY_SAYS(word) ((kvx_u32)(word) & 0xff)
+
 // WQEs of a post at most: pieces of a block.
 #define KVX_MOST_PIECES 256u
 
@@ -115,7 +122,8 @@ struct kvx_queue_report {
 // A queue, as it is given to a kernel. Whoever posts to it has a copy of this.
 struct kvx_queue {
   kvx_u64 slots;       // kvx_desc[depth] in pinned memory, or the device's WQEs, 64 bytes each
-  kvx_u64 words;       // proxy: kvx_u64[depth] in pinned memory, (ticket + 1) << 8 | status
+  kvx_u64 words;       // proxy: kvx_u64[depth] in pinned memory, (ticket + 1) << 8 | status;
+                       // WQEs: kvx_u64[depth] in the device's memory, KVX_READY of posts, at first 0
   kvx_u64 state;       // kvx_queue_state
   kvx_u64 report;      // kvx_queue_report
   kvx_u64 abort;       // kvx_u32 in the device's memory: not 0 ends every wait

@@ -103,6 +103,16 @@ pub enum Error {
         /// Which setting, and what it may be.
         what: &'static str,
     },
+    /// A queue of work requests that has fewer slots than a block takes.
+    #[error(
+        "a queue for kernels of {depth} work requests: a block of some layer is in {stretches} stretches, each of which is one; ask for a depth of {stretches} at least"
+    )]
+    QueueDepth {
+        /// Its slots.
+        depth: u32,
+        /// The most that one block takes.
+        stretches: u32,
+    },
     /// A kernel that posts pings was told that its post has not gone well.
     #[error(
         "the kernel that posts a ping was told {status:?}: a defect of kvxfer, or memory of the GPU that somebody writes to"

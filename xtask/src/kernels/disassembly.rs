@@ -307,12 +307,12 @@ fn steps(family: &Family, kernel: &Kernel<'_>) -> Vec<Step> {
     steps
 }
 
-/// Descriptor, release, phase; WQE, release; record, release, doorbell; and completions are given back
+/// Descriptor, release, phase; WQE, release, the word that it is ready; record, release, doorbell; and completions are given back
 /// after an acquire.
 fn post(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
     use Step::{Acquire, Phase, Release, Store4, Store8, Store16};
     let steps = steps(family, kernel);
-    let all: [(&[Step], &str); 4] = [
+    let all: [(&[Step], &str); 5] = [
         (
             &[Store16, Store16, Store16, Store8, Release, Phase],
             "no release between a descriptor and its phase",
@@ -320,6 +320,10 @@ fn post(family: &Family, kernel: &Kernel<'_>) -> Vec<String> {
         (
             &[Store16, Store16, Store16, Release],
             "no release after a WQE",
+        ),
+        (
+            &[Store16, Release, Store8],
+            "no word that a WQE is ready behind its release",
         ),
         (
             &[Store4, Release, Store8],

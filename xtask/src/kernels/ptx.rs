@@ -158,14 +158,16 @@ fn push(kernel: &Kernel<'_>) -> Vec<String> {
     problems
 }
 
-/// Descriptor, then its phase by a release; WQE, fence; record, then the doorbell by a release; and
-/// completions are given back after a fence.
+/// Descriptor, then its phase by a release; WQE, fence, the word that it is ready; what others have made ready, fence;
+/// record, then the doorbell by a release; and completions are given back after a fence.
 fn post(kernel: &Kernel<'_>) -> Vec<String> {
     const V4: &str = "st.global.v4.b32";
     const RELEASE: &str = "st.release.sys.global.u64";
     const RECORD: &str = "st.relaxed.sys.global.u32";
     const FENCE: &str = "fence.sc.sys;";
-    let known = [V4, RELEASE, RECORD, FENCE];
+    const READY: &str = "st.relaxed.gpu.global.u64";
+    const ACQUIRE: &str = "fence.acq_rel.gpu;";
+    let known = [V4, RELEASE, RECORD, FENCE, READY];
     // Stores, swaps and fences; all else by its name.
     let steps = kernel.code.iter().map(|i| bare(i)).filter_map(|i| {
         let step = known.iter().find(|step| i.starts_with(*step));
@@ -175,12 +177,16 @@ fn post(kernel: &Kernel<'_>) -> Vec<String> {
         step.copied().or(other.then_some("other"))
     });
     let steps: Vec<_> = steps.collect();
-    let all: [(&[&str], &str); 4] = [
+    let all: [(&[&str], &str); 5] = [
         (
             &[V4, V4, V4, "other", RELEASE],
             "a descriptor's phase is not a release after the rest",
         ),
         (&[V4, V4, V4, FENCE], "no fence after a WQE"),
+        (
+            &[V4, FENCE, READY],
+            "no word that a WQE is ready behind its fence",
+        ),
         (&[RECORD, RELEASE], "no release doorbell after its record"),
         (
             &[FENCE, RECORD],
@@ -190,6 +196,13 @@ fn post(kernel: &Kernel<'_>) -> Vec<String> {
     let has = |sequence: &[&str]| steps.windows(sequence.len()).any(|w| w == sequence);
     let missing = all.iter().filter(|(sequence, _)| !has(sequence));
     let mut problems: Vec<_> = missing.map(|(_, what)| (*what).to_owned()).collect();
+    if kernel.count(READY) != 1 {
+        problems.push("not one place that says what is ready".into());
+    }
+    // Where in the text the way is put of who rings for others, is the compiler's choice.
+    if kernel.count(ACQUIRE) != 1 {
+        problems.push("rings for others and has no acquire".into());
+    }
     if kernel.count(SWAP) == 0 {
         problems.push("takes no ticket".into());
     }
@@ -255,6 +268,17 @@ mod tests {
                 "atom.global.add.u64",
                 "has atom.global.add",
             ),
+            (
+                "st.relaxed.gpu.global.u64",
+                "st.global.u64",
+                "no word that a WQE is ready",
+            ),
+            (
+                "st.relaxed.gpu.global.u64",
+                "st.relaxed.gpu.global.u64 [%rd1], %rd2;\n\tst.relaxed.gpu.global.u64",
+                "not one place",
+            ),
+            ("fence.acq_rel.gpu;", "", "has no acquire"),
             ("nanosleep.u32 100;", "", "without a pause"),
             ("ret;", "call.uni f, ();\n\tret;", "has call"),
         ];

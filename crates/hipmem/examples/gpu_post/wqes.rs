@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvxfer_hipmem::HostMemory;
 use kvxfer_hipmem::gpu::{GpuMemory, PinnedMemory, Stream};
 use kvxfer_hipmem::kernels::KVX_TIME_WQES;
 use kvxfer_hipmem::kernels::queue::{
     ALL_TENSORS, DIRECT, IDLE, LOCAL_PLACE, Move, PUT, PostArgs, PostResult, Queue, REMOTE_PLACE,
 };
-use kvxfer_hipmem::post::device::{Bell, PostBy, Posts, RegionTable, WqeQueue, WqeQueueConfig};
+use kvxfer_hipmem::post::device::{
+    Bell, PostBy, Posts, RegionTable, WqeMemory, WqeQueue, WqeQueueConfig, WqeSlots,
+};
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide};
 use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink};
 use kvxfer_verbs::mlx5::{CqDepth, Operation, Qpn, SqDepth, Syndrome};
@@ -54,16 +55,17 @@ fn layer() -> RegionLayer {
     }
 }
 
-fn queue(bench: &Bench) -> Result<(Arc<WqeQueue>, Hca<HostMemory, Done>)> {
+fn queue(bench: &Bench, slots: WqeSlots) -> Result<(Arc<WqeQueue>, Hca<WqeMemory, Done>)> {
     let config = WqeQueueConfig {
         bell: Bell::Kernel,
+        slots,
         sq_depth: SqDepth::new(DEPTH)?,
         cq_depth: CqDepth::new(2 * DEPTH)?,
         qpn: Qpn::new(0x00ab_cdef)?,
         patience: Duration::from_secs(10),
     };
     let table = RegionTable::new(&bench.gpu, &[layer()])?;
-    let (queue, queues): (_, Queues<HostMemory>) = WqeQueue::new(&bench.gpu, &config, Some(table))?;
+    let (queue, queues): (_, Queues<WqeMemory>) = WqeQueue::new(&bench.gpu, &config, Some(table))?;
     let region = |addr| Region {
         addr,
         len: u64::from(BLOCKS * PIECES) * PIECE,
@@ -86,7 +88,7 @@ fn queue(bench: &Bench) -> Result<(Arc<WqeQueue>, Hca<HostMemory, Done>)> {
 fn seconds(
     bench: &Bench,
     (queues, waves, posts): (usize, u32, usize),
-    by_places: bool,
+    (by_places, slots): (bool, WqeSlots),
 ) -> Result<f64> {
     let word = |i: usize| {
         let block = (i % BLOCKS as usize) as u32;
@@ -126,7 +128,7 @@ fn seconds(
             op: PUT,
             until: IDLE,
         })?;
-        all.push((queue(bench)?, prepared, Stream::new(&bench.gpu)?));
+        all.push((queue(bench, slots)?, prepared, Stream::new(&bench.gpu)?));
     }
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -136,10 +138,10 @@ fn seconds(
             let over = &over;
             devices.push(scope.spawn(move || {
                 while !over.load(Ordering::Acquire) {
-                    hca.look()?;
+                    hca.look(u64::MAX)?;
                     std::hint::spin_loop();
                 }
-                hca.look()?;
+                hca.look(u64::MAX)?;
                 Ok::<_, kvxfer_verbs::mlx5::model::Violation>(hca.consumed())
             }));
             posting.push((queue, prepared, stream));
@@ -178,25 +180,35 @@ fn seconds(
 /// WQEs a second.
 pub(super) fn rates(report: &mut Report, bench: &Bench) -> Result<()> {
     println!("\nWQEs, to a model of an mlx5 device (no NIC)");
-    for (queues, waves, by_places, wanted) in [
-        (1, 1, false, None),
-        (1, 16, false, Some(1.0)),
-        (1, 64, false, None),
-        (1, 16, true, None),
-        (4, 16, false, None),
-        (4, 16, true, None),
+    let (pinned, own) = (WqeSlots::Pinned, WqeSlots::Gpu);
+    for (queues, waves, by_places, slots, wanted) in [
+        (1, 1, false, pinned, None),
+        (1, 4, false, pinned, None),
+        // Enough that several are ready while one rings.
+        (1, 16, false, pinned, Some(1.0)),
+        (1, 64, false, pinned, None),
+        (1, 16, true, pinned, None),
+        (4, 16, false, pinned, None),
+        (4, 16, true, pinned, None),
+        // The model copies them to read them.
+        (1, 16, false, own, None),
     ] {
         let posts = bench.many(64_000) / waves as usize * waves as usize;
         let mut rates = Vec::new();
         for _ in 0..5 {
-            let took = seconds(bench, (queues, waves, posts), by_places)?;
+            let took = seconds(bench, (queues, waves, posts), (by_places, slots))?;
             let wqes = posts * queues * if by_places { PIECES as usize } else { 1 };
             rates.push(wqes as f64 / took / 1e6);
         }
         rates.sort_by(f64::total_cmp);
         let rate = rates.get(rates.len() / 2).copied().unwrap_or_default();
         let of = if by_places { "4" } else { "1" };
-        let name = format!("{queues} queues, {waves} waves each, posts of {of} WQEs");
+        let place = match slots {
+            WqeSlots::Gpu => ", slots in the GPU's memory",
+            _ => "",
+        };
+        let name =
+            format!("{queues} queues, {waves} posting waves each, posts of {of} WQEs{place}");
         let wanted = wanted.map(|wanted| (wanted, rate >= wanted));
         line(report, &name, rate, "M WQEs/s", wanted);
     }

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "bebf9bcafced173cca26d48a932e9e25bd892cb392abc78dc988980ab4d76c5f",
+    sources_sha256: "ccf6981596c4dd6060baf9499e578d62d5774bec754faa11835ae894312383eb",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "f75d63e9a510c64c14e6cd4aa778840f7f604e2d98750f8307e15abf3e19f49d",
+        sha256: "b9e91dc5de9c981e07d6f6e59f5ec495ba7a51c9dd4cc74b1886a1c8b0d4d2fd",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "e51916798ff7e6fb54c5214426efa632a46991441f922ce4a472426b3ee08e5a",
+        sha256: "36850e4e3039deb9f8195de7f7f87ddb2c06d1d952d7b96dec622bcb9b34bffd",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "f298452a2cac6ea652100d335440f85d42db0153ca2f2ea013146feab72a3fda",
+        sha256: "e5fbde66881c455c4574dad67e77b8474a84638f110d2707f7944f03efaf165a",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "8f45282861b82bf6d27200ddb11437b5ba33d531014b42793b5b3b5ee48a0180",
+        sha256: "535862fc6b5c1800e63b66867982579d45e252b3e49342d26566030eabe85eb8",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "2ba82e7a045d7011efb3dae72080662d92339b44cb3daf99cc8a9af863e49fca",
+        sha256: "1069d583d8cf118ee07a8706195acf68c4a65d79964139e197d19c161f2b6f8d",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "33fe1aca8f6bebb4566ce76f1c406baa169a053cf8e618ba682a8f90eb30a046",
+        sha256: "4bd1dd4bca01861f632beedf450816fbecaf092dedee5f0158f02bc69c3d0497",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "319e241c9351f10846f9d56ecd984e4c0b2aeb8b639876e118acf1f9cc7e19c9",
+        sha256: "95010e1bfa24eb05567f7dca8a0ae0bfe292fa54fe223536d486b4532e087635",
         warp: 32,
     },
 ];

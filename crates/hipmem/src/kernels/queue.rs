@@ -150,7 +150,8 @@ pub struct QueueReport {
 pub struct Queue {
     /// Descriptors in pinned memory, or the device's WQEs; 64 bytes each.
     pub slots: u64,
-    /// Of [`PROXY`]: `u64[depth]` in pinned memory, (ticket + 1) << 8 | status.
+    /// Of [`PROXY`]: `u64[depth]` in pinned memory, (ticket + 1) << 8 | status. Of WQEs: `u64[depth]` in the device's
+    /// memory, by which posters ring for each other: at first 0.
     pub words: u64,
     /// A [`QueueState`].
     pub state: u64,

@@ -39,7 +39,7 @@ struct Bench {
     warp: u32,
     kernels: [Kernel; 3],
     stream: Stream,
-    /// The state, the report of WQEs, and the abort word.
+    /// The state, the report of WQEs, the abort word, and the words of WQEs.
     own: GpuMemory,
 }
 
@@ -56,6 +56,9 @@ fn ticks(gpu: &Gpu, of: Duration) -> u64 {
 
 const REPORT: u64 = 64;
 const ABORT: u64 = 128;
+const WORDS: u64 = 192;
+/// Bytes, for queues of up to 256 slots.
+const OWN: u64 = WORDS + 8 * 256;
 
 impl Bench {
     fn new() -> Result<Self, Box<dyn std::error::Error>> {
@@ -76,14 +79,14 @@ impl Bench {
             ],
             warp: image.warp,
             stream: Stream::new(&gpu)?,
-            own: GpuMemory::new(&gpu, 192)?,
+            own: GpuMemory::new(&gpu, OWN)?,
             gpu,
         })
     }
 
     /// A queue's state for its first ticket.
     fn start(&self, first: u64) -> Outcome {
-        self.own.fill(0, 192, 0)?;
+        self.own.fill(0, OWN, 0)?;
         self.own.write(0, &QueueState::starting_at(first).bytes())?;
         self.own.write(REPORT, &first.to_ne_bytes())?;
         Ok(())
@@ -300,6 +303,7 @@ impl Nic {
         let at = memory.device_addr();
         let queue = Queue {
             slots: at,
+            words: bench.own.addr() + WORDS,
             state: bench.own.addr(),
             report: bench.own.addr() + REPORT,
             abort: bench.own.addr() + ABORT,
@@ -351,7 +355,7 @@ impl Nic {
             let word = self.bell.load_u64(0).expect("inside");
             self.uar.store_u64(0, word).expect("inside");
         }
-        self.hca.look().unwrap_or_else(|e| panic!("{e}"));
+        self.hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
     }
 }
 

@@ -5,17 +5,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvxfer_hipmem::gpu::{PinnedMemory, Stream};
+use kvxfer_hipmem::gpu::{GpuFault, PinnedMemory, Stream};
 use kvxfer_hipmem::kernels::queue::{
     ALL, ALL_TENSORS, EACH, LOCAL_PLACE, Move, PUT, REMOTE_PLACE, ticket_number,
 };
 use kvxfer_hipmem::post::device::{
-    Bell, PostBy, PostKernels, Posts, RegionTable, WqeQueue, WqeQueueConfig,
+    Bell, PostBy, PostKernels, Posts, RegionTable, WqeQueue, WqeQueueConfig, WqeSlots,
 };
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide, Status};
 use kvxfer_hipmem::{Error, HostMemory};
 use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Region, Sink};
-use kvxfer_verbs::mlx5::{CqDepth, Gather, Operation, Qpn, SqDepth, Syndrome};
+use kvxfer_verbs::mlx5::{CqDepth, Gather, Operation, Qpn, QueueMemory, SqDepth, Syndrome};
 
 use crate::{Outcome, gpu, soon};
 
@@ -118,14 +118,18 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
     }
     moves.truncate(moves.len() / 5 * 5);
     let sides: HashMap<_, _> = layers.iter().map(|layer| (layer.layer, layer)).collect();
-    for (by, bell) in [
-        (PostBy::Threads, Bell::Kernel),
-        (PostBy::Waves, Bell::Cpu),
-        (PostBy::Blocks, Bell::Kernel),
+    for (by, bell, slots) in [
+        (PostBy::Threads, Bell::Kernel, WqeSlots::Pinned),
+        (PostBy::Waves, Bell::Cpu, WqeSlots::Pinned),
+        (PostBy::Blocks, Bell::Kernel, WqeSlots::Pinned),
+        (PostBy::Threads, Bell::Cpu, WqeSlots::Gpu),
+        (PostBy::Waves, Bell::Kernel, WqeSlots::Gpu),
+        (PostBy::Blocks, Bell::Kernel, WqeSlots::Gpu),
     ] {
         remote.host().fill(0, bytes, 0xe5)?;
         let config = WqeQueueConfig {
             bell,
+            slots,
             sq_depth: SqDepth::new(16)?,
             cq_depth: CqDepth::new(32)?,
             qpn: Qpn::new(0x00ab_cdef)?,
@@ -167,7 +171,7 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
         while !posting.is_done()? {
             assert!(Instant::now() < deadline, "the kernel does not end");
             queue.relay()?;
-            hca.look()?;
+            hca.look(u64::MAX)?;
         }
         let results = posting.wait(soon())?;
         let ok = Status::Ok.number();
@@ -222,6 +226,61 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
 }
 
 #[test]
+fn slots_in_a_gpus_memory_are_there_for_a_nic() -> Outcome {
+    let gpu = gpu();
+    let queue = |slots| {
+        let config = WqeQueueConfig {
+            bell: Bell::Kernel,
+            slots,
+            sq_depth: SqDepth::new(64)?,
+            cq_depth: CqDepth::new(64)?,
+            qpn: Qpn::new(1)?,
+            patience: Duration::from_secs(1),
+        };
+        let made: Result<_, Box<dyn std::error::Error>> =
+            WqeQueue::new(&gpu, &config, None).map_err(Into::into);
+        made
+    };
+    let (pinned, _) = queue(WqeSlots::Pinned)?;
+    assert!(pinned.slots().is_none());
+    let (own, queues) = queue(WqeSlots::Gpu)?;
+    let slots = own.slots().ok_or("they are in the GPU's memory")?;
+    assert_eq!((slots.len(), slots.addr()), (4096, own.handle().slots));
+    match slots.dma_buf() {
+        Ok(exported) => {
+            assert!(gpu.info().dma_buf);
+            // The file may be of more than the slots, and says where they are.
+            assert!(exported.offset.is_multiple_of(64));
+        }
+        Err(Error::Gpu(fault)) => {
+            assert!(!gpu.info().dma_buf, "{fault}");
+            assert!(matches!(*fault, GpuFault::NoDmaBuf { .. }), "{fault}");
+        }
+        Err(other) => return Err(other.into()),
+    }
+
+    // What is in them is read by a copy, and what is stored is there behind one.
+    let (word, other) = ([1, 2, 3, 4, 5, 6, 7, 8], [9; 8]);
+    slots.write(64, &word)?;
+    let span = 64..128_u64;
+    assert_eq!(queues.sq.load(64)?, [0; 8], "it has not been copied");
+    queues.sq.fetch(std::slice::from_ref(&span))?;
+    assert_eq!(queues.sq.load(64)?, word);
+    queues.sq.store(72, other)?;
+    let mut found = [1; 8];
+    slots.read(72, &mut found)?;
+    assert_eq!(found, [0; 8]);
+    queues.sq.flush(std::slice::from_ref(&span))?;
+    slots.read(72, &mut found)?;
+    assert_eq!(found, other);
+    // Beyond them nothing is copied, nor read.
+    let beyond = 4096..4160_u64;
+    assert!(queues.sq.fetch(std::slice::from_ref(&beyond)).is_err());
+    assert!(queues.sq.load(4096).is_err());
+    Ok(())
+}
+
+#[test]
 fn tables_and_queues_that_do_not_fit_are_refused() -> Outcome {
     let gpu = gpu();
     let mut twice = layers(0x1000);
@@ -230,6 +289,7 @@ fn tables_and_queues_that_do_not_fit_are_refused() -> Outcome {
     assert!(matches!(refused, Err(Error::Regions(_))), "{refused:?}");
     let config = WqeQueueConfig {
         bell: Bell::Kernel,
+        slots: WqeSlots::Pinned,
         sq_depth: SqDepth::new(16)?,
         cq_depth: CqDepth::new(8)?,
         qpn: Qpn::new(1)?,

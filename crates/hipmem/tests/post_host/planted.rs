@@ -7,10 +7,13 @@ use std::io::Write;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 
-use kvxfer_hipmem::kernels::queue::{ALL, DIRECT, EACH, GPU_WQE, PUT, PostArgs};
+use kvxfer_hipmem::HostMemory;
+use kvxfer_hipmem::kernels::queue::{ALL, DIRECT, EACH, GPU_WQE, POSTED, PUT, PostArgs};
 use kvxfer_hipmem::post::{Status, Taken};
-use kvxfer_verbs::mlx5::model::Violation;
+use kvxfer_verbs::mlx5::SendWqe;
+use kvxfer_verbs::mlx5::model::{Hca, Violation};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -31,9 +34,13 @@ const NO_CQ_RECORD: u32 = 4;
 const WQE_LATE: u32 = 5;
 const NO_TURN: u32 = 6;
 const TOLD_FIRST: u32 = 7;
+const READY_EARLY: u32 = 8;
+const READY_STALE: u32 = 9;
+const BELL_OWN: u32 = 10;
 const AT_PHASE: u32 = 1;
 const AT_RECORD: u32 = 2;
 const AT_BELL: u32 = 3;
+const AT_READY: u32 = 4;
 
 type Look = Arc<dyn Fn(u32, u64) + Send + Sync>;
 type Trap = unsafe extern "C" fn(slots: u64, what: u32, value: u64);
@@ -101,68 +108,220 @@ impl Image {
     }
 }
 
-/// Posts WQEs while the device looks at each store in the moment in which it is made. What rule they
-/// have broken, and what the posters were told.
+/// The number of the first WQE.
+const FIRST: u64 = 0xfff0;
+
+/// A device that looks at each store in the moment in which it is made, and what it has found.
+struct Trapped {
+    hca: Hca<HostMemory, wqe::Counted>,
+    sq: HostMemory,
+    depth: u64,
+    /// The first rule that was broken: from then on nothing is looked at.
+    violation: Option<Violation>,
+    /// Posts that others might have rung for.
+    ready: usize,
+    /// Of those, posts whose WQE was not there.
+    not_whole: usize,
+    doorbells: usize,
+}
+
+impl Trapped {
+    fn new(hca: Hca<HostMemory, wqe::Counted>, sq: &HostMemory, depth: u32) -> Self {
+        Self {
+            hca,
+            sq: sq.clone(),
+            depth: depth.into(),
+            violation: None,
+            ready: 0,
+            not_whole: 0,
+            doorbells: 0,
+        }
+    }
+
+    /// `false` where a rule is broken.
+    fn look(&mut self, what: u32, value: u64) -> bool {
+        if self.violation.is_some() {
+            // A device in an undefined state.
+            return true;
+        }
+        let seen = match what {
+            // It may fetch as soon as it is told.
+            AT_RECORD => self.hca.see_record(),
+            AT_BELL => {
+                self.doorbells += 1;
+                self.hca.ring(value.to_ne_bytes())
+            }
+            AT_READY => {
+                let mut slot = [0; 64];
+                let at = 64 * (value & (self.depth - 1));
+                self.sq.read(at, &mut slot).expect("inside");
+                let is_whole = SendWqe::decode(&slot).is_ok_and(|wqe| wqe.index == value as u16);
+                // Or somebody has rung for it meanwhile, and its slot was given back.
+                let is_taken = value < self.hca.consumed();
+                self.ready += 1;
+                self.not_whole += usize::from(!is_whole && !is_taken);
+                Ok(0)
+            }
+            _ => Ok(0),
+        };
+        self.violation = seen.err();
+        self.violation.is_none()
+    }
+}
+
+/// Posts WQEs while the device looks at each store. What it has found, and what the posters were told.
 fn trapped(
     fault: u32,
-    kind: u32,
+    (kind, depth): (u32, u32),
     posters: u32,
     each: usize,
-) -> (Option<Violation>, Vec<(Status, Status)>) {
+) -> (Trapped, Vec<(Status, Status)>) {
     let image = Image::planted(fault);
     let patience = if fault == NOTHING { LONG } else { SHORT };
-    let bench = wqe::Bench::new(kind, 4, 4, 0xfff0, patience);
+    let bench = wqe::Bench::new(kind, depth, depth, FIRST, patience);
     if fault == NO_TURN {
         // Its turn never comes.
         bench.around.lose_a_ticket();
     }
-    let hca = Arc::new(Mutex::new((bench.hca, None)));
-    let looking = Arc::clone(&hca);
+    let device = Trapped::new(bench.hca, &bench.sq, depth);
+    let device = Arc::new(Mutex::new(device));
+    let looking = Arc::clone(&device);
     let abort = (fault == NOTHING).then(|| bench.around.abort.clone());
     let look = move |what, value: u64| {
-        let mut hca = held(&looking);
-        if hca.1.is_some() {
-            // A device in an undefined state.
-            return;
-        }
-        let seen = match what {
-            // It may fetch as soon as it is told.
-            AT_RECORD => hca.0.see_record(),
-            AT_BELL => hca.0.ring(value.to_ne_bytes()),
-            _ => Ok(0),
-        };
-        hca.1 = seen.err();
-        if let (Some(_), Some(abort)) = (&hca.1, &abort) {
+        let is_well = held(&looking).look(what, value);
+        if let (false, Some(abort)) = (is_well, &abort) {
             // What should not be has happened, and nobody need wait for its end.
             let _ = abort.store_u64(0, 1);
+        }
+        if what == AT_BELL {
+            // While it is its turn others come to be ready.
+            thread::yield_now();
         }
     };
     looks().insert(bench.queue.slots, Arc::new(look));
     let moves = moves(each * posters as usize);
     let results = run(&image.post(), bench.queue, &moves, posters, PUT, ALL);
     looks().remove(&bench.queue.slots);
-    let violation = held(&hca).1;
-    if violation.is_none() {
-        let hca = held(&hca);
-        assert!(hca.0.sink().0[..moves.len()].iter().all(|n| *n == 1));
+    let device = Arc::into_inner(device).expect("nobody looks any more");
+    let device = device.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if device.violation.is_none() {
+        let done = &device.hca.sink().0[..moves.len()];
+        assert!(done.iter().all(|n| *n == 1), "each once");
     }
-    (violation, ends(&results))
+    (device, ends(&results))
+}
+
+/// The rule that one poster breaks.
+fn broken(fault: u32, each: usize) -> Option<Violation> {
+    trapped(fault, (DIRECT, 4), 1, each).0.violation
 }
 
 #[test]
 fn the_order_of_stores_is_right() {
     for kind in [DIRECT, GPU_WQE] {
-        let (violation, ends) = trapped(NOTHING, kind, 3, 1000);
-        assert_eq!(violation, None);
+        let (device, ends) = trapped(NOTHING, (kind, 4), 3, 1000);
+        assert_eq!(device.violation, None);
+        assert_eq!((device.ready, device.not_whole), (3000, 0));
         assert!(ends.iter().all(|end| *end == (Status::Ok, Status::Ok)));
     }
 }
 
 #[test]
-fn a_record_written_after_the_doorbell_is_found() {
-    let (violation, _) = trapped(RECORD_LATE, DIRECT, 1, 1);
+fn a_hundred_thousand_posts_have_fewer_doorbells() {
+    let (device, ends) = trapped(NOTHING, (DIRECT, 64), 4, 25_000);
+    assert_eq!((device.violation, device.not_whole), (None, 0));
+    assert!(ends.iter().all(|end| *end == (Status::Ok, Status::Ok)));
+    println!("{} doorbells for {} posts", device.doorbells, device.ready);
+    assert_eq!(device.ready, 100_000);
+    // Four posters have four posts ready at most.
+    assert!(
+        (25_000..100_000).contains(&device.doorbells),
+        "{}",
+        device.doorbells
+    );
+}
+
+/// Three posts whose turn comes when all of them are ready: somebody before them was slow.
+fn together(fault: u32) -> (Trapped, Vec<(Status, Status)>) {
+    const DEPTH: u32 = 8;
+    let image = Image::planted(fault);
+    let bench = wqe::Bench::new(DIRECT, DEPTH, DEPTH, FIRST, LONG);
+    bench.around.lose_a_ticket();
+    let device = Trapped::new(bench.hca, &bench.sq, DEPTH);
+    let device = Arc::new(Mutex::new(device));
+    let (looking, all) = (Arc::clone(&device), moves(4));
+    let (sq, record, state) = (
+        bench.sq.clone(),
+        bench.record.clone(),
+        bench.around.state.clone(),
+    );
+    let late = wqe::put(FIRST, &all[3]);
+    let look = move |what, value: u64| {
+        let mut device = held(&looking);
+        device.look(what, value);
+        if (what, device.ready) == (AT_READY, 3) {
+            // It comes to itself, and is told of.
+            let at = 64 * (FIRST & u64::from(DEPTH - 1));
+            sq.write(at, &late).expect("inside");
+            record.write(6, &[0xff, 0xf1]).expect("inside");
+            let head = late.first_chunk().expect("eight bytes");
+            assert_eq!(device.hca.ring(*head), Ok(1));
+            state.store_u64(24, FIRST + 1).expect("inside");
+        }
+    };
+    looks().insert(bench.queue.slots, Arc::new(look));
+    let results = run(&image.post(), bench.queue, &all[..3], 3, PUT, POSTED);
+    looks().remove(&bench.queue.slots);
+    let device = Arc::into_inner(device).expect("nobody looks any more");
+    let device = device.into_inner().unwrap_or_else(PoisonError::into_inner);
+    (device, ends(&results))
+}
+
+#[test]
+fn who_has_the_turn_rings_once_for_all_that_are_ready() {
+    let (device, ends) = together(NOTHING);
+    assert_eq!((device.violation, device.doorbells), (None, 1));
+    assert!(ends.iter().all(|(posted, _)| *posted == Status::Ok));
+    assert_eq!(device.hca.consumed(), FIRST + 4);
+    assert_eq!(device.hca.sink().0[..4], [1; 4]);
+}
+
+#[test]
+fn a_doorbell_of_ones_own_for_all_is_found() {
+    let (device, _) = together(BELL_OWN);
     assert_eq!(
-        violation,
+        device.violation,
+        Some(Violation::RecordBehind {
+            doorbell: 0xfff2,
+            record: 0xfff4
+        })
+    );
+}
+
+#[test]
+fn a_post_that_is_ready_before_its_wqe_is_found() {
+    let (device, _) = trapped(READY_EARLY, (DIRECT, 4), 1, 2);
+    assert_eq!((device.ready, device.not_whole), (2, 2));
+}
+
+#[test]
+fn ringing_for_posts_of_the_lap_before_is_found() {
+    // Of four slots: behind the fourth post is what the first has left.
+    assert_eq!(broken(READY_STALE, 3), None);
+    assert_eq!(
+        broken(READY_STALE, 4),
+        Some(Violation::RecordSpan {
+            record: 0xfff1,
+            consumed: 0xfff3,
+            depth: 4
+        })
+    );
+}
+
+#[test]
+fn a_record_written_after_the_doorbell_is_found() {
+    assert_eq!(
+        broken(RECORD_LATE, 1),
         Some(Violation::RecordBehind {
             doorbell: 0xfff1,
             record: 0xfff0
@@ -172,7 +331,7 @@ fn a_record_written_after_the_doorbell_is_found() {
 
 #[test]
 fn a_doorbell_built_from_the_slot_is_found() {
-    let (violation, _) = trapped(BELL_FROM_SLOT, DIRECT, 1, 1);
+    let violation = broken(BELL_FROM_SLOT, 1);
     assert!(
         matches!(violation, Some(Violation::Doorbell { .. })),
         "{violation:?}"
@@ -182,18 +341,18 @@ fn a_doorbell_built_from_the_slot_is_found() {
 #[test]
 fn a_wqe_written_after_its_record_is_found() {
     // The model's memory is zeros before the first lap: no WQE that there is.
-    let (violation, _) = trapped(WQE_LATE, DIRECT, 1, 1);
+    let violation = broken(WQE_LATE, 1);
     assert!(
-        matches!(violation, Some(Violation::Wqe { n: 0xfff0, .. })),
+        matches!(violation, Some(Violation::Wqe { n: FIRST, .. })),
         "{violation:?}"
     );
 }
 
 #[test]
 fn a_poster_that_rings_before_its_turn_is_found() {
-    let (violation, _) = trapped(NO_TURN, DIRECT, 1, 1);
+    let violation = broken(NO_TURN, 1);
     assert!(
-        matches!(violation, Some(Violation::Wqe { n: 0xfff0, .. })),
+        matches!(violation, Some(Violation::Wqe { n: FIRST, .. })),
         "{violation:?}"
     );
 }
@@ -210,9 +369,9 @@ fn a_ticket_that_ends_with_its_first_piece_is_found() {
 
 #[test]
 fn completions_that_are_not_given_back_are_found() {
-    let (violation, ends) = trapped(NO_CQ_RECORD, DIRECT, 1, 5);
+    let (device, ends) = trapped(NO_CQ_RECORD, (DIRECT, 4), 1, 5);
     assert_eq!(
-        violation,
+        device.violation,
         Some(Violation::NoRoom {
             n: 0xfff4,
             taken: 0xfff0,

@@ -209,10 +209,10 @@ fn place(group: u8, layer: u16, tensor: u8, block: u32) -> Place {
 /// Serves a device until `over`.
 fn serve(hca: &mut Hca<HostMemory, Mover>, over: &AtomicBool) {
     while !over.load(Ordering::Acquire) {
-        hca.look().unwrap_or_else(|e| panic!("{e}"));
+        hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
         thread::yield_now();
     }
-    hca.look().unwrap_or_else(|e| panic!("{e}"));
+    hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// Posts while the device looks; the device comes back with what it has done.
@@ -449,7 +449,7 @@ fn places_that_there_are_not_are_refused_and_nothing_is_posted() {
     assert_eq!(ends(&results)[0].0, Status::BadOp);
     let mut world = world;
     assert_eq!(
-        world.bench.hca.look(),
+        world.bench.hca.look(u64::MAX),
         Ok(0),
         "the device was told of nothing"
     );
@@ -567,7 +567,7 @@ fn a_block_of_more_pieces_than_the_queue_has_room_for() {
     let posted: Vec<_> = ends(&results).iter().map(|(posted, _)| *posted).collect();
     assert_eq!(posted, [Status::Ok, Status::Timeout]);
     assert_eq!(world.bench.around.next(), 5, "and has taken none");
-    assert_eq!(world.bench.hca.look(), Ok(5));
+    assert_eq!(world.bench.hca.look(u64::MAX), Ok(5));
     let block = world.by_places(place(0, 1, ALL_TENSORS, 3), 9);
     let results = run(&shipped, queue, &[block], 1, PUT, POSTED);
     assert_eq!(ends(&results)[0].0, Status::Ok);

@@ -55,9 +55,11 @@ pub(crate) struct Bench<S = Counted> {
     pub(crate) around: Around,
     pub(crate) queue: Queue,
     pub(crate) sq: HostMemory,
+    /// By which posters ring for each other.
+    pub(crate) words: HostMemory,
     cq: HostMemory,
     report: HostMemory,
-    record: HostMemory,
+    pub(crate) record: HostMemory,
     bell: HostMemory,
     /// Of `GPU_WQE`: the doorbell behind the word.
     uar: HostMemory,
@@ -95,6 +97,7 @@ impl<S: Sink> Bench<S> {
         report.store_u64(0, first).expect("inside");
         let sq = memory.take(64 * u64::from(depth));
         let cq = memory.take(64 * u64::from(cq_depth));
+        let words = memory.take(8 * u64::from(depth));
         for i in 0..u64::from(cq_depth) {
             cq.write(64 * i, &Cqe::unwritten()).expect("inside");
         }
@@ -105,6 +108,7 @@ impl<S: Sink> Bench<S> {
         cq_record.write(0, &[0, b, c, d]).expect("inside");
         let queue = Queue {
             slots: sq.addr(),
+            words: words.addr(),
             state: around.state.addr(),
             report: report.addr(),
             abort: around.abort.addr(),
@@ -138,6 +142,7 @@ impl<S: Sink> Bench<S> {
             around,
             queue,
             sq,
+            words,
             cq,
             report,
             record,
@@ -146,6 +151,27 @@ impl<S: Sink> Bench<S> {
             _memory: memory,
         }
     }
+}
+
+/// The WQE of a put.
+pub(crate) fn put(n: u64, of: &Move) -> [u8; 64] {
+    let len = u32::try_from(of.len).expect("short");
+    let wqe = SendWqe {
+        index: n as u16,
+        qpn: Qpn::new(QPN).expect("24 bits"),
+        flags: SendFlags {
+            signalled: true,
+            ..SendFlags::default()
+        },
+        operation: Operation::Write {
+            remote: RemoteSpan {
+                addr: of.remote,
+                rkey: of.rkey,
+            },
+            local: Gather::One(Segment::new(of.local, len, of.lkey).expect("a length")),
+        },
+    };
+    wqe.encode().expect("valid")
 }
 
 /// Posters, and a device that looks when it comes to it.
@@ -161,13 +187,15 @@ fn traffic(kind: u32, depth: u32, first: u64, posters: u32, each: usize, op: u32
             let mut hca = hca.lock().expect("nobody panicked");
             let mut noise = Noise(first | 1);
             while !over.load(Ordering::Acquire) {
-                let seen = hca.look().unwrap_or_else(|e: Violation| panic!("{e}"));
+                let seen = hca
+                    .look(u64::MAX)
+                    .unwrap_or_else(|e: Violation| panic!("{e}"));
                 // A delay now and then.
                 if seen == 0 || noise.below(100) == 0 {
                     thread::yield_now();
                 }
             }
-            hca.look().unwrap_or_else(|e| panic!("{e}"));
+            hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
         });
         // The CPU that rings for the device.
         let relay = (kind == GPU_WQE).then(|| {
@@ -311,6 +339,12 @@ fn what_the_device_cannot_do_is_refused_before_a_ticket_is_taken() {
         let results = run(&shipped, queue, &moves(1), 1, PUT, EACH);
         assert_eq!(ends(&results)[0].0, Status::BadQueue, "{depth} {cq_depth}");
     }
+    let queue = Queue {
+        words: 0,
+        ..bench.queue
+    };
+    let results = run(&shipped, queue, &moves(1), 1, PUT, EACH);
+    assert_eq!(ends(&results)[0].0, Status::BadQueue, "no words");
 }
 
 #[test]
@@ -332,7 +366,7 @@ fn bad_keys_and_ranges_reach_who_waits() {
                 .iter()
                 .all(|(posted, _)| *posted == Status::Ok)
         );
-        assert_eq!(bench.hca.look(), Ok(4));
+        assert_eq!(bench.hca.look(u64::MAX), Ok(4));
         // A post that has to look finds out, and so does quiet.
         let results = run(&shipped, queue, &moves(1), 1, PUT, IDLE);
         assert_eq!(ends(&results), [(Status::Broken, wanted)]);
@@ -348,7 +382,7 @@ fn bad_keys_and_ranges_reach_who_waits() {
         let device = scope.spawn(|| {
             let _end = bench.around.end_with_me();
             while !over.load(Ordering::Acquire) {
-                hca.look().unwrap_or_else(|e| panic!("{e}"));
+                hca.look(u64::MAX).unwrap_or_else(|e| panic!("{e}"));
                 thread::yield_now();
             }
         });
@@ -380,7 +414,7 @@ fn a_device_that_does_nothing_is_told_within_the_patience() {
     let results = run(&shipped, bench.queue, &[], 1, PUT, IDLE);
     assert!(results.is_empty());
     // It may come back: nothing is lost, and there is room again.
-    assert_eq!(bench.hca.look(), Ok(2));
+    assert_eq!(bench.hca.look(u64::MAX), Ok(2));
     let results = run(&shipped, bench.queue, &moves(1), 1, PUT, EACH);
     assert_eq!(ends(&results), [(Status::Ok, Status::Timeout)]);
 }
@@ -393,8 +427,33 @@ fn a_kernel_killed_before_it_rang_ends_the_queue() {
     let posted: Vec<_> = ends(&results).iter().map(|(posted, _)| *posted).collect();
     // Its turn never comes; who comes after it does not wait for that.
     assert_eq!(posted, [Status::Timeout, Status::Broken, Status::Broken]);
+    // Nor has who comes late anything of it to ring for.
+    let mut words = [0; 64];
+    bench.words.read(0, &mut words).expect("inside");
+    assert_eq!(words, [0; 64]);
     let mut bench = bench;
-    assert_eq!(bench.hca.look(), Ok(0), "the device was told of nothing");
+    assert_eq!(
+        bench.hca.look(u64::MAX),
+        Ok(0),
+        "the device was told of nothing"
+    );
+}
+
+#[test]
+fn who_comes_late_does_not_ring_for_who_gave_up() {
+    let mut bench = Bench::new(DIRECT, 8, 8, 0, SHORT);
+    let all = moves(2);
+    bench.around.lose_a_ticket();
+    let results = run(&shipped, bench.queue, &all[..1], 1, PUT, POSTED);
+    assert_eq!(ends(&results)[0].0, Status::Timeout);
+    // The one before it goes on where it was: it has the first number, and it is its turn.
+    let state = &bench.around.state;
+    state.store_u64(0, 0).expect("inside");
+    state.store_u64(16, 0).expect("inside");
+    let results = run(&shipped, bench.queue, &all[1..], 1, PUT, POSTED);
+    assert_eq!(ends(&results)[0].0, Status::Ok);
+    assert_eq!(bench.hca.look(u64::MAX), Ok(1));
+    assert_eq!(bench.hca.sink().0[..2], [0, 1]);
 }
 
 #[test]

@@ -28,8 +28,11 @@ pub enum PostFault {
     /// The two places are of different groups or layers, or of one tensor.
     #[error("its places must be of the same group and layer, and of KVX_ALL_TENSORS")]
     Places,
-    /// A group that the format does not have, or a layer that the two ranks do not both keep in it.
-    #[error("group {group} has no layer {layer} that both ranks keep")]
+    /// A group that the format does not have, or a layer that the two ranks do not both keep in it, or of which nothing
+    /// moves between them.
+    #[error(
+        "group {group} has no layer {layer} of which something moves between the two ranks (GpuQueue::block_bytes)"
+    )]
     Layer {
         /// The group.
         group: u8,
@@ -114,6 +117,11 @@ pub enum QueueRule {
     /// The queue's memory.
     #[error("the queue's memory holds it")]
     Memory,
+    /// Work requests in a GPU's memory are copied to be read: no fault of who posts.
+    #[error(
+        "work requests in the GPU's memory can be copied within a second: the log says what the runtime said"
+    )]
+    Reached,
 }
 
 impl QueueRule {
@@ -127,6 +135,7 @@ impl QueueRule {
             | Violation::RecordBehind { .. } => Self::Record,
             Violation::Doorbell { .. } | Violation::NotTheLast { .. } => Self::Doorbell,
             Violation::NoRoom { .. } | Violation::Taken { .. } => Self::Completions,
+            Violation::NotReached(_) => Self::Reached,
             _ => Self::Memory,
         }
     }

@@ -15,12 +15,13 @@ mod wqe;
 
 pub use fault::{PostFault, QueueRule};
 pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
-pub(crate) use wqe::{Block, Windows, WqeDevice, Wrong};
+pub(crate) use wqe::{Block, Named, WqeDevice, Wrong};
 
 use std::time::Duration;
 
 use crate::mem::gpu::{Event, Gpu};
 pub use crate::mem::post::Pace;
+pub use crate::mem::post::device::WqeSlots;
 
 /// The slots of a queue at most.
 pub const MOST_SLOTS: u32 = 1 << 16;
@@ -74,6 +75,8 @@ pub struct GpuQueueConfig {
     /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most. Of work requests up to
     /// [`MOST_WQES`], and a block is as many as it is in stretches.
     pub depth: u32,
+    /// Where kernels write work requests. A proxy's descriptors are in pinned memory.
+    pub slots: WqeSlots,
     /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour. On AMD
     /// the calls for a thread go lane by lane, each with this patience, so a wave may take as many times as long.
     pub patience: Duration,
@@ -90,6 +93,7 @@ impl GpuQueueConfig {
             gpu: gpu.clone(),
             kind: QueueKind::Proxy,
             depth: 1024,
+            slots: WqeSlots::Pinned,
             patience: Duration::from_secs(10),
             pace: Pace::Parked {
                 longest: Duration::from_millis(10),

@@ -58,7 +58,9 @@ impl PostTable {
         if !alike || (here.tensor, there.tensor) != (ALL_TENSORS, ALL_TENSORS) {
             return Err(PostFault::Places);
         }
+        // As in the table of work requests, where a layer of which nothing moves is none.
         let found = self.of.find(group.into(), layer.into());
+        let found = found.filter(|(_, of)| of.bytes > 0);
         let (at, of) = found.ok_or(PostFault::Layer { group, layer })?;
         if post.len != of.bytes {
             let (len, wanted) = (post.len, of.bytes);

@@ -12,7 +12,7 @@ use kvxfer_verbs::mlx5::{Gather, Operation, Syndrome};
 
 use super::fault::{PostFault, QueueRule};
 use crate::blocks::BlockPair;
-use crate::mem::HostMemory;
+use crate::mem::post::device::WqeMemory;
 use crate::mem::post::{RegionLayer, RegionPiece, RegionSide, Status};
 use crate::plan::{BlockOps, LayerAt, PieceSide};
 
@@ -46,22 +46,31 @@ impl Window {
     }
 }
 
-/// What kernels may name.
+/// What kernels may name: by its keys.
 #[derive(Debug)]
-pub(crate) struct Windows {
-    all: Vec<Window>,
-    keys: KeyTable,
-    layers: Vec<RegionLayer>,
+pub(crate) struct Windows(Vec<Window>);
+
+/// The same with what a queue is made of.
+#[derive(Debug)]
+pub(crate) struct Named {
+    pub(crate) windows: Windows,
+    /// What the device knows of keys.
+    pub(crate) keys: KeyTable,
+    /// What the table of the kernels' own device is made of.
+    pub(crate) layers: Vec<RegionLayer>,
+    /// The most stretches that a block is in: so many slots its post takes.
+    pub(crate) most: u32,
 }
 
-impl Windows {
+impl Named {
     /// The stretches of all layers that places have numbers for. `local` says where this rank's memories are. `None`
     /// where blocks do not lie evenly, or beyond the model's addresses.
     pub(crate) fn new(of: &BlockOps, local: impl Fn(u32) -> Option<u64>) -> Option<Self> {
-        let mut windows = Self {
-            all: Vec::new(),
+        let mut named = Self {
+            windows: Windows(Vec::new()),
             keys: KeyTable::default(),
             layers: Vec::new(),
+            most: 0,
         };
         for (at, layer) in of.layers() {
             let tensors = of.pieces(at)?;
@@ -75,6 +84,7 @@ impl Windows {
             }
             let (local_blocks, remote_blocks) = of.num_blocks(layer.group);
             let count: usize = tensors.iter().map(Vec::len).sum();
+            named.most = named.most.max(u32::try_from(count).ok()?);
             let mut row = RegionLayer {
                 group,
                 layer: number,
@@ -86,7 +96,7 @@ impl Windows {
             for tensor in tensors {
                 let mut pieces = Vec::with_capacity(tensor.len());
                 for of in tensor {
-                    let key = FIRST_KEY.checked_add(u32::try_from(windows.all.len()).ok()?)?;
+                    let key = FIRST_KEY.checked_add(u32::try_from(named.windows.0.len()).ok()?)?;
                     let side = |base: u64, at: PieceSide| {
                         Some(RegionSide {
                             addr: base.checked_add(at.offset)?,
@@ -116,9 +126,9 @@ impl Windows {
                     };
                     let here = region(window.local, local_blocks, false)?;
                     let there = region(window.remote, remote_blocks, true)?;
-                    windows.keys.local.insert(key, here);
-                    windows.keys.remote.insert(key, there);
-                    windows.all.push(window);
+                    named.keys.local.insert(key, here);
+                    named.keys.remote.insert(key, there);
+                    named.windows.0.push(window);
                     pieces.push(RegionPiece {
                         local: window.local,
                         remote: window.remote,
@@ -128,23 +138,16 @@ impl Windows {
                 }
                 row.tensors.push(pieces);
             }
-            windows.layers.push(row);
+            named.layers.push(row);
         }
-        Some(windows)
+        Some(named)
     }
+}
 
-    /// What the device's table is made of.
-    pub(crate) fn layers(&self) -> &[RegionLayer] {
-        &self.layers
-    }
-
-    pub(crate) fn keys(&self) -> &KeyTable {
-        &self.keys
-    }
-
+impl Windows {
     fn of_key(&self, key: u32) -> Option<&Window> {
         let at = key.checked_sub(FIRST_KEY)?;
-        self.all.get(usize::try_from(at).ok()?)
+        self.0.get(usize::try_from(at).ok()?)
     }
 }
 
@@ -260,7 +263,7 @@ pub(crate) struct Wrong {
 /// The device of a queue of WQEs: a model of one, which carries nothing out itself.
 #[derive(Debug)]
 pub(crate) struct WqeDevice {
-    hca: Hca<HostMemory, Blocks>,
+    hca: Hca<WqeMemory, Blocks>,
     /// A WQE was wrong, and it was said.
     is_told: bool,
     /// A rule was broken: the queue is of no more use.
@@ -274,7 +277,7 @@ impl WqeDevice {
     ///
     /// Memory that is too small.
     pub(crate) fn new(
-        queues: Queues<HostMemory>,
+        queues: Queues<WqeMemory>,
         setup: HcaSetup,
         windows: Windows,
     ) -> Result<Self, Violation> {
@@ -310,13 +313,13 @@ impl WqeDevice {
         self.hca.sink().begun.is_some()
     }
 
-    /// Takes what has been posted: blocks in their order, and how many WQEs that were. What is wrong is said once, and
-    /// nothing behind it is taken.
-    pub(crate) fn look(&mut self, blocks: &mut Vec<Block>) -> (u64, Option<Wrong>) {
+    /// Takes what has been posted, but so many WQEs at most: blocks in their order, and how many WQEs that were. What is
+    /// wrong is said once, and nothing behind it is taken.
+    pub(crate) fn look(&mut self, most: u64, blocks: &mut Vec<Block>) -> (u64, Option<Wrong>) {
         if self.is_lost {
             return (0, None);
         }
-        let looked = self.hca.look();
+        let looked = self.hca.look(most);
         blocks.append(&mut self.hca.sink_mut().whole);
         match looked {
             Ok(count) => (count, self.wrong()),

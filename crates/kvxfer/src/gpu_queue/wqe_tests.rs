@@ -1,13 +1,16 @@
 //! WQEs as a poster in Rust writes them: whole blocks, and everything that is none.
 
 use kvxfer_verbs::mlx5::{
-    CqDepth, Cqe, CqeStatus, DoorbellRecord, Qpn, QueueMemory, RemoteSpan, Segment, SendFlags,
-    SendWqe, SqDepth,
+    CqDepth, Cqe, CqeStatus, DoorbellRecord, Qpn, QueueMemory, QueueNotReached, RemoteSpan,
+    Segment, SendFlags, SendWqe, SqDepth,
 };
 
 use super::*;
+use crate::gpu_queue::PostTable;
 use crate::layout::{DType, KvFormat, KvPlacement, Packing, Side, Topology, models};
-use crate::mem::HostBuffer;
+use crate::mem::kernels::queue::ALL_TENSORS;
+use crate::mem::post::{Descriptor, End, Place, PostOp};
+use crate::mem::{HostBuffer, HostMemory};
 use crate::plan::{Compiled, Part, PlanLimits, Role};
 
 const BLOCKS: u32 = 6;
@@ -17,13 +20,18 @@ const HERE: u64 = 0x10_0000_0000;
 
 /// Ranks that keep K and V of all heads, and of the second half of them.
 fn ops() -> BlockOps {
+    ops_to(Topology::single)
+}
+
+/// Of the second half of the heads, to a rank that keeps these.
+fn ops_to(consumer: impl Fn(&KvFormat) -> Topology) -> BlockOps {
     let format = models::builtin("llama-3.1-8b", 2, DType::Bf16).expect("built in");
     let placed = |format: &KvFormat, topology| {
         let uniform = KvPlacement::uniform(format, topology, &[BLOCKS], Packing::OneMemory, 64);
         uniform.and_then(|u| u.describe(format)).expect("valid")
     };
     let half = placed(&format, Topology::tensor_parallel(&format, 1, 2));
-    let all = placed(&format, Topology::single(&format));
+    let all = placed(&format, consumer(&format));
     let side = |placement| Side {
         format: &format,
         placement,
@@ -46,14 +54,16 @@ struct Bench {
     device: WqeDevice,
     next: u64,
     read: u64,
+    /// WQEs of a look.
+    most: u64,
     _memory: HostBuffer,
 }
 
 impl Bench {
     fn new() -> Self {
         let ops = ops();
-        let windows = Windows::new(&ops, |region| (region == 0).then_some(HERE));
-        let windows = windows.expect("they lie evenly");
+        let named = Named::new(&ops, |region| (region == 0).then_some(HERE));
+        let named = named.expect("they lie evenly");
         let (sq_depth, cq_depth) = (SqDepth::new(DEPTH), CqDepth::new(2 * DEPTH));
         let (sq_depth, cq_depth) = (sq_depth.expect("a power"), cq_depth.expect("a power"));
         let memory = HostBuffer::new(64 << 10).expect("memory");
@@ -70,30 +80,30 @@ impl Bench {
             cq.write(at, &Cqe::unwritten()).expect("inside");
         }
         let queues = Queues {
-            sq: sq.clone(),
-            sq_record: record.clone(),
-            cq: cq.clone(),
-            cq_record: taken.clone(),
-            bell,
+            sq: WqeMemory::Host(sq.clone()),
+            sq_record: WqeMemory::Host(record.clone()),
+            cq: WqeMemory::Host(cq.clone()),
+            cq_record: WqeMemory::Host(taken.clone()),
+            bell: WqeMemory::Host(bell),
         };
         let setup = HcaSetup {
             qpn: Qpn::new(5).expect("24 bits"),
             sq_depth,
             cq_depth,
             first: 0,
-            keys: windows.keys().clone(),
+            keys: named.keys,
         };
-        let layers = windows.layers().to_vec();
         Self {
-            device: WqeDevice::new(queues, setup, windows).expect("large enough"),
+            device: WqeDevice::new(queues, setup, named.windows).expect("large enough"),
             ops,
-            layers,
+            layers: named.layers,
             sq,
             record,
             cq,
             taken,
             next: 0,
             read: 0,
+            most: u64::MAX,
             _memory: memory,
         }
     }
@@ -145,7 +155,7 @@ impl Bench {
 
     fn look(&mut self) -> (Vec<Block>, Option<Wrong>) {
         let mut blocks = Vec::new();
-        let (_, wrong) = self.device.look(&mut blocks);
+        let (_, wrong) = self.device.look(self.most, &mut blocks);
         (blocks, wrong)
     }
 
@@ -223,6 +233,62 @@ fn the_wqes_of_a_block_are_one_post_in_any_number_of_looks() {
         .complete(ticket(count - 1), Status::Ok)
         .expect("ignored");
     assert_eq!(bench.poll(), None);
+}
+
+#[test]
+fn a_look_takes_no_more_than_it_may_and_the_next_one_goes_on() {
+    let mut bench = Bench::new();
+    bench.most = 1;
+    let one = bench.block(0, 3, 5);
+    let count = one.len();
+    let other = bench.block(0, 0, 1);
+    bench.post(&[one, other].concat());
+    let mut found = Vec::new();
+    for i in 0..2 * count {
+        let (blocks, wrong) = bench.look();
+        assert_eq!(wrong, None);
+        assert_eq!(bench.device.taken(), i as u64 + 1);
+        assert_eq!(bench.device.has_begun(), blocks.is_empty());
+        found.extend(blocks.iter().map(|block| block.pair));
+    }
+    let pair = |src, dst| BlockPair { src, dst };
+    assert_eq!(found, [pair(3, 5), pair(0, 1)]);
+    assert_eq!(bench.look(), (vec![], None));
+}
+
+#[test]
+fn memory_that_is_copies_do_not_reach_is_told_apart() {
+    let lost = QueueNotReached { step: "a copy" };
+    let rule = QueueRule::of(&Violation::NotReached(lost));
+    assert_eq!(rule, QueueRule::Reached);
+}
+
+/// Two ranks with other heads: all layers are there on both, and nothing of them moves.
+#[test]
+fn a_layer_of_which_nothing_moves_is_none_to_either_kind_of_queue() {
+    let ops = ops_to(|format| Topology::tensor_parallel(format, 0, 2));
+    let (_, layer) = ops.find(0, 0).expect("both keep it");
+    assert_eq!(layer.bytes, 0);
+    let named = Named::new(&ops, |_| Some(HERE)).expect("they lie evenly");
+    assert_eq!((named.layers.len(), named.most), (0, 0));
+    let table = PostTable::new(&std::sync::Arc::new(ops), &[]);
+    let place = End::Place(Place {
+        group: 0,
+        tensor: ALL_TENSORS,
+        layer: 0,
+        block: 1,
+    });
+    let post = Descriptor {
+        ticket: 0,
+        op: PostOp::Put,
+        local: place,
+        remote: place,
+        len: 0,
+    };
+    let fault = table.check(&post).expect_err("there is nothing to post");
+    assert_eq!(fault, PostFault::Layer { group: 0, layer: 0 });
+    // As kvx_put says of it on a queue of work requests.
+    assert_eq!(fault.status(), Status::BadKey);
 }
 
 /// What is changed of a WQE: the remote side; the local address, bytes and key.
@@ -371,6 +437,6 @@ fn a_queue_that_is_closed_tells_so_and_takes_nothing() {
 
 #[test]
 fn memory_beyond_the_models_addresses_has_no_windows() {
-    assert!(Windows::new(&ops(), |_| None).is_none());
-    assert!(Windows::new(&ops(), |_| Some(u64::MAX - 64)).is_none());
+    assert!(Named::new(&ops(), |_| None).is_none());
+    assert!(Named::new(&ops(), |_| Some(u64::MAX - 64)).is_none());
 }

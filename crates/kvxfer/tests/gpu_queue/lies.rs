@@ -182,6 +182,7 @@ fn settings_that_make_no_sense_are_refused() {
         assert!(refused(&|c| c.depth = depth).contains("power of two"));
     }
     assert!(refused(&|c| c.patience = Duration::ZERO).contains("patience"));
+    assert!(refused(&|c| c.slots = WqeSlots::Gpu).contains("slots"));
     let word = bench.consumer.first_word(0);
     assert_eq!(word, POISON);
     drop(push.abort());

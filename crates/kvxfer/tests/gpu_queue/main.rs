@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{GpuQueue, Instance, Outcome, Peer, Push, PushOptions, Transfer};
 use kvxfer::event::Event;
-use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, Pace, PostFault};
+use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, Pace, PostFault, WqeSlots};
 use kvxfer::ids::RequestId;
 use kvxfer::layout::KvFormat;
 use kvxfer::mem::gpu::{Gpu, GpuRuntime, Stream};

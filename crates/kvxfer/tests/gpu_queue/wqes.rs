@@ -1,5 +1,6 @@
 //! Queues of WQEs, which a model of an mlx5 device reads: kernels write what a NIC would be given.
 
+use kvxfer::Error;
 use kvxfer::gpu_queue::{Hca, QueueKind};
 use kvxfer::layout::{DType, models};
 
@@ -12,9 +13,20 @@ const THERE: u64 = 1 << 48;
 
 impl Bench {
     fn wqes(&self, push: &Push, depth: u32, kind: QueueKind) -> GpuQueue {
+        self.wqes_in(push, depth, (kind, WqeSlots::Pinned))
+            .expect("a queue")
+    }
+
+    fn wqes_in(
+        &self,
+        push: &Push,
+        depth: u32,
+        (kind, slots): (QueueKind, WqeSlots),
+    ) -> Result<GpuQueue, Error> {
         let mut config = self.config(depth);
         config.kind = kind;
-        push.gpu_queue(&config).expect("a queue")
+        config.slots = slots;
+        push.gpu_queue(&config)
     }
 }
 
@@ -31,18 +43,23 @@ fn a_hundred_thousand_puts_by_kernels_alone() {
 /// A producer of a model's blocks, each of them several stretches of memory.
 #[test]
 fn a_producer_kernel_writes_a_wqe_for_each_stretch() {
-    for (path, kind) in [
-        (PathKind::Arena, KINDS[0]),
-        (PathKind::ProcessVm, KINDS[1]),
-        (PathKind::Ipc, KINDS[0]),
-        (PathKind::Ipc, KINDS[1]),
+    let (pinned, own) = (WqeSlots::Pinned, WqeSlots::Gpu);
+    for (path, kind, slots) in [
+        (PathKind::Arena, KINDS[0], pinned),
+        (PathKind::ProcessVm, KINDS[1], pinned),
+        (PathKind::Ipc, KINDS[0], pinned),
+        (PathKind::Ipc, KINDS[1], pinned),
+        (PathKind::Arena, KINDS[0], own),
+        (PathKind::Ipc, KINDS[1], own),
     ] {
         let format = models::builtin("llama-3.1-8b", 1, DType::Bf16).expect("built in");
         let mut bench = Bench::of(path, format, 24, |config| config.verify = true);
         bench.producer.side.poison().expect("poisoned");
         bench.expect("r", 0..20);
         let push = bench.push("r", LONG);
-        let queue = bench.wqes(&push, 16, kind);
+        let queue = bench.wqes_in(&push, 16, (kind, slots)).expect("a queue");
+        let in_own = queue.device().wqe().and_then(|queue| queue.slots());
+        assert_eq!(in_own.is_some(), slots == WqeSlots::Gpu);
         let reached = bench
             .producer
             .side
@@ -64,7 +81,11 @@ fn a_producer_kernel_writes_a_wqe_for_each_stretch() {
             .finish(Kernels::Behind(posting.event()), LONG)
             .expect("they end");
         let sent = push.commit().expect("committed");
-        assert_eq!(sent.wait(LONG), Some(Outcome::Done), "{path} {kind:?}");
+        assert_eq!(
+            sent.wait(LONG),
+            Some(Outcome::Done),
+            "{path} {kind:?} {slots:?}"
+        );
         assert!(ends(&posting).iter().all(|end| *end == WELL));
         bench.received("r");
         let table = pairs((0..20).map(|b| (b + 4, 19 - b)));
@@ -76,6 +97,32 @@ fn a_producer_kernel_writes_a_wqe_for_each_stretch() {
         bench.consumer.assert_untouched_but(0..20);
         bench.over();
     }
+}
+
+/// A block's stretches are one post, for which the queue has to have room.
+#[test]
+fn a_queue_that_holds_no_block_is_refused_when_it_is_made() {
+    let format = models::builtin("llama-3.1-8b", 1, DType::Bf16).expect("built in");
+    let mut bench = Bench::of(PathKind::Arena, format, 24, |_| {});
+    bench.expect("r", 0..4);
+    let push = bench.push("r", LONG);
+    for kind in KINDS {
+        let of = (kind, WqeSlots::Pinned);
+        let refused = bench.wqes_in(&push, 1, of).expect_err("a block is more");
+        let Error::QueueDepth {
+            depth: 1,
+            stretches,
+        } = refused
+        else {
+            panic!("{refused}");
+        };
+        assert!(stretches > 1);
+        let enough = bench.wqes_in(&push, stretches.next_power_of_two(), of);
+        drop(enough.expect("it holds one"));
+    }
+    drop(push.abort());
+    bench.failed("r");
+    bench.over();
 }
 
 /// What a WQE says that cannot be done, what the kernel is told and the host.
@@ -278,10 +325,7 @@ fn a_commit_needs_the_queue_finished_and_seals_it() {
         let posting = bench.post(&queue, &puts(4), PUT, ALL);
         assert!(ends(&posting).iter().all(|end| *end == WELL));
         let refused = push.commit().expect_err("it is not finished");
-        assert!(matches!(
-            refused,
-            kvxfer::Error::QueueUnfinished { queues: 1, .. }
-        ));
+        assert!(matches!(refused, Error::QueueUnfinished { queues: 1, .. }));
         bench.failed("a");
         queue.finish(Kernels::Ended, LONG).expect("they have ended");
 

@@ -66,6 +66,14 @@ pub enum NoMlx5 {
         /// The queue pair's number.
         qpn: u32,
     },
+    /// The queue pair's receives complete where its sends do.
+    #[error(
+        "queue pair {qpn:#x} completes its receives on the completion queue of its sends, which kernels read as sends alone: give the receives a queue of their own"
+    )]
+    SharedQueue {
+        /// The queue pair's number.
+        qpn: u32,
+    },
     /// `mlx5dv_init_obj` refused.
     #[error("mlx5dv_init_obj of {device}'s {what}: {source}")]
     Refused {
@@ -197,6 +205,8 @@ pub(super) unsafe fn map(
     let number = unsafe { (*raw).qp_num };
     // SAFETY: as above.
     let sends_to = unsafe { (*raw).send_cq };
+    // SAFETY: as above.
+    let receives_to = unsafe { (*raw).recv_cq };
     let context = NonNull::new(context);
     // SAFETY: a queue pair's context, and that one's device, are there as long as it is.
     let device = context.and_then(|context| NonNull::new(unsafe { (*context.as_ptr()).device }));
@@ -216,6 +226,9 @@ pub(super) unsafe fn map(
     }
     if sends_to != cq.as_ptr() {
         return Err(NoMlx5::OtherQueue { qpn: number });
+    }
+    if receives_to == sends_to {
+        return Err(NoMlx5::SharedQueue { qpn: number });
     }
     let refused = |what, source| NoMlx5::Refused {
         device: name.clone(),

@@ -161,6 +161,8 @@ fn each_step_fails_with_what_was_missing() {
     );
     let e = mapped(good(), |qp| qp.send_cq = at(0x9000)).expect_err("another queue");
     assert!(matches!(e, NoMlx5::OtherQueue { qpn: QPN }), "{e}");
+    let e = mapped(good(), |qp| qp.recv_cq = qp.send_cq).expect_err("receives come there too");
+    assert!(matches!(e, NoMlx5::SharedQueue { qpn: QPN }), "{e}");
     let e = mapped(good(), |qp| qp.context = ptr::null_mut()).expect_err("no context");
     assert!(matches!(e, NoMlx5::NotRdma { .. }), "{e}");
     for (codes, what, errno) in [

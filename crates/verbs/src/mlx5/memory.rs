@@ -1,10 +1,14 @@
 //! The memory that queues lie in.
 
+use std::ops::Range;
+
 /// Memory of a queue: somebody else, a device or a program, reads and writes it at the same time. It
 /// may be the host's or a GPU's; who implements this knows how it is reached.
 ///
 /// Only words are read and written, each at once, so that what changes meanwhile is never more than an old
-/// word or a new one.
+/// word or a new one. Memory that loads and stores do not reach by themselves, such as a GPU's own, is copied: what
+/// [`fetch`](Self::fetch) brought is what loads find, and what was stored is there for others after
+/// [`flush`](Self::flush).
 pub trait QueueMemory {
     /// Bytes.
     fn len(&self) -> u64;
@@ -27,6 +31,32 @@ pub trait QueueMemory {
     ///
     /// As [`load`](Self::load).
     fn store(&self, offset: u64, bytes: [u8; 8]) -> Result<(), OutsideQueue>;
+
+    /// Brings these bytes to where loads find them, all at once: they are no older than the call.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueNotReached`]; never where loads reach the memory by themselves.
+    fn fetch(&self, _spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+        Ok(())
+    }
+
+    /// Brings what was stored to these bytes to where others find it; it is there when this returns.
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch`](Self::fetch).
+    fn flush(&self, _spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+        Ok(())
+    }
+}
+
+/// A queue's memory that is reached by copies, of which one failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{step} of a queue's memory failed or took too long: the log has the runtime's words")]
+pub struct QueueNotReached {
+    /// What was tried.
+    pub step: &'static str,
 }
 
 /// An access that is not inside a queue's memory, or not aligned.

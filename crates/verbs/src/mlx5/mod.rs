@@ -35,7 +35,7 @@ pub use fault::Mlx5Fault;
 pub use geometry::{CqDepth, MAX_DEPTH, SqDepth, WQEBB};
 pub use library::Mlx5;
 pub use mapped::{MappedCompletions, MappedQueues, MappedSends, NoMlx5};
-pub use memory::{OutsideQueue, QueueMemory};
+pub use memory::{OutsideQueue, QueueMemory, QueueNotReached};
 pub use wqe::{
     Gather, INLINE_ROOM, InlineData, Operation, Qpn, RemoteSpan, Segment, SendFlags, SendWqe,
 };

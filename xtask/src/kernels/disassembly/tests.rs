@@ -292,7 +292,8 @@ fn good_posts(arch: &str) -> String {
                 "0000000000002100 <{name}>:\n\tglobal_load_dwordx2 v[0:1], v2, s[0:1] sc1\n\
                  {wait}\n\t{acquire}\n\ts_nop 0\n\tglobal_store_dword v1, v2, s[2:3]{system}\n\
                  \tglobal_atomic_cmpswap_x2 v[0:1], v2, v[2:5], s[0:1] sc0\n\
-                 {slot}{wait}\n\t{release}\n\ts_sleep 2\n\
+                 {slot}{wait}\n\t{release}\n\
+                 \tglobal_store_dwordx2 v[0:1], v[2:3], off sc1\n\ts_sleep 2\n\
                  \tglobal_store_dword v1, v2, s[4:5]{system}\n{wait}\n\t{release}\n\
                  \tglobal_store_dwordx2 v1, v[2:3], s[6:7]{system}\n\
                  {slot}\tglobal_store_dwordx2 v[0:1], v[2:3], off offset:48\n{wait}\n\
@@ -323,15 +324,17 @@ fn good_posts_are_good() {
 fn posts_in_another_order_are_found() {
     for arch in ARCHES {
         let text = good_posts(arch);
-        let (phase, record, release) = match arch {
+        let (phase, record, ready, release) = match arch {
             "gfx1100" => (
                 "global_store_b64 v[0:1], v[2:3], off offset:56",
                 "global_store_b32 v1, v2, s[4:5]",
+                "global_store_b64 v[0:1], v[2:3], off sc1",
                 "s_waitcnt_vscnt null, 0x0",
             ),
             _ => (
                 "global_store_dwordx2 v[0:1], v[2:3], off offset:56",
                 "global_store_dword v1, v2, s[4:5]",
+                "global_store_dwordx2 v[0:1], v[2:3], off sc1",
                 "buffer_wbl2",
             ),
         };
@@ -350,6 +353,8 @@ fn posts_in_another_order_are_found() {
             (release, "s_nop 0", "between a descriptor and its phase"),
             (phase, "s_nop 0", "between a descriptor and its phase"),
             (release, "s_nop 0", "no release after a WQE"),
+            (release, "s_nop 0", "no word that a WQE is ready"),
+            (ready, "s_nop 0", "no word that a WQE is ready"),
             (release, "s_nop 0", "no release between the copies"),
             (
                 "s_waitcnt vmcnt(0) lgkmcnt(0)\n\t",

@@ -2,7 +2,7 @@
 //!
 //! [`DeviceQueue`] is the memory of a proxy queue: the ring in pinned memory, the posters' state and the abort word in
 //! the GPU's. Its [handle](DeviceQueue::handle) is what a kernel is given. [`WqeQueue`] is that of a queue of WQEs for a
-//! model of a device, with a [`RegionTable`] in which kernels look blocks up. [`LinkQueue`] is
+//! model of a device, in pinned memory or [the GPU's own](WqeSlots), with a [`RegionTable`] in which kernels look blocks up. [`LinkQueue`] is
 //! for kernels that copy blocks into a peer's memory themselves. [`PostKernels`] launches the built-in ones
 //! with nothing `unsafe` to call: what they touch has been checked, and is held until they have ended.
 //!
@@ -14,6 +14,7 @@ mod links;
 mod posters;
 mod queue;
 mod regions;
+mod slots;
 mod wqe;
 
 pub use either::PostQueue;
@@ -23,4 +24,5 @@ pub use launch::{
 pub use links::{LinkLayer, LinkPiece, LinkQueue, LinkSide};
 pub use queue::{DeviceQueue, KernelQueue};
 pub use regions::RegionTable;
+pub use slots::{CopiedSlots, WqeMemory, WqeSlots};
 pub use wqe::{Bell, WqeQueue, WqeQueueConfig};

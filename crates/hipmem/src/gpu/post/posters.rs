@@ -11,8 +11,8 @@ use crate::kernels::queue::QueueState;
 const ABORT: u64 = 64;
 /// Where the report of queues is whose completions the posters read.
 const REPORT: u64 = 128;
-/// Bytes in the GPU's memory.
-const OWN: u64 = 192;
+/// Where the words are by which posters of WQEs ring for each other, one for each slot.
+const WORDS: u64 = 192;
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 /// In pinned memory, a word that the posters' count is read into, behind one of the value 1: what the abort word is
@@ -31,11 +31,16 @@ pub(super) struct Posters {
 impl Posters {
     /// For a queue whose first ticket is 0.
     pub(super) fn new(gpu: &Gpu, patience: Duration) -> Result<Self, Error> {
+        Self::of_wqes(gpu, patience, 0)
+    }
+
+    /// The same for so many slots of WQEs, whose posters ring for each other.
+    pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
         let words = PinnedMemory::new(gpu, 2 * COUNT)?;
         words.host().fill(0, 2 * COUNT, 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
-        let own = GpuMemory::new(gpu, OWN)?;
-        own.fill(0, OWN, 0)?;
+        let own = GpuMemory::new(gpu, WORDS + 8 * u64::from(slots))?;
+        own.fill(0, own.len(), 0)?;
         own.write(0, &QueueState::starting_at(0).bytes())?;
         Ok(Self {
             own,
@@ -60,6 +65,11 @@ impl Posters {
 
     pub(super) fn report(&self) -> u64 {
         self.own.addr() + REPORT
+    }
+
+    /// The words by which posters of WQEs ring for each other.
+    pub(super) fn words(&self) -> u64 {
+        self.own.addr() + WORDS
     }
 
     /// Ticks that a call waits at most.

@@ -9,11 +9,11 @@ use kvxfer_verbs::mlx5::{CqDepth, Cqe, Qpn, SqDepth};
 use super::posters::Posters;
 use super::queue::{KernelQueue, sealed};
 use super::regions::RegionTable;
+use super::slots::{CopiedSlots, WqeMemory, WqeSlots};
 use crate::error::Error;
 use crate::gpu::device::same;
-use crate::gpu::{Gpu, PinnedMemory};
+use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
-use crate::memory::HostMemory;
 
 /// Bytes of a word that a queue and its device share, on a line of its own.
 const LINE: u64 = 64;
@@ -32,6 +32,9 @@ pub enum Bell {
 pub struct WqeQueueConfig {
     /// Who rings the doorbell.
     pub bell: Bell,
+    /// Where the slots are. Completions, records and the doorbell are in pinned memory always: they are words that a
+    /// device stores one by one and in their order, the last of a completion last, and a copy has no order.
+    pub slots: WqeSlots,
     /// Slots.
     pub sq_depth: SqDepth,
     /// Completions: at least as many.
@@ -42,13 +45,17 @@ pub struct WqeQueueConfig {
     pub patience: Duration,
 }
 
-/// The memory of a queue to which kernels of a GPU write WQEs, in pinned memory, and the words around it. No NIC has
+/// The memory of a queue to which kernels of a GPU write WQEs, and the words around it. No NIC has
 /// it: what is behind it is a [model](kvxfer_verbs::mlx5::model). A kernel must have ended before this goes, and who
 /// drops it last may wait for all other kernels of the GPU.
 pub struct WqeQueue {
     config: WqeQueueConfig,
+    /// Slots, if they are here, then completions, then words.
     memory: PinnedMemory,
+    completions: u64,
     words: u64,
+    /// The slots, if they are in the GPU's memory: whoever drops this last gives them back, and not their device.
+    own: Option<CopiedSlots>,
     regions: Option<RegionTable>,
     posters: Posters,
 }
@@ -64,7 +71,7 @@ impl WqeQueue {
         gpu: &Gpu,
         config: &WqeQueueConfig,
         regions: Option<RegionTable>,
-    ) -> Result<(Self, Queues<HostMemory>), Error> {
+    ) -> Result<(Self, Queues<WqeMemory>), Error> {
         let (sq_depth, cq_depth) = (config.sq_depth, config.cq_depth);
         if cq_depth.get() < sq_depth.get() {
             return Err(Error::Depth {
@@ -74,19 +81,30 @@ impl WqeQueue {
         if let Some(regions) = &regions {
             same("the table", regions.gpu(), gpu)?;
         }
-        let words = sq_depth.bytes() + cq_depth.bytes();
+        let own = match config.slots {
+            WqeSlots::Pinned => None,
+            WqeSlots::Gpu => Some(CopiedSlots::new(gpu, sq_depth.bytes())?),
+        };
+        let completions = match own {
+            Some(_) => 0,
+            None => sq_depth.bytes(),
+        };
+        let words = completions + cq_depth.bytes();
         let memory = PinnedMemory::new(gpu, words + 4 * LINE)?;
         let host = memory.host();
         host.fill(0, memory.len(), 0)?;
-        let cq = host.slice(sq_depth.bytes(), cq_depth.bytes())?;
+        let cq = host.slice(completions, cq_depth.bytes())?;
         for n in 0..u64::from(cq_depth.get()) {
             cq.write(cq_depth.offset(n), &Cqe::unwritten())?;
         }
-        let word = |n: u64| host.slice(words + n * LINE, 8);
+        let word = |n: u64| Ok::<_, Error>(WqeMemory::Host(host.slice(words + n * LINE, 8)?));
         let queues = Queues {
-            sq: host.slice(0, sq_depth.bytes())?,
+            sq: match &own {
+                Some(own) => WqeMemory::Gpu(own.clone()),
+                None => WqeMemory::Host(host.slice(0, sq_depth.bytes())?),
+            },
             sq_record: word(0)?,
-            cq,
+            cq: WqeMemory::Host(cq),
             cq_record: word(1)?,
             bell: match config.bell {
                 Bell::Kernel => word(2)?,
@@ -95,9 +113,11 @@ impl WqeQueue {
         };
         let queue = Self {
             config: *config,
+            completions,
             words,
+            own,
             regions,
-            posters: Posters::new(gpu, config.patience)?,
+            posters: Posters::of_wqes(gpu, config.patience, sq_depth.get())?,
             memory,
         };
         Ok((queue, queues))
@@ -109,13 +129,13 @@ impl WqeQueue {
         let at = self.memory.device_addr();
         let word = |n: u64| at + self.words + n * LINE;
         Queue {
-            slots: at,
-            words: 0,
+            slots: self.slots().map_or(at, GpuMemory::addr),
+            words: self.posters.words(),
             state: self.posters.state(),
             report: self.posters.report(),
             abort: self.posters.abort(),
             patience: self.posters.patience(),
-            completions: at + self.config.sq_depth.bytes(),
+            completions: at + self.completions,
             // The send queue has the second half of a queue pair's record.
             record: word(0) + 4,
             cq_record: word(1),
@@ -143,6 +163,13 @@ impl WqeQueue {
             host.store_u64(self.words + 3 * LINE, word)?;
         }
         Ok(())
+    }
+
+    /// The slots, where they are in the GPU's own memory: who registers them with a NIC does it by their
+    /// [dma-buf](GpuMemory::dma_buf), which says where in it they begin, and fails by name where the runtime has none.
+    #[must_use]
+    pub fn slots(&self) -> Option<&GpuMemory> {
+        self.own.as_ref().map(CopiedSlots::own)
     }
 
     /// The GPU whose kernels post.

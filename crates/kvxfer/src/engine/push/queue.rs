@@ -16,8 +16,8 @@ use crate::engine::gpu::cause;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
 use crate::gpu_queue::{
-    GpuQueueConfig, GpuQueueReport, Hca, Kernels, MOST_SLOTS, MOST_WQES, Pace, PostFault,
-    PostTable, QueueKind, Together, Windows, WqeDevice,
+    GpuQueueConfig, GpuQueueReport, Hca, Kernels, MOST_SLOTS, MOST_WQES, Named, Pace, PostFault,
+    PostTable, QueueKind, Together, WqeDevice, WqeSlots,
 };
 use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
@@ -240,8 +240,8 @@ impl Push {
     ///
     /// # Errors
     ///
-    /// [`Error::QueueConfig`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks are of unequal size;
-    /// [`Error::Memory`].
+    /// [`Error::QueueConfig`], [`Error::QueueDepth`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks
+    /// are of unequal size; [`Error::Memory`].
     pub fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, Error> {
         self.engine.runtime.health.check()?;
         let wrong = |what| Err(Error::QueueConfig { what });
@@ -251,6 +251,9 @@ impl Push {
         match config.kind.hca() {
             Some(Hca::Nic) => {
                 return wrong("hca: nic is not there: no NIC's queues are mapped for kernels yet");
+            }
+            None if config.slots != WqeSlots::Pinned => {
+                return wrong("slots: a proxy's descriptors are in pinned memory");
             }
             Some(Hca::Model) if config.depth > MOST_WQES => {
                 return wrong("depth: up to 32768 work requests");
@@ -307,10 +310,21 @@ impl Push {
         let memory = self.engine.placement.memory();
         let at = |region: u32| Some(memory.get(usize::try_from(region).ok()?)?.addr());
         let ops = self.pushing.block_ops.get();
-        let windows = ops.and_then(|ops| Windows::new(ops, at));
-        let windows = windows.ok_or(Error::QueueConfig {
+        let named = ops.and_then(|ops| Named::new(ops, at));
+        let Named {
+            windows,
+            keys,
+            layers,
+            most,
+        } = named.ok_or(Error::QueueConfig {
             what: "kind: work requests name blocks at even distances, below 2^48 bytes of a memory",
         })?;
+        if most > config.depth {
+            return Err(Error::QueueDepth {
+                depth: config.depth,
+                stretches: most,
+            });
+        }
         let depth = |_| Error::QueueConfig {
             what: "depth: a power of two, up to 32768",
         };
@@ -319,16 +333,17 @@ impl Push {
             sq_depth: SqDepth::new(config.depth).map_err(depth)?,
             cq_depth: CqDepth::new((2 * config.depth).min(MOST_WQES)).map_err(depth)?,
             first: 0,
-            keys: windows.keys().clone(),
+            keys,
         };
         let of = WqeQueueConfig {
             bell,
+            slots: config.slots,
             sq_depth: setup.sq_depth,
             cq_depth: setup.cq_depth,
             qpn: setup.qpn,
             patience: config.patience,
         };
-        let table = RegionTable::new(&config.gpu, windows.layers())?;
+        let table = RegionTable::new(&config.gpu, &layers)?;
         let (queue, queues) = WqeQueue::new(&config.gpu, &of, Some(table))?;
         let device = WqeDevice::new(queues, setup, windows);
         let device = device.map_err(|_| Error::QueueConfig {
@@ -386,10 +401,11 @@ impl GpuQueue {
     }
 
     /// The bytes that a post of one block has to name: those that move of a block of a group in one layer. `None`
-    /// where the two ranks do not both keep the layer in that group.
+    /// where the two ranks do not both keep the layer in that group, or nothing of it moves: such a layer is not posted.
     #[must_use]
     pub fn block_bytes(&self, group: u32, layer: u32) -> Option<u64> {
-        self.pushing.plans.layer_bytes(group, layer)
+        let bytes = self.pushing.plans.layer_bytes(group, layer);
+        bytes.filter(|bytes| *bytes > 0)
     }
 
     /// How eagerly it is looked at from now on.

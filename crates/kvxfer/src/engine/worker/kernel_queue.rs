@@ -59,8 +59,10 @@ pub(crate) struct KernelQueue {
     pub(super) number: u64,
     pub(super) id: TransferId,
     pub(super) pushing: Arc<Pushing>,
-    pub(super) shared: Arc<SharedQueue>,
+    /// Before `shared`, which has its memory too: so it is never the worker that gives that back (fields go in their
+    /// order).
     pub(super) served: Served,
+    pub(super) shared: Arc<SharedQueue>,
     /// What posts may name; `None` before the push's ticket has come.
     pub(super) table: Option<PostTable>,
     /// What is wrong with its device, if that is not said yet.

@@ -17,7 +17,7 @@ use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
-/// Posts that are taken between two polls, so that completions and deadlines are seen in time.
+/// Posts, or work requests, that are taken between two polls, so that completions and deadlines are seen in time.
 const MOST_TAKEN: usize = 512;
 /// Jobs of a queue that are under way at most: what is posted meanwhile waits in the ring, and goes as one job later.
 const MOST_JOBS: usize = 16;
@@ -231,7 +231,7 @@ impl Worker {
             return false;
         }
         let mut blocks = Vec::new();
-        let (count, wrong) = device.look(&mut blocks);
+        let (count, wrong) = device.look(MOST_TAKEN as u64, &mut blocks);
         queue.shared.note_taken(blocks.len() as u64);
         for block in blocks {
             match &queue.table {

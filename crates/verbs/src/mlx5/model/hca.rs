@@ -90,6 +90,8 @@ pub struct Hca<M, S> {
     taken: u64,
     /// The first bytes of the last WQE.
     head: Option<[u8; 8]>,
+    /// WQEs that were taken out of their slots in one look.
+    taken_out: Vec<Block>,
     /// The doorbell as it was last seen in memory.
     bell: [u8; 8],
     /// A WQE has failed, or the next one is to.
@@ -131,6 +133,7 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             written: first,
             taken: first,
             head: None,
+            taken_out: Vec::new(),
             bell,
             failed: None,
             told_of_failure: false,
@@ -210,29 +213,33 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         self.tell()
     }
 
-    /// Looks into memory as a device that is told of nothing else: consumes what the record tells of if
-    /// the record or the doorbell has changed. Gives how many WQEs that were.
+    /// Looks into memory as a device that is told of nothing else: consumes what the record tells of, but `most` WQEs at
+    /// most; what is left is there for the next look. Gives how many that were.
     ///
     /// # Errors
     ///
     /// The first [`Violation`]; the queue is then of no more use.
-    pub fn look(&mut self) -> Result<u64, Violation> {
+    pub fn look(&mut self, most: u64) -> Result<u64, Violation> {
         let bell = self.queues.bell.load(0)?;
         if bell != self.bell {
             self.bell = bell;
             let bell = self.doorbell(bell)?;
             self.same_queue_pair(bell.qpn().get())?;
         }
-        self.see_record()
+        self.see(most)
     }
 
-    /// Reads the record, as a device may at any time, and consumes what it tells of. Gives how many
+    /// Reads the record, as a device may at any time, and consumes all that it tells of. Gives how many
     /// WQEs that were.
     ///
     /// # Errors
     ///
     /// The first [`Violation`].
     pub fn see_record(&mut self) -> Result<u64, Violation> {
+        self.see(u64::MAX)
+    }
+
+    fn see(&mut self, most: u64) -> Result<u64, Violation> {
         let record = self.record()?;
         let ahead = u64::from(record.wrapping_sub(self.consumed as u16));
         let depth = self.setup.sq_depth.get();
@@ -244,10 +251,47 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
                 depth,
             });
         }
-        for _ in 0..ahead {
-            self.consume()?;
+        let count = ahead.min(most);
+        if count == 0 {
+            return Ok(0);
         }
-        Ok(ahead)
+        let mut blocks = std::mem::take(&mut self.taken_out);
+        let done = self
+            .take_out(count, &mut blocks)
+            .and_then(|()| blocks.iter().try_for_each(|block| self.consume(block)));
+        self.taken_out = blocks;
+        done.map(|()| count)
+    }
+
+    /// Takes so many WQEs out of their slots, and overwrites those: in one go where they have to be copied, and before
+    /// anybody is told that they may be used again.
+    fn take_out(&self, count: u64, blocks: &mut Vec<Block>) -> Result<(), Violation> {
+        let depth = self.setup.sq_depth;
+        let (sq, from) = (&self.queues.sq, depth.offset(self.consumed));
+        let (bytes, all) = (count * WQEBB as u64, depth.bytes());
+        // Over the queue's end in two.
+        let first = from..(from + bytes).min(all);
+        let rest = 0..bytes - (first.end - first.start);
+        let both = [first, rest];
+        let spans = match both[1].is_empty() {
+            true => &both[..1],
+            false => &both[..],
+        };
+        sq.fetch(spans)?;
+        blocks.clear();
+        for at in spans.iter().flat_map(|span| span.clone().step_by(WQEBB)) {
+            let mut block: Block = [0; WQEBB];
+            let (words, _) = block.as_chunks_mut::<8>();
+            for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
+                *word = sq.load(offset)?;
+            }
+            for offset in (at..).step_by(8).take(WQEBB / 8) {
+                sq.store(offset, POISON)?;
+            }
+            blocks.push(block);
+        }
+        sq.flush(spans)?;
+        Ok(())
     }
 
     /// The doorbell is rung in this moment: checks it, against the record and the last WQE too, and
@@ -300,20 +344,11 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         Ok(record.map_err(|fault| Violation::Record { fault })?.0)
     }
 
-    /// Takes one WQE out of its slot and carries it out.
-    fn consume(&mut self) -> Result<(), Violation> {
+    /// Carries one WQE out.
+    fn consume(&mut self, block: &Block) -> Result<(), Violation> {
         let n = self.consumed;
-        let at = self.setup.sq_depth.offset(n);
-        let mut block: Block = [0; WQEBB];
-        let (words, _) = block.as_chunks_mut::<8>();
-        for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
-            *word = self.queues.sq.load(offset)?;
-        }
-        for offset in (at..).step_by(8).take(WQEBB / 8) {
-            self.queues.sq.store(offset, POISON)?;
-        }
         self.head = block.first_chunk().copied();
-        let wqe = SendWqe::decode(&block).map_err(|fault| Violation::Wqe { n, fault })?;
+        let wqe = SendWqe::decode(block).map_err(|fault| Violation::Wqe { n, fault })?;
         // Low 16 bits.
         if wqe.index != n as u16 {
             let found = wqe.index;
@@ -334,7 +369,7 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         if ended.is_err() {
             self.failed = Some(Failed::Behind);
         }
-        let [_, _, _, opcode, ..] = block;
+        let [_, _, _, opcode, ..] = *block;
         self.untold.push_back(Consumed {
             qpn: wqe.qpn,
             opcode,

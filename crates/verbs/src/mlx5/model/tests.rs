@@ -1,11 +1,12 @@
 //! The model against a poster in Rust that does one thing wrong at a time.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::super::{
     CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Gather, Mlx5Fault, Operation, OutsideQueue,
-    Qpn, QueueMemory, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth, Syndrome,
+    Qpn, QueueMemory, QueueNotReached, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth, Syndrome,
 };
 use super::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
 
@@ -71,6 +72,24 @@ fn qpn(n: u32) -> Qpn {
     Qpn::new(n).expect("24 bits")
 }
 
+fn setup(first: u64) -> HcaSetup {
+    let region = |addr, writable| Region {
+        addr,
+        len: 4096,
+        writable,
+    };
+    HcaSetup {
+        qpn: qpn(QPN),
+        sq_depth: SqDepth::new(DEPTH).expect("a power"),
+        cq_depth: CqDepth::new(DEPTH).expect("a power"),
+        first,
+        keys: KeyTable {
+            local: [(1, region(0x1000, true)), (2, region(0x8000, false))].into(),
+            remote: [(3, region(0x2000, true)), (4, region(0x9000, false))].into(),
+        },
+    }
+}
+
 impl Bench {
     fn new(first: u64) -> Self {
         let cq_depth = CqDepth::new(DEPTH).expect("a power");
@@ -95,23 +114,8 @@ impl Bench {
             cq_record: mine.cq_record.clone(),
             bell: mine.bell.clone(),
         };
-        let region = |addr, writable| Region {
-            addr,
-            len: 4096,
-            writable,
-        };
-        let setup = HcaSetup {
-            qpn: qpn(QPN),
-            sq_depth,
-            cq_depth,
-            first,
-            keys: KeyTable {
-                local: [(1, region(0x1000, true)), (2, region(0x8000, false))].into(),
-                remote: [(3, region(0x2000, true)), (4, region(0x9000, false))].into(),
-            },
-        };
         let bench = Self {
-            hca: Hca::new(theirs, setup, Counted::default()).expect("large enough"),
+            hca: Hca::new(theirs, setup(first), Counted::default()).expect("large enough"),
             queues: mine,
             next: first,
             taken: first,
@@ -204,28 +208,175 @@ fn posts_in_order_complete_in_order() {
 }
 
 #[test]
+fn a_look_takes_no_more_than_it_may() {
+    let mut bench = Bench::new(0xfffe);
+    for _ in 0..DEPTH {
+        bench.write(&bench.wqe());
+        bench.next += 1;
+    }
+    bench.record(bench.next);
+    for (most, taken) in [(0, 0), (3, 3), (3, 1), (3, 0)] {
+        assert_eq!(bench.hca.look(most), Ok(taken));
+    }
+    assert_eq!(bench.hca.consumed(), 0xfffe + u64::from(DEPTH));
+}
+
+/// A copy, and where it begins and ends.
+type Done = (&'static str, Vec<(u64, u64)>);
+
+/// Memory that loads do not reach: what was done to it, and what is in it.
+#[derive(Debug, Clone)]
+struct Copied {
+    far: Words,
+    mirror: Words,
+    log: Arc<Mutex<Vec<Done>>>,
+    is_lost: Arc<AtomicBool>,
+}
+
+impl Copied {
+    /// The memory of a queue, and of what is beside it: that loads reach.
+    fn new(far: &Words, is_reached: bool) -> Self {
+        let mirror = match is_reached {
+            true => far.clone(),
+            false => Words::new(far.len()),
+        };
+        Self {
+            far: far.clone(),
+            mirror,
+            log: Arc::default(),
+            is_lost: Arc::default(),
+        }
+    }
+
+    fn copy(
+        &self,
+        step: &'static str,
+        (to, from): (&Words, &Words),
+        spans: &[Range<u64>],
+    ) -> Result<(), QueueNotReached> {
+        if self.is_lost.load(Ordering::Acquire) {
+            return Err(QueueNotReached { step });
+        }
+        for offset in spans.iter().flat_map(|span| span.clone().step_by(8)) {
+            let word = from.load(offset).expect("inside");
+            to.store(offset, word).expect("inside");
+        }
+        let mut log = self.log.lock().expect("nobody panicked");
+        log.push((
+            step,
+            spans.iter().map(|span| (span.start, span.end)).collect(),
+        ));
+        Ok(())
+    }
+}
+
+impl QueueMemory for Copied {
+    fn len(&self) -> u64 {
+        self.far.len()
+    }
+
+    fn load(&self, offset: u64) -> Result<[u8; 8], OutsideQueue> {
+        self.mirror.load(offset)
+    }
+
+    fn store(&self, offset: u64, bytes: [u8; 8]) -> Result<(), OutsideQueue> {
+        self.mirror.store(offset, bytes)
+    }
+
+    fn fetch(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+        self.copy("reading", (&self.mirror, &self.far), spans)
+    }
+
+    fn flush(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+        self.copy("writing", (&self.far, &self.mirror), spans)
+    }
+}
+
+/// Looks at the queue when it carries something out.
+#[derive(Debug)]
+struct Looks(Copied, Vec<u64>);
+
+impl Sink for Looks {
+    fn execute(&mut self, n: u64, _: &Operation) -> Result<Carried, Syndrome> {
+        // A slot may be used again as soon as this one's end is told: nothing is stored there later.
+        let slot = n % u64::from(DEPTH) * 64;
+        assert_eq!(self.0.far.load(slot), Ok([0xa5; 8]));
+        self.1.push(n);
+        Ok(Carried::Done(64))
+    }
+}
+
+#[test]
+fn a_queue_that_has_to_be_copied_is_copied_once_a_look() {
+    // Two WQEs before the queue's end, and what is behind it.
+    let mut bench = Bench::new(2);
+    let sq = Copied::new(&bench.queues.sq, false);
+    let near = |words| Copied::new(words, true);
+    let queues = Queues {
+        sq: sq.clone(),
+        sq_record: near(&bench.queues.sq_record),
+        cq: near(&bench.queues.cq),
+        cq_record: near(&bench.queues.cq_record),
+        bell: near(&bench.queues.bell),
+    };
+    let sink = Looks(sq.clone(), Vec::new());
+    let mut hca = Hca::new(queues, setup(2), sink).expect("large enough");
+    for _ in 0..3 {
+        bench.write(&bench.wqe());
+        bench.next += 1;
+    }
+    bench.record(bench.next);
+    let done = |hca: &Hca<Copied, Looks>| {
+        std::mem::take(&mut *hca.sink().0.log.lock().expect("unpoisoned"))
+    };
+    assert_eq!(hca.look(u64::MAX), Ok(3));
+    let over_the_end = vec![(128, 256), (0, 64)];
+    let wanted = ["reading", "writing"].map(|step| (step, over_the_end.clone()));
+    assert_eq!(done(&hca), wanted);
+    assert_eq!(hca.look(u64::MAX), Ok(0), "nothing was told of");
+    assert_eq!(done(&hca), []);
+    bench.write(&bench.wqe());
+    bench.next += 1;
+    bench.record(bench.next);
+    assert_eq!(hca.look(u64::MAX), Ok(1));
+    assert_eq!(
+        done(&hca),
+        ["reading", "writing"].map(|step| (step, vec![(64, 128)]))
+    );
+    assert_eq!(hca.sink().1, [2, 3, 4, 5]);
+    // A copy that fails is no fault of who posts.
+    sq.is_lost.store(true, Ordering::Release);
+    bench.write(&bench.wqe());
+    bench.next += 1;
+    bench.record(bench.next);
+    let lost = QueueNotReached { step: "reading" };
+    assert_eq!(hca.look(u64::MAX), Err(Violation::NotReached(lost)));
+    assert_eq!(hca.consumed(), 6);
+}
+
+#[test]
 fn a_device_that_is_told_of_nothing_looks_by_itself() {
     let mut bench = Bench::new(0);
-    assert_eq!(bench.hca.look(), Ok(0));
+    assert_eq!(bench.hca.look(u64::MAX), Ok(0));
     for _ in 0..3 {
         bench.write(&bench.wqe());
         bench.next += 1;
     }
     bench.record(3);
-    assert_eq!(bench.hca.look(), Ok(3));
+    assert_eq!(bench.hca.look(u64::MAX), Ok(3));
     let next = Doorbell::Next {
         index: 3,
         qpn: qpn(QPN),
     };
     bench.queues.bell.store(0, next.encode()).expect("inside");
-    assert_eq!(bench.hca.look(), Ok(0));
+    assert_eq!(bench.hca.look(u64::MAX), Ok(0));
     let other = Doorbell::Next {
         index: 3,
         qpn: qpn(7),
     };
     bench.queues.bell.store(0, other.encode()).expect("inside");
     assert_eq!(
-        bench.hca.look(),
+        bench.hca.look(u64::MAX),
         Err(Violation::QueuePair {
             wanted: QPN,
             found: 7

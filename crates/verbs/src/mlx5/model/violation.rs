@@ -1,6 +1,6 @@
 //! What a program may not do to a queue.
 
-use super::super::{Mlx5Fault, OutsideQueue};
+use super::super::{Mlx5Fault, OutsideQueue, QueueNotReached};
 
 /// A rule that was broken: on a device, a lost or wrong transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -89,4 +89,7 @@ pub enum Violation {
     /// The queue's memory is smaller than the queue.
     #[error("queue memory: {0}")]
     Memory(#[from] OutsideQueue),
+    /// The queue's memory is not where the device can read it: no poster's fault.
+    #[error("{0}")]
+    NotReached(#[from] QueueNotReached),
 }
