@@ -48,7 +48,9 @@ mod wake;
 mod worker;
 
 mod instance;
+mod pull;
 mod push;
+mod queues;
 mod ranks;
 mod written;
 
@@ -69,6 +71,7 @@ pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
 pub use observe::{PeerLayout, describe};
 pub use peer::{Peer, PeerFacts, PullOptions};
+pub use pull::Pull;
 pub use push::{GpuQueue, Push, PushOptions};
 pub use ranks::RanksPush;
 
@@ -97,7 +100,7 @@ use crate::event::PeerName;
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
-use crate::plan::Cover;
+use crate::plan::{Cover, PlanError};
 use crate::rails::RailSet;
 use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
@@ -728,6 +731,37 @@ impl Inner {
         let len = request.0.len();
         if len == 0 || len > crate::ticket::MAX_NAME_BYTES.min(limits::REQUEST_ID) {
             return Err(Error::RequestName { len });
+        }
+        Ok(())
+    }
+
+    /// That a request has a name, and blocks that this rank has.
+    pub(crate) fn check_blocks(
+        &self,
+        request: &RequestId,
+        groups: &[GroupBlocks],
+    ) -> Result<(), Error> {
+        Self::check_request(request)?;
+        let desc = self.placement.desc();
+        let known = self.format.groups().len();
+        for group in groups {
+            if usize::try_from(group.group).map_or(true, |at| at >= known) {
+                return Err(Error::Plan(PlanError::UnknownGroup {
+                    group: group.group,
+                    groups: u32::try_from(known).unwrap_or(u32::MAX),
+                }));
+            }
+            // A group that this rank keeps nothing of has no blocks to be out of range.
+            let Some(num_blocks) = desc.num_blocks(group.group) else {
+                continue;
+            };
+            if let Some(&block) = group.blocks.iter().find(|block| **block >= num_blocks) {
+                return Err(Error::NoSuchBlock {
+                    group: group.group,
+                    block,
+                    num_blocks,
+                });
+            }
         }
         Ok(())
     }

@@ -17,8 +17,8 @@ pub enum PostFault {
     /// A post that was begun and is not there.
     #[error("it was begun and never written: its kernel ended, or was ended, in the middle of it")]
     Unwritten,
-    /// Something other than a put.
-    #[error("the queue of a push takes kvx_put alone")]
+    /// Something other than a put, or to the queue of a pull than a get.
+    #[error("the queue of a push takes kvx_put alone, that of a pull kvx_get")]
     Operation,
     /// An address, where a block's place is wanted.
     #[error(
@@ -63,6 +63,22 @@ pub enum PostFault {
     /// A destination block that the consumer does not expect.
     #[error("block {block} of group {group} is not among those that the consumer expects")]
     NotExpected {
+        /// The group.
+        group: u8,
+        /// The block.
+        block: u32,
+    },
+    /// A destination block that is not among those that the pull was begun with.
+    #[error("block {block} of group {group} is not among those that the pull was begun with")]
+    Destination {
+        /// The group.
+        group: u8,
+        /// The block.
+        block: u32,
+    },
+    /// A source block that the producer does not offer.
+    #[error("block {block} of group {group} is not among those that the producer offers")]
+    NotOffered {
         /// The group.
         group: u8,
         /// The block.
@@ -142,7 +158,10 @@ impl PostFault {
             Self::Address | Self::Layer { .. } | Self::Key => Status::BadKey,
             Self::Length { .. } => Status::BadLength,
             Self::Places | Self::Source { .. } | Self::Stretch => Status::BadRange,
-            Self::NotExpected { .. } | Self::InUse { .. } => Status::BadRights,
+            Self::NotExpected { .. }
+            | Self::InUse { .. }
+            | Self::Destination { .. }
+            | Self::NotOffered { .. } => Status::BadRights,
         }
     }
 }

@@ -10,15 +10,22 @@ use crate::mem::kernels::queue::ALL_TENSORS;
 use crate::mem::post::{Descriptor, End, PostOp};
 use crate::plan::{BlockOps, LayerAt, Posted};
 
-/// The places that posts of a push may name: the blocks of the ranks' layers, and at the consumer those of its
-/// ticket.
+/// The places that posts may name: the blocks of the ranks' layers that are in the push, or in the pull.
 #[derive(Debug)]
 pub(crate) struct PostTable {
     of: Arc<BlockOps>,
-    expected: BlockSet,
+    names: Names,
 }
 
-/// A block of a layer that a post wants written.
+#[derive(Debug)]
+enum Names {
+    /// Any of this rank's, into those that the consumer expects.
+    Puts { expected: BlockSet },
+    /// Those that the producer offers, into those that are the pull's.
+    Gets { offered: BlockSet, into: BlockSet },
+}
+
+/// A block of a layer that a post wants moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) layer: LayerAt,
@@ -28,15 +35,27 @@ pub(crate) struct Wanted {
 impl PostTable {
     /// `expected` are the blocks of the push's ticket.
     pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks]) -> Self {
-        let blocks = expected;
-        let mut expected = BlockSet::default();
-        for group in blocks {
-            // The ticket was checked: no block is there twice.
-            let _ = expected.insert_all(group.group, &group.blocks);
-        }
+        let there = |group| of.num_blocks(group).1;
         Self {
             of: Arc::clone(of),
-            expected,
+            names: Names::Puts {
+                expected: set(expected, there),
+            },
+        }
+    }
+
+    /// The same of a pull: `offered` are the blocks of its ticket, `into` are this rank's.
+    pub(crate) fn of_gets(
+        of: &Arc<BlockOps>,
+        offered: &[GroupBlocks],
+        into: &[GroupBlocks],
+    ) -> Self {
+        Self {
+            of: Arc::clone(of),
+            names: Names::Gets {
+                offered: set(offered, |group| of.num_blocks(group).0),
+                into: set(into, |group| of.num_blocks(group).1),
+            },
         }
     }
 
@@ -47,8 +66,9 @@ impl PostTable {
 
     /// What a post wants.
     pub(crate) fn check(&self, post: &Descriptor) -> Result<Wanted, PostFault> {
-        if post.op != PostOp::Put {
-            return Err(PostFault::Operation);
+        match (&self.names, post.op) {
+            (Names::Puts { .. }, PostOp::Put) | (Names::Gets { .. }, PostOp::Get) => {}
+            _ => return Err(PostFault::Operation),
         }
         let (End::Place(here), End::Place(there)) = (post.local, post.remote) else {
             return Err(PostFault::Address);
@@ -69,39 +89,68 @@ impl PostTable {
                 wanted,
             });
         }
-        let (blocks, _) = self.of.num_blocks(group.into());
-        if here.block >= blocks {
-            let block = here.block;
-            return Err(PostFault::Source {
-                group,
-                block,
-                blocks,
-            });
-        }
-        if !self.expected.contains(group.into(), there.block) {
-            let block = there.block;
-            return Err(PostFault::NotExpected { group, block });
-        }
-        let pair = BlockPair {
-            src: here.block,
-            dst: there.block,
-        };
+        let pair = self.pair(group, here.block, there.block)?;
         Ok(Wanted { layer: at, pair })
     }
 
     /// What a block that is there on both sides wants.
     pub(crate) fn check_block(&self, block: &Block) -> Result<Wanted, PostFault> {
-        let (layer, pair) = (block.layer, block.pair);
-        let group = self.of.group(layer);
-        if !self.expected.contains(group, pair.dst) {
-            return Err(PostFault::NotExpected {
-                // Only such have windows.
-                group: u8::try_from(group).unwrap_or(u8::MAX),
-                block: pair.dst,
-            });
-        }
+        let Block { layer, pair, .. } = *block;
+        // Only groups with such numbers have windows.
+        let group = u8::try_from(self.of.group(layer)).unwrap_or(u8::MAX);
+        let (here, there) = match self.names {
+            Names::Puts { .. } => (pair.src, pair.dst),
+            Names::Gets { .. } => (pair.dst, pair.src),
+        };
+        let pair = self.pair(group, here, there)?;
         Ok(Wanted { layer, pair })
     }
+
+    /// A block of this rank and one of the peer's.
+    fn pair(&self, group: u8, here: u32, there: u32) -> Result<BlockPair, PostFault> {
+        match &self.names {
+            Names::Puts { expected } => {
+                let (blocks, _) = self.of.num_blocks(group.into());
+                let (src, dst) = (here, there);
+                match () {
+                    () if src >= blocks => Err(PostFault::Source {
+                        group,
+                        block: src,
+                        blocks,
+                    }),
+                    () if !expected.contains(group.into(), dst) => {
+                        Err(PostFault::NotExpected { group, block: dst })
+                    }
+                    () => Ok(BlockPair { src, dst }),
+                }
+            }
+            Names::Gets { offered, into } => {
+                let (src, dst) = (there, here);
+                match () {
+                    () if !into.contains(group.into(), dst) => {
+                        Err(PostFault::Destination { group, block: dst })
+                    }
+                    () if !offered.contains(group.into(), src) => {
+                        Err(PostFault::NotOffered { group, block: src })
+                    }
+                    () => Ok(BlockPair { src, dst }),
+                }
+            }
+        }
+    }
+}
+
+/// Those blocks of each group that a rank has: so many, whatever a ticket says.
+fn set(groups: &[GroupBlocks], has: impl Fn(u32) -> u32) -> BlockSet {
+    let mut set = BlockSet::default();
+    for GroupBlocks { group, blocks } in groups {
+        let known = has(*group);
+        for block in blocks.iter().filter(|block| **block < known) {
+            // It may be there twice.
+            let _ = set.insert_all(*group, &[*block]);
+        }
+    }
+    set
 }
 
 /// Posts that are carried out together.

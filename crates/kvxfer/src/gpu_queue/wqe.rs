@@ -14,7 +14,7 @@ use super::fault::{PostFault, QueueRule};
 use crate::blocks::BlockPair;
 use crate::mem::HostMemory;
 use crate::mem::post::{RegionLayer, RegionPiece, RegionSide, Status};
-use crate::plan::{BlockOps, LayerAt, PieceSide};
+use crate::plan::{BlockOps, LayerAt, PieceSide, Role};
 
 /// The first key.
 const FIRST_KEY: u32 = 0x100;
@@ -49,6 +49,8 @@ impl Window {
 /// What kernels may name.
 #[derive(Debug)]
 pub(crate) struct Windows {
+    /// Whether it is the consumer whose kernels name blocks.
+    role: Role,
     all: Vec<Window>,
     keys: KeyTable,
     layers: Vec<RegionLayer>,
@@ -58,7 +60,10 @@ impl Windows {
     /// The stretches of all layers that places have numbers for. `local` says where this rank's memories are. `None`
     /// where blocks do not lie evenly, or beyond the model's addresses.
     pub(crate) fn new(of: &BlockOps, local: impl Fn(u32) -> Option<u64>) -> Option<Self> {
+        let role = of.role();
+        let reads = role == Role::Pull;
         let mut windows = Self {
+            role,
             all: Vec::new(),
             keys: KeyTable::default(),
             layers: Vec::new(),
@@ -73,7 +78,11 @@ impl Windows {
             if tensors.is_empty() {
                 continue;
             }
-            let (local_blocks, remote_blocks) = of.num_blocks(layer.group);
+            let (produced, consumed) = of.num_blocks(layer.group);
+            let (local_blocks, remote_blocks) = match role {
+                Role::Push => (produced, consumed),
+                Role::Pull => (consumed, produced),
+            };
             let count: usize = tensors.iter().map(Vec::len).sum();
             let mut row = RegionLayer {
                 group,
@@ -114,8 +123,8 @@ impl Windows {
                             writable,
                         })
                     };
-                    let here = region(window.local, local_blocks, false)?;
-                    let there = region(window.remote, remote_blocks, true)?;
+                    let here = region(window.local, local_blocks, reads)?;
+                    let there = region(window.remote, remote_blocks, !reads)?;
                     windows.keys.local.insert(key, here);
                     windows.keys.remote.insert(key, there);
                     windows.all.push(window);
@@ -186,11 +195,12 @@ struct Blocks {
 
 impl Blocks {
     fn take(&mut self, n: u64, operation: &Operation) -> Result<(), (PostFault, Syndrome)> {
-        let Operation::Write {
-            remote,
-            local: Gather::One(local),
-        } = operation
-        else {
+        let (remote, local) = match (operation, self.windows.role) {
+            (Operation::Write { remote, local }, Role::Push)
+            | (Operation::Read { remote, local }, Role::Pull) => (remote, local),
+            _ => return Err((PostFault::Operation, Syndrome::LOCAL_QP_OPERATION)),
+        };
+        let Gather::One(local) = local else {
             return Err((PostFault::Operation, Syndrome::LOCAL_QP_OPERATION));
         };
         // The keys have been looked at: both are there.
@@ -202,13 +212,22 @@ impl Blocks {
             Window::block(window.local, local.addr()),
             Window::block(window.remote, remote.addr),
         );
-        let (Some(src), Some(dst)) = blocks else {
+        let (Some(here), Some(there)) = blocks else {
             return Err(stretch);
         };
         if u64::from(local.len()) != window.len {
             return Err(stretch);
         }
-        let pair = BlockPair { src, dst };
+        let pair = match self.windows.role {
+            Role::Push => BlockPair {
+                src: here,
+                dst: there,
+            },
+            Role::Pull => BlockPair {
+                src: there,
+                dst: here,
+            },
+        };
         let begun = self.begun.take().unwrap_or(Begun {
             first: n,
             next_piece: 0,

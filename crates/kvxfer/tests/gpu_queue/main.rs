@@ -5,6 +5,7 @@
 mod support;
 
 mod ends;
+mod gets;
 mod lies;
 mod memory;
 mod pushes;
@@ -45,7 +46,7 @@ struct Bench {
     producer: Node,
     consumer: Node,
     way: Peer,
-    _session: Instance,
+    session: Instance,
     log: Log,
     sent: Log,
     kernels: PostKernels,
@@ -72,7 +73,7 @@ impl Bench {
         let gpu = gpu();
         Self {
             way: way(&producer, &consumer.name()),
-            _session: session.expect("a session"),
+            session: session.expect("a session"),
             log: Log::new(&consumer.engine),
             sent: Log::new(&producer.engine),
             producer,

@@ -1,4 +1,4 @@
-//! A queue that kernels post to, as the worker has it that owns its push.
+//! A queue that kernels post to, as the worker has it that owns its push or its pull.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error};
 
-use crate::engine::push::{Pushing, SharedQueue};
+use crate::engine::push::SharedQueue;
+use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batches, Pace, PostTable, Wanted, WqeDevice, Wrong};
 use crate::mem::post::{Consumer, Rest, Status};
 use crate::transfer::{Cause, JobId, TransferId};
@@ -58,7 +59,7 @@ impl Served {
 pub(crate) struct KernelQueue {
     pub(super) number: u64,
     pub(super) id: TransferId,
-    pub(super) pushing: Arc<Pushing>,
+    pub(super) part_of: PartOf,
     pub(super) shared: Arc<SharedQueue>,
     pub(super) served: Served,
     /// What posts may name; `None` before the push's ticket has come.
@@ -80,14 +81,14 @@ pub(crate) struct KernelQueue {
 impl KernelQueue {
     pub(crate) fn new(
         number: u64,
-        (pushing, id): (&Arc<Pushing>, TransferId),
+        part_of: &PartOf,
         (shared, served): (&Arc<SharedQueue>, Served),
         table: Option<PostTable>,
     ) -> Self {
         Self {
             number,
-            id,
-            pushing: Arc::clone(pushing),
+            id: part_of.queues().id(),
+            part_of: part_of.clone(),
             shared: Arc::clone(shared),
             served,
             table,
@@ -178,7 +179,7 @@ impl KernelQueue {
         let Some(table) = &self.table else {
             return;
         };
-        let new = || Batches::new(table.block_ops(), self.pushing.together());
+        let new = || Batches::new(table.block_ops(), self.part_of.queues().together());
         batches.get_or_insert_with(new).add(post, wanted);
     }
 
@@ -244,6 +245,8 @@ pub(super) fn status_of(cause: &Cause) -> Status {
         | Cause::PeerReset
         | Cause::CutOff { .. }
         | Cause::Refused { .. } => Status::Peer,
+        // What was asked for is there no more.
+        Cause::LeaseExpired => Status::BadRights,
         _ => Status::Device,
     }
 }

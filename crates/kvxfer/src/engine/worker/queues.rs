@@ -1,5 +1,5 @@
-//! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
-//! to the posters.
+//! Queues that kernels post to: their posts become jobs of the push or the pull that the queue is of, and the ends of
+//! those go back to the posters.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use tracing::debug;
 use super::kernel_queue::{KernelQueue, Served, Stage, post_number, status_of};
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
-use crate::engine::moves::{Moved, Moves};
+use crate::engine::moves::Moves;
 use crate::engine::push::NotPosted;
+use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batch, Batches, PostFault, Together, Wrong};
 use crate::mem::post::{DescriptorFault, Status, Taken};
 use crate::plan::OpSource;
@@ -78,7 +79,9 @@ impl Worker {
     /// The ticket of a push is here: posts that waited for it can be checked.
     pub(super) fn open_queues(&mut self, id: TransferId, ticket: &Ticket) {
         for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
-            queue.table = queue.pushing.posts(ticket);
+            if let PartOf::Push(push) = &queue.part_of {
+                queue.table = push.posts(ticket);
+            }
         }
     }
 
@@ -141,7 +144,7 @@ impl Worker {
         if queue.table.is_none() && queue.stage == Stage::Open {
             return Look::Nothing;
         }
-        let together = queue.pushing.together();
+        let together = queue.part_of.queues().together();
         let most_jobs = match together {
             Together::ByLayer => MOST_FETCHED,
             Together::All => MOST_JOBS,
@@ -273,13 +276,8 @@ impl Worker {
     fn begin_posts(&mut self, queue: &mut KernelQueue, batch: Batch) {
         let begun = Instant::now();
         let Batch { posted, posts, .. } = batch;
-        match queue.pushing.take_posts(&posted) {
-            Ok(()) => {
-                let source = Moves {
-                    what: Moved::Posted(Arc::new(posted)),
-                    after: None,
-                    is_released: true,
-                };
+        match queue.part_of.take(posted) {
+            Ok(source) => {
                 // Of a push that has failed the posts end with its outcome.
                 if let Some(job) = self.add_posts(queue.id, source, begun.elapsed()) {
                     queue.jobs.push_back((job, posts));
@@ -332,7 +330,7 @@ impl Worker {
         runs: u64,
         prepare: Duration,
     ) -> Option<JobId> {
-        let (ops, what) = (source.ops(), source.what.clone());
+        let (ops, bytes, what) = (source.ops(), source.bytes(), source.what.clone());
         let now = self.clock.now();
         let source = (Arc::new(source) as Arc<dyn OpSource>, workers.max(1));
         let job = match self.transfers.add_job_of(now, id, source) {
@@ -345,6 +343,7 @@ impl Worker {
         };
         if let Some(live) = self.live.get_mut(&id) {
             live.report.operations += ops;
+            live.report.bytes += bytes;
             live.report.merged_runs += runs;
             live.report.prepare += prepare;
             if let Some(verify) = &mut live.verify {
@@ -357,25 +356,27 @@ impl Worker {
     /// Takes what there is to say of a job, and tells the posters whose posts are confirmed.
     pub(super) fn job_report(&mut self, report: &JobReport) {
         self.transfers.job_report(self.clock.now(), report);
-        if self.queues.iter().all(|queue| queue.id != report.transfer) {
+        self.end_posts_of(report.transfer, report.job);
+    }
+
+    /// Tells the posters whose posts a job is, if it counts.
+    pub(super) fn end_posts_of(&mut self, id: TransferId, job: JobId) {
+        if self.queues.iter().all(|queue| queue.id != id) {
             return;
         }
         let mut queues = std::mem::take(&mut self.queues);
-        for queue in queues
-            .iter_mut()
-            .filter(|queue| queue.id == report.transfer)
-        {
-            self.end_posts(queue, report.transfer, report.job);
+        for queue in queues.iter_mut().filter(|queue| queue.id == id) {
+            self.end_posts(queue, id, job);
         }
         self.queues = queues;
     }
 
-    /// Ends the posts of a job, if it is complete.
+    /// Ends the posts of a job, if it counts.
     fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
         let Ok(at) = queue.jobs.binary_search_by_key(&job, |(job, _)| *job) else {
             return;
         };
-        if !self.transfers.is_complete(id, job) {
+        if !self.transfers.counts(id, job) {
             return;
         }
         if let Some((_, posts)) = queue.jobs.remove(at) {

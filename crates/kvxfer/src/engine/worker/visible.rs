@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tracing::error;
 
-use super::Worker;
+use super::{Check, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::cause;
 use crate::engine::loopback::{Loopback, Reading};
@@ -18,7 +18,7 @@ use crate::engine::verify::Unverified;
 use crate::error::chain;
 use crate::mem::gpu::HostStep;
 use crate::time::Time;
-use crate::transfer::{Cause, GpuOperation, LeaseAnswer, TransferId};
+use crate::transfer::{Cause, GpuOperation, JobId, LeaseAnswer, TransferId};
 use crate::wire::PushDone;
 
 /// What a device has written that long ago is there, whatever has become of the device since: its queue pairs were taken
@@ -32,8 +32,8 @@ const REST: Duration = Duration::from_micros(10);
 pub(super) enum Then {
     /// The checksums of a pull.
     Verify(TransferId),
-    /// Its lease.
-    CheckLease(TransferId),
+    /// Its lease, or that of one job of it.
+    CheckLease(Check),
     /// The end of a push, as its producer has told it.
     Done(Arc<PeerSession>, Box<PushDone>),
 }
@@ -103,22 +103,35 @@ impl Worker {
     pub(super) fn check_lease(&mut self, id: TransferId) {
         match self.live.get(&id).is_some_and(|live| live.verify.is_some()) {
             // They can: there were checksums before.
-            true => self.waiting_checks.push_back(id),
-            false => self.pulled(id, Then::CheckLease(id)),
+            true => self.waiting_checks.push_back(Check { id, job: None }),
+            false => self.pulled(id, Then::CheckLease(Check { id, job: None })),
         }
+    }
+
+    /// All bytes of one job of a pull have come.
+    pub(super) fn check_job(&mut self, id: TransferId, job: JobId) {
+        let job = Some(job);
+        self.pulled(id, Then::CheckLease(Check { id, job }));
     }
 
     fn pulled(&mut self, id: TransferId, then: Then) {
         let Some(live) = self.live.get(&id) else {
             return;
         };
-        if live.push {
-            // What it has written is the peer's to see.
+        let job = match &then {
+            Then::CheckLease(check) => check.job,
+            _ => None,
+        };
+        // What a push has written is the peer's to see, and what comes job by job was looked at by job.
+        if live.push || live.into.is_some() && job.is_none() {
             return self.seen(then, Ok(()));
         }
         let (engine, peer) = (Arc::clone(&live.engine), Arc::clone(&live.peer));
         let since = live.submitted.saturating_sub(LANDED);
-        let rails = self.transfers.rails(id);
+        let rails = match job {
+            Some(job) => self.transfers.rails_of(id, job),
+            None => self.transfers.rails(id),
+        };
         let loopbacks = || match peer.has_whole_jobs() {
             // What was staged has gone over any rail.
             true => used_since(&peer, since),
@@ -187,7 +200,9 @@ impl Worker {
                 }
             });
             let gone = match &seeing.then {
-                Then::Verify(id) | Then::CheckLease(id) => !self.live.contains_key(id),
+                Then::Verify(id) | Then::CheckLease(Check { id, .. }) => {
+                    !self.live.contains_key(id)
+                }
                 Then::Done(peer, _) => peer.lost().is_some(),
             };
             let end = match failed {
@@ -215,10 +230,9 @@ impl Worker {
             (Then::Verify(id), Err(cause)) => {
                 self.verified(now, id, Err(Box::new(Unverified::from(cause))));
             }
-            (Then::CheckLease(id), Ok(())) => self.waiting_checks.push_back(id),
-            (Then::CheckLease(id), Err(cause)) => {
-                let gone = LeaseAnswer::Gone { cause };
-                self.transfers.lease_answer(now, id, gone);
+            (Then::CheckLease(check), Ok(())) => self.waiting_checks.push_back(check),
+            (Then::CheckLease(check), Err(cause)) => {
+                self.lease_answer(check, LeaseAnswer::Gone { cause });
             }
             (Then::Done(peer, done), Ok(())) => self.heard(&peer, (*done).into()),
             // What has come is not to be believed, nor can it be asked for again.
