@@ -570,6 +570,7 @@ impl World {
                 self.lives[life].workers[w].waiting_checks.push_back(id);
                 Ok(())
             }
+            Output::CheckJob { id, .. } => Err(format!("a lease of a job of {}", id.0)),
             Output::SendNotice { id, notice, .. } => {
                 self.check_notice(life, id, &notice)?;
                 if self.bug == Bug::NoticeTwice {
