@@ -96,7 +96,7 @@ use crate::blocks::GroupBlocks;
 use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::config::Config;
 use crate::error::Error;
-use crate::event::PeerName;
+use crate::event::{Event, PeerName};
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
@@ -107,8 +107,8 @@ use crate::time::Time;
 use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
-    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, StageFree,
-    Taken, limits,
+    PushAborted, PushClosed, PushDone, PushTold, QpReset, RailDesc, Refusal, Release, RemoteSpan,
+    StageFree, Taken, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -517,6 +517,7 @@ impl Inner {
                 return (self.books)
                     .with(self, |books, now| books.push_sums(now, self, peer, sums));
             }
+            Message::PushTold(told) => return self.push_told(peer, told),
             Message::Take(take) => return self.take(peer, take),
             Message::TakeStop(stop) => self.take_stop(peer, stop),
             Message::Taken(Taken { number, failed }) => {
@@ -565,6 +566,40 @@ impl Inner {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Blocks of a push are here of which its kernel has something to say.
+    fn push_told(self: &Arc<Self>, peer: &PeerSession, told: PushTold) -> Result<(), String> {
+        let PushTold {
+            request,
+            nonce,
+            immediates,
+        } = told;
+        if peer.is_rdma() {
+            // It says nothing of what the cards have put in memory.
+            return Err(format!("immediates of {request} by the control connection"));
+        }
+        self.books.with(self, |books, _| {
+            let count = immediates.len() as u64;
+            match (books.expects).immediates(&request, nonce, peer.key, count) {
+                Ok(true) => {}
+                Ok(false) => {
+                    debug!(%request, "immediates of a push that is over");
+                    return Ok(());
+                }
+                Err(refusal) => return Err(refusal.to_string()),
+            }
+            // While the ledgers are held: the outcome comes behind them.
+            for immediate in immediates {
+                self.events.push(Event::Told {
+                    request: request.clone(),
+                    nonce,
+                    peer: peer.name.clone(),
+                    immediate,
+                });
+            }
+            Ok(())
+        })
     }
 
     /// A producer that says that its push has ended must not have blocks fetched any more.

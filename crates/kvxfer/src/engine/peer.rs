@@ -509,6 +509,7 @@ impl PlannedPull {
             verify,
             claim: self.claim,
             reader: self.reader,
+            tells: false,
             into: None,
         });
         let spec = Spec {

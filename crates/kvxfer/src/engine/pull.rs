@@ -168,6 +168,7 @@ impl Pull {
             verify,
             claim: Some(claim),
             reader: options.stream,
+            tells: false,
             into: Some(into.to_vec()),
         });
         peer.submit(owner, spec, live)?;

@@ -354,6 +354,7 @@ impl Pushing {
             verify,
             claim: None,
             reader: None,
+            tells: false,
             into: None,
         });
         if let Err(error) = peer.submit(owner, spec, live) {

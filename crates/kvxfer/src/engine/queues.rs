@@ -7,6 +7,7 @@ use super::peer_session::PeerSession;
 use super::pull::Pulling;
 use super::push::{NotPosted, Pushing};
 use super::worker::Command;
+use crate::expects::MOST_IMMEDIATES;
 use crate::gpu_queue::Together;
 use crate::mem::gpu::Event;
 use crate::plan::{BlockOps, Compiled, PlanError, Posted};
@@ -27,6 +28,8 @@ pub(crate) struct Queues {
     made: AtomicU64,
     /// Those of which nobody has said that all is posted.
     unfinished: AtomicU64,
+    /// How many immediates its kernels tell.
+    immediates: AtomicU64,
     /// What a block of each layer takes.
     block_ops: OnceLock<Arc<BlockOps>>,
 }
@@ -45,6 +48,7 @@ impl Queues {
             plans: plans.clone(),
             made: AtomicU64::new(0),
             unfinished: AtomicU64::new(0),
+            immediates: AtomicU64::new(0),
             block_ops: OnceLock::new(),
         })
     }
@@ -112,6 +116,12 @@ impl Queues {
             true => Together::ByLayer,
             false => Together::All,
         }
+    }
+
+    /// Whether so many more immediates may be told. For the worker alone.
+    pub(crate) fn may_tell(&self, more: usize) -> bool {
+        let before = self.immediates.fetch_add(more as u64, Ordering::Relaxed);
+        before.saturating_add(more as u64) <= MOST_IMMEDIATES
     }
 
     /// A queue is the worker's now.

@@ -19,8 +19,8 @@ pub(crate) struct PostTable {
 
 #[derive(Debug)]
 enum Names {
-    /// Any of this rank's, into those that the consumer expects.
-    Puts { expected: BlockSet },
+    /// Any of this rank's, into those that the consumer expects; and whether it can be told immediates.
+    Puts { expected: BlockSet, tells: bool },
     /// Those that the producer offers, into those that are the pull's.
     Gets { offered: BlockSet, into: BlockSet },
 }
@@ -30,16 +30,19 @@ enum Names {
 pub(crate) struct Wanted {
     pub(crate) layer: LayerAt,
     pub(crate) pair: BlockPair,
+    /// What the consumer is told when it is there.
+    pub(crate) immediate: Option<u32>,
 }
 
 impl PostTable {
-    /// `expected` are the blocks of the push's ticket.
-    pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks]) -> Self {
+    /// `expected` are the blocks of the push's ticket; `tells`: the consumer can be told immediates.
+    pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks], tells: bool) -> Self {
         let there = |group| of.num_blocks(group).1;
         Self {
             of: Arc::clone(of),
             names: Names::Puts {
                 expected: set(expected, there),
+                tells,
             },
         }
     }
@@ -66,10 +69,14 @@ impl PostTable {
 
     /// What a post wants.
     pub(crate) fn check(&self, post: &Descriptor) -> Result<Wanted, PostFault> {
-        match (&self.names, post.op) {
-            (Names::Puts { .. }, PostOp::Put) | (Names::Gets { .. }, PostOp::Get) => {}
+        let immediate = match (&self.names, post.op) {
+            (Names::Puts { .. }, PostOp::Put) | (Names::Gets { .. }, PostOp::Get) => None,
+            (Names::Puts { tells: true, .. }, PostOp::PutImm(immediate)) => Some(immediate),
+            (Names::Puts { tells: false, .. }, PostOp::PutImm(_)) => {
+                return Err(PostFault::Immediate);
+            }
             _ => return Err(PostFault::Operation),
-        }
+        };
         let (End::Place(here), End::Place(there)) = (post.local, post.remote) else {
             return Err(PostFault::Address);
         };
@@ -90,7 +97,11 @@ impl PostTable {
             });
         }
         let pair = self.pair(group, here.block, there.block)?;
-        Ok(Wanted { layer: at, pair })
+        Ok(Wanted {
+            layer: at,
+            pair,
+            immediate,
+        })
     }
 
     /// What a block that is there on both sides wants.
@@ -103,13 +114,17 @@ impl PostTable {
             Names::Gets { .. } => (pair.dst, pair.src),
         };
         let pair = self.pair(group, here, there)?;
-        Ok(Wanted { layer, pair })
+        Ok(Wanted {
+            layer,
+            pair,
+            immediate: None,
+        })
     }
 
     /// A block of this rank and one of the peer's.
     fn pair(&self, group: u8, here: u32, there: u32) -> Result<BlockPair, PostFault> {
         match &self.names {
-            Names::Puts { expected } => {
+            Names::Puts { expected, .. } => {
                 let (blocks, _) = self.of.num_blocks(group.into());
                 let (src, dst) = (here, there);
                 match () {
@@ -159,6 +174,8 @@ pub(crate) struct Batch {
     pub(crate) posted: Posted,
     /// The posts, in the order of the blocks.
     pub(crate) posts: Vec<u64>,
+    /// Those of which the consumer is told something, and what.
+    pub(crate) immediates: Vec<(u64, u32)>,
     /// The layer, if it is of one.
     layer: Option<LayerAt>,
 }
@@ -196,7 +213,11 @@ impl Batches {
     }
 
     pub(crate) fn add(&mut self, post: u64, wanted: Wanted) {
-        let Wanted { layer, pair } = wanted;
+        let Wanted {
+            layer,
+            pair,
+            immediate,
+        } = wanted;
         let layer_of_batch = match self.together {
             Together::All => None,
             Together::ByLayer => Some(layer),
@@ -212,6 +233,7 @@ impl Batches {
             self.open.push(Batch {
                 posted: Posted::new(&self.of),
                 posts: Vec::new(),
+                immediates: Vec::new(),
                 layer: layer_of_batch,
             });
             self.open.len() - 1
@@ -219,6 +241,7 @@ impl Batches {
         if let Some(batch) = self.open.get_mut(at) {
             batch.posted.add(layer, pair);
             batch.posts.push(post);
+            batch.immediates.extend(immediate.map(|what| (post, what)));
         }
     }
 

@@ -29,7 +29,7 @@ fn ops() -> Arc<BlockOps> {
 
 fn table(expected: &[u32]) -> PostTable {
     let blocks = expected.to_vec();
-    PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }])
+    PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }], false)
 }
 
 fn put(here: Place, there: Place, len: u64) -> Descriptor {
@@ -60,7 +60,8 @@ fn posts_are_checked_and_their_faults_told_apart() {
         table.check(&good),
         Ok(Wanted {
             layer,
-            pair: BlockPair { src: 39, dst: 9 }
+            pair: BlockPair { src: 39, dst: 9 },
+            immediate: None,
         })
     );
     let of_tensor = |tensor, place: Place| Place { tensor, ..place };

@@ -222,12 +222,12 @@ fn what_comes_after_the_offer_was_taken_back_is_not_told_to_be_there() {
             bench.offer_ended("r", ReleaseReason::Retracted);
             bench.producer.fill_blocks(0..BLOCKS, RECYCLED);
             let ends = ends(&posting);
-            ended_by(&ends, Status::BadRights);
             for ((of, source), end) in moves.iter().zip(&sources).zip(&ends) {
                 if *end == WELL {
                     assert_eq!(words(&bench.consumer, of.local), *source, "{path} {of:?}");
                 }
             }
+            ended_by(&ends, Status::BadRights);
             queue.finish(Kernels::Ended, LONG).expect("they have ended");
             let got = pull.commit().expect("told");
             assert_eq!(cause(&got), Cause::LeaseExpired);
@@ -236,19 +236,6 @@ fn what_comes_after_the_offer_was_taken_back_is_not_told_to_be_there() {
             bench.over();
         }
     }
-}
-
-/// What a place of a node holds.
-fn words(node: &Node, place: u64) -> Vec<u64> {
-    let place = Place::from_word(place);
-    let mut tensors = node.side.placement().desc().tensors().iter();
-    let tensor = tensors.find(|t| t.layer == u32::from(place.layer));
-    let tensor = tensor.expect("it has the layer");
-    let memory = &node.side.memory()[tensor.memory as usize];
-    let begin = tensor.offset + u64::from(place.block) * tensor.block_stride;
-    let words = (0..tensor.block_stride).step_by(8);
-    let word = |at| memory.load_u64(begin + at).expect("inside");
-    words.map(word).collect()
 }
 
 /// What a post says that cannot be done, what the kernel is told and the host.
@@ -529,4 +516,27 @@ fn checksums_of_what_kernels_got_are_compared() {
     assert_eq!(failure.memory, MemoryState::Released);
     bench.failed("r");
     bench.over();
+}
+
+/// More jobs than a question for checksums has lists.
+#[test]
+fn checksums_of_gets_that_were_each_waited_for_are_compared() {
+    const MANY: u32 = 520;
+    for path in [PathKind::Arena, PathKind::Ipc] {
+        let mut bench = Bench::new(path, (64, 2), MANY, |config| config.verify = true);
+        let ticket = bench.offer("r", 0..MANY);
+        let pull = bench.pull(&ticket, 0..MANY);
+        let queue = bench.queue_of(&pull, 8);
+        queue.set_pace(Pace::Armed);
+        let blocks = (0..MANY).flat_map(|b| [(0, b), (1, b)]);
+        let moves: Vec<Move> = blocks.map(|(l, b)| get(l, b, MANY - 1 - b, 64)).collect();
+        let told = ends(&bench.post(&queue, &moves, GET, EACH));
+        assert!(told.iter().all(|end| *end == WELL), "{path}");
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let got = pull.commit().expect("finished");
+        assert_eq!(got.wait(LONG), Some(Outcome::Done), "{path}");
+        bench.received("r");
+        bench.holds((0..MANY).map(|b| (b, MANY - 1 - b)));
+        bench.over();
+    }
 }

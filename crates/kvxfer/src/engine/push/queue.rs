@@ -147,7 +147,8 @@ impl Pushing {
     /// What posts are checked against, once the ticket is here; `None` where no queue was made.
     pub(crate) fn posts(&self, ticket: &Ticket) -> Option<PostTable> {
         let block_ops = self.queues.block_ops()?;
-        Some(PostTable::new(block_ops, &ticket.groups))
+        let tells = !self.peer.is_rdma();
+        Some(PostTable::new(block_ops, &ticket.groups, tells))
     }
 
     /// Claims what kernels have posted, and counts its checksums. For the worker alone that owns the push: it is also

@@ -54,6 +54,15 @@ impl Served {
     }
 }
 
+/// A job of posts.
+#[derive(Debug)]
+pub(super) struct PostedJob {
+    pub(super) id: JobId,
+    pub(super) posts: Vec<u64>,
+    /// What the consumer is told when its blocks are there.
+    pub(super) immediates: Vec<u32>,
+}
+
 /// A queue, as the worker has it that owns its push.
 #[derive(Debug)]
 pub(crate) struct KernelQueue {
@@ -66,8 +75,8 @@ pub(crate) struct KernelQueue {
     pub(super) table: Option<PostTable>,
     /// What is wrong with its device, if that is not said yet.
     pub(super) broken: Option<Wrong>,
-    /// The posts of each job that is under way, in the order of the jobs.
-    pub(super) jobs: VecDeque<(JobId, Vec<u64>)>,
+    /// The jobs that are under way, in their order.
+    pub(super) jobs: VecDeque<PostedJob>,
     pub(super) stage: Stage,
     /// It goes when nothing of it is under way.
     pub(super) is_closing: bool,
@@ -156,7 +165,7 @@ impl KernelQueue {
                 match status {
                     Status::Ok => {
                         // The push is done before its last jobs' posts have been told so.
-                        let posts = jobs.iter().flat_map(|(_, posts)| posts);
+                        let posts = jobs.iter().flat_map(|job| &job.posts);
                         let mut ends = posts.map(|post| device.complete(*post, status));
                         let is_broken = ends.any(|end| end.is_err());
                         // What comes is no part of it.

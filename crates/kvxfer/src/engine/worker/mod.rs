@@ -88,6 +88,8 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// The stream that the fence goes on, of who reads what a pull has brought.
     pub(crate) reader: Option<Stream>,
+    /// Whether the consumer of a push has been told immediates.
+    pub(crate) tells: bool,
     /// The destinations of a pull whose blocks are asked for one by one. What of them has come kernels know; if it
     /// fails none is known to be whole.
     pub(crate) into: Option<Vec<GroupBlocks>>,

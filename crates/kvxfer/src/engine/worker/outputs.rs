@@ -186,13 +186,18 @@ impl Worker {
     }
 
     fn notice(&mut self, id: TransferId, notice: Notice) {
+        if matches!(notice, Notice::PushDone { .. }) {
+            self.tell_the_last(id);
+        }
         let Some(live) = self.live.get(&id) else {
             return;
         };
         let peer = Arc::clone(&live.peer);
+        // On the data plane its end would overtake what is told before.
+        let on_data_plane = peer.notices && !live.tells;
         for message in live.engine.notice(live, &notice) {
             match message {
-                Message::PushDone(done) if peer.notices => self.tell_done(&peer, done, id),
+                Message::PushDone(done) if on_data_plane => self.tell_done(&peer, done, id),
                 message => peer.link.send(message),
             }
         }

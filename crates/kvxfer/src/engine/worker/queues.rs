@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::kernel_queue::{KernelQueue, Served, Stage, post_number, status_of};
+use super::kernel_queue::{KernelQueue, PostedJob, Served, Stage, post_number, status_of};
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
 use crate::engine::moves::Moves;
@@ -17,6 +17,7 @@ use crate::mem::post::{DescriptorFault, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
+use crate::wire::{PushTold, limits};
 
 /// Posts that are taken between two polls, so that completions and deadlines are seen in time.
 const MOST_TAKEN: usize = 512;
@@ -275,12 +276,26 @@ impl Worker {
     /// Makes a job of posts.
     fn begin_posts(&mut self, queue: &mut KernelQueue, batch: Batch) {
         let begun = Instant::now();
-        let Batch { posted, posts, .. } = batch;
+        let Batch {
+            posted,
+            posts,
+            immediates,
+            ..
+        } = batch;
+        if let Some((first, _)) = immediates.first()
+            && !queue.part_of.queues().may_tell(immediates.len())
+        {
+            return self.refuse(queue, *first, PostFault::Immediates);
+        }
         match queue.part_of.take(posted) {
             Ok(source) => {
                 // Of a push that has failed the posts end with its outcome.
                 if let Some(job) = self.add_posts(queue.id, source, begun.elapsed()) {
-                    queue.jobs.push_back((job, posts));
+                    queue.jobs.push_back(PostedJob {
+                        id: job,
+                        posts,
+                        immediates: immediates.into_iter().map(|(_, what)| what).collect(),
+                    });
                     self.end_posts(queue, queue.id, job);
                 }
             }
@@ -373,14 +388,15 @@ impl Worker {
 
     /// Ends the posts of a job, if it counts.
     fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
-        let Ok(at) = queue.jobs.binary_search_by_key(&job, |(job, _)| *job) else {
+        let Ok(at) = queue.jobs.binary_search_by_key(&job, |job| job.id) else {
             return;
         };
         if !self.transfers.counts(id, job) {
             return;
         }
-        if let Some((_, posts)) = queue.jobs.remove(at) {
-            queue.complete_each(&posts, Status::Ok);
+        if let Some(job) = queue.jobs.remove(at) {
+            self.tell(id, job.immediates);
+            queue.complete_each(&job.posts, Status::Ok);
         }
         if let Some(wrong) = queue.broken.take() {
             self.wrong(queue, wrong);
@@ -393,6 +409,31 @@ impl Worker {
             let post = job.posted_at().since(live.submitted);
             live.report.post = live.report.post.max(post);
         }
+    }
+
+    /// Tells the consumer of blocks that it has.
+    fn tell(&mut self, id: TransferId, immediates: Vec<u32>) {
+        let Some(live) = self.live.get_mut(&id).filter(|_| !immediates.is_empty()) else {
+            return;
+        };
+        live.tells = true;
+        for some in immediates.chunks(limits::IMMEDIATES) {
+            let told = PushTold {
+                request: live.request.clone(),
+                nonce: live.nonce,
+                immediates: some.to_vec(),
+            };
+            live.peer.link.send(told.into());
+        }
+    }
+
+    /// A push is done: the consumer is told of the last blocks before it is told that.
+    pub(super) fn tell_the_last(&mut self, id: TransferId) {
+        let queues = self.queues.iter_mut().filter(|queue| queue.id == id);
+        let jobs = queues.flat_map(|queue| &mut queue.jobs);
+        let last = jobs.flat_map(|job| std::mem::take(&mut job.immediates));
+        let last = last.collect();
+        self.tell(id, last);
     }
 
     /// A push has its outcome: so have all posts that it has not confirmed.
