@@ -74,8 +74,8 @@ pub(crate) struct BwArgs {
     #[arg(long, value_enum, default_value_t = OpChoice::Both)]
     pub(crate) op: OpChoice,
 
-    /// Who starts pushes: this process, or a kernel that posts each block. Kernels push and do not pull: `--op both`
-    /// means `write` with `gpu`. Where there is no GPU, the host build of the same kernel is run, and the rows say so
+    /// Who names the blocks: this process, or a kernel that posts each of them by itself. Where there is no GPU, the host
+    /// build of the same kernel is run, and the rows say so
     #[arg(long, value_enum, default_value_t = InitiatorChoice::Host)]
     pub(crate) initiator: InitiatorChoice,
 

@@ -129,9 +129,9 @@ pub enum Error {
         /// How long they were waited for.
         after: Duration,
     },
-    /// A push was committed while a queue of it was not finished, or after one was dropped without.
+    /// A push or a pull was committed while a queue of it was not finished, or after one was dropped without.
     #[error(
-        "push of request {request} is given up: {queues} of its queues not finished, so what their kernels have posted may be lost: call GpuQueue::finish on each before Push::commit"
+        "the push or pull of request {request} is given up: {queues} of its queues not finished, so what their kernels have posted may be lost: call GpuQueue::finish on each before the commit"
     )]
     QueueUnfinished {
         /// The request.

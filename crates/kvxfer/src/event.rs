@@ -56,6 +56,19 @@ pub enum Event {
         /// What the owner gave along with the request.
         tag: u64,
     },
+    /// A kernel of a producer has put a block by `kvx_put_imm`: the block is here, every byte of it. Comes before the
+    /// request's outcome, once for each, in the order in which blocks were confirmed; checksums have not been compared
+    /// then. What is told of a request that has its outcome is dropped.
+    Told {
+        /// The request.
+        request: RequestId,
+        /// The try.
+        nonce: Nonce,
+        /// Who has put it.
+        peer: PeerName,
+        /// The immediate: what it says is between the two engines.
+        immediate: u32,
+    },
     /// A push has been delivered; the outcome of a commit. Its source blocks are free for use.
     Sent {
         /// The request.
@@ -127,6 +140,7 @@ impl Event {
         match self {
             Event::Received { request, nonce, .. }
             | Event::Sent { request, nonce, .. }
+            | Event::Told { request, nonce, .. }
             | Event::Released { request, nonce, .. }
             | Event::Failed { request, nonce, .. } => Some((request, *nonce)),
             Event::PeerUp { .. } | Event::PeerDown { .. } | Event::PeerRestarted { .. } => None,

@@ -49,6 +49,9 @@ use crate::transfer::{Cause, PeerKey};
 /// How many ended expectations are remembered to tell a late message from a wrong one.
 const REMEMBERED: usize = 4096;
 
+/// The immediates that one sender may tell of one try: each is an event, which waits until the owner takes it.
+pub const MOST_IMMEDIATES: u64 = 1 << 16;
+
 /// How far a bound peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writer {
@@ -73,6 +76,8 @@ struct Bound {
     /// said that all is in memory.
     rails: RailSet,
     spoken: RailSet,
+    /// How many immediates it has told.
+    immediates: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -309,6 +314,7 @@ impl Expects {
                     state: Writer::Open,
                     rails: RailSet::EMPTY,
                     spoken: RailSet::EMPTY,
+                    immediates: 0,
                 });
                 Ok(())
             }
@@ -527,6 +533,34 @@ impl Expects {
             let standing = matches!(expectation.phase, Phase::Standing(_));
             standing && expectation.open_writers().any(|writer| writer == peer)
         })
+    }
+
+    /// A sender tells so many immediates of blocks that it has written. Whether anybody is to hear of them: as
+    /// [`may_write`](Self::may_write).
+    ///
+    /// # Errors
+    /// More than a push may have ([`MOST_IMMEDIATES`]).
+    pub fn immediates(
+        &mut self,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+        count: u64,
+    ) -> Result<bool, PushRefusal> {
+        if !self.may_write(request, nonce, peer) {
+            return Ok(false);
+        }
+        let key = self.find(request, nonce)?;
+        let mut writers = self.expectation(key).writers.iter_mut();
+        let writer = writers.find(|w| w.peer == peer);
+        let writer = writer.ok_or(PushRefusal::NotASender)?;
+        let count = writer.immediates.saturating_add(count);
+        if count > MOST_IMMEDIATES {
+            let most = MOST_IMMEDIATES;
+            return Err(PushRefusal::Immediates { count, most });
+        }
+        writer.immediates = count;
+        Ok(true)
     }
 
     /// The blocks of a try that stands, or whose memory has not been released.

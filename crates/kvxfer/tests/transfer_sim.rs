@@ -26,6 +26,7 @@ fn every_history_keeps_the_promises() {
             Ok(s) => {
                 all.steps += s.steps;
                 all.done += s.done;
+                all.got += s.got;
                 all.failed += s.failed;
                 all.cancelled += s.cancelled;
                 all.quarantined += s.quarantined;
@@ -45,6 +46,7 @@ fn every_history_keeps_the_promises() {
         // A model in which nothing ever happens would prove nothing.
         let Summary {
             done,
+            got,
             failed,
             cancelled,
             quarantined,
@@ -58,6 +60,7 @@ fn every_history_keeps_the_promises() {
         } = all;
         for (what, n) in [
             ("done", done),
+            ("gets", got),
             ("failed", failed),
             ("cancelled", cancelled),
             ("quarantined", quarantined),
@@ -95,6 +98,7 @@ fn planted_faults_are_found() {
         (Bug::FlushAsError, "reported"),
         (Bug::TooManyCredits, "send queue overrun"),
         (Bug::WrongBytes, "done with wrong bytes"),
+        (Bug::LeaseOfNobody, "done without a live lease of a job"),
         (Bug::SettlesTooSoon, "touches memory that was released"),
     ];
     for (bug, expected) in planted {

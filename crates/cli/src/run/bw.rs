@@ -128,10 +128,7 @@ pub(crate) fn run_bw(args: &BwArgs) -> anyhow::Result<ExitCode> {
             rails: way.rails,
             skipped: way.skipped,
             path: settings.shown("path"),
-            op: match initiator {
-                Some(_) => OpChoice::Write.to_string(),
-                None => args.op.to_string(),
-            },
+            op: args.op.to_string(),
             initiator: match initiator {
                 Some(_) => schema::Initiator::Gpu,
                 None => schema::Initiator::Host,
@@ -347,7 +344,6 @@ struct Run<'a> {
 impl Run<'_> {
     fn cases(&mut self, cases: &[Case]) -> anyhow::Result<()> {
         let ops: &[Op] = match self.args.op {
-            _ if self.initiator.is_some() => &[Op::Write],
             OpChoice::Read => &[Op::Read],
             OpChoice::Write => &[Op::Write],
             OpChoice::Both => &[Op::Read, Op::Write],

@@ -1,20 +1,21 @@
-//! `--initiator gpu`: pushes whose blocks a kernel posts.
+//! `--initiator gpu`: pushes whose blocks a kernel posts, and pulls whose blocks it asks for.
 
 use std::time::{Duration, Instant};
 
+use kvxfer::Transfer;
 use kvxfer::blocks::GroupPairs;
 use kvxfer::config::{Config, PathKind};
-use kvxfer::engine::{Outcome, Push};
+use kvxfer::engine::{GpuQueue, Outcome, Pull, Push};
 use kvxfer::gpu_queue::{self, GpuQueueConfig, Kernels, Pace, QueueKind};
 use kvxfer::layout::KvFormat;
 use kvxfer::transfer::Cause;
 use kvxfer_hipmem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
-use kvxfer_hipmem::kernels::queue::{ALL, ALL_TENSORS, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
+use kvxfer_hipmem::kernels::queue::{ALL, ALL_TENSORS, GET, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
 use kvxfer_hipmem::post::device::{PostBy, PostKernels, Posts};
 use kvxfer_hipmem::post::{Place, Status};
 
 use super::mem::Gpus;
-use crate::args::{BwArgs, InitiatorChoice, OpChoice, QueueChoice};
+use crate::args::{BwArgs, InitiatorChoice, QueueChoice};
 use crate::output::schema::{self, Executor, Hca};
 use crate::problem::{Exit, Problem};
 use crate::say;
@@ -22,7 +23,7 @@ use crate::say;
 /// Waves that post side by side at most.
 const MOST_POSTERS: usize = 64;
 
-/// What posts the blocks of pushes.
+/// What names the blocks of pushes and pulls.
 #[derive(Debug)]
 pub(crate) struct Initiator {
     kernels: PostKernels,
@@ -43,10 +44,6 @@ pub(crate) fn check(args: &BwArgs) -> Result<(), Problem> {
             return Err(Problem::usage(cause).with_fix("say --initiator gpu with it"));
         }
         _ => {}
-    }
-    if gpu && args.op == OpChoice::Read {
-        return Err(Problem::usage("a kernel pushes and does not pull")
-            .with_fix("say --op write with --initiator gpu"));
     }
     Ok(())
 }
@@ -87,19 +84,19 @@ impl Initiator {
         (executor, queue, hca)
     }
 
-    /// Has a kernel post all blocks of a push, each by itself, and commits it. The time from the launch to the push's
-    /// outcome is measured; what the queue takes to be made is not.
+    /// Has a kernel post all blocks, each by itself, and commits. The time from the launch to the outcome is measured;
+    /// what the queue takes to be made is not.
     ///
     /// # Errors
     ///
-    /// What the layers below say; a post that ended badly is told by the push.
-    pub(crate) fn push(
+    /// What the layers below say; a post that ended badly is told by the transfer.
+    pub(crate) fn run(
         &self,
-        push: Push,
+        work: Begun,
         format: &KvFormat,
         pairs: &[GroupPairs],
         timeout: Duration,
-    ) -> Result<Pushed, kvxfer::Error> {
+    ) -> Result<ByKernel, kvxfer::Error> {
         let mut config = GpuQueueConfig::new(self.stream.gpu());
         config.kind = match self.queue {
             QueueChoice::Proxy => QueueKind::Proxy,
@@ -108,8 +105,9 @@ impl Initiator {
         };
         config.patience = timeout;
         config.pace = Pace::Armed;
-        let queue = push.gpu_queue(&config)?;
-        let moves = moves(format, pairs, |group, layer| {
+        let queue = work.gpu_queue(&config)?;
+        let op = work.op();
+        let moves = moves(op, format, pairs, |group, layer| {
             queue.block_bytes(group, layer)
         });
         let posters = (1..=MOST_POSTERS.min(moves.len()))
@@ -120,7 +118,7 @@ impl Initiator {
             moves: &moves,
             posters: u32::try_from(posters).unwrap_or(1),
             by: PostBy::Waves,
-            op: PUT,
+            op,
             until: ALL,
         };
         let prepared = self.kernels.prepare(&posts)?;
@@ -129,7 +127,7 @@ impl Initiator {
             .kernels
             .launch(&self.stream, queue.device(), &prepared)?;
         queue.finish(Kernels::Behind(posting.event()), timeout)?;
-        let transfer = push.commit()?;
+        let transfer = work.commit()?;
         let outcome = transfer.wait(timeout);
         let took = begun.elapsed();
         let wrong = |result: &kvxfer_hipmem::kernels::queue::PostResult| {
@@ -137,7 +135,7 @@ impl Initiator {
             (result.posted, result.ended) != (ok, ok)
         };
         let results = posting.wait(Instant::now() + timeout)?;
-        Ok(Pushed {
+        Ok(ByKernel {
             took,
             report: transfer.report(),
             failed: match outcome {
@@ -151,10 +149,41 @@ impl Initiator {
     }
 }
 
-/// A push that has ended.
+/// What a kernel is to name the blocks of.
 #[derive(Debug)]
-pub(crate) struct Pushed {
-    /// From the launch of the kernel to the push's outcome.
+pub(crate) enum Begun {
+    Pull(Pull),
+    Push(Push),
+}
+
+impl Begun {
+    fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, kvxfer::Error> {
+        match self {
+            Self::Pull(pull) => pull.gpu_queue(config),
+            Self::Push(push) => push.gpu_queue(config),
+        }
+    }
+
+    /// What the kernel posts.
+    fn op(&self) -> u32 {
+        match self {
+            Self::Pull(_) => GET,
+            Self::Push(_) => PUT,
+        }
+    }
+
+    fn commit(self) -> Result<Transfer, kvxfer::Error> {
+        match self {
+            Self::Pull(pull) => pull.commit(),
+            Self::Push(push) => push.commit(),
+        }
+    }
+}
+
+/// A transfer by a kernel that has ended.
+#[derive(Debug)]
+pub(crate) struct ByKernel {
+    /// From the launch of the kernel to the outcome.
     pub(crate) took: Duration,
     pub(crate) report: kvxfer::engine::TransferReport,
     pub(crate) failed: Option<Cause>,
@@ -203,6 +232,7 @@ pub(crate) fn first(config: &Config) -> Result<Gpu, Problem> {
 
 /// A post for each block of each layer.
 fn moves(
+    op: u32,
     format: &KvFormat,
     pairs: &[GroupPairs],
     bytes: impl Fn(u32, u32) -> Option<u64>,
@@ -226,12 +256,18 @@ fn moves(
                 };
                 place.to_word()
             };
-            moves.extend(of.pairs.iter().map(|pair| Move {
-                local: place(pair.src),
-                remote: place(pair.dst),
-                len,
-                flags: LOCAL_PLACE | REMOTE_PLACE,
-                ..Move::default()
+            moves.extend(of.pairs.iter().map(|pair| {
+                let (here, there) = match op {
+                    GET => (pair.dst, pair.src),
+                    _ => (pair.src, pair.dst),
+                };
+                Move {
+                    local: place(here),
+                    remote: place(there),
+                    len,
+                    flags: LOCAL_PLACE | REMOTE_PLACE,
+                    ..Move::default()
+                }
             }));
         }
     }

@@ -4,14 +4,14 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use kvxfer::bench::BenchClient;
-use kvxfer::blocks::GroupPairs;
+use kvxfer::blocks::{GroupBlocks, GroupPairs};
 use kvxfer::engine::{Outcome, PullOptions, Push, PushOptions, TransferReport};
 use kvxfer::ids::RequestId;
 use kvxfer::ticket::Ticket;
 use kvxfer::{Peer, Transfer};
 
 use super::case::Case;
-use super::initiator::Initiator;
+use super::initiator::{Begun, Initiator};
 use super::limit::Limit;
 use crate::output::schema::{Candidate, Measured, Op, Row};
 use crate::problem::{Exit, Problem};
@@ -74,7 +74,7 @@ struct Samples {
     rates: Vec<f64>,
     limits: Vec<f64>,
     reports: Kept<TransferReport>,
-    /// From a kernel's launch to its push's outcome.
+    /// From a kernel's launch to its transfer's outcome.
     by_kernels: Kept<Duration>,
 }
 
@@ -289,8 +289,8 @@ impl Bench<'_> {
         Ok((started, begun.elapsed()))
     }
 
-    /// The same with pushes whose blocks a kernel posts: one after the other, and without the time that their queues take
-    /// to be made.
+    /// The same with transfers whose blocks a kernel names: one after the other, and without the time that their queues
+    /// take to be made.
     fn round_by_kernels(
         &self,
         by: &Initiator,
@@ -302,18 +302,22 @@ impl Bench<'_> {
         let count = slots.len().max(1) as u64;
         while more(started, spent) {
             let at = usize::try_from(started % count).unwrap_or(0);
-            let Some(Slot::Push {
-                prefix,
-                next,
-                pairs,
-            }) = slots.get_mut(at)
-            else {
-                break;
+            let peer = self.client.peer();
+            let (work, pairs) = match slots.get_mut(at) {
+                Some(Slot::Pull { ticket, pairs }) => {
+                    let pull = peer.begin_pull(ticket, &destinations(pairs), self.pulls())?;
+                    (Begun::Pull(pull), pairs)
+                }
+                Some(Slot::Push {
+                    prefix,
+                    next,
+                    pairs,
+                }) => (Begun::Push(self.begin(peer, prefix, next)?), pairs),
+                None => break,
             };
-            let push = self.begin(self.client.peer(), prefix, next)?;
             let format = self.client.side().format();
-            let pushed = by.push(push, format, pairs, self.timeout)?;
-            if let Some(cause) = pushed.failed {
+            let ended = by.run(work, format, pairs, self.timeout)?;
+            if let Some(cause) = ended.failed {
                 return Err(Failed {
                     op: self.op,
                     cause,
@@ -321,12 +325,20 @@ impl Bench<'_> {
                 }
                 .into());
             }
-            samples.reports.add(pushed.report);
-            samples.by_kernels.add(pushed.took);
-            spent += pushed.took;
+            samples.reports.add(ended.report);
+            samples.by_kernels.add(ended.took);
+            spent += ended.took;
             started += 1;
         }
         Ok((started, spent))
+    }
+
+    fn pulls(&self) -> PullOptions {
+        PullOptions {
+            deadline: Some(self.timeout),
+            hold: true,
+            ..PullOptions::default()
+        }
     }
 
     /// Begins the next push of a slot.
@@ -342,14 +354,7 @@ impl Bench<'_> {
 
     fn start(&self, peer: &Peer, slot: &mut Slot) -> Result<Transfer, kvxfer::Error> {
         match slot {
-            Slot::Pull { ticket, pairs } => {
-                let options = PullOptions {
-                    deadline: Some(self.timeout),
-                    hold: true,
-                    ..PullOptions::default()
-                };
-                peer.pull(ticket, pairs, options)
-            }
+            Slot::Pull { ticket, pairs } => peer.pull(ticket, pairs, self.pulls()),
             Slot::Push {
                 prefix,
                 next,
@@ -393,6 +398,15 @@ impl Bench<'_> {
         }
         Ok(())
     }
+}
+
+/// This side's blocks of a pull.
+fn destinations(pairs: &[GroupPairs]) -> Vec<GroupBlocks> {
+    let of = |of: &GroupPairs| GroupBlocks {
+        group: of.group,
+        blocks: of.pairs.iter().map(|pair| pair.dst).collect(),
+    };
+    pairs.iter().map(of).collect()
 }
 
 /// A transfer of a row has failed.

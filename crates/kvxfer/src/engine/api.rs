@@ -21,7 +21,6 @@ use crate::expects::ExpectSpec;
 use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement};
 use crate::metadata::Metadata;
-use crate::plan::PlanError;
 use crate::ticket::{LeaseRef, MAX_TTL, Ticket, TicketError, TicketKind};
 use crate::transfer::Cause;
 use crate::transport::{Opened, SkippedRail, open_rails};
@@ -324,7 +323,7 @@ impl Engine {
             });
         }
         inner.runtime.health.check()?;
-        self.check(request, groups)?;
+        inner.check_blocks(request, groups)?;
         check_ttl(ttl)?;
         let nonce = Inner::nonce()?;
         let claim = inner.claim_source(request, Purpose::Offer, || groups.to_vec())?;
@@ -403,7 +402,7 @@ impl Engine {
             });
         }
         inner.runtime.health.check()?;
-        self.check(request, groups)?;
+        inner.check_blocks(request, groups)?;
         check_ttl(deadline)?;
         let nonce = Inner::nonce()?;
         let ticket = self.ticket(
@@ -480,32 +479,6 @@ impl Engine {
     #[must_use]
     pub fn unique(&self) -> u64 {
         self.owner.tags.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn check(&self, request: &RequestId, groups: &[GroupBlocks]) -> Result<(), Error> {
-        Inner::check_request(request)?;
-        let desc = self.inner().placement.desc();
-        let known = self.inner().format.groups().len();
-        for group in groups {
-            if usize::try_from(group.group).map_or(true, |at| at >= known) {
-                return Err(Error::Plan(PlanError::UnknownGroup {
-                    group: group.group,
-                    groups: u32::try_from(known).unwrap_or(u32::MAX),
-                }));
-            }
-            // A group that this rank keeps nothing of has no blocks to be out of range.
-            let Some(num_blocks) = desc.num_blocks(group.group) else {
-                continue;
-            };
-            if let Some(&block) = group.blocks.iter().find(|block| **block >= num_blocks) {
-                return Err(Error::NoSuchBlock {
-                    group: group.group,
-                    block,
-                    num_blocks,
-                });
-            }
-        }
-        Ok(())
     }
 
     #[expect(

@@ -547,7 +547,8 @@ pub(crate) fn reason(refusal: PushRefusal) -> Refusal {
         PushRefusal::WrongNonce | PushRefusal::Late => Refusal::Late,
         PushRefusal::SendersFull { .. }
         | PushRefusal::NotASender
-        | PushRefusal::OtherRails { .. } => Refusal::NotAuthorised,
+        | PushRefusal::OtherRails { .. }
+        | PushRefusal::Immediates { .. } => Refusal::NotAuthorised,
     }
 }
 

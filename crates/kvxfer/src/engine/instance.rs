@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::handle::Transfer;
 use super::net;
 use super::peer::{Peer, PeerFacts, PullOptions};
+use super::pull::Pull;
 use super::push::{Push, PushOptions};
-use crate::blocks::GroupPairs;
+use crate::blocks::{GroupBlocks, GroupPairs};
 use crate::error::Error;
 use crate::ids::{EngineId, Rank, RequestId};
 use crate::ticket::Ticket;
@@ -188,6 +189,21 @@ impl Instance {
         options: PullOptions,
     ) -> Result<Transfer, Error> {
         self.maker_of(ticket)?.pull(ticket, pairs, options)
+    }
+
+    /// Begins a pull of an offer of one of the ranks whose blocks kernels ask for: [`Peer::begin_pull`] of the one that
+    /// the ticket is of.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRank`], [`Error::WrongInstance`], and as [`Peer::begin_pull`].
+    pub fn begin_pull(
+        &self,
+        ticket: &Ticket,
+        into: &[GroupBlocks],
+        options: PullOptions,
+    ) -> Result<Pull, Error> {
+        self.maker_of(ticket)?.begin_pull(ticket, into, options)
     }
 
     /// Tells the rank that the ticket is of that this reader needs its blocks no more:

@@ -49,7 +49,9 @@ mod wake;
 mod worker;
 
 mod instance;
+mod pull;
 mod push;
+mod queues;
 mod ranks;
 mod written;
 
@@ -70,6 +72,7 @@ pub use handle::{Failure, Outcome, Transfer, TransferReport};
 pub use instance::Instance;
 pub use observe::{PeerLayout, describe};
 pub use peer::{Peer, PeerFacts, PullOptions};
+pub use pull::Pull;
 pub use push::{GpuQueue, Push, PushOptions};
 pub use ranks::RanksPush;
 
@@ -96,19 +99,19 @@ use crate::blocks::GroupBlocks;
 use crate::claims::{BlockInUse, Claim, Claimant, Claims, Purpose};
 use crate::config::Config;
 use crate::error::Error;
-use crate::event::PeerName;
+use crate::event::{Event, PeerName};
 use crate::ids::{EngineId, Generation, Nonce, Rank, RequestId};
 use crate::layout::{KvFormat, KvPlacement, PlacementDesc};
 use crate::leases::ReleaseAnswer;
-use crate::plan::Cover;
+use crate::plan::{Cover, PlanError};
 use crate::rails::RailSet;
 use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
     Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
-    PushAborted, PushClosed, PushDone, QpReset, RailDesc, Refusal, Release, RemoteSpan, StageFree,
-    Taken, limits,
+    PushAborted, PushClosed, PushDone, PushTold, QpReset, RailDesc, Refusal, Release, RemoteSpan,
+    StageFree, Taken, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -525,6 +528,7 @@ impl Inner {
                 return (self.books)
                     .with(self, |books, now| books.push_sums(now, self, peer, sums));
             }
+            Message::PushTold(told) => return self.push_told(peer, told),
             Message::Take(take) => return self.take(peer, take),
             Message::TakeStop(stop) => self.take_stop(peer, stop),
             Message::Taken(Taken { number, failed }) => {
@@ -579,6 +583,40 @@ impl Inner {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Blocks of a push are here of which its kernel has something to say.
+    fn push_told(self: &Arc<Self>, peer: &PeerSession, told: PushTold) -> Result<(), String> {
+        let PushTold {
+            request,
+            nonce,
+            immediates,
+        } = told;
+        if peer.is_rdma() {
+            // It says nothing of what the cards have put in memory.
+            return Err(format!("immediates of {request} by the control connection"));
+        }
+        self.books.with(self, |books, _| {
+            let count = immediates.len() as u64;
+            match (books.expects).immediates(&request, nonce, peer.key, count) {
+                Ok(true) => {}
+                Ok(false) => {
+                    debug!(%request, "immediates of a push that is over");
+                    return Ok(());
+                }
+                Err(refusal) => return Err(refusal.to_string()),
+            }
+            // While the ledgers are held: the outcome comes behind them.
+            for immediate in immediates {
+                self.events.push(Event::Told {
+                    request: request.clone(),
+                    nonce,
+                    peer: peer.name.clone(),
+                    immediate,
+                });
+            }
+            Ok(())
+        })
     }
 
     /// A producer that says that its push has ended must not have blocks fetched any more.
@@ -748,6 +786,37 @@ impl Inner {
         let len = request.0.len();
         if len == 0 || len > crate::ticket::MAX_NAME_BYTES.min(limits::REQUEST_ID) {
             return Err(Error::RequestName { len });
+        }
+        Ok(())
+    }
+
+    /// That a request has a name, and blocks that this rank has.
+    pub(crate) fn check_blocks(
+        &self,
+        request: &RequestId,
+        groups: &[GroupBlocks],
+    ) -> Result<(), Error> {
+        Self::check_request(request)?;
+        let desc = self.placement.desc();
+        let known = self.format.groups().len();
+        for group in groups {
+            if usize::try_from(group.group).map_or(true, |at| at >= known) {
+                return Err(Error::Plan(PlanError::UnknownGroup {
+                    group: group.group,
+                    groups: u32::try_from(known).unwrap_or(u32::MAX),
+                }));
+            }
+            // A group that this rank keeps nothing of has no blocks to be out of range.
+            let Some(num_blocks) = desc.num_blocks(group.group) else {
+                continue;
+            };
+            if let Some(&block) = group.blocks.iter().find(|block| **block >= num_blocks) {
+                return Err(Error::NoSuchBlock {
+                    group: group.group,
+                    block,
+                    num_blocks,
+                });
+            }
         }
         Ok(())
     }

@@ -10,7 +10,8 @@ use super::handle::{Shared, Transfer, TransferReport};
 use super::joint::Told;
 use super::moves::{Moved, Moves};
 use super::net;
-use super::peer_session::PeerSession;
+use super::peer_session::{PeerSession, Plans};
+use super::pull::Pull;
 use super::push::{Push, PushOptions};
 use super::tether::Tether;
 use super::verify::{MOST_SUMS, Verification};
@@ -266,20 +267,11 @@ impl Peer {
         let peer = self.pulls_with(ticket)?;
         let plans = peer.pull_plans()?;
         // Without blocks nothing is read, and the offer is released.
-        if plans.gap.is_some() {
-            let wanted = |group| {
-                pairs
-                    .iter()
-                    .any(|p| p.group == group && !p.pairs.is_empty())
-            };
-            let cover = plans.common.cover().of_groups(wanted);
-            if let Some(part) = Cover::missing(&engine.side(), &[&cover]) {
-                return Err(Error::MissingPart {
-                    part: Box::new(part),
-                    ranks: vec![ticket.rank],
-                });
-            }
-        }
+        let wanted = |group| {
+            let mut pairs = pairs.iter();
+            pairs.any(|p| p.group == group && !p.pairs.is_empty())
+        };
+        needs_no_other(engine, plans, ticket, wanted)?;
         for group in pairs {
             let src = || group.pairs.iter().map(|pair| pair.src);
             in_ticket(ticket, group.group, group.pairs.len(), src)?;
@@ -308,6 +300,24 @@ impl Peer {
             (options.tag, until, !options.hold),
         )?;
         Ok(transfer(engine, id, owner, shared))
+    }
+
+    /// Begins a pull whose blocks kernels of this rank ask for themselves: `kvx_get` of its
+    /// [queues](Pull::gpu_queue). They may read any block of the offer, and write those of `into`, which nothing else
+    /// uses until the pull is over. What a kernel has waited for by `kvx_wait`, and was told `KVX_OK` of, is what was offered:
+    /// the producer's lease was found live behind it. The pull ends as every other, and has its deadline.
+    ///
+    /// # Errors
+    ///
+    /// As [`pull`](Self::pull); [`Error::NoSuchBlock`] for `into`.
+    pub fn begin_pull(
+        &self,
+        ticket: &Ticket,
+        into: &[GroupBlocks],
+        options: PullOptions,
+    ) -> Result<Pull, Error> {
+        let session = self.pulls_with(ticket)?;
+        Pull::begin(self.engine(), &session, (ticket, into), options)
     }
 
     /// The session over which a ticket's blocks can be pulled.
@@ -499,6 +509,8 @@ impl PlannedPull {
             verify,
             claim: self.claim,
             reader: self.reader,
+            tells: false,
+            into: None,
         });
         let spec = Spec {
             id,
@@ -539,6 +551,30 @@ pub(crate) fn transfer(
         shared,
         canceller,
         health,
+    }
+}
+
+/// That this rank's blocks of the wanted groups come whole from the rank of a ticket.
+///
+/// # Errors
+///
+/// [`Error::MissingPart`].
+pub(crate) fn needs_no_other(
+    engine: &Inner,
+    plans: &Plans,
+    ticket: &Ticket,
+    wanted: impl Fn(u32) -> bool,
+) -> Result<(), Error> {
+    if plans.gap.is_none() {
+        return Ok(());
+    }
+    let cover = plans.common.cover().of_groups(wanted);
+    match Cover::missing(&engine.side(), &[&cover]) {
+        None => Ok(()),
+        Some(part) => Err(Error::MissingPart {
+            part: Box::new(part),
+            ranks: vec![ticket.rank],
+        }),
     }
 }
 

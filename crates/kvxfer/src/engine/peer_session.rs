@@ -460,6 +460,7 @@ impl PeerSession {
         match kind {
             MessageKind::PushStart
             | MessageKind::PushSums
+            | MessageKind::PushTold
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Staged

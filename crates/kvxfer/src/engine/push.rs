@@ -7,13 +7,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::debug;
 
 pub use queue::GpuQueue;
-pub(crate) use queue::{NotPosted, SharedQueue};
+pub(crate) use queue::{NotPosted, SharedQueue, attached};
 
 use super::Inner;
 use super::books::NO_TICKET;
@@ -22,6 +22,7 @@ use super::joint::Told;
 use super::moves::{Moved, Moves};
 use super::peer::{count_sums, in_ticket, sums_of, transfer, verified};
 use super::peer_session::{PeerSession, in_order};
+use super::queues::Queues;
 use super::verify::Verification;
 use super::worker::{Command, Live};
 use super::written::{Place, Written};
@@ -31,7 +32,7 @@ use crate::claims::{BlockInUse, Claim, Purpose};
 use crate::error::Error;
 use crate::ids::{Nonce, RequestId};
 use crate::mem::gpu::Event;
-use crate::plan::{BlockOps, Compiled, LayerScope, Part, Plan, Posted, SideName};
+use crate::plan::{Compiled, LayerScope, Part, Plan, Posted, SideName};
 use crate::recent::Recent;
 use crate::sums::Summed;
 use crate::ticket::Ticket;
@@ -114,12 +115,8 @@ pub(crate) struct Pushing {
     stage: Mutex<Stage>,
     sources: Mutex<Sources>,
     written: Mutex<Written>,
-    /// Queues of kernels of which nobody has said that all is posted.
-    unfinished: AtomicU64,
-    /// How many queues there have been.
-    queues: AtomicU64,
-    /// What a block of each layer takes, for what kernels post.
-    block_ops: OnceLock<Arc<BlockOps>>,
+    /// What kernels post to.
+    queues: Arc<Queues>,
 }
 
 /// The blocks that a push reads, where this rank is written to as well.
@@ -333,15 +330,13 @@ impl Pushing {
             request: request.clone(),
             peer: Arc::clone(&peer),
             asked_for: nonce,
+            queues: Queues::new((id, owner), &peer, &plans),
             plans,
             summed: summed.map(|(_, summed)| summed),
             sums: AtomicU64::new(0),
             stage: Mutex::new(stage),
             sources: Mutex::default(),
             written: Mutex::default(),
-            unfinished: AtomicU64::new(0),
-            queues: AtomicU64::new(0),
-            block_ops: OnceLock::new(),
         });
         engine.pushes.begin(&pushing)?;
         let live = Box::new(Live {
@@ -359,6 +354,8 @@ impl Pushing {
             verify,
             claim: None,
             reader: None,
+            tells: false,
+            into: None,
         });
         if let Err(error) = peer.submit(owner, spec, live) {
             engine.pushes.ended(id);
@@ -805,7 +802,7 @@ impl Push {
     /// [`Error::QueueUnfinished`], [`Error::Forked`]. What else goes wrong is the transfer's outcome.
     pub fn commit(mut self) -> Result<Transfer, Error> {
         self.engine.runtime.health.check_process()?;
-        match self.pushing.unfinished.load(Ordering::Acquire) {
+        match self.pushing.queues.unfinished() {
             0 => {}
             queues => {
                 let request = self.pushing.request.clone();

@@ -173,6 +173,14 @@ pub enum PushRefusal {
         /// What it says now.
         rails: RailSet,
     },
+    /// The sender tells more immediates than any push may.
+    #[error("{count} immediates of one push, and {most} may be told")]
+    Immediates {
+        /// How many.
+        count: u64,
+        /// How many it may be.
+        most: u64,
+    },
     /// The peer is not one of the senders.
     #[error("the peer is not a sender of this request")]
     NotASender,

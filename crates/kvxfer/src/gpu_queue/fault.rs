@@ -17,9 +17,22 @@ pub enum PostFault {
     /// A post that was begun and is not there.
     #[error("it was begun and never written: its kernel ended, or was ended, in the middle of it")]
     Unwritten,
-    /// Something other than a put.
-    #[error("the queue of a push takes kvx_put alone")]
+    /// Something other than a put, or to the queue of a pull than a get.
+    #[error(
+        "the queue of a push takes kvx_put and, of descriptors, kvx_put_imm; that of a pull kvx_get"
+    )]
     Operation,
+    /// An immediate, where the consumer cannot be told any.
+    #[error(
+        "immediates are not told over RDMA devices: use kvx_put there, and tell the consumer otherwise"
+    )]
+    Immediate,
+    /// More immediates than a push may have.
+    #[error(
+        "a push tells {} immediates at most: use kvx_put for the others",
+        crate::expects::MOST_IMMEDIATES
+    )]
+    Immediates,
     /// An address, where a block's place is wanted.
     #[error(
         "it names addresses: set KVX_LOCAL_PLACE and KVX_REMOTE_PLACE, and name blocks by KVX_PLACE"
@@ -66,6 +79,22 @@ pub enum PostFault {
     /// A destination block that the consumer does not expect.
     #[error("block {block} of group {group} is not among those that the consumer expects")]
     NotExpected {
+        /// The group.
+        group: u8,
+        /// The block.
+        block: u32,
+    },
+    /// A destination block that is not among those that the pull was begun with.
+    #[error("block {block} of group {group} is not among those that the pull was begun with")]
+    Destination {
+        /// The group.
+        group: u8,
+        /// The block.
+        block: u32,
+    },
+    /// A source block that the producer does not offer.
+    #[error("block {block} of group {group} is not among those that the producer offers")]
+    NotOffered {
         /// The group.
         group: u8,
         /// The block.
@@ -147,11 +176,14 @@ impl PostFault {
     pub fn status(self) -> Status {
         match self {
             Self::Malformed | Self::Unwritten | Self::Rule { .. } => Status::Malformed,
-            Self::Operation => Status::BadOp,
+            Self::Operation | Self::Immediate | Self::Immediates => Status::BadOp,
             Self::Address | Self::Layer { .. } | Self::Key => Status::BadKey,
             Self::Length { .. } => Status::BadLength,
             Self::Places | Self::Source { .. } | Self::Stretch => Status::BadRange,
-            Self::NotExpected { .. } | Self::InUse { .. } => Status::BadRights,
+            Self::NotExpected { .. }
+            | Self::InUse { .. }
+            | Self::Destination { .. }
+            | Self::NotOffered { .. } => Status::BadRights,
         }
     }
 }

@@ -7,6 +7,9 @@
 //! written that the consumer does not expect of this push, and all that is promised of transfers is promised of
 //! this one.
 //!
+//! [`Pull::gpu_queue`](crate::engine::Pull::gpu_queue) makes the same of a begun pull, whose blocks kernels ask for by
+//! `kvx_get`.
+//!
 //! Here is what that needs without a thread or a clock: the table that posts are checked against, and their faults.
 
 mod fault;

@@ -10,33 +10,55 @@ use crate::mem::kernels::queue::ALL_TENSORS;
 use crate::mem::post::{Descriptor, End, PostOp};
 use crate::plan::{BlockOps, LayerAt, Posted};
 
-/// The places that posts of a push may name: the blocks of the ranks' layers, and at the consumer those of its
-/// ticket.
+/// The places that posts may name: the blocks of the ranks' layers that are in the push, or in the pull.
 #[derive(Debug)]
 pub(crate) struct PostTable {
     of: Arc<BlockOps>,
-    expected: BlockSet,
+    names: Names,
 }
 
-/// A block of a layer that a post wants written.
+#[derive(Debug)]
+enum Names {
+    /// Any of this rank's, into those that the consumer expects; and whether it can be told immediates.
+    Puts { expected: BlockSet, tells: bool },
+    /// Those that the producer offers, into those that are the pull's.
+    Gets { offered: BlockSet, into: BlockSet },
+}
+
+/// A block of a layer that a post wants moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) layer: LayerAt,
     pub(crate) pair: BlockPair,
+    /// What the consumer is told when it is there.
+    pub(crate) immediate: Option<u32>,
 }
 
 impl PostTable {
-    /// `expected` are the blocks of the push's ticket.
-    pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks]) -> Self {
-        let blocks = expected;
-        let mut expected = BlockSet::default();
-        for group in blocks {
-            // The ticket was checked: no block is there twice.
-            let _ = expected.insert_all(group.group, &group.blocks);
-        }
+    /// `expected` are the blocks of the push's ticket; `tells`: the consumer can be told immediates.
+    pub(crate) fn new(of: &Arc<BlockOps>, expected: &[GroupBlocks], tells: bool) -> Self {
+        let there = |group| of.num_blocks(group).1;
         Self {
             of: Arc::clone(of),
-            expected,
+            names: Names::Puts {
+                expected: set(expected, there),
+                tells,
+            },
+        }
+    }
+
+    /// The same of a pull: `offered` are the blocks of its ticket, `into` are this rank's.
+    pub(crate) fn of_gets(
+        of: &Arc<BlockOps>,
+        offered: &[GroupBlocks],
+        into: &[GroupBlocks],
+    ) -> Self {
+        Self {
+            of: Arc::clone(of),
+            names: Names::Gets {
+                offered: set(offered, |group| of.num_blocks(group).0),
+                into: set(into, |group| of.num_blocks(group).1),
+            },
         }
     }
 
@@ -47,9 +69,14 @@ impl PostTable {
 
     /// What a post wants.
     pub(crate) fn check(&self, post: &Descriptor) -> Result<Wanted, PostFault> {
-        if post.op != PostOp::Put {
-            return Err(PostFault::Operation);
-        }
+        let immediate = match (&self.names, post.op) {
+            (Names::Puts { .. }, PostOp::Put) | (Names::Gets { .. }, PostOp::Get) => None,
+            (Names::Puts { tells: true, .. }, PostOp::PutImm(immediate)) => Some(immediate),
+            (Names::Puts { tells: false, .. }, PostOp::PutImm(_)) => {
+                return Err(PostFault::Immediate);
+            }
+            _ => return Err(PostFault::Operation),
+        };
         let (End::Place(here), End::Place(there)) = (post.local, post.remote) else {
             return Err(PostFault::Address);
         };
@@ -71,39 +98,76 @@ impl PostTable {
                 wanted,
             });
         }
-        let (blocks, _) = self.of.num_blocks(group.into());
-        if here.block >= blocks {
-            let block = here.block;
-            return Err(PostFault::Source {
-                group,
-                block,
-                blocks,
-            });
-        }
-        if !self.expected.contains(group.into(), there.block) {
-            let block = there.block;
-            return Err(PostFault::NotExpected { group, block });
-        }
-        let pair = BlockPair {
-            src: here.block,
-            dst: there.block,
-        };
-        Ok(Wanted { layer: at, pair })
+        let pair = self.pair(group, here.block, there.block)?;
+        Ok(Wanted {
+            layer: at,
+            pair,
+            immediate,
+        })
     }
 
     /// What a block that is there on both sides wants.
     pub(crate) fn check_block(&self, block: &Block) -> Result<Wanted, PostFault> {
-        let (layer, pair) = (block.layer, block.pair);
-        let group = self.of.group(layer);
-        if !self.expected.contains(group, pair.dst) {
-            return Err(PostFault::NotExpected {
-                // Only such have windows.
-                group: u8::try_from(group).unwrap_or(u8::MAX),
-                block: pair.dst,
-            });
-        }
-        Ok(Wanted { layer, pair })
+        let Block { layer, pair, .. } = *block;
+        // Only groups with such numbers have windows.
+        let group = u8::try_from(self.of.group(layer)).unwrap_or(u8::MAX);
+        let (here, there) = match self.names {
+            Names::Puts { .. } => (pair.src, pair.dst),
+            Names::Gets { .. } => (pair.dst, pair.src),
+        };
+        let pair = self.pair(group, here, there)?;
+        Ok(Wanted {
+            layer,
+            pair,
+            immediate: None,
+        })
     }
+
+    /// A block of this rank and one of the peer's.
+    fn pair(&self, group: u8, here: u32, there: u32) -> Result<BlockPair, PostFault> {
+        match &self.names {
+            Names::Puts { expected, .. } => {
+                let (blocks, _) = self.of.num_blocks(group.into());
+                let (src, dst) = (here, there);
+                match () {
+                    () if src >= blocks => Err(PostFault::Source {
+                        group,
+                        block: src,
+                        blocks,
+                    }),
+                    () if !expected.contains(group.into(), dst) => {
+                        Err(PostFault::NotExpected { group, block: dst })
+                    }
+                    () => Ok(BlockPair { src, dst }),
+                }
+            }
+            Names::Gets { offered, into } => {
+                let (src, dst) = (there, here);
+                match () {
+                    () if !into.contains(group.into(), dst) => {
+                        Err(PostFault::Destination { group, block: dst })
+                    }
+                    () if !offered.contains(group.into(), src) => {
+                        Err(PostFault::NotOffered { group, block: src })
+                    }
+                    () => Ok(BlockPair { src, dst }),
+                }
+            }
+        }
+    }
+}
+
+/// Those blocks of each group that a rank has: so many, whatever a ticket says.
+fn set(groups: &[GroupBlocks], has: impl Fn(u32) -> u32) -> BlockSet {
+    let mut set = BlockSet::default();
+    for GroupBlocks { group, blocks } in groups {
+        let known = has(*group);
+        for block in blocks.iter().filter(|block| **block < known) {
+            // It may be there twice.
+            let _ = set.insert_all(*group, &[*block]);
+        }
+    }
+    set
 }
 
 /// Posts that are carried out together.
@@ -112,6 +176,8 @@ pub(crate) struct Batch {
     pub(crate) posted: Posted,
     /// The posts, in the order of the blocks.
     pub(crate) posts: Vec<u64>,
+    /// Those of which the consumer is told something, and what.
+    pub(crate) immediates: Vec<(u64, u32)>,
     /// The layer, if it is of one.
     layer: Option<LayerAt>,
 }
@@ -149,7 +215,11 @@ impl Batches {
     }
 
     pub(crate) fn add(&mut self, post: u64, wanted: Wanted) {
-        let Wanted { layer, pair } = wanted;
+        let Wanted {
+            layer,
+            pair,
+            immediate,
+        } = wanted;
         let layer_of_batch = match self.together {
             Together::All => None,
             Together::ByLayer => Some(layer),
@@ -165,6 +235,7 @@ impl Batches {
             self.open.push(Batch {
                 posted: Posted::new(&self.of),
                 posts: Vec::new(),
+                immediates: Vec::new(),
                 layer: layer_of_batch,
             });
             self.open.len() - 1
@@ -172,6 +243,7 @@ impl Batches {
         if let Some(batch) = self.open.get_mut(at) {
             batch.posted.add(layer, pair);
             batch.posts.push(post);
+            batch.immediates.extend(immediate.map(|what| (post, what)));
         }
     }
 

@@ -29,7 +29,7 @@ fn ops() -> Arc<BlockOps> {
 
 fn table(expected: &[u32]) -> PostTable {
     let blocks = expected.to_vec();
-    PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }])
+    PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }], false)
 }
 
 fn put(here: Place, there: Place, len: u64) -> Descriptor {
@@ -52,6 +52,65 @@ fn place(layer: u16, block: u32) -> Place {
 }
 
 #[test]
+fn a_get_names_what_is_offered_and_what_the_pull_has() {
+    let list = |blocks: &[u32]| {
+        let blocks = blocks.to_vec();
+        vec![GroupBlocks { group: 0, blocks }]
+    };
+    // A ticket may say anything.
+    let table = PostTable::of_gets(&ops(), &list(&[7, 9, u32::MAX]), &list(&[3]));
+    let get = |here, there| Descriptor {
+        op: PostOp::Get,
+        ..put(place(2, here), place(2, there), BYTES)
+    };
+    let wanted = table.check(&get(3, 9)).expect("both are there");
+    assert_eq!(wanted.pair, BlockPair { src: 9, dst: 3 });
+    for (here, there, fault) in [
+        (3, 8, PostFault::NotOffered { group: 0, block: 8 }),
+        (
+            3,
+            u32::MAX,
+            PostFault::NotOffered {
+                group: 0,
+                block: u32::MAX,
+            },
+        ),
+        (9, 7, PostFault::Destination { group: 0, block: 9 }),
+    ] {
+        assert_eq!(table.check(&get(here, there)), Err(fault));
+        assert_eq!(fault.status(), Status::BadRights);
+    }
+    for op in [PostOp::Put, PostOp::PutImm(1)] {
+        let other = Descriptor { op, ..get(3, 9) };
+        assert_eq!(table.check(&other), Err(PostFault::Operation));
+    }
+}
+
+#[test]
+fn immediates_go_with_puts_where_they_can_be_told() {
+    let imm = Descriptor {
+        op: PostOp::PutImm(5),
+        ..put(place(2, 39), place(2, 9), BYTES)
+    };
+    assert_eq!(table(&[9]).check(&imm), Err(PostFault::Immediate));
+    let blocks = vec![9];
+    let telling = PostTable::new(&ops(), &[GroupBlocks { group: 0, blocks }], true);
+    let wanted = telling.check(&imm).expect("it can be told");
+    assert_eq!(wanted.immediate, Some(5));
+    let mut batches = Batches::new(telling.block_ops(), Together::All);
+    batches.add(3, wanted);
+    batches.add(
+        4,
+        Wanted {
+            immediate: None,
+            ..wanted
+        },
+    );
+    let batch = batches.into_all().next().expect("one");
+    assert_eq!((batch.posts, batch.immediates), (vec![3, 4], vec![(3, 5)]));
+}
+
+#[test]
 fn posts_are_checked_and_their_faults_told_apart() {
     let table = table(&[7, 9]);
     let good = put(place(2, 39), place(2, 9), BYTES);
@@ -60,7 +119,8 @@ fn posts_are_checked_and_their_faults_told_apart() {
         table.check(&good),
         Ok(Wanted {
             layer,
-            pair: BlockPair { src: 39, dst: 9 }
+            pair: BlockPair { src: 39, dst: 9 },
+            immediate: None,
         })
     );
     let of_tensor = |tensor, place: Place| Place { tensor, ..place };
@@ -131,7 +191,8 @@ proptest! {
         for (post, (layer, src, dst)) in (0..).zip(&posts) {
             let pair = BlockPair { src: *src, dst: *dst };
             let (layer, _) = table.of.find(0, (*layer).into()).expect("a layer");
-            batches.add(post, Wanted { layer, pair });
+            let immediate = None;
+            batches.add(post, Wanted { layer, pair, immediate });
         }
         let mut seen = vec![false; posts.len()];
         let mut last: std::collections::HashMap<(u16, u32), u64> = Default::default();

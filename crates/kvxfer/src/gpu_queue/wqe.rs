@@ -14,7 +14,7 @@ use super::fault::{PostFault, QueueRule};
 use crate::blocks::BlockPair;
 use crate::mem::post::device::WqeMemory;
 use crate::mem::post::{RegionLayer, RegionPiece, RegionSide, Status};
-use crate::plan::{BlockOps, LayerAt, PieceSide};
+use crate::plan::{BlockOps, LayerAt, PieceSide, Role};
 
 /// The first key.
 const FIRST_KEY: u32 = 0x100;
@@ -48,7 +48,11 @@ impl Window {
 
 /// What kernels may name: by its keys.
 #[derive(Debug)]
-pub(crate) struct Windows(Vec<Window>);
+pub(crate) struct Windows {
+    /// Whether it is the consumer whose kernels name blocks.
+    role: Role,
+    all: Vec<Window>,
+}
 
 /// The same with what a queue is made of.
 #[derive(Debug)]
@@ -66,8 +70,13 @@ impl Named {
     /// The stretches of all layers that places have numbers for. `local` says where this rank's memories are. `None`
     /// where blocks do not lie evenly, or beyond the model's addresses.
     pub(crate) fn new(of: &BlockOps, local: impl Fn(u32) -> Option<u64>) -> Option<Self> {
+        let role = of.role();
+        let reads = role == Role::Pull;
         let mut named = Self {
-            windows: Windows(Vec::new()),
+            windows: Windows {
+                role,
+                all: Vec::new(),
+            },
             keys: KeyTable::default(),
             layers: Vec::new(),
             most: 0,
@@ -82,7 +91,11 @@ impl Named {
             if tensors.is_empty() {
                 continue;
             }
-            let (local_blocks, remote_blocks) = of.num_blocks(layer.group);
+            let (produced, consumed) = of.num_blocks(layer.group);
+            let (local_blocks, remote_blocks) = match role {
+                Role::Push => (produced, consumed),
+                Role::Pull => (consumed, produced),
+            };
             let count: usize = tensors.iter().map(Vec::len).sum();
             named.most = named.most.max(u32::try_from(count).ok()?);
             let mut row = RegionLayer {
@@ -96,7 +109,8 @@ impl Named {
             for tensor in tensors {
                 let mut pieces = Vec::with_capacity(tensor.len());
                 for of in tensor {
-                    let key = FIRST_KEY.checked_add(u32::try_from(named.windows.0.len()).ok()?)?;
+                    let key =
+                        FIRST_KEY.checked_add(u32::try_from(named.windows.all.len()).ok()?)?;
                     let side = |base: u64, at: PieceSide| {
                         Some(RegionSide {
                             addr: base.checked_add(at.offset)?,
@@ -124,11 +138,11 @@ impl Named {
                             writable,
                         })
                     };
-                    let here = region(window.local, local_blocks, false)?;
-                    let there = region(window.remote, remote_blocks, true)?;
+                    let here = region(window.local, local_blocks, reads)?;
+                    let there = region(window.remote, remote_blocks, !reads)?;
                     named.keys.local.insert(key, here);
                     named.keys.remote.insert(key, there);
-                    named.windows.0.push(window);
+                    named.windows.all.push(window);
                     pieces.push(RegionPiece {
                         local: window.local,
                         remote: window.remote,
@@ -147,7 +161,7 @@ impl Named {
 impl Windows {
     fn of_key(&self, key: u32) -> Option<&Window> {
         let at = key.checked_sub(FIRST_KEY)?;
-        self.0.get(usize::try_from(at).ok()?)
+        self.all.get(usize::try_from(at).ok()?)
     }
 }
 
@@ -189,11 +203,12 @@ struct Blocks {
 
 impl Blocks {
     fn take(&mut self, n: u64, operation: &Operation) -> Result<(), (PostFault, Syndrome)> {
-        let Operation::Write {
-            remote,
-            local: Gather::One(local),
-        } = operation
-        else {
+        let (remote, local) = match (operation, self.windows.role) {
+            (Operation::Write { remote, local }, Role::Push)
+            | (Operation::Read { remote, local }, Role::Pull) => (remote, local),
+            _ => return Err((PostFault::Operation, Syndrome::LOCAL_QP_OPERATION)),
+        };
+        let Gather::One(local) = local else {
             return Err((PostFault::Operation, Syndrome::LOCAL_QP_OPERATION));
         };
         // The keys have been looked at: both are there.
@@ -205,13 +220,22 @@ impl Blocks {
             Window::block(window.local, local.addr()),
             Window::block(window.remote, remote.addr),
         );
-        let (Some(src), Some(dst)) = blocks else {
+        let (Some(here), Some(there)) = blocks else {
             return Err(stretch);
         };
         if u64::from(local.len()) != window.len {
             return Err(stretch);
         }
-        let pair = BlockPair { src, dst };
+        let pair = match self.windows.role {
+            Role::Push => BlockPair {
+                src: here,
+                dst: there,
+            },
+            Role::Pull => BlockPair {
+                src: there,
+                dst: here,
+            },
+        };
         let begun = self.begun.take().unwrap_or(Begun {
             first: n,
             next_piece: 0,

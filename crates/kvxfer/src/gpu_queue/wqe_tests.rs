@@ -271,7 +271,7 @@ fn a_layer_of_which_nothing_moves_is_none_to_either_kind_of_queue() {
     assert_eq!(layer.bytes, 0);
     let named = Named::new(&ops, |_| Some(HERE)).expect("they lie evenly");
     assert_eq!((named.layers.len(), named.most), (0, 0));
-    let table = PostTable::new(&std::sync::Arc::new(ops), &[]);
+    let table = PostTable::new(&std::sync::Arc::new(ops), &[], false);
     let place = End::Place(Place {
         group: 0,
         tensor: ALL_TENSORS,

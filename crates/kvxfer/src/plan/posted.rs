@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::compile::{Compiled, Inner, TensorPair};
+use super::compile::{Compiled, Inner, Role, TensorPair};
 use super::error::PlanError;
 use super::lazy::{Emitter, OpSpan, Sink, SpanPiece, index};
 use super::request::{Builder, PlanLimits};
@@ -176,6 +176,11 @@ impl BlockOps {
         Some((LayerAt(number), layers.get(at)?))
     }
 
+    /// Which side names blocks.
+    pub(crate) fn role(&self) -> Role {
+        self.inner.role
+    }
+
     /// How many blocks the two ranks have, the producer's first.
     pub(crate) fn num_blocks(&self, group: u32) -> (u32, u32) {
         let group = usize::try_from(group)
@@ -234,7 +239,7 @@ struct Run {
     first_op: u64,
 }
 
-/// Blocks of a push as they were named, a block of a layer each.
+/// Blocks of a push, or of a pull, as they were named, a block of a layer each.
 #[derive(Debug)]
 pub(crate) struct Posted {
     of: Arc<BlockOps>,
@@ -316,6 +321,7 @@ impl Posted {
             return;
         }
         let mut out = Emitter::new(&self.of.pieces, sink);
+        let role = self.of.inner.role;
         for run in &self.runs[self.run_at(at)..] {
             if at >= end {
                 break;
@@ -332,8 +338,12 @@ impl Posted {
                     continue;
                 }
                 let spans = &spans[skip..spans.len().min(skip + left)];
-                let remote = tensor.at.remote_base + tensor.remote.at(run.pair.dst);
-                let local = tensor.at.local_base + tensor.local.at(run.pair.src);
+                let (there, here) = match role {
+                    Role::Push => (run.pair.dst, run.pair.src),
+                    Role::Pull => (run.pair.src, run.pair.dst),
+                };
+                let remote = tensor.at.remote_base + tensor.remote.at(there);
+                let local = tensor.at.local_base + tensor.local.at(here);
                 match spans {
                     // A block of it ends where the next one begins, and all of them go in one operation.
                     [span] if run.count > 1 => out.sink.one(

@@ -18,8 +18,8 @@ fn placed(format: &KvFormat, topology: Topology) -> PlacementDesc {
         .expect("valid")
 }
 
-/// Equal ranks of an opaque format; a rank that has half of a model's heads writing to one that has all.
-fn plans(split: bool) -> Compiled {
+/// Equal ranks of an opaque format; a rank that has half of a model's heads and one that has all, which is the consumer.
+fn plans(split: bool, role: Role) -> Compiled {
     if !split {
         let format = KvFormat::opaque(96, 3).expect("valid");
         let placement = placed(&format, Topology::single(&format));
@@ -27,7 +27,7 @@ fn plans(split: bool) -> Compiled {
             format: &format,
             placement: &placement,
         };
-        return Compiled::compile(&side, &side, Role::Push, Part::Common).expect("the same");
+        return Compiled::compile(&side, &side, role, Part::Common).expect("the same");
     }
     let format = models::builtin("llama-3.1-8b", 2, DType::Bf16).expect("built in");
     let all = Topology::single(&format);
@@ -37,11 +37,11 @@ fn plans(split: bool) -> Compiled {
         format: &format,
         placement,
     };
-    Compiled::compile(&side(&p), &side(&c), Role::Push, Part::Common).expect("they reshard")
+    Compiled::compile(&side(&p), &side(&c), role, Part::Common).expect("they reshard")
 }
 
-/// Which byte of which local memory goes where, in stretches of 16 bytes.
-fn copied(source: &dyn OpSource, step: u64) -> BTreeMap<(u32, u64), (u32, u64)> {
+/// Which byte comes from where, in stretches of 16 bytes.
+fn copied(source: &dyn OpSource, step: u64, role: Role) -> BTreeMap<(u32, u64), (u32, u64)> {
     const GRAIN: u64 = 16;
     let mut bytes = BTreeMap::new();
     let mut total = 0;
@@ -53,8 +53,12 @@ fn copied(source: &dyn OpSource, step: u64) -> BTreeMap<(u32, u64), (u32, u64)> 
             let mut to = op.remote_offset;
             for piece in op.local {
                 for i in (0..u64::from(piece.len)).step_by(16) {
-                    let from = (piece.region, piece.offset + i);
-                    let before = bytes.insert((op.remote_region, to + i), from);
+                    let (here, there) =
+                        ((piece.region, piece.offset + i), (op.remote_region, to + i));
+                    let before = match role {
+                        Role::Push => bytes.insert(there, here),
+                        Role::Pull => bytes.insert(here, there),
+                    };
                     assert_eq!(before, None, "written twice");
                 }
                 to += u64::from(piece.len);
@@ -80,13 +84,14 @@ proptest! {
     #[test]
     fn posted_blocks_move_what_a_plan_moves(
         split in any::<bool>(),
+        role in prop_oneof![Just(Role::Push), Just(Role::Pull)],
         // The same block of a layer is not posted twice here: of a plan it could not be.
         posts in prop::collection::vec((0..3_u32, 0..BLOCKS, 0..BLOCKS), 1..60),
         follows in any::<bool>(),
         max_msg_bytes in prop_oneof![Just(64_u64), Just(256), Just(1 << 20)],
         step in 1..9_u64,
     ) {
-        let plans = plans(split);
+        let plans = plans(split, role);
         let limits = PlanLimits { max_msg_bytes, max_sge: 4 };
         let of = Arc::new(BlockOps::new(&plans, limits).expect("limits"));
         let mut by_layer: BTreeMap<u32, Vec<BlockPair>> = BTreeMap::new();
@@ -112,9 +117,9 @@ proptest! {
         prop_assert_eq!(posted.blocks().collect::<Vec<_>>(), named);
         let mut wanted = BTreeMap::new();
         for (layer, pairs) in &by_layer {
-            wanted.extend(copied(&planned(&plans, *layer, pairs, limits), 7));
+            wanted.extend(copied(&planned(&plans, *layer, pairs, limits), 7, role));
         }
-        prop_assert_eq!(copied(&posted, step), wanted);
+        prop_assert_eq!(copied(&posted, step, role), wanted);
         // And it is known of each operation which blocks it writes.
         let mut blocks = Vec::new();
         for op in 0..=posted.ops() {
@@ -134,7 +139,7 @@ proptest! {
 
 #[test]
 fn blocks_that_follow_each_other_go_in_one_operation() {
-    let plans = plans(false);
+    let plans = plans(false, Role::Push);
     let limits = PlanLimits {
         max_msg_bytes: 3 * 96,
         max_sge: 1,
@@ -159,7 +164,7 @@ fn blocks_that_follow_each_other_go_in_one_operation() {
 
 #[test]
 fn what_is_not_there_is_not_found() {
-    let plans = plans(false);
+    let plans = plans(false, Role::Push);
     let limits = PlanLimits {
         max_msg_bytes: 1 << 20,
         max_sge: 1,

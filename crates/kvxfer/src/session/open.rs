@@ -127,6 +127,7 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::PushTold
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken
@@ -163,6 +164,7 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::PushTold
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken

@@ -125,8 +125,8 @@ impl Transfers {
         self.timers.first().map(|(at, _)| *at)
     }
 
-    /// Takes a new transfer. A pull starts, a push waits for jobs. One without operations is done at
-    /// once.
+    /// Takes a new transfer. A pull starts, a push waits for jobs, and so do gets. A pull without operations is done
+    /// at once.
     ///
     /// # Errors
     ///
@@ -150,7 +150,7 @@ impl Transfers {
         }
         let source = match &kind {
             Kind::Pull { source, .. } => Some(Arc::clone(source)),
-            Kind::Push => None,
+            Kind::Gets { .. } | Kind::Push => None,
         };
         let record = Record {
             peer,
@@ -183,11 +183,11 @@ impl Transfers {
         Ok(())
     }
 
-    /// Adds a job (a layer's operations, say) to a push.
+    /// Adds a job (a layer's operations, say) to a push, or to gets.
     ///
     /// # Errors
     ///
-    /// [`TransferError::Unknown`], [`NotAPush`](TransferError::NotAPush),
+    /// [`TransferError::Unknown`], [`NotAPush`](TransferError::NotAPush) for a pull,
     /// [`Committed`](TransferError::Committed) and [`Ended`](TransferError::Ended); nothing has
     /// changed then.
     pub fn add_job(
@@ -212,21 +212,21 @@ impl Transfers {
         (source, workers): (Arc<dyn OpSource>, u16),
     ) -> Result<JobId, TransferError> {
         self.on_time(now);
-        let peer = self.open_push(id)?.peer;
+        let peer = self.open(id)?.peer;
         let job = self.new_job(id, source, workers);
         self.start_waiting(peer);
         self.advance(id);
         Ok(job)
     }
 
-    /// Says that a push gets no more jobs: it is done when those it has are.
+    /// Says that a push, or gets, have no more jobs: it is done when those it has are.
     ///
     /// # Errors
     ///
     /// As [`add_job`](Self::add_job).
     pub fn commit(&mut self, now: Time, id: TransferId) -> Result<(), TransferError> {
         self.on_time(now);
-        self.open_push(id)?.sealed = true;
+        self.open(id)?.sealed = true;
         self.advance(id);
         Ok(())
     }
@@ -305,6 +305,7 @@ impl Transfers {
         // whether or not every scheduler has noticed that yet.
         let drained = job.complete() || over;
         let in_doubt = job.in_doubt;
+        let is_here = job.complete() && job.unchecked;
         let leaves = drained && !job.held;
         if drained {
             job.progress = if in_doubt {
@@ -319,6 +320,10 @@ impl Transfers {
             self.out.push_back(Output::StopJob { job, peer });
         }
         let missing = job.job.ops().saturating_sub(job.ops_done);
+        if is_here && !record.has_ended() {
+            let job = report.job;
+            self.out.push_back(Output::CheckJob { id, job, peer });
+        }
         if leaves {
             self.job_left(peer);
         }
@@ -352,10 +357,17 @@ impl Transfers {
         jobs.fold(RailSet::EMPTY, |all, job| all | job.rails)
     }
 
-    /// Whether a job of a running push is complete: all of it is confirmed.
-    pub(crate) fn is_complete(&self, id: TransferId, job: JobId) -> bool {
+    /// The same of one of its jobs.
+    pub(crate) fn rails_of(&self, id: TransferId, job: JobId) -> RailSet {
+        let job = self.records.get(&id).and_then(|record| record.job(job));
+        job.map_or(RailSet::EMPTY, |job| job.rails)
+    }
+
+    /// Whether a job that was added to a running transfer counts: all of it is confirmed, and of gets the lease was
+    /// live behind it.
+    pub(crate) fn counts(&self, id: TransferId, job: JobId) -> bool {
         let record = self.records.get(&id).filter(|r| !r.has_ended());
-        record.is_some_and(|record| record.job(job).is_none_or(JobRecord::complete))
+        record.is_some_and(|record| record.job(job).is_none_or(JobRecord::counts))
     }
 
     /// Takes what the comparison of checksums has shown, or that those of a push have been told. Ignored
@@ -389,6 +401,26 @@ impl Transfers {
         }
     }
 
+    /// Takes what the read of a lease slot showed behind the data of one job. Ignored unless that waits for it.
+    pub fn job_checked(&mut self, now: Time, id: TransferId, job: JobId, answer: LeaseAnswer) {
+        let record = self.records.get_mut(&id).filter(|r| !r.has_ended());
+        let Some(record) = record else {
+            return;
+        };
+        let waits = |of: &&mut JobRecord| of.unchecked && of.complete();
+        let Some(of) = record.job_mut(job).filter(waits) else {
+            return;
+        };
+        match answer {
+            LeaseAnswer::Live => {
+                of.unchecked = false;
+                record.fold(job);
+                self.advance(id);
+            }
+            LeaseAnswer::Gone { cause } => self.stop(now, id, cause, None, false),
+        }
+    }
+
     /// Says what keeps all work that is posted to a peer from moving (a port that is down), or that nothing
     /// does: work that is under way when its deadline passes has failed for that.
     pub fn held_up(&mut self, peer: PeerKey, by: Option<Cause>) {
@@ -403,10 +435,10 @@ impl Transfers {
         let under_way = |r: &Record| match r.state {
             State::CheckingLease => true,
             State::Verifying => false,
-            _ => r
-                .jobs
-                .iter()
-                .any(|j| matches!(j.progress, Progress::Queued | Progress::Started)),
+            _ => r.jobs.iter().any(|j| {
+                let moves = matches!(j.progress, Progress::Queued | Progress::Started);
+                moves || j.unchecked
+            }),
         };
         let record = self.records.get(&id).filter(|r| under_way(r));
         let held_up = record.and_then(|r| self.held_up.get(&r.peer));
@@ -448,9 +480,10 @@ impl Transfers {
         }
     }
 
-    fn open_push(&mut self, id: TransferId) -> Result<&mut Record, TransferError> {
+    /// One that takes jobs.
+    fn open(&mut self, id: TransferId) -> Result<&mut Record, TransferError> {
         let record = self.running(id)?;
-        if !matches!(record.kind, Kind::Push) {
+        if !record.kind.is_begun() {
             return Err(TransferError::NotAPush { id });
         }
         if record.sealed {
@@ -475,7 +508,7 @@ impl Transfers {
             return job_id;
         };
         let dir = match record.kind {
-            Kind::Pull { .. } => Direction::Read,
+            Kind::Pull { .. } | Kind::Gets { .. } => Direction::Read,
             Kind::Push => Direction::Write,
         };
         let job = Job::new(
@@ -488,7 +521,7 @@ impl Transfers {
             workers,
         );
         let empty = job.ops() == 0;
-        if empty && matches!(record.kind, Kind::Push) {
+        if empty && record.kind.is_begun() {
             // It is complete.
             return job_id;
         }
@@ -505,6 +538,7 @@ impl Transfers {
             in_doubt: false,
             doubts: 0,
             quiescent: 0,
+            unchecked: matches!(record.kind, Kind::Gets { .. }),
         });
         if !empty {
             self.peers
@@ -610,8 +644,10 @@ impl Transfers {
             return;
         };
         let notice = match record.kind {
-            Kind::Pull { release: true, .. } => Some(Notice::Release),
-            Kind::Pull { .. } => None,
+            Kind::Pull { release: true, .. } | Kind::Gets { release: true } => {
+                Some(Notice::Release)
+            }
+            Kind::Pull { .. } | Kind::Gets { .. } => None,
             Kind::Push => {
                 let wrote = record.jobs.iter().map(|j| j.rails);
                 let wrote = wrote.fold(record.moved.rails, |all, rails| all | rails);

@@ -52,6 +52,7 @@ fn said(t: &mut Transfers) -> Vec<String> {
             Output::StopJob { job, .. } => format!("stop {}", job.0),
             Output::Verify { id, .. } => format!("verify {}", id.0),
             Output::CheckLease { id, .. } => format!("lease {}", id.0),
+            Output::CheckJob { id, job, .. } => format!("lease {} of {}", job.0, id.0),
             Output::SendNotice { id, notice, .. } => match notice {
                 Notice::PushDone { wrote } => format!("notice {} PushDone {wrote}", id.0),
                 notice => format!("notice {} {notice:?}", id.0),
@@ -112,6 +113,62 @@ fn a_pull_is_done_after_its_lease_was_confirmed() {
         },
     );
     assert!(said(&mut t).is_empty());
+}
+
+fn gets(id: TransferId) -> Spec {
+    Spec {
+        kind: Kind::Gets { release: true },
+        ..push(id)
+    }
+}
+
+#[test]
+fn gets_count_one_by_one_when_their_lease_was_live() {
+    let mut t = ledger();
+    t.submit(ms(0), gets(T1)).expect("taken");
+    let first = t.add_job(ms(0), T1, even(4, 10)).expect("open");
+    let second = t.add_job(ms(0), T1, even(2, 10)).expect("open");
+    assert_eq!(said(&mut t), ["start 0", "start 1"]);
+    t.job_report(ms(1), &report(1, T1, 2, true));
+    assert_eq!(said(&mut t), ["lease 1 of 1"]);
+    assert!(!t.counts(T1, second) && !t.counts(T1, first));
+    // Of one whose data is not there nothing is asked, so nothing is taken.
+    t.job_checked(ms(1), T1, first, LeaseAnswer::Live);
+    t.job_checked(ms(1), T1, second, LeaseAnswer::Live);
+    assert!(t.counts(T1, second) && !t.counts(T1, first));
+    t.commit(ms(2), T1).expect("open");
+    t.job_report(ms(3), &report(0, T1, 4, true));
+    assert_eq!(said(&mut t), ["lease 0 of 1"]);
+    t.job_checked(ms(4), T1, first, LeaseAnswer::Live);
+    assert_eq!(said(&mut t), ["notice 1 Release", "done 1 60"]);
+    t.job_checked(ms(4), T1, first, LeaseAnswer::Live);
+    assert!(said(&mut t).is_empty());
+}
+
+#[test]
+fn gets_whose_lease_is_gone_fail_and_count_for_nothing() {
+    for late in [false, true] {
+        let mut t = ledger();
+        t.submit(ms(0), gets(T1)).expect("taken");
+        let job = t.add_job(ms(0), T1, even(4, 10)).expect("open");
+        t.job_report(ms(1), &report(0, T1, 4, true));
+        assert_eq!(said(&mut t), ["start 0", "lease 0 of 1"]);
+        if late {
+            t.on_time(ms(1000));
+            assert_eq!(said(&mut t), ["failed 1 deadline passed Released"]);
+        } else {
+            let cause = Cause::LeaseExpired;
+            t.job_checked(ms(2), T1, job, LeaseAnswer::Gone { cause });
+            let [failed] = &said(&mut t)[..] else {
+                panic!("one outcome");
+            };
+            assert!(failed.starts_with("failed 1") && failed.ends_with("Released"));
+        }
+        assert!(!t.counts(T1, job));
+        t.job_checked(ms(1001), T1, job, LeaseAnswer::Live);
+        assert!(said(&mut t).is_empty());
+        assert_eq!((t.live(), t.next_timeout()), (0, None));
+    }
 }
 
 #[test]

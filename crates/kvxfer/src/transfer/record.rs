@@ -23,8 +23,21 @@ pub enum Kind {
         /// the blocks no longer.
         release: bool,
     },
+    /// Reads the peer's blocks as they are asked for: its jobs are added one by one until it is committed. The
+    /// producer's lease is read behind the data of each job, which counts when it was live.
+    Gets {
+        /// As that of a pull.
+        release: bool,
+    },
     /// Writes into the peer's blocks; its jobs are added one by one until it is committed.
     Push,
+}
+
+impl Kind {
+    /// Whether its jobs are added one by one.
+    pub(super) fn is_begun(&self) -> bool {
+        matches!(self, Self::Gets { .. } | Self::Push)
+    }
 }
 
 impl fmt::Debug for Kind {
@@ -40,6 +53,7 @@ impl fmt::Debug for Kind {
                 .field("check_lease", check_lease)
                 .field("release", release)
                 .finish(),
+            Self::Gets { release } => f.debug_struct("Gets").field("release", release).finish(),
             Self::Push => f.write_str("Push"),
         }
     }
@@ -222,6 +236,16 @@ pub enum Output {
         /// The producer.
         peer: PeerKey,
     },
+    /// All data of one job of [`Kind::Gets`] is there: read the producer's lease slot and answer with
+    /// [`Transfers::job_checked`](super::Transfers::job_checked).
+    CheckJob {
+        /// The transfer.
+        id: TransferId,
+        /// The job.
+        job: JobId,
+        /// The producer.
+        peer: PeerKey,
+    },
     /// Tell the other side. Comes after the data, once a transfer at most.
     SendNotice {
         /// The transfer.
@@ -311,6 +335,8 @@ pub(super) struct JobRecord {
     pub(super) doubts: i32,
     /// Schedulers that have said their last word.
     pub(super) quiescent: u16,
+    /// The lease has yet to be found live behind its data.
+    pub(super) unchecked: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -326,6 +352,11 @@ pub(super) enum Progress {
 }
 
 impl JobRecord {
+    /// Whether it is complete and its data is known to be what was asked for, as far as that is found out job by job.
+    pub(super) fn counts(&self) -> bool {
+        self.complete() && !self.unchecked
+    }
+
     /// Whether all of it is confirmed, and nothing that was lost can come after that.
     pub(super) fn complete(&self) -> bool {
         self.ops_done >= self.job.ops() && self.doubts <= 0 && !self.in_doubt
@@ -343,9 +374,9 @@ pub(super) struct Record {
     /// When the clock next matters to it, as it stands in the ledger's list.
     pub(super) timer: Option<Time>,
     pub(super) workers: u16,
-    /// In the order of their ids; of a push those that are not complete.
+    /// In the order of their ids; where they are added one by one, those that do not count yet.
     pub(super) jobs: Vec<JobRecord>,
-    /// What the jobs of a push that are complete come to: a kernel may add them for as long as it likes.
+    /// What those come to that do: a kernel may add them for as long as it likes.
     pub(super) moved: Moved,
     /// Whether no more jobs may be added.
     pub(super) sealed: bool,
@@ -361,13 +392,13 @@ pub(super) struct Moved {
 }
 
 impl Record {
-    /// Keeps of a push's complete job what it has moved.
+    /// Keeps of a job that counts what it has moved.
     pub(super) fn fold(&mut self, job: JobId) {
         let Ok(at) = self.jobs.binary_search_by_key(&job, |j| j.job.id) else {
             return;
         };
-        let complete = self.jobs.get(at).is_some_and(JobRecord::complete);
-        if complete && matches!(self.kind, Kind::Push) {
+        let counts = self.jobs.get(at).is_some_and(JobRecord::counts);
+        if counts && self.kind.is_begun() {
             let job = self.jobs.remove(at);
             self.moved.bytes += job.job.bytes();
             self.moved.rails |= job.rails;
@@ -389,13 +420,13 @@ impl Record {
     }
 
     pub(super) fn complete(&self) -> bool {
-        self.sealed && self.jobs.iter().all(JobRecord::complete)
+        self.sealed && self.jobs.iter().all(JobRecord::counts)
     }
 
     pub(super) fn incomplete(&self) -> Incomplete {
         // A pull's data is worth nothing before its lease was confirmed, however complete it is.
         let all = matches!(self.kind, Kind::Pull { .. });
-        let sources = self.jobs.iter().filter(|j| all || !j.complete());
+        let sources = self.jobs.iter().filter(|j| all || !j.counts());
         Incomplete {
             sources: sources.map(|j| Arc::clone(&j.job.source)).collect(),
         }

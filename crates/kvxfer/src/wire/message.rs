@@ -154,6 +154,8 @@ messages! {
     0x2f Staged SMALL;
     /// The consumer reads them no more.
     0x31 StageFree SMALL;
+    /// Immediates of blocks of a push that have landed.
+    0x32 PushTold SMALL;
     /// A benchmark's own message.
     0x30 Bench LARGE;
     /// The session ends in good order.
@@ -430,6 +432,25 @@ push_ended! {
 push_ended! {
     /// Nothing that this sender posted for the push can land any more.
     PushClosed
+}
+
+/// Blocks of a push have landed whose kernel has something to say of them: in the order in which they have. Comes
+/// before the push's end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushTold {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// What is said of each.
+    pub immediates: Vec<u32>,
+}
+
+impl PushTold {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)?;
+        bounded("immediates", self.immediates.len(), limits::IMMEDIATES)
+    }
 }
 
 /// The consumer takes an expectation back; the producer stops, drains and answers [`PushClosed`].

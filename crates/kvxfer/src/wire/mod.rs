@@ -25,8 +25,8 @@ pub use handshake::{
 pub use keys::{FrameKey, SessionId, SessionKeys, Side, StreamKey, Transcript};
 pub use message::{
     Announce, Bench, Describe, ErrorReport, Goodbye, Message, MessageKind, Ping, Pong, PushAborted,
-    PushClosed, PushDone, PushStart, PushSums, QpAnswer, QpOffer, QpReset, Ready, Refuse, Release,
-    Retracted, Revoke, Stage, StageFree, Staged, Sums, SumsWanted, Take, TakeStop, Taken,
+    PushClosed, PushDone, PushStart, PushSums, PushTold, QpAnswer, QpOffer, QpReset, Ready, Refuse,
+    Release, Retracted, Revoke, Stage, StageFree, Staged, Sums, SumsWanted, Take, TakeStop, Taken,
 };
 pub use parts::{
     Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,

@@ -49,6 +49,8 @@ pub mod limits {
     pub const UNIT_LISTS: usize = 1024;
     /// Bytes of checksums in one message.
     pub const SUMS: usize = 1 << 20;
+    /// Immediates in one message.
+    pub const IMMEDIATES: usize = 2048;
     /// Bytes of a benchmark's own message.
     pub const BENCH: usize = 8 << 20;
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use kvxfer::claims::Claims;
 use kvxfer::event::{Cause, MemoryState, PeerName};
-use kvxfer::expects::{ExpectOutput, ExpectSpec, Expects, PushProgress, PushRefusal, Sender};
+use kvxfer::expects::{
+    ExpectOutput, ExpectSpec, Expects, MOST_IMMEDIATES, PushProgress, PushRefusal, Sender,
+};
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::plan::Cover;
 use kvxfer::rails::RailSet;
@@ -471,6 +473,39 @@ fn a_push_counts_when_every_rail_of_it_was_spoken_for() {
         expects.peer_lost(Time(2), PeerKey(1), &Cause::PeerDead);
         assert!(!outputs(&mut expects).is_empty());
     }
+}
+
+#[test]
+fn immediates_are_a_standing_senders_and_so_many() {
+    let (mut expects, r, n) = expecting(2);
+    let (one, two) = (name(1), name(2));
+    let tell = |expects: &mut Expects, of: &RequestId, n, peer, count| {
+        expects.immediates(of, n, PeerKey(peer), count)
+    };
+    assert_eq!(tell(&mut expects, &r, n, 1, 1), Ok(false), "not bound");
+    for (peer, name) in [(1, &one), (2, &two)] {
+        let bound = expects.announce(&r, n, PeerKey(peer), sender(name));
+        bound.expect("room");
+    }
+    assert_eq!(tell(&mut expects, &r, Nonce(n.0 + 1), 1, 1), Ok(false));
+    assert_eq!(tell(&mut expects, &request(9), n, 1, 1), Ok(false));
+    // Each has its own.
+    for peer in [1, 2] {
+        assert_eq!(
+            tell(&mut expects, &r, n, peer, MOST_IMMEDIATES - 1),
+            Ok(true)
+        );
+        assert_eq!(tell(&mut expects, &r, n, peer, 1), Ok(true));
+    }
+    let most = MOST_IMMEDIATES;
+    for more in [1, u64::MAX] {
+        let count = most.saturating_add(more);
+        let refused = Err(PushRefusal::Immediates { count, most });
+        assert_eq!(tell(&mut expects, &r, n, 1, more), refused);
+    }
+    assert_eq!(tell(&mut expects, &r, n, 1, 0), Ok(true));
+    expects.peer_lost(Time(2), PeerKey(2), &Cause::PeerDead);
+    assert_eq!(tell(&mut expects, &r, n, 1, 0), Ok(false), "it has failed");
 }
 
 #[test]

@@ -570,6 +570,11 @@ impl World {
                 self.lives[life].workers[w].waiting_checks.push_back(id);
                 Ok(())
             }
+            // No kernel asks for blocks here.
+            Output::CheckJob { id, .. } => {
+                ensure!(false, Session, "a lease of a job of {}", id.0);
+                Ok(())
+            }
             Output::SendNotice { id, notice, .. } => {
                 self.check_notice(life, id, &notice)?;
                 if self.bug == Bug::NoticeTwice {

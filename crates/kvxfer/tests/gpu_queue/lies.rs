@@ -11,7 +11,6 @@ fn lies_of_a_kernel_fail_the_push_and_write_nothing() {
     let not_expected = |block| PostFault::NotExpected { group: 0, block };
     let cases: Vec<(Move, u32, Status, PostFault)> = vec![
         (good, GET, Status::BadOp, PostFault::Operation),
-        (good, PUT_IMM, Status::BadOp, PostFault::Operation),
         (good, 9, Status::BadOp, PostFault::Operation),
         (
             Move { flags: 0, ..good },

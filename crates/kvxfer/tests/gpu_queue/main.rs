@@ -5,9 +5,11 @@
 mod support;
 
 mod ends;
+mod gets;
 mod lies;
 mod memory;
 mod pushes;
+mod tells;
 mod wqes;
 
 use std::sync::Arc;
@@ -45,7 +47,7 @@ struct Bench {
     producer: Node,
     consumer: Node,
     way: Peer,
-    _session: Instance,
+    session: Instance,
     log: Log,
     sent: Log,
     kernels: PostKernels,
@@ -72,7 +74,7 @@ impl Bench {
         let gpu = gpu();
         Self {
             way: way(&producer, &consumer.name()),
-            _session: session.expect("a session"),
+            session: session.expect("a session"),
             log: Log::new(&consumer.engine),
             sent: Log::new(&producer.engine),
             producer,
@@ -185,6 +187,19 @@ fn put(layer: u16, src: u32, dst: u32, len: u64) -> Move {
         flags: LOCAL_PLACE | REMOTE_PLACE,
         ..Move::default()
     }
+}
+
+/// What a place of a node holds.
+fn words(node: &Node, place: u64) -> Vec<u64> {
+    let place = Place::from_word(place);
+    let mut tensors = node.side.placement().desc().tensors().iter();
+    let tensor = tensors.find(|t| t.layer == u32::from(place.layer));
+    let tensor = tensor.expect("it has the layer");
+    let memory = &node.side.memory()[tensor.memory as usize];
+    let begin = tensor.offset + u64::from(place.block) * tensor.block_stride;
+    let words = (0..tensor.block_stride).step_by(8);
+    let word = |at| memory.load_u64(begin + at).expect("inside");
+    words.map(word).collect()
 }
 
 /// Both layers of the first `n` blocks, to the same blocks.

@@ -5,13 +5,14 @@ use std::time::Duration;
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::Outcome;
 use kvxfer::event::{Event, MemoryState};
+use kvxfer::expects::MOST_IMMEDIATES;
 use kvxfer::ids::{Generation, Nonce, RequestId};
 use kvxfer::rails::RailSet;
 use kvxfer::ticket::Ticket;
 use kvxfer::transfer::{Cause, Refusal};
 use kvxfer::wire::{
     Announce, Bench, Blob, ErrorCode, Message, MessageKind, Ping, PushAborted, PushClosed,
-    PushDone, PushStart, Release, Retracted, Revoke,
+    PushDone, PushStart, PushTold, Release, Retracted, Revoke,
 };
 
 use crate::descriptions::Peak;
@@ -71,6 +72,12 @@ fn messages_of_another_role() {
                 cause: c,
             }
             .into(),
+            PushTold {
+                request: r.clone(),
+                nonce,
+                immediates: vec![1],
+            }
+            .into(),
             Retracted { request: r, nonce }.into(),
         ]
     };
@@ -96,7 +103,7 @@ fn messages_of_another_role() {
     };
     for role in [KvRole::Consumer, KvRole::Producer] {
         let count = match role {
-            KvRole::Consumer => 5,
+            KvRole::Consumer => 6,
             _ => 3,
         };
         for at in 0..count {
@@ -225,6 +232,58 @@ fn pushes_of_another() {
         );
         world.target.assert_blocks(24..28, 0x4444 + lie);
     }
+    world.works();
+    before.settle("after the lies");
+}
+
+/// Tells immediates without end, of its own push and of what nobody expects of it.
+#[test]
+fn a_flood_of_immediates() {
+    let world = World::new(PathKind::Arena);
+    let before = Counts::now();
+    let engine = &world.target.engine;
+    let request = RequestId::from("told");
+    let expected = engine.expect(&request, &groups(24..28), 1, LONG);
+    let nonce = expected.expect("room").nonce;
+    let mut liar = liar(&world);
+    let told = |of: &RequestId, nonce| PushTold {
+        request: of.clone(),
+        nonce,
+        immediates: (0..2048).collect(),
+    };
+    // Not a sender yet, of another try, of nothing at all.
+    liar.wire.say(told(&request, nonce));
+    liar.wire.say(PushStart {
+        request: request.clone(),
+        nonce: Some(nonce),
+    });
+    liar.wire.say(told(&request, Nonce(nonce.0 ^ 1)));
+    liar.wire.say(told(&RequestId::from("nobody's"), nonce));
+    for _ in 0..MOST_IMMEDIATES / 2048 {
+        liar.wire.say(told(&request, nonce));
+    }
+    liar.wire.say(PushTold {
+        request: request.clone(),
+        nonce,
+        immediates: vec![7],
+    });
+    liar.wire.reported(ErrorCode::Lie, "immediates of one push");
+    world.was_cut_off(&liar.name, ErrorCode::Lie);
+    let mut log = world.log.borrow_mut();
+    let failed = |e: &Event| matches!(e, Event::Failed { request: r, .. } if *r == request);
+    log.wait("the end", failed);
+    let heard = log.count(|e| matches!(e, Event::Told { .. })) as u64;
+    assert_eq!(heard, MOST_IMMEDIATES, "as many as there may be");
+    let free = |e: &Event| match e {
+        Event::Failed {
+            request: r, memory, ..
+        } => *r == request && *memory == MemoryState::Released,
+        Event::Released { request: r, .. } => *r == request,
+        _ => false,
+    };
+    log.wait("the memory's release", free);
+    drop(log);
+    drop(liar);
     world.works();
     before.settle("after the lies");
 }

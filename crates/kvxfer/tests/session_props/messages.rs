@@ -290,6 +290,16 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 .into()
             })
             .boxed(),
+        MessageKind::PushTold => (request(), vec(any::<u32>(), 0..5))
+            .prop_map(|((request, nonce), immediates)| {
+                PushTold {
+                    request,
+                    nonce,
+                    immediates,
+                }
+                .into()
+            })
+            .boxed(),
         MessageKind::TakeStop => any::<u64>()
             .prop_map(|number| TakeStop { number }.into())
             .boxed(),

@@ -1,6 +1,6 @@
 //! What the world knows of each transfer, and what must hold of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use kvxfer::time::Time;
@@ -27,6 +27,8 @@ pub(crate) struct Seen {
     pub(crate) peer: usize,
     pub(crate) key: PeerKey,
     pub(crate) push: bool,
+    /// Reads job by job.
+    pub(crate) gets: bool,
     pub(crate) check_lease: bool,
     pub(crate) release: bool,
     pub(crate) deadline: Time,
@@ -42,6 +44,8 @@ pub(crate) struct Seen {
     /// The first reason to stop that the ledger was given.
     pub(crate) reason: Option<Cause>,
     pub(crate) lease_live: bool,
+    /// The jobs of gets whose lease was live behind them.
+    pub(crate) live_jobs: HashSet<JobId>,
     /// Whether checksums are wanted, and have been found right.
     pub(crate) verify: bool,
     pub(crate) verified: bool,
@@ -61,6 +65,20 @@ pub(crate) enum Ended {
 impl Seen {
     pub(crate) fn name(&self) -> String {
         format!("transfer {}", self.id.0)
+    }
+
+    /// Whether its jobs are added one by one.
+    pub(crate) fn is_begun(&self) -> bool {
+        self.push || self.gets
+    }
+
+    /// Whether every operation of a job was executed.
+    pub(crate) fn job_is_there(&self, job: JobId) -> bool {
+        let source = self.jobs.iter().find(|(known, _)| *known == job);
+        source.is_some_and(|(_, source)| {
+            let mut ops = 0..source.ops.len() as u64;
+            ops.all(|op| self.executed.contains_key(&(job, op)))
+        })
     }
 
     pub(crate) fn all_bytes_there(&self) -> bool {
@@ -167,7 +185,7 @@ impl Seen {
                     self.reason
                 );
                 ensure!(
-                    !self.push || self.committed,
+                    !self.is_begun() || self.committed,
                     "{name}: done before it was committed"
                 );
                 ensure!(
@@ -180,6 +198,10 @@ impl Seen {
                     !self.check_lease || self.planned == 0 || self.lease_live,
                     "{name}: done without a live lease"
                 );
+                for (job, source) in self.jobs.iter().filter(|_| self.gets) {
+                    let live = source.ops.is_empty() || self.live_jobs.contains(job);
+                    ensure!(live, "{name}: done without a live lease of a job");
+                }
                 ensure!(
                     !self.verify || self.planned == 0 || self.verified,
                     "{name}: done without its checksums"
@@ -226,6 +248,7 @@ impl Seen {
                 for (job, source) in &self.jobs {
                     for (i, op) in source.ops.iter().enumerate() {
                         let done = self.executed.contains_key(&(*job, i as u64));
+                        let done = done && (!self.gets || self.live_jobs.contains(job));
                         ensure!(
                             done || named.contains(&(0, op.remote as u32)),
                             "{name}: block {} is not named invalid",

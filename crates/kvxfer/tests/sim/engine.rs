@@ -1,6 +1,6 @@
 //! What the engine asks of its ledgers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,12 +24,14 @@ impl World {
         let owner = self.rng.index(self.ledgers.len());
         let id = TransferId(self.seen.len() as u64);
         let push = self.rng.permille(400);
+        let gets = !push && self.rng.permille(400);
+        let begun = push || gets;
         let size = if self.rng.permille(100) {
             0
         } else {
             self.rng.below(400)
         };
-        let room = if push { 600 } else { size };
+        let room = if begun { 600 } else { size };
         let src: Vec<u8> = (0..room).map(|_| self.rng.next() as u8).collect();
         let dst: Vec<u8> = src.iter().map(|b| !b).collect();
         let faulty = !self.faults.quiet();
@@ -43,24 +45,26 @@ impl World {
         };
         let (check_lease, release) = (self.rng.permille(600), self.rng.permille(600));
         let memory = self.seen.len() as u32;
-        let source = SimSource::random(&mut self.rng, memory, 0..if push { 0 } else { size });
+        let source = SimSource::random(&mut self.rng, memory, 0..if begun { 0 } else { size });
         let mut seen = Seen {
             id,
             owner,
             peer,
             key: self.peers[peer].key,
             push,
-            check_lease: !push && check_lease,
+            gets,
+            check_lease: !begun && check_lease,
             release: !push && release,
             deadline,
             src,
             dst,
             jobs: Vec::new(),
-            planned: if push { 0 } else { size },
+            planned: if begun { 0 } else { size },
             committed: false,
             executed: HashMap::new(),
             reason: None,
             lease_live: false,
+            live_jobs: HashSet::new(),
             verify: self.rng.permille(300),
             verified: false,
             ended: None,
@@ -72,6 +76,8 @@ impl World {
         }
         let kind = if push {
             Kind::Push
+        } else if gets {
+            Kind::Gets { release }
         } else {
             Kind::Pull {
                 source: Arc::clone(&source) as _,
@@ -87,7 +93,7 @@ impl World {
             deadline,
             workers: self.workers.len() as u16,
         };
-        if !push {
+        if !begun {
             // The ledger names the job; it comes back with StartJob.
             seen.jobs.push((JobId(u64::MAX), source));
         }
@@ -117,7 +123,8 @@ impl World {
     pub(super) fn engine_pushes(&mut self) -> Step {
         let open: Vec<usize> = (0..self.seen.len())
             .filter(|i| {
-                self.seen[*i].push && self.seen[*i].ended.is_none() && !self.seen[*i].committed
+                let s = &self.seen[*i];
+                s.is_begun() && s.ended.is_none() && !s.committed
             })
             .collect();
         if open.is_empty() {

@@ -49,14 +49,27 @@ impl World {
                     self.ledgers[o].job_report(self.now, &report);
                 }
                 ToOwner::Drained { key, token } => self.ledgers[o].peer_drained(key, token),
-                ToOwner::Lease { id, answer } => {
+                ToOwner::Lease {
+                    id,
+                    job,
+                    mut answer,
+                } => {
                     if let Some(&i) = self.index.get(&id) {
-                        match &answer {
-                            LeaseAnswer::Live => self.seen[i].lease_live = true,
-                            LeaseAnswer::Gone { cause } => self.give_reason(i, cause.clone()),
+                        match (&answer, job) {
+                            (LeaseAnswer::Live, None) => self.seen[i].lease_live = true,
+                            (LeaseAnswer::Live, Some(job)) => {
+                                self.seen[i].live_jobs.insert(job);
+                            }
+                            (LeaseAnswer::Gone { .. }, _) if self.bug == Bug::LeaseOfNobody => {
+                                answer = LeaseAnswer::Live;
+                            }
+                            (LeaseAnswer::Gone { cause }, _) => self.give_reason(i, cause.clone()),
                         }
                     }
-                    self.ledgers[o].lease_answer(self.now, id, answer);
+                    match job {
+                        None => self.ledgers[o].lease_answer(self.now, id, answer),
+                        Some(job) => self.ledgers[o].job_checked(self.now, id, job, answer),
+                    }
                 }
                 ToOwner::Verified { id } => {
                     let wrong = !self.faults.quiet() && self.rng.permille(100);
@@ -117,6 +130,12 @@ impl World {
         Ok(())
     }
 
+    fn reads_lease(&mut self, id: TransferId, job: Option<JobId>) {
+        let w = self.rng.index(self.workers.len().min(1));
+        self.workers[w].leases.push_back(self.checks.len());
+        self.checks.push((id, job));
+    }
+
     /// Whether a device holds work of a transfer.
     pub(super) fn posted(&self, id: TransferId) -> bool {
         let of = |wr: &Wr| wr.data.as_ref().is_some_and(|d| d.job.transfer == id);
@@ -156,9 +175,16 @@ impl World {
                     );
                     self.owner_inbox[o].push_back(ToOwner::Verified { id });
                 }
-                Output::CheckLease { id, .. } => {
-                    let w = self.rng.index(self.workers.len().min(1));
-                    self.workers[w].leases.push_back(id);
+                Output::CheckLease { id, .. } => self.reads_lease(id, None),
+                Output::CheckJob { id, job, .. } => {
+                    let seen = &self.seen[self.index[&id]];
+                    ensure!(seen.gets, "{}: lease of a job", seen.name());
+                    ensure!(
+                        seen.job_is_there(job),
+                        "{}: lease before the data",
+                        seen.name()
+                    );
+                    self.reads_lease(id, Some(job));
                 }
                 Output::SendNotice { id, notice, .. } => {
                     let posted = self.posted(id);
@@ -201,7 +227,10 @@ impl World {
                         self.seen[i].on_outcome(now, &outcome, posted, disturbed)?;
                     }
                     match &self.seen[i].ended {
-                        Some(Ended::Done) => self.sum.done += 1,
+                        Some(Ended::Done) => {
+                            self.sum.done += 1;
+                            self.sum.got += u64::from(self.seen[i].gets);
+                        }
                         Some(Ended::Cancelled) => self.sum.cancelled += 1,
                         _ => self.sum.failed += 1,
                     }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use kvxfer::transfer::{
     Cause, CompletionStatus, Direction, JobId, JobReport, LaneId, LeaseAnswer, PostFailure,
-    TransferId,
 };
 
 use super::check::{Violation, ensure};
@@ -240,9 +239,10 @@ impl World {
 
     pub(super) fn post_leases(&mut self, w: usize) -> Step {
         for _ in 0..self.workers[w].leases.len() {
-            let Some(id) = self.workers[w].leases.pop_front() else {
+            let Some(check) = self.workers[w].leases.pop_front() else {
                 break;
             };
+            let (id, _) = self.checks[check];
             let Some(s) = self.index.get(&id).map(|i| &self.seen[*i]) else {
                 continue;
             };
@@ -253,7 +253,7 @@ impl World {
             let lanes: Vec<_> = scheduler.peer_lanes(s.key).collect();
             let posted = lanes
                 .iter()
-                .find_map(|l| Some((*l, scheduler.reserve_single(*l, id.0)?)));
+                .find_map(|l| Some((*l, scheduler.reserve_single(*l, check as u64)?)));
             match posted {
                 Some((lane, wr_id)) => {
                     let n = self.nic_of(w, lane)?;
@@ -266,7 +266,7 @@ impl World {
                         },
                     )?;
                 }
-                None => self.workers[w].leases.push_back(id),
+                None => self.workers[w].leases.push_back(check),
             }
         }
         Ok(())
@@ -316,7 +316,8 @@ impl World {
             }
         }
         while let Some(single) = self.workers[w].scheduler.poll_single() {
-            let id = TransferId(single.token);
+            let check = single.token as usize;
+            let (id, job) = self.checks[check];
             match single.result {
                 Ok(()) => {
                     let gone = self.rng.permille(self.faults.lease_gone);
@@ -328,10 +329,10 @@ impl World {
                         LeaseAnswer::Live
                     };
                     if let Some(s) = self.index.get(&id).map(|i| &self.seen[*i]) {
-                        self.owner_inbox[s.owner].push_back(ToOwner::Lease { id, answer });
+                        self.owner_inbox[s.owner].push_back(ToOwner::Lease { id, job, answer });
                     }
                 }
-                Err(_) => self.workers[w].leases.push_back(id),
+                Err(_) => self.workers[w].leases.push_back(check),
             }
         }
         self.worker_reports(w);

@@ -42,6 +42,8 @@ pub(crate) enum Bug {
     WrongBytes,
     /// A lane is said to be settled while the peer has its half still.
     SettlesTooSoon,
+    /// A lease that is gone is said to be live.
+    LeaseOfNobody,
 }
 
 /// What a history came to.
@@ -49,6 +51,8 @@ pub(crate) enum Bug {
 pub(crate) struct Summary {
     pub(crate) steps: u64,
     pub(crate) done: u64,
+    /// Of those, gets.
+    pub(crate) got: u64,
     pub(crate) failed: u64,
     pub(crate) cancelled: u64,
     pub(crate) quarantined: u64,
@@ -94,9 +98,18 @@ pub(crate) enum ToWorker {
 
 pub(crate) enum ToOwner {
     Report(JobReport),
-    Drained { key: PeerKey, token: DrainToken },
-    Lease { id: TransferId, answer: LeaseAnswer },
-    Verified { id: TransferId },
+    Drained {
+        key: PeerKey,
+        token: DrainToken,
+    },
+    Lease {
+        id: TransferId,
+        job: Option<JobId>,
+        answer: LeaseAnswer,
+    },
+    Verified {
+        id: TransferId,
+    },
 }
 
 pub(crate) struct Draining {
@@ -111,8 +124,8 @@ pub(crate) struct Worker {
     pub(crate) inbox: VecDeque<ToWorker>,
     pub(crate) cq: VecDeque<Cqe>,
     pub(crate) draining: Vec<Draining>,
-    /// Lease checks that found no lane yet.
-    pub(crate) leases: VecDeque<TransferId>,
+    /// Lease checks that found no lane yet, by their numbers.
+    pub(crate) leases: VecDeque<usize>,
 }
 
 pub(crate) struct Peer {
@@ -139,6 +152,8 @@ pub(crate) struct World {
     pub(crate) rebuilt: bool,
     pub(crate) seen: Vec<Seen>,
     pub(crate) index: HashMap<TransferId, usize>,
+    /// The leases that were to be read: of a whole transfer, or of a job.
+    pub(crate) checks: Vec<(TransferId, Option<JobId>)>,
     pub(crate) next_vendor: u32,
     /// The first error of each job, as the device gave it.
     pub(crate) truth: HashMap<JobId, (u64, Cause)>,
@@ -232,6 +247,7 @@ impl World {
             rebuilt,
             seen: Vec::new(),
             index: HashMap::new(),
+            checks: Vec::new(),
             next_vendor: 0x100,
             truth: HashMap::new(),
             disturbed: false,
@@ -348,7 +364,7 @@ impl World {
         self.calm = true;
         for i in 0..self.seen.len() {
             let s = &self.seen[i];
-            if s.push && s.ended.is_none() && !s.committed && s.reason.is_none() {
+            if s.is_begun() && s.ended.is_none() && !s.committed && s.reason.is_none() {
                 let (owner, id) = (s.owner, s.id);
                 if self.ledgers[owner].commit(self.now, id).is_ok() {
                     self.seen[i].committed = true;

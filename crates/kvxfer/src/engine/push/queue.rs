@@ -13,11 +13,13 @@ use tracing::{error, warn};
 use super::{Inner, Push, Pushing, Stage};
 use crate::blocks::BlockPair;
 use crate::engine::gpu::cause;
+use crate::engine::moves::Moved;
+use crate::engine::queues::{PartOf, Queues};
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
 use crate::gpu_queue::{
     GpuQueueConfig, GpuQueueReport, Hca, Kernels, MOST_SLOTS, MOST_WQES, Named, Pace, PostFault,
-    PostTable, QueueKind, Together, WqeDevice, WqeSlots,
+    PostTable, QueueKind, WqeDevice, WqeSlots,
 };
 use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
@@ -25,7 +27,7 @@ use crate::mem::post::Status;
 use crate::mem::post::device::{
     Bell, DeviceQueue, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
 };
-use crate::plan::{BlockOps, PlanError, Posted};
+use crate::plan::Posted;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, GpuOperation, Refusal};
 
@@ -138,52 +140,20 @@ pub(crate) enum NotPosted {
 }
 
 impl Pushing {
-    /// Whether every block that it writes is one of the producer's.
-    fn has_equal_blocks(&self, groups: u32) -> Result<(), PlanError> {
-        for group in 0..groups {
-            let moves = self.plans.unit_bytes(group).is_some_and(|bytes| bytes > 0);
-            let Some(unit) = self.plans.unit(group).filter(|_| moves) else {
-                continue;
-            };
-            if unit.producer_per_block != unit.consumer_per_block {
-                return Err(PlanError::UnequalBlocks {
-                    group,
-                    producer_tokens: unit.tokens.saturating_mul(unit.producer_per_block),
-                    consumer_tokens: unit.tokens.saturating_mul(unit.consumer_per_block),
-                });
-            }
-        }
-        Ok(())
+    pub(crate) fn queues(&self) -> &Arc<Queues> {
+        &self.queues
     }
 
     /// What posts are checked against, once the ticket is here; `None` where no queue was made.
     pub(crate) fn posts(&self, ticket: &Ticket) -> Option<PostTable> {
-        let block_ops = self.block_ops.get()?;
-        Some(PostTable::new(block_ops, &ticket.groups))
-    }
-
-    /// What a block of each layer takes: worked out for the first queue.
-    fn block_ops(&self, groups: u32) -> Result<(), PlanError> {
-        if self.block_ops.get().is_none() {
-            let limits = self.peer.block_limits(&self.plans, groups);
-            let ops = BlockOps::new(&self.plans, limits)?;
-            // Another queue's is the same.
-            let _ = self.block_ops.set(Arc::new(ops));
-        }
-        Ok(())
-    }
-
-    /// How posts go together: where the consumer fetches what it is told of, it plans that by itself.
-    pub(crate) fn together(&self) -> Together {
-        match self.peer.has_whole_jobs() {
-            true => Together::ByLayer,
-            false => Together::All,
-        }
+        let block_ops = self.queues.block_ops()?;
+        let tells = !self.peer.is_rdma();
+        Some(PostTable::new(block_ops, &ticket.groups, tells))
     }
 
     /// Claims what kernels have posted, and counts its checksums. For the worker alone that owns the push: it is also
     /// the one that lets go of the claims. A fault comes with its place among the posts.
-    pub(crate) fn take_posts(&self, posted: &Posted) -> Result<(), NotPosted> {
+    pub(crate) fn take_posts(&self, posted: Posted) -> Result<Moved, NotPosted> {
         let Some(engine) = self.peer.engine.upgrade() else {
             return Err(NotPosted::Cause(Cause::ShuttingDown));
         };
@@ -200,10 +170,11 @@ impl Pushing {
                 at: posted.blocks().position(reads).unwrap_or(0),
             }
         })?;
-        self.count_posted(posted).map_err(|_| {
+        self.count_posted(&posted).map_err(|_| {
             let reason = Refusal::Sums;
             NotPosted::Cause(Cause::Refused { reason })
-        })
+        })?;
+        Ok(Moved::Posted(Arc::new(posted)))
     }
 
     /// Gives a queue to the worker that owns the push.
@@ -225,12 +196,24 @@ impl Pushing {
                 });
             }
         };
-        let queue = KernelQueue::new(number, (self, self.id), (shared, served), table);
-        self.unfinished.fetch_add(1, Ordering::Relaxed);
         // Under the stage: a ticket that comes is told behind it.
-        self.send(Command::Queue(QueueOrder::Add(Box::new(queue))));
+        let part_of = PartOf::Push(Arc::clone(self));
+        attached(&part_of, number, (shared, served), table);
         Ok(())
     }
+}
+
+/// Gives a queue to the worker that owns what its posts are part of.
+pub(crate) fn attached(
+    part_of: &PartOf,
+    number: u64,
+    (shared, served): (&Arc<SharedQueue>, Served),
+    table: Option<PostTable>,
+) {
+    let queue = KernelQueue::new(number, part_of, (shared, served), table);
+    let queues = part_of.queues();
+    queues.begun();
+    queues.send(Command::Queue(QueueOrder::Add(Box::new(queue))));
 }
 
 impl Push {
@@ -243,7 +226,25 @@ impl Push {
     /// [`Error::QueueConfig`], [`Error::QueueDepth`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks
     /// are of unequal size; [`Error::Memory`].
     pub fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, Error> {
-        self.engine.runtime.health.check()?;
+        let queues = &self.pushing.queues;
+        let (number, shared, served) = queues.make(&self.engine, config)?;
+        self.pushing.attach(number, (&shared, served))?;
+        Ok(GpuQueue::new(&self.engine, queues, number, shared))
+    }
+}
+
+impl Queues {
+    /// A queue: its number, its memory, and what serves it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Push::gpu_queue`].
+    pub(crate) fn make(
+        &self,
+        engine: &Inner,
+        config: &GpuQueueConfig,
+    ) -> Result<(u64, Arc<SharedQueue>, Served), Error> {
+        engine.runtime.health.check()?;
         let wrong = |what| Err(Error::QueueConfig { what });
         if !config.depth.is_power_of_two() || config.depth > MOST_SLOTS {
             return wrong("depth: a power of two, up to 65536");
@@ -263,18 +264,16 @@ impl Push {
         if config.patience.is_zero() {
             return wrong("patience: a post that may not wait at all finds no end of another");
         }
-        let groups = u32::try_from(self.engine.format.groups().len()).unwrap_or(u32::MAX);
-        self.pushing.has_equal_blocks(groups)?;
-        self.pushing.block_ops(groups)?;
-        let number = self.pushing.queues.fetch_add(1, Ordering::Relaxed);
+        let groups = u32::try_from(engine.format.groups().len()).unwrap_or(u32::MAX);
+        let number = self.next(groups)?;
         let (device, served) = match config.kind {
             QueueKind::Proxy => {
                 let (gpu, patience) = (&config.gpu, config.patience);
                 let (device, consumer) = DeviceQueue::new(gpu, config.depth, patience)?;
                 (PostQueue::Proxy(device), Served::Ring(consumer))
             }
-            QueueKind::GpuWqe(_) => self.wqes(config, number, Bell::Cpu)?,
-            QueueKind::Direct(_) => self.wqes(config, number, Bell::Kernel)?,
+            QueueKind::GpuWqe(_) => self.wqes(engine, (config, number), Bell::Cpu)?,
+            QueueKind::Direct(_) => self.wqes(engine, (config, number), Bell::Kernel)?,
         };
         let shared = Arc::new(SharedQueue {
             device: Kept {
@@ -288,29 +287,19 @@ impl Push {
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         });
-        self.pushing.attach(number, (&shared, served))?;
-        Ok(GpuQueue {
-            number,
-            pushing: Arc::clone(&self.pushing),
-            engine: Arc::clone(&self.engine),
-            shared,
-            is_over: false,
-        })
+        Ok((number, shared, served))
     }
-}
 
-impl Push {
     /// A queue of WQEs, and a model of its device.
     fn wqes(
         &self,
-        config: &GpuQueueConfig,
-        number: u64,
+        engine: &Inner,
+        (config, number): (&GpuQueueConfig, u64),
         bell: Bell,
     ) -> Result<(PostQueue, Served), Error> {
-        let memory = self.engine.placement.memory();
+        let memory = engine.placement.memory();
         let at = |region: u32| Some(memory.get(usize::try_from(region).ok()?)?.addr());
-        let ops = self.pushing.block_ops.get();
-        let named = ops.and_then(|ops| Named::new(ops, at));
+        let named = self.block_ops().and_then(|ops| Named::new(ops, at));
         let Named {
             windows,
             keys,
@@ -353,10 +342,10 @@ impl Push {
     }
 }
 
-/// A queue that kernels post the blocks of a push to.
+/// A queue that kernels post the blocks of a push to, or ask for those of a pull by.
 ///
 /// Give kernels its [`handle`](Self::handle). When the last of them has ended, say so with [`finish`](Self::finish),
-/// and then [commit](Push::commit) the push: what was posted is part of it, and its outcome is that of all
+/// and then [commit](Push::commit) the push (or the [pull](super::Pull::commit), of which is true what is said here of pushes): what was posted is part of it, and its outcome is that of all
 /// posts and layers together. A commit before is refused. A post that is wrong fails the push ([`Cause::KernelPost`](crate::transfer::Cause)), and
 /// whatever fails the push ends the posts: kernels that wait are told, with the outcome at the latest.
 ///
@@ -365,13 +354,29 @@ impl Push {
 #[derive(Debug)]
 pub struct GpuQueue {
     number: u64,
-    pushing: Arc<Pushing>,
+    queues: Arc<Queues>,
     engine: Arc<Inner>,
     shared: Arc<SharedQueue>,
     is_over: bool,
 }
 
 impl GpuQueue {
+    /// The worker has it.
+    pub(crate) fn new(
+        engine: &Arc<Inner>,
+        queues: &Arc<Queues>,
+        number: u64,
+        shared: Arc<SharedQueue>,
+    ) -> Self {
+        Self {
+            number,
+            queues: Arc::clone(queues),
+            engine: Arc::clone(engine),
+            shared,
+            is_over: false,
+        }
+    }
+
     /// What a kernel takes, by value: `kvx_queue` of `kernels/queue.h`. It names memory that it does not hold: no kernel
     /// uses it after [`finish`](Self::finish), nor is one launched with it then. Whoever launches a kernel with it, which
     /// is an unsafe call, promises that.
@@ -404,7 +409,7 @@ impl GpuQueue {
     /// where the two ranks do not both keep the layer in that group, or nothing of it moves: such a layer is not posted.
     #[must_use]
     pub fn block_bytes(&self, group: u32, layer: u32) -> Option<u64> {
-        let bytes = self.pushing.plans.layer_bytes(group, layer);
+        let bytes = self.queues.plans().layer_bytes(group, layer);
         bytes.filter(|bytes| *bytes > 0)
     }
 
@@ -418,7 +423,7 @@ impl GpuQueue {
         *at = pace;
         drop(at);
         if !self.engine.runtime.health.is_forked() {
-            self.pushing.send(Command::Queue(QueueOrder::Look));
+            self.queues.send(Command::Queue(QueueOrder::Look));
         }
     }
 
@@ -485,8 +490,8 @@ impl GpuQueue {
             // What they have posted is not known, nor whether it is what they should have.
             (_, Some(Err(error))) | (Err(error), None) => {
                 let cause = cause(GpuOperation::Wait, &error);
-                let id = self.pushing.id;
-                self.pushing.send(Command::Fail { id, cause });
+                let id = self.queues.id();
+                self.queues.send(Command::Fail { id, cause });
                 self.close(None, true);
                 Err(error)
             }
@@ -498,12 +503,11 @@ impl GpuQueue {
     fn close(&mut self, posted: Option<u64>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
-        let id = self.pushing.id;
-        self.pushing
+        let id = self.queues.id();
+        self.queues
             .send(Command::Queue(QueueOrder::Close { id, number, posted }));
         if is_finished {
-            // Behind the order: who sees it sends its commit behind that.
-            self.pushing.unfinished.fetch_sub(1, Ordering::Release);
+            self.queues.finished();
         }
     }
 }

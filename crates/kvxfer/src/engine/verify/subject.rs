@@ -35,17 +35,31 @@ impl Subject {
         }
     }
 
-    /// What it moves, in the units of one side.
+    /// What it moves, in the units of one side; a group's layer is in one list, for kernels may have it in many jobs.
     pub(super) fn lists(&self, side: SideName) -> Vec<List> {
-        let mut lists = Vec::new();
+        let mut lists: Vec<List> = Vec::new();
+        let add = |list: List, lists: &mut Vec<List>| {
+            let mut known = lists.iter_mut();
+            let same = known.find(|of| (of.group, of.scope) == (list.group, list.scope));
+            match same {
+                Some(of) => of.units.extend(list.units),
+                None => lists.push(list),
+            }
+        };
         let mut posted = Vec::new();
         for moved in &self.moved {
             match moved {
-                Moved::Planned(plan) => lists.extend(List::of_plan(plan, side)),
+                Moved::Planned(plan) => {
+                    for list in List::of_plan(plan, side) {
+                        add(list, &mut lists);
+                    }
+                }
                 Moved::Posted(of) => posted.push(&**of),
             }
         }
-        lists.extend(List::of_posted(&posted, side));
+        for list in List::of_posted(&posted, side) {
+            add(list, &mut lists);
+        }
         lists
     }
 

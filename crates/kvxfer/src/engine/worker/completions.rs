@@ -6,11 +6,11 @@ use tracing::{debug, error, warn};
 
 use kvxfer_verbs::{Completion, WcStatus};
 
-use super::{LaneQp, Single, Worker};
+use super::{Check, LaneQp, Single, Worker};
 use crate::engine::notices::Inbox;
 use crate::engine::peer_session::PeerSession;
 use crate::error::chain;
-use crate::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, LocalOperation, TransferId};
+use crate::transfer::{Cause, CompletionStatus, LaneId, LeaseAnswer, LocalOperation};
 use crate::wire::Message;
 
 /// Completions taken in one poll.
@@ -138,14 +138,14 @@ impl Worker {
     fn single_done(&mut self, lane: LaneId, token: u64, result: Result<(), Cause>) {
         match self.singles.remove(&token) {
             Some(Single::Lease {
-                id,
+                check,
                 engine,
                 landing,
             }) => {
-                let lease = self.live.get(&id).and_then(|live| live.lease);
+                let lease = self.live.get(&check.id).and_then(|live| live.lease);
                 let shown = lease.is_some_and(|lease| engine.scratch.shows(landing, lease.word));
                 engine.scratch.give(landing);
-                self.check_done(id, shown, result);
+                self.check_done(check, shown, result);
             }
             Some(Single::Notice { slot, peer, done }) => {
                 self.outbox.give(slot);
@@ -169,20 +169,32 @@ impl Worker {
         }
     }
 
-    fn check_done(&mut self, id: TransferId, shown: bool, result: Result<(), Cause>) {
-        let Some(live) = self.live.get(&id) else {
+    fn check_done(&mut self, check: Check, shown: bool, result: Result<(), Cause>) {
+        let Some(live) = self.live.get(&check.id) else {
             return;
         };
         let answer = match result {
             // The lane failed, not the lease: another one may do better before the deadline.
-            Err(_) if live.peer.lost().is_none() => return self.waiting_checks.push_back(id),
+            Err(_) if live.peer.lost().is_none() => return self.waiting_checks.push_back(check),
             Err(cause) => LeaseAnswer::Gone { cause },
             Ok(()) if shown => LeaseAnswer::Live,
             Ok(()) => LeaseAnswer::Gone {
                 cause: Cause::LeaseExpired,
             },
         };
-        self.transfers.lease_answer(self.clock.now(), id, answer);
+        self.lease_answer(check, answer);
+    }
+
+    /// What is known of a lease is heeded.
+    pub(super) fn lease_answer(&mut self, Check { id, job }: Check, answer: LeaseAnswer) {
+        let now = self.clock.now();
+        match job {
+            None => self.transfers.lease_answer(now, id, answer),
+            Some(job) => {
+                self.transfers.job_checked(now, id, job, answer);
+                self.end_posts_of(id, job);
+            }
+        }
     }
 
     /// A receive has completed: a notice has come, or the queue pair is flushed.

@@ -1,4 +1,4 @@
-//! A queue that kernels post to, as the worker has it that owns its push.
+//! A queue that kernels post to, as the worker has it that owns its push or its pull.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error};
 
-use crate::engine::push::{Pushing, SharedQueue};
+use crate::engine::push::SharedQueue;
+use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batches, Pace, PostTable, Wanted, WqeDevice, Wrong};
 use crate::mem::post::{Consumer, Rest, Status};
 use crate::transfer::{Cause, JobId, TransferId};
@@ -53,12 +54,21 @@ impl Served {
     }
 }
 
+/// A job of posts.
+#[derive(Debug)]
+pub(super) struct PostedJob {
+    pub(super) id: JobId,
+    pub(super) posts: Vec<u64>,
+    /// What the consumer is told when its blocks are there.
+    pub(super) immediates: Vec<u32>,
+}
+
 /// A queue, as the worker has it that owns its push.
 #[derive(Debug)]
 pub(crate) struct KernelQueue {
     pub(super) number: u64,
     pub(super) id: TransferId,
-    pub(super) pushing: Arc<Pushing>,
+    pub(super) part_of: PartOf,
     /// Before `shared`, which has its memory too: so it is never the worker that gives that back (fields go in their
     /// order).
     pub(super) served: Served,
@@ -67,8 +77,8 @@ pub(crate) struct KernelQueue {
     pub(super) table: Option<PostTable>,
     /// What is wrong with its device, if that is not said yet.
     pub(super) broken: Option<Wrong>,
-    /// The posts of each job that is under way, in the order of the jobs.
-    pub(super) jobs: VecDeque<(JobId, Vec<u64>)>,
+    /// The jobs that are under way, in their order.
+    pub(super) jobs: VecDeque<PostedJob>,
     pub(super) stage: Stage,
     /// It goes when nothing of it is under way.
     pub(super) is_closing: bool,
@@ -82,14 +92,14 @@ pub(crate) struct KernelQueue {
 impl KernelQueue {
     pub(crate) fn new(
         number: u64,
-        (pushing, id): (&Arc<Pushing>, TransferId),
+        part_of: &PartOf,
         (shared, served): (&Arc<SharedQueue>, Served),
         table: Option<PostTable>,
     ) -> Self {
         Self {
             number,
-            id,
-            pushing: Arc::clone(pushing),
+            id: part_of.queues().id(),
+            part_of: part_of.clone(),
             shared: Arc::clone(shared),
             served,
             table,
@@ -157,7 +167,7 @@ impl KernelQueue {
                 match status {
                     Status::Ok => {
                         // The push is done before its last jobs' posts have been told so.
-                        let posts = jobs.iter().flat_map(|(_, posts)| posts);
+                        let posts = jobs.iter().flat_map(|job| &job.posts);
                         let mut ends = posts.map(|post| device.complete(*post, status));
                         let is_broken = ends.any(|end| end.is_err());
                         // What comes is no part of it.
@@ -180,7 +190,7 @@ impl KernelQueue {
         let Some(table) = &self.table else {
             return;
         };
-        let new = || Batches::new(table.block_ops(), self.pushing.together());
+        let new = || Batches::new(table.block_ops(), self.part_of.queues().together());
         batches.get_or_insert_with(new).add(post, wanted);
     }
 
@@ -246,6 +256,8 @@ pub(super) fn status_of(cause: &Cause) -> Status {
         | Cause::PeerReset
         | Cause::CutOff { .. }
         | Cause::Refused { .. } => Status::Peer,
+        // What was asked for is there no more.
+        Cause::LeaseExpired => Status::BadRights,
         _ => Status::Device,
     }
 }

@@ -40,6 +40,7 @@ use super::rail::Rail;
 use super::verify::{Verdict, Verification};
 use super::wake::Wake;
 use super::{Clock, Inner};
+use crate::blocks::GroupBlocks;
 use crate::claims::Claim;
 use crate::error::Error;
 use crate::event::MemoryState;
@@ -87,6 +88,11 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// The stream that the fence goes on, of who reads what a pull has brought.
     pub(crate) reader: Option<Stream>,
+    /// Whether the consumer of a push has been told immediates.
+    pub(crate) tells: bool,
+    /// The destinations of a pull whose blocks are asked for one by one. What of them has come kernels know; if it
+    /// fails none is known to be whole.
+    pub(crate) into: Option<Vec<GroupBlocks>>,
 }
 
 /// What other threads ask of a worker.
@@ -288,12 +294,19 @@ struct LaneQp {
     peer: Arc<PeerSession>,
 }
 
+/// A lease that is to be read: behind all data of a pull, or behind that of one job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Check {
+    id: TransferId,
+    job: Option<JobId>,
+}
+
 /// A work request of the worker's own that is under way.
 #[derive(Debug)]
 enum Single {
     /// The read of a producer's lease slot, and where it lands.
     Lease {
-        id: TransferId,
+        check: Check,
         /// Whose landing slot it is; the transfer may be forgotten before the check comes back.
         engine: Arc<Inner>,
         landing: u32,
@@ -337,7 +350,7 @@ pub(crate) struct Worker {
     /// How many transfers of a peer have no outcome.
     running: HashMap<PeerKey, usize>,
     live: HashMap<TransferId, Box<Live>>,
-    waiting_checks: VecDeque<TransferId>,
+    waiting_checks: VecDeque<Check>,
     /// Ends of pushes over RDMA that wait for a queue pair that may tell them.
     waiting_notices: VecDeque<(Arc<PeerSession>, PushDone)>,
     singles: HashMap<u64, Single>,

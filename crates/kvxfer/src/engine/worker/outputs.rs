@@ -57,6 +57,7 @@ impl Worker {
             Output::StopJob { job, peer } => self.stop_job(peer, job),
             Output::Verify { id, .. } => self.verify_pull(id),
             Output::CheckLease { id, .. } => self.check_lease(id),
+            Output::CheckJob { id, job, .. } => self.check_job(id, job),
             Output::SendNotice { id, notice, .. } => self.notice(id, notice),
             Output::ResetLanes { id, peer, jobs } => self.reset_lanes_of(id, peer, &jobs),
             Output::ForceDrain { peer, token } => self.force_drain(peer, token),
@@ -67,9 +68,6 @@ impl Worker {
 
     fn start(&mut self, job: Arc<Job>) {
         if let Some(live) = self.live.get_mut(&job.transfer) {
-            if live.push {
-                live.report.bytes += job.bytes();
-            }
             live.jobs.push(Arc::clone(&job));
         }
         if !self.hold(&job) {
@@ -188,13 +186,18 @@ impl Worker {
     }
 
     fn notice(&mut self, id: TransferId, notice: Notice) {
+        if matches!(notice, Notice::PushDone { .. }) {
+            self.tell_the_last(id);
+        }
         let Some(live) = self.live.get(&id) else {
             return;
         };
         let peer = Arc::clone(&live.peer);
+        // On the data plane its end would overtake what is told before.
+        let on_data_plane = peer.notices && !live.tells;
         for message in live.engine.notice(live, &notice) {
             match message {
-                Message::PushDone(done) if peer.notices => self.tell_done(&peer, done, id),
+                Message::PushDone(done) if on_data_plane => self.tell_done(&peer, done, id),
                 message => peer.link.send(message),
             }
         }
@@ -225,7 +228,10 @@ impl Worker {
             _ if live.push => Vec::new(),
             // All others are known to be right.
             Some(blocks) if !blocks.is_empty() => by_group(blocks),
-            _ => by_group(&incomplete.blocks()),
+            _ => live
+                .into
+                .clone()
+                .unwrap_or_else(|| by_group(&incomplete.blocks())),
         };
         let outcome = match outcome {
             transfer::Outcome::Done { .. } => live.fenced(),
@@ -310,7 +316,10 @@ impl Live {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(Failure {
                 first_cause: cause(GpuOperation::Fence, &error),
-                invalid_blocks: by_group(&Incomplete::all_of(&self.jobs).blocks()),
+                invalid_blocks: self
+                    .into
+                    .clone()
+                    .unwrap_or_else(|| by_group(&Incomplete::all_of(&self.jobs).blocks())),
                 memory: MemoryState::Released,
             }),
         }

@@ -7,13 +7,13 @@ use tracing::error;
 
 use kvxfer_verbs::{PostCause, Remote, SendChain, SendOp, Sge};
 
-use super::{Command, Single, Worker};
+use super::{Check, Command, Single, Worker};
 use crate::engine::peer_lanes::Speaker;
 use crate::engine::peer_session::PeerSession;
 use crate::leases::SLOT_BYTES;
 use crate::plan::Piece;
 use crate::transfer::{
-    Batch, Cause, Direction, LaneId, LeaseAnswer, PeerKey, PostFailure, Refusal, TransferId,
+    Batch, Cause, Direction, LaneId, LeaseAnswer, PeerKey, PostFailure, Refusal,
 };
 use crate::wire::{Message, PushDone, RemoteSpan};
 
@@ -108,16 +108,16 @@ impl Worker {
         }
     }
 
-    /// Reads the lease slots of pulls that have all their data.
+    /// Reads the lease slots of pulls that have all their data, or all of a job.
     fn post_checks(&mut self) -> bool {
         let mut any = false;
         for _ in 0..self.waiting_checks.len() {
-            let Some(id) = self.waiting_checks.pop_front() else {
+            let Some(check) = self.waiting_checks.pop_front() else {
                 break;
             };
-            match self.post_check(id) {
+            match self.post_check(check) {
                 Some(true) => any = true,
-                Some(false) => self.waiting_checks.push_back(id),
+                Some(false) => self.waiting_checks.push_back(check),
                 None => {}
             }
         }
@@ -159,9 +159,8 @@ impl Worker {
     }
 
     /// `None`: the check is over; `Some(false)`: nothing is free now.
-    fn post_check(&mut self, id: TransferId) -> Option<bool> {
-        let now = self.clock.now();
-        let live = self.live.get(&id)?;
+    fn post_check(&mut self, check: Check) -> Option<bool> {
+        let live = self.live.get(&check.id)?;
         let answer = |cause| LeaseAnswer::Gone { cause };
         let peer = Arc::clone(&live.peer);
         let Some(lane) = self.free_lane(peer.key) else {
@@ -179,7 +178,7 @@ impl Worker {
             let cause = Cause::Refused {
                 reason: Refusal::OutOfRange,
             };
-            self.transfers.lease_answer(now, id, answer(cause));
+            self.lease_answer(check, answer(cause));
             return None;
         };
         let Some(landing) = live.engine.scratch.take() else {
@@ -206,7 +205,7 @@ impl Worker {
         self.singles.insert(
             token,
             Single::Lease {
-                id,
+                check,
                 engine,
                 landing,
             },

@@ -1,21 +1,23 @@
-//! Queues that kernels post to: their posts become jobs of the push that the queue is of, and the ends of those go back
-//! to the posters.
+//! Queues that kernels post to: their posts become jobs of the push or the pull that the queue is of, and the ends of
+//! those go back to the posters.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::kernel_queue::{KernelQueue, Served, Stage, post_number, status_of};
+use super::kernel_queue::{KernelQueue, PostedJob, Served, Stage, post_number, status_of};
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
-use crate::engine::moves::{Moved, Moves};
+use crate::engine::moves::Moves;
 use crate::engine::push::NotPosted;
+use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batch, Batches, PostFault, Together, Wrong};
 use crate::mem::post::{DescriptorFault, Status, Taken};
 use crate::plan::OpSource;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
+use crate::wire::{PushTold, limits};
 
 /// Posts, or work requests, that are taken between two polls, so that completions and deadlines are seen in time.
 const MOST_TAKEN: usize = 512;
@@ -78,7 +80,9 @@ impl Worker {
     /// The ticket of a push is here: posts that waited for it can be checked.
     pub(super) fn open_queues(&mut self, id: TransferId, ticket: &Ticket) {
         for queue in self.queues.iter_mut().filter(|queue| queue.id == id) {
-            queue.table = queue.pushing.posts(ticket);
+            if let PartOf::Push(push) = &queue.part_of {
+                queue.table = push.posts(ticket);
+            }
         }
     }
 
@@ -141,7 +145,7 @@ impl Worker {
         if queue.table.is_none() && queue.stage == Stage::Open {
             return Look::Nothing;
         }
-        let together = queue.pushing.together();
+        let together = queue.part_of.queues().together();
         let most_jobs = match together {
             Together::ByLayer => MOST_FETCHED,
             Together::All => MOST_JOBS,
@@ -272,17 +276,26 @@ impl Worker {
     /// Makes a job of posts.
     fn begin_posts(&mut self, queue: &mut KernelQueue, batch: Batch) {
         let begun = Instant::now();
-        let Batch { posted, posts, .. } = batch;
-        match queue.pushing.take_posts(&posted) {
-            Ok(()) => {
-                let source = Moves {
-                    what: Moved::Posted(Arc::new(posted)),
-                    after: None,
-                    is_released: true,
-                };
+        let Batch {
+            posted,
+            posts,
+            immediates,
+            ..
+        } = batch;
+        if let Some((first, _)) = immediates.first()
+            && !queue.part_of.queues().may_tell(immediates.len())
+        {
+            return self.refuse(queue, *first, PostFault::Immediates);
+        }
+        match queue.part_of.take(posted) {
+            Ok(source) => {
                 // Of a push that has failed the posts end with its outcome.
                 if let Some(job) = self.add_posts(queue.id, source, begun.elapsed()) {
-                    queue.jobs.push_back((job, posts));
+                    queue.jobs.push_back(PostedJob {
+                        id: job,
+                        posts,
+                        immediates: immediates.into_iter().map(|(_, what)| what).collect(),
+                    });
                     self.end_posts(queue, queue.id, job);
                 }
             }
@@ -332,7 +345,7 @@ impl Worker {
         runs: u64,
         prepare: Duration,
     ) -> Option<JobId> {
-        let (ops, what) = (source.ops(), source.what.clone());
+        let (ops, bytes, what) = (source.ops(), source.bytes(), source.what.clone());
         let now = self.clock.now();
         let source = (Arc::new(source) as Arc<dyn OpSource>, workers.max(1));
         let job = match self.transfers.add_job_of(now, id, source) {
@@ -345,6 +358,7 @@ impl Worker {
         };
         if let Some(live) = self.live.get_mut(&id) {
             live.report.operations += ops;
+            live.report.bytes += bytes;
             live.report.merged_runs += runs;
             live.report.prepare += prepare;
             if let Some(verify) = &mut live.verify {
@@ -357,29 +371,32 @@ impl Worker {
     /// Takes what there is to say of a job, and tells the posters whose posts are confirmed.
     pub(super) fn job_report(&mut self, report: &JobReport) {
         self.transfers.job_report(self.clock.now(), report);
-        if self.queues.iter().all(|queue| queue.id != report.transfer) {
+        self.end_posts_of(report.transfer, report.job);
+    }
+
+    /// Tells the posters whose posts a job is, if it counts.
+    pub(super) fn end_posts_of(&mut self, id: TransferId, job: JobId) {
+        if self.queues.iter().all(|queue| queue.id != id) {
             return;
         }
         let mut queues = std::mem::take(&mut self.queues);
-        for queue in queues
-            .iter_mut()
-            .filter(|queue| queue.id == report.transfer)
-        {
-            self.end_posts(queue, report.transfer, report.job);
+        for queue in queues.iter_mut().filter(|queue| queue.id == id) {
+            self.end_posts(queue, id, job);
         }
         self.queues = queues;
     }
 
-    /// Ends the posts of a job, if it is complete.
+    /// Ends the posts of a job, if it counts.
     fn end_posts(&mut self, queue: &mut KernelQueue, id: TransferId, job: JobId) {
-        let Ok(at) = queue.jobs.binary_search_by_key(&job, |(job, _)| *job) else {
+        let Ok(at) = queue.jobs.binary_search_by_key(&job, |job| job.id) else {
             return;
         };
-        if !self.transfers.is_complete(id, job) {
+        if !self.transfers.counts(id, job) {
             return;
         }
-        if let Some((_, posts)) = queue.jobs.remove(at) {
-            queue.complete_each(&posts, Status::Ok);
+        if let Some(job) = queue.jobs.remove(at) {
+            self.tell(id, job.immediates);
+            queue.complete_each(&job.posts, Status::Ok);
         }
         if let Some(wrong) = queue.broken.take() {
             self.wrong(queue, wrong);
@@ -392,6 +409,31 @@ impl Worker {
             let post = job.posted_at().since(live.submitted);
             live.report.post = live.report.post.max(post);
         }
+    }
+
+    /// Tells the consumer of blocks that it has.
+    fn tell(&mut self, id: TransferId, immediates: Vec<u32>) {
+        let Some(live) = self.live.get_mut(&id).filter(|_| !immediates.is_empty()) else {
+            return;
+        };
+        live.tells = true;
+        for some in immediates.chunks(limits::IMMEDIATES) {
+            let told = PushTold {
+                request: live.request.clone(),
+                nonce: live.nonce,
+                immediates: some.to_vec(),
+            };
+            live.peer.link.send(told.into());
+        }
+    }
+
+    /// A push is done: the consumer is told of the last blocks before it is told that.
+    pub(super) fn tell_the_last(&mut self, id: TransferId) {
+        let queues = self.queues.iter_mut().filter(|queue| queue.id == id);
+        let jobs = queues.flat_map(|queue| &mut queue.jobs);
+        let last = jobs.flat_map(|job| std::mem::take(&mut job.immediates));
+        let last = last.collect();
+        self.tell(id, last);
     }
 
     /// A push has its outcome: so have all posts that it has not confirmed.

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tracing::{debug, error};
 
-use super::Worker;
 use super::completions::lies;
+use super::{Check, Worker};
 use crate::engine::Inner;
 use crate::engine::gpu::{Taking, cause};
 use crate::engine::loopback::{Loopback, Reading};
@@ -19,7 +19,7 @@ use crate::engine::verify::Unverified;
 use crate::error::chain;
 use crate::mem::gpu::HostStep;
 use crate::rails::RailSet;
-use crate::transfer::{Cause, GpuOperation, LeaseAnswer, PeerKey, TransferId};
+use crate::transfer::{Cause, GpuOperation, JobId, LeaseAnswer, PeerKey, TransferId};
 use crate::wire::PushDone;
 
 /// The rests between two looks at a READ.
@@ -30,8 +30,8 @@ const REST: Duration = Duration::from_micros(10);
 pub(super) enum Then {
     /// The checksums of a pull.
     Verify(TransferId),
-    /// Its lease.
-    CheckLease(TransferId),
+    /// Its lease, or that of one job of it.
+    CheckLease(Check),
     /// Blocks that a producer has asked for.
     Taken(Arc<PeerSession>, Box<Taking>),
     /// The end of a push that was given up.
@@ -124,21 +124,34 @@ impl Worker {
     pub(super) fn check_lease(&mut self, id: TransferId) {
         match self.live.get(&id).is_some_and(|live| live.verify.is_some()) {
             // They can: there were checksums before.
-            true => self.waiting_checks.push_back(id),
-            false => self.pulled(id, Then::CheckLease(id)),
+            true => self.waiting_checks.push_back(Check { id, job: None }),
+            false => self.pulled(id, Then::CheckLease(Check { id, job: None })),
         }
+    }
+
+    /// All bytes of one job of a pull have come.
+    pub(super) fn check_job(&mut self, id: TransferId, job: JobId) {
+        let job = Some(job);
+        self.pulled(id, Then::CheckLease(Check { id, job }));
     }
 
     fn pulled(&mut self, id: TransferId, then: Then) {
         let Some(live) = self.live.get(&id) else {
             return;
         };
-        if live.push {
-            // What it has written is the peer's to see.
+        let job = match &then {
+            Then::CheckLease(check) => check.job,
+            _ => None,
+        };
+        // What a push has written is the peer's to see, and what comes job by job was looked at by job.
+        if live.push || live.into.is_some() && job.is_none() {
             return self.seen(then, Ok(()));
         }
         let (engine, peer) = (Arc::clone(&live.engine), Arc::clone(&live.peer));
-        let rails = self.transfers.rails(id);
+        let rails = match job {
+            Some(job) => self.transfers.rails_of(id, job),
+            None => self.transfers.rails(id),
+        };
         self.see(&engine, &peer, rails, then);
     }
 
@@ -235,7 +248,9 @@ impl Worker {
                 }
             });
             let gone = match &seeing.then {
-                Then::Verify(id) | Then::CheckLease(id) => !self.live.contains_key(id),
+                Then::Verify(id) | Then::CheckLease(Check { id, .. }) => {
+                    !self.live.contains_key(id)
+                }
                 Then::Closed(closed) => closed.peer.lost().is_some(),
                 Then::Taken(peer, _) | Then::Done(peer, _) => peer.lost().is_some(),
             };
@@ -264,10 +279,9 @@ impl Worker {
             (Then::Verify(id), Err(cause)) => {
                 self.verified(now, id, Err(Box::new(Unverified::from(cause))));
             }
-            (Then::CheckLease(id), Ok(())) => self.waiting_checks.push_back(id),
-            (Then::CheckLease(id), Err(cause)) => {
-                let gone = LeaseAnswer::Gone { cause };
-                self.transfers.lease_answer(now, id, gone);
+            (Then::CheckLease(check), Ok(())) => self.waiting_checks.push_back(check),
+            (Then::CheckLease(check), Err(cause)) => {
+                self.lease_answer(check, LeaseAnswer::Gone { cause });
             }
             (Then::Taken(peer, taking), end) => {
                 if let Some(engine) = peer.engine.upgrade() {

@@ -138,6 +138,7 @@ impl Wreck {
         let incomplete = catch_unwind(AssertUnwindSafe(|| transfers.incomplete(id))).ok();
         let listed = catch_unwind(AssertUnwindSafe(|| match incomplete.flatten() {
             _ if live.push => Vec::new(),
+            _ if live.into.is_some() => live.into.clone().unwrap_or_default(),
             Some(incomplete) => by_group(&incomplete.blocks()),
             // It was just about to end, or nobody knows: all of them.
             None => by_group(&Incomplete::all_of(&live.jobs).blocks()),
