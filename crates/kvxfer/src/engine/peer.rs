@@ -304,8 +304,9 @@ impl Peer {
 
     /// Begins a pull whose blocks kernels of this rank ask for themselves: `kvx_get` of its
     /// [queues](Pull::gpu_queue). They may read any block of the offer, and write those of `into`, which nothing else
-    /// uses until the pull is over. What a kernel has waited for by `kvx_wait`, and was told `KVX_OK` of, is what was offered:
-    /// the producer's lease was found live behind it. The pull ends as every other, and has its deadline.
+    /// uses until the pull is over. What a kernel has waited for by `kvx_wait`, and was told `KVX_OK` of, is what was
+    /// offered: the producer's lease was found live behind it. The pull ends as every other, and has its deadline. If it
+    /// fails, all of `into` counts as invalid: what of it has come, kernels alone know.
     ///
     /// # Errors
     ///

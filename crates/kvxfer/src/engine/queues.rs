@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::moves::{Moved, Moves};
 use super::peer_session::PeerSession;
 use super::pull::Pulling;
 use super::push::{NotPosted, Pushing};
@@ -12,8 +13,6 @@ use crate::gpu_queue::Together;
 use crate::mem::gpu::Event;
 use crate::plan::{BlockOps, Compiled, PlanError, Posted};
 use crate::transfer::TransferId;
-
-use super::moves::{Moved, Moves};
 
 /// The queues of one transfer.
 #[derive(Debug)]

@@ -345,9 +345,10 @@ impl Queues {
 /// A queue that kernels post the blocks of a push to, or ask for those of a pull by.
 ///
 /// Give kernels its [`handle`](Self::handle). When the last of them has ended, say so with [`finish`](Self::finish),
-/// and then [commit](Push::commit) the push (or the [pull](super::Pull::commit), of which is true what is said here of pushes): what was posted is part of it, and its outcome is that of all
-/// posts and layers together. A commit before is refused. A post that is wrong fails the push ([`Cause::KernelPost`](crate::transfer::Cause)), and
-/// whatever fails the push ends the posts: kernels that wait are told, with the outcome at the latest.
+/// and then [commit](Push::commit) the push: what was posted is part of it, and its outcome is that of all posts and layers
+/// together. A commit before is refused. A post that is wrong fails the push ([`Cause::KernelPost`]), and whatever fails the
+/// push ends the posts: kernels that wait are told, with the outcome at the latest. Of a pull and its
+/// [commit](crate::engine::Pull::commit) the same is true.
 ///
 /// Dropping a queue without `finish` stops its kernels by their abort word; its memory is never given back, and its push
 /// can only be aborted, unless nobody has had its handle.
