@@ -540,3 +540,33 @@ fn checksums_of_gets_that_were_each_waited_for_are_compared() {
         bench.over();
     }
 }
+
+#[test]
+fn gets_wait_for_the_work_that_comes_first() {
+    let mut bench = Bench::small(take_time);
+    let ticket = bench.offer("r", 0..BLOCKS);
+    let options = |after| PullOptions {
+        hold: true,
+        after,
+        ..PullOptions::default()
+    };
+    // A kernel that takes a while.
+    let first = bench.pull_with(&ticket, 0..8, options(None));
+    let slow = bench.queue_of(&first, 2);
+    let before = bench.post(&slow, &gets(8), GET, EACH);
+    let event = before.event().clone();
+    let second = bench.pull_with(&ticket, 8..16, options(Some(event)));
+    let queue = bench.queue_of(&second, 8);
+    let other = Stream::new(bench.stream.gpu()).expect("a stream");
+    let moves = [get(0, 9, 8, BLOCK), get(1, 9, 8, BLOCK)];
+    let behind = post(&bench.kernels, &other, &queue, &moves, (GET, ALL));
+    assert_eq!(ends(&behind), [WELL, WELL]);
+    assert!(before.is_done().expect("no fault"), "it came first");
+    bench.holds([(9, 8)]);
+    for (queue, pull) in [(slow, first), (queue, second)] {
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let got = pull.commit().expect("finished");
+        assert_eq!(got.wait(LONG), Some(Outcome::Done));
+    }
+    bench.received("r");
+}

@@ -105,6 +105,7 @@ fn the_last_immediates_come_before_the_outcome() {
         for verify in [false, true] {
             let mut bench = Bench::new(path, (BLOCK, 2), BLOCKS, |config| {
                 config.verify = verify;
+                config.enable_notification = true;
                 take_time(config);
             });
             bench.expect("r", 0..16);
@@ -115,6 +116,8 @@ fn the_last_immediates_come_before_the_outcome() {
             queue.finish(behind, LONG).expect("they end");
             let sent = push.commit().expect("committed");
             assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+            // There it would overtake them.
+            assert!(!sent.report().data_plane_notice, "{path}");
             bench.received("r");
             let heard = heard(&mut bench.log, "r");
             assert_eq!((heard.len(), heard.last()), (33, Some(&None)), "{path}");
