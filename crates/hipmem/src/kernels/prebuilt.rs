@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "bebf9bcafced173cca26d48a932e9e25bd892cb392abc78dc988980ab4d76c5f",
+    sources_sha256: "4e9e0bc7c1ed99ab00ec1296ad070100647d6284b778686c25e38cdda5cebb03",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "f75d63e9a510c64c14e6cd4aa778840f7f604e2d98750f8307e15abf3e19f49d",
+        sha256: "8bd81966ace66ee91a1ea234d6b25bb091b311a7cd46f863383770ce98bd4b7b",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "e51916798ff7e6fb54c5214426efa632a46991441f922ce4a472426b3ee08e5a",
+        sha256: "aa2ba8a73fe91da1e2951e4a5d4854cd67feffb931a00c1880b8a823d3885a8c",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "f298452a2cac6ea652100d335440f85d42db0153ca2f2ea013146feab72a3fda",
+        sha256: "c7c990c6acf1f1a3bc3158550501addc20bb4f7549fe5927f2bb9f3204a0405c",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "8f45282861b82bf6d27200ddb11437b5ba33d531014b42793b5b3b5ee48a0180",
+        sha256: "d13cd3c914f8fb1951c954b905a379f4acffd647887997aa4ecf0d2b986e46dd",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "2ba82e7a045d7011efb3dae72080662d92339b44cb3daf99cc8a9af863e49fca",
+        sha256: "da7ac5da19ae84408962c4f270ca0881d7bdc74af044635711b7a23269c4b90a",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "33fe1aca8f6bebb4566ce76f1c406baa169a053cf8e618ba682a8f90eb30a046",
+        sha256: "dc8e9fb04dc1e8506cc83731390ba89812cf86adf16b9f6c6ed6957b5d766d02",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "319e241c9351f10846f9d56ecd984e4c0b2aeb8b639876e118acf1f9cc7e19c9",
+        sha256: "4c2388daccc131b3bb75ff9edb5c04ea04a41ed691b4ae74082e2d4a38d4849e",
         warp: 32,
     },
 ];
