@@ -10,11 +10,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::cq::Poll;
-use crate::error::{Error, os};
+use crate::error::{Error, PathFault, os};
 use crate::memory::{Memory, MemoryKind};
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey};
+use crate::soft::PeerLife;
 use crate::sys::enums::ibv_event_type;
 use crate::sys::types::ibv_cq;
 use crate::wr::Completion;
@@ -25,6 +26,13 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     /// As the address has it.
     fn host(&self) -> &str;
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error>;
+    fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        Err(Error::Path {
+            path: SoftPath::ProcessVm,
+            peer: peer.name.clone(),
+            fault: PathFault::NoSuchPath,
+        })
+    }
     fn alloc_pd(&self) -> Result<u32, Error>;
     /// Nothing is registered or made with it any more.
     fn dealloc_pd(&self, pd: u32);
@@ -260,6 +268,17 @@ impl Context {
     /// [`Error::Path`] says why not.
     pub fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         self.backend.probe(peer, path)
+    }
+
+    /// What tells when the peer's process has ended, of a software device on this host. It is found by the device's
+    /// socket, and its memory is looked at once, whether it is the process that the address is of.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`] says why not: also for a device that is no software device, for a process of a pid namespace that
+    /// is not seen from here, and for one whose memory cannot be read.
+    pub fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        self.backend.life_of(peer)
     }
 
     /// Of the device's own GIDs, the one that queue pairs towards these of a peer are to use, and why;

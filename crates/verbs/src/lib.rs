@@ -44,7 +44,7 @@ pub use rdma::{
     UnusablePort, UsablePort, choose_gid, open_rdma, rank_ports, rdma_devices,
 };
 pub use region::{Access, MemoryRegion, RegionTable};
-pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};
+pub use soft::{FaultPlan, FaultPlanError, PeerLife, SoftConfig, open_soft, vendor};
 #[doc(hidden)]
 pub use sys::library_file;
 pub use wr::{Completion, Remote, SendChain, SendOp, Sge, WcOpcode, WcStatus, Wr};

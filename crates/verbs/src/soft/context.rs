@@ -25,6 +25,7 @@ use crate::soft::injector::Injector;
 use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
+use crate::soft::process_vm::PeerLife;
 use crate::soft::segment::{MapCache, Segments};
 use crate::soft::server::{self, Command, Mailbox};
 use crate::soft::{FIRST_CQ, PORT, SoftConfig, fill_random};
@@ -264,6 +265,10 @@ impl DeviceBackend for SoftDevice {
 
     fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         link::probe(&self.shared, peer, path)
+    }
+
+    fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        link::life(&self.shared, peer)
     }
 
     fn alloc_pd(&self) -> Result<u32, Error> {
