@@ -323,7 +323,7 @@ impl Bench<'_> {
             }
             samples.reports.add(pushed.report);
             samples.by_kernels.add(pushed.took);
-            spent += pushed.took;
+            spent += pushed.there;
             started += 1;
         }
         Ok((started, spent))

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use kvxfer_verbs::PeerLife;
+
 use super::gpu::{GpuPeer, StagedPeer};
 use super::link::Link;
 use super::peer_lanes::{LanePlace, PeerRail};
@@ -20,7 +22,7 @@ use crate::plan::{
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
+use crate::wire::{ConfigFacts, GpuDesc, LinksRefused, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
 const CHUNKS_PER_LANE: u64 = 4;
@@ -175,6 +177,11 @@ pub(crate) struct PeerSession {
     pub(crate) gpu: Option<GpuPeer>,
     /// What of its blocks, or of this rank's, is staged at a time.
     pub(crate) staged: Option<StagedPeer>,
+    /// By what kernels of this rank's GPU can be given its memory.
+    pub(crate) handles: Option<GpuDesc>,
+    /// What tells when its process has ended, by which its kernels may be let to write this rank's blocks; or why they
+    /// may not.
+    pub(crate) life: Result<Arc<PeerLife>, LinksRefused>,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
@@ -426,6 +433,7 @@ impl PeerSession {
     pub(crate) fn may_say(&self, kind: MessageKind) -> bool {
         match kind {
             MessageKind::PushStart
+            | MessageKind::LinksWanted
             | MessageKind::PushSums
             | MessageKind::Take
             | MessageKind::TakeStop
@@ -440,6 +448,7 @@ impl PeerSession {
             | MessageKind::Stage
             | MessageKind::StageFree
             | MessageKind::Taken
+            | MessageKind::LinksAnswer
             | MessageKind::Announce
             | MessageKind::Revoke => self.push.is_some(),
             _ => true,

@@ -127,6 +127,8 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::LinksWanted
+            | MessageKind::LinksAnswer
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken
@@ -163,6 +165,8 @@ impl Session {
             | MessageKind::PushAborted
             | MessageKind::PushClosed
             | MessageKind::PushSums
+            | MessageKind::LinksWanted
+            | MessageKind::LinksAnswer
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken

@@ -6,6 +6,7 @@ mod support;
 
 mod ends;
 mod lies;
+mod links;
 mod memory;
 mod pushes;
 mod wqes;

@@ -4,6 +4,7 @@
 //! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
 //! and a consumer that is stopped or dead writes nothing.
 
+mod links;
 mod portion;
 #[cfg(test)]
 mod portion_tests;
@@ -307,6 +308,28 @@ pub(crate) struct GpuPeer {
     tables: Vec<(Compiled, GatherTable)>,
 }
 
+/// Opens a peer's memories for a GPU.
+fn open_all(gpu: &Gpu, theirs: &GpuDesc, lengths: &[u64]) -> Result<Vec<GpuMemory>, Error> {
+    let (handles, memories) = (theirs.handles.len(), lengths.len());
+    if handles != memories {
+        return Err(Error::GpuHandles { handles, memories });
+    }
+    let open = |(bytes, len): (&Blob, &u64)| {
+        let handle = IpcHandle::from_bytes(&bytes.0)?;
+        if handle.len() != *len {
+            return Err(Error::GpuHandleLen {
+                handle: handle.len(),
+                memory: *len,
+            });
+        }
+        Ok(match GpuMemory::exported(&handle) {
+            Some(memory) => memory,
+            None => GpuMemory::open(gpu, &handle)?,
+        })
+    };
+    theirs.handles.iter().zip(lengths).map(open).collect()
+}
+
 impl GpuPeer {
     /// Opens a peer's memories, whose lengths its placement says.
     ///
@@ -319,25 +342,7 @@ impl GpuPeer {
         (theirs, lengths): (&GpuDesc, &[u64]),
         plans: &Plans,
     ) -> Result<Self, Error> {
-        let (handles, memories) = (theirs.handles.len(), lengths.len());
-        if handles != memories {
-            return Err(Error::GpuHandles { handles, memories });
-        }
-        let open = |(bytes, len): (&Blob, &u64)| {
-            let handle = IpcHandle::from_bytes(&bytes.0)?;
-            if handle.len() != *len {
-                return Err(Error::GpuHandleLen {
-                    handle: handle.len(),
-                    memory: *len,
-                });
-            }
-            Ok(match GpuMemory::exported(&handle) {
-                Some(memory) => memory,
-                None => GpuMemory::open(own.kernels.gpu(), &handle)?,
-            })
-        };
-        let theirs = theirs.handles.iter().zip(lengths).map(open);
-        let theirs = theirs.collect::<Result<Vec<_>, Error>>()?;
+        let theirs = open_all(own.kernels.gpu(), theirs, lengths)?;
         let table = |plans: &Compiled| {
             own.table(&theirs, plans)
                 .map(|table| (plans.clone(), table))

@@ -23,7 +23,7 @@ use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::{
-    Bell, DeviceQueue, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
+    Bell, DeviceQueue, LinkPuts, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
 };
 use crate::plan::{BlockOps, PlanError, Posted};
 use crate::ticket::Ticket;
@@ -83,6 +83,26 @@ impl Drop for Kept {
 }
 
 impl SharedQueue {
+    /// Of a queue whose handle nobody has.
+    pub(super) fn new(device: PostQueue, pace: Pace) -> Arc<Self> {
+        Arc::new(Self {
+            device: Kept {
+                device: Arc::new(device),
+                is_over: AtomicBool::new(true),
+                last: None,
+            },
+            pace: Mutex::new(pace),
+            taken: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether it has been said that no kernel touches the queue any more, of one that is closed.
+    pub(crate) fn kernels_have_ended(&self) -> bool {
+        self.device.is_over.load(Ordering::Acquire)
+    }
+
     pub(crate) fn device(&self) -> &PostQueue {
         &self.device.device
     }
@@ -118,6 +138,14 @@ impl SharedQueue {
         (count(&self.taken), done, failed)
     }
 
+    /// What has been posted, once no kernel runs any more.
+    fn posted(&self, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
+        Ok(match self.device().links() {
+            Some(links) => PostedAll::Put(Box::new(links.puts(deadline)?)),
+            None => PostedAll::Count(self.device().posted(deadline)?),
+        })
+    }
+
     fn report(&self) -> GpuQueueReport {
         let (taken, done, failed) = self.counts();
         GpuQueueReport {
@@ -126,6 +154,15 @@ impl SharedQueue {
             failed,
         }
     }
+}
+
+/// What kernels have posted, all of it.
+#[derive(Debug)]
+pub(crate) enum PostedAll {
+    /// So many posts have been begun.
+    Count(u64),
+    /// They have put this themselves.
+    Put(Box<LinkPuts>),
 }
 
 /// Why what kernels have posted is not carried out.
@@ -171,6 +208,11 @@ impl Pushing {
             let _ = self.block_ops.set(Arc::new(ops));
         }
         Ok(())
+    }
+
+    /// What a block of each layer takes, where a queue was made.
+    pub(crate) fn ops(&self) -> Option<&Arc<BlockOps>> {
+        self.block_ops.get()
     }
 
     /// How posts go together: where the consumer fetches what it is told of, it plans that by itself.
@@ -241,7 +283,8 @@ impl Push {
     /// # Errors
     ///
     /// [`Error::QueueConfig`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks are of unequal size;
-    /// [`Error::Memory`].
+    /// [`Error::Memory`]. [`Error::NoLinks`] where kernels may not write the blocks themselves; a queue of that kind
+    /// waits for the consumer's ticket and its leave, for as long as it is patient.
     pub fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, Error> {
         self.engine.runtime.health.check()?;
         let wrong = |what| Err(Error::QueueConfig { what });
@@ -265,6 +308,7 @@ impl Push {
         self.pushing.block_ops(groups)?;
         let number = self.pushing.queues.fetch_add(1, Ordering::Relaxed);
         let (device, served) = match config.kind {
+            QueueKind::Links => return self.links(config, number),
             QueueKind::Proxy => {
                 let (gpu, patience) = (&config.gpu, config.patience);
                 let (device, consumer) = DeviceQueue::new(gpu, config.depth, patience)?;
@@ -273,26 +317,9 @@ impl Push {
             QueueKind::GpuWqe(_) => self.wqes(config, number, Bell::Cpu)?,
             QueueKind::Direct(_) => self.wqes(config, number, Bell::Kernel)?,
         };
-        let shared = Arc::new(SharedQueue {
-            device: Kept {
-                device: Arc::new(device),
-                // Nobody has its handle.
-                is_over: AtomicBool::new(true),
-                last: None,
-            },
-            pace: Mutex::new(config.pace),
-            taken: AtomicU64::new(0),
-            done: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-        });
+        let shared = SharedQueue::new(device, config.pace);
         self.pushing.attach(number, (&shared, served))?;
-        Ok(GpuQueue {
-            number,
-            pushing: Arc::clone(&self.pushing),
-            engine: Arc::clone(&self.engine),
-            shared,
-            is_over: false,
-        })
+        Ok(GpuQueue::new(self, number, &shared))
     }
 }
 
@@ -357,6 +384,16 @@ pub struct GpuQueue {
 }
 
 impl GpuQueue {
+    pub(super) fn new(push: &Push, number: u64, shared: &Arc<SharedQueue>) -> Self {
+        Self {
+            number,
+            pushing: Arc::clone(&push.pushing),
+            engine: Arc::clone(&push.engine),
+            shared: Arc::clone(shared),
+            is_over: false,
+        }
+    }
+
     /// What a kernel takes, by value: `kvx_queue` of `kernels/queue.h`. It names memory that it does not hold: no kernel
     /// uses it after [`finish`](Self::finish), nor is one launched with it then. Whoever launches a kernel with it, which
     /// is an unsafe call, promises that.
@@ -451,7 +488,7 @@ impl GpuQueue {
         let posted = match &ended {
             Ok(()) | Err(Error::KernelsLate { .. }) => {
                 self.shared.device.is_over.store(true, Ordering::Release);
-                let posted = self.shared.device().posted(after(within.max(TO_READ)));
+                let posted = self.shared.posted(after(within.max(TO_READ)));
                 Some(posted.map_err(Error::Memory))
             }
             Err(_) => None,
@@ -479,7 +516,7 @@ impl GpuQueue {
     }
 
     /// Tells the worker; `is_finished`: the push may be committed, if it has not failed.
-    fn close(&mut self, posted: Option<u64>, is_finished: bool) {
+    fn close(&mut self, posted: Option<PostedAll>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
         let id = self.pushing.id;
@@ -493,7 +530,7 @@ impl GpuQueue {
 }
 
 /// When so much time has passed.
-fn after(within: Duration) -> Instant {
+pub(super) fn after(within: Duration) -> Instant {
     Instant::now() + within.min(LONGEST)
 }
 

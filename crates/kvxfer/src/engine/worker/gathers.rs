@@ -330,7 +330,7 @@ impl Worker {
         self.gathers.asked.insert(job.id, Asked { job, peer });
     }
 
-    fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
+    pub(super) fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
         let report = report(job, error, whole);
         // The word of all that would have had a part in it.
         for _ in 0..job.workers.max(1) {
