@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{Config, FencePolicy, KvRole, PathKind, PathSet};
@@ -572,7 +573,7 @@ fn child_entry() {
 }
 
 /// A consumer that lets kernels of others write, and a producer in another process.
-fn with_links() -> (Child, Node, Instance, Log) {
+fn with_links(change: impl FnOnce(&mut Config)) -> (Child, Node, Instance, Log) {
     let producer = Child::start(&Spec {
         role: KvRole::Producer,
         path: PathKind::Ipc,
@@ -587,6 +588,7 @@ fn with_links() -> (Child, Node, Instance, Log) {
         config.gpu_links_in = true;
         config.heartbeat_interval = Duration::from_millis(100);
         config.heartbeat_timeout = Duration::from_millis(400);
+        change(config);
     });
     let instance = consumer.engine.connect(&producer.address, LONG);
     let instance = instance.expect("a session");
@@ -657,7 +659,7 @@ fn wait_until_stopped(producer: &Child) {
 
 #[test]
 fn kernels_of_another_process_write_blocks() {
-    let (mut producer, consumer, _instance, mut log) = with_links();
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
     expect(&consumer, "r", 0..9);
     let outcome = producer.put_once(&consumer.name(), "r", 9);
     assert!(outcome.contains("Done"), "{outcome}");
@@ -673,7 +675,7 @@ fn kernels_of_another_process_write_blocks() {
 /// A producer that is killed while its kernels write: the blocks come back when its process has ended.
 #[test]
 fn the_blocks_of_a_killed_producers_kernels_come_back() {
-    let (mut producer, consumer, _instance, mut log) = with_links();
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
     expect(&consumer, "r", 0..8);
     put_in_the_middle(&mut producer, &consumer, "r");
     producer.die();
@@ -691,7 +693,7 @@ fn the_blocks_of_a_killed_producers_kernels_come_back() {
 /// lost, while those of its other pushes, which go by queue pairs, come back. When it is killed, they do.
 #[test]
 fn the_blocks_of_a_stopped_producers_kernels_stay_quarantined_until_it_is_dead() {
-    let (mut producer, consumer, _instance, mut log) = with_links();
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
     expect(&consumer, "links", 0..8);
     expect(&consumer, "queues", 20..24);
     producer.begin_at(&consumer.name(), "queues", 20..24);
@@ -705,7 +707,45 @@ fn the_blocks_of_a_stopped_producers_kernels_stay_quarantined_until_it_is_dead()
     log.wait("the other's release", |event| is_released(event, "queues"));
     let released = |log: &mut Log| log.count(|event| is_released(event, "links"));
     assert_eq!(released(&mut log), 0, "its kernels go on when it does");
+    // Who keeps the time looks at its process, once at least between the ends of these two.
+    for request in ["first", "second"] {
+        let soon = Duration::from_millis(60);
+        let blocks = groups(40..41);
+        let expected = consumer
+            .engine
+            .expect(&RequestId::from(request), &blocks, 1, soon);
+        expected.expect("room");
+        assert_eq!(failed(&mut log, request).0, Cause::DeadlinePassed);
+    }
+    assert_eq!(released(&mut log), 0, "it is stopped, and has not ended");
     producer.die();
     log.wait("its release", |event| is_released(event, "links"));
     log.assert_told_once();
+}
+
+/// An engine that goes while kernels of another process may write its blocks keeps its memory; where they have ended it
+/// does not.
+#[test]
+fn a_consumer_that_goes_keeps_the_memory_that_kernels_may_write() {
+    for have_ended in [true, false] {
+        let grace = |config: &mut Config| config.drain_grace = Duration::from_millis(50);
+        let (mut producer, consumer, instance, log) = with_links(grace);
+        expect(&consumer, "r", 0..8);
+        match have_ended {
+            true => {
+                let outcome = producer.put_once(&consumer.name(), "r", 8);
+                assert!(outcome.contains("Done"), "{outcome}");
+            }
+            false => put_in_the_middle(&mut producer, &consumer, "r"),
+        }
+        let memory = Arc::downgrade(&consumer.side.placement().memory()[0]);
+        drop((instance, log, consumer));
+        match have_ended {
+            true => until("it is given back", || memory.upgrade().is_none()),
+            false => assert!(
+                memory.upgrade().is_some(),
+                "given back under the kernels of another process"
+            ),
+        }
+    }
 }

@@ -9,15 +9,23 @@ use kvxfer::wire::LinksRefused;
 
 use super::*;
 
-/// Far more than is put while somebody looks.
-const MANY: usize = 400_000;
+/// Large, so that a put takes far longer than one that is stopped at once.
+const BIG: u64 = 64 << 10;
+/// Far more than are put while somebody looks.
+const MANY: usize = 200_000;
+
+/// Both layers of the first `n` blocks, to the same blocks.
+fn big(n: u32) -> Vec<Move> {
+    let blocks = (0..n).flat_map(|b| [(0, b), (1, b)]);
+    blocks.map(|(l, b)| put(l, b, b, BIG)).collect()
+}
 
 fn let_in(config: &mut Config) {
     config.gpu_links_in = true;
 }
 
 fn bench(change: impl Fn(&mut Config)) -> Bench {
-    Bench::new(PathKind::Ipc, (BLOCK, 2), BLOCKS, |config| {
+    Bench::new(PathKind::Ipc, (BIG, 2), BLOCKS, |config| {
         let_in(config);
         change(config);
     })
@@ -37,7 +45,7 @@ impl Bench {
 
     /// Puts that go on until they are stopped, of these blocks; some have been put.
     fn endless(&self, queue: &GpuQueue, blocks: u32) -> Posting {
-        let moves: Vec<Move> = puts(blocks).into_iter().cycle().take(MANY).collect();
+        let moves: Vec<Move> = big(blocks).into_iter().cycle().take(MANY).collect();
         let posting = self.post(queue, &moves, PUT, ALL);
         let of = |block: u32| {
             let side = &self.consumer.side;
@@ -157,7 +165,7 @@ fn layers_of_the_host_and_other_queues_go_beside_it() {
     let two = |queue: &GpuQueue, from: u32| {
         let blocks = from..from + 1;
         let moves: Vec<Move> = blocks
-            .flat_map(|b| [put(0, b, b, BLOCK), put(1, b, b, BLOCK)])
+            .flat_map(|b| [put(0, b, b, BIG), put(1, b, b, BIG)])
             .collect();
         let posting = bench.post(queue, &moves, PUT, EACH);
         assert_eq!(ends(&posting), [WELL, WELL]);
@@ -172,7 +180,7 @@ fn layers_of_the_host_and_other_queues_go_beside_it() {
     }
     let sent = push.commit().expect("committed");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
-    assert_eq!(sent.report().bytes, 4 * 2 * BLOCK);
+    assert_eq!(sent.report().bytes, 4 * 2 * BIG);
     bench.received("r");
     let table = pairs((0..4).map(|b| (b, b)));
     bench
@@ -192,7 +200,7 @@ fn what_the_consumer_does_not_expect_is_not_written() {
     let push = bench.push("r", LONG);
     let queue = bench.links(&push);
     let one_tensor = |word: u64| word & !(0xff << 48);
-    let part = put(0, 3, 5, BLOCK);
+    let part = put(0, 3, 5, BIG);
     let part = Move {
         local: one_tensor(part.local),
         remote: one_tensor(part.remote),
@@ -200,32 +208,32 @@ fn what_the_consumer_does_not_expect_is_not_written() {
     };
     let by_address = Move {
         flags: 0,
-        ..put(0, 3, 5, BLOCK)
+        ..put(0, 3, 5, BIG)
     };
     let cases = [
-        (put(0, 3, 6, BLOCK), PUT, Status::BadRights),
-        (put(1, 3, 0, BLOCK), PUT, Status::BadRights),
-        (put(0, 3, BLOCKS, BLOCK), PUT, Status::BadRange),
-        (put(0, BLOCKS, 5, BLOCK), PUT, Status::BadRange),
-        (put(2, 3, 5, BLOCK), PUT, Status::BadKey),
-        (put(0, 3, 5, BLOCK - 8), PUT, Status::BadLength),
+        (put(0, 3, 6, BIG), PUT, Status::BadRights),
+        (put(1, 3, 0, BIG), PUT, Status::BadRights),
+        (put(0, 3, BLOCKS, BIG), PUT, Status::BadRange),
+        (put(0, BLOCKS, 5, BIG), PUT, Status::BadRange),
+        (put(2, 3, 5, BIG), PUT, Status::BadKey),
+        (put(0, 3, 5, BIG - 8), PUT, Status::BadLength),
         (part, PUT, Status::BadRange),
         (by_address, PUT, Status::BadOp),
-        (put(0, 3, 5, BLOCK), GET, Status::BadOp),
-        (put(0, 3, 5, BLOCK), PUT_IMM, Status::BadOp),
+        (put(0, 3, 5, BIG), GET, Status::BadOp),
+        (put(0, 3, 5, BIG), PUT_IMM, Status::BadOp),
     ];
     for (bad, op, status) in cases {
         let posting = bench.post(&queue, &[bad], op, EACH);
         assert_eq!(ends(&posting), [(status, status)], "{bad:x?}");
     }
     bench.consumer.assert_untouched_but([]);
-    let posting = bench.post(&queue, &[put(1, 3, 5, BLOCK)], PUT, EACH);
+    let posting = bench.post(&queue, &[put(1, 3, 5, BIG)], PUT, EACH);
     assert_eq!(ends(&posting), [WELL]);
     queue.finish(Kernels::Ended, LONG).expect("they have ended");
     let sent = push.commit().expect("committed");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
     // What was refused is no part of it.
-    assert_eq!(sent.report().bytes, BLOCK);
+    assert_eq!(sent.report().bytes, BIG);
     bench.received("r");
     bench.consumer.assert_untouched_but([5]);
     bench.over();
@@ -294,7 +302,7 @@ fn a_deadline_in_the_middle_ends_the_push_in_time() {
     bench.expect("r", 0..8);
     let push = bench.push("r", Duration::from_millis(400));
     let queue = bench.links(&push);
-    let moves: Vec<Move> = puts(8).into_iter().cycle().take(10_000).collect();
+    let moves: Vec<Move> = big(8).into_iter().cycle().take(1_000).collect();
     let stopped = (Status::Stopped, Status::Stopped);
     // One kernel behind the other, until the word stops them.
     until("they are stopped", || {
@@ -386,4 +394,85 @@ fn a_queue_that_is_dropped_keeps_what_its_kernels_may_write() {
     let sent = push.commit().expect("nothing was posted");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
     bench.received("s");
+}
+
+/// The consumer's death ends the push in time and stops its kernels; what they read is kept until they have ended.
+#[test]
+fn the_death_of_the_consumer_stops_the_kernels() {
+    let mut peer = Child::start(&Spec {
+        role: KvRole::Consumer,
+        path: PathKind::Ipc,
+        block_bytes: BLOCK,
+        blocks: BLOCKS,
+        listen: "127.0.0.1:0".to_owned(),
+        engine_id: None,
+        seed: SEED,
+        namespace: None,
+    });
+    let producer = recipe(KvRole::Producer, PathKind::Ipc, BLOCK, BLOCKS).node();
+    let mut log = Log::new(&producer.engine);
+    let instance = producer.engine.connect(&peer.address, LONG).expect("up");
+    peer.expect("r", 8, LONG);
+    let push = instance.begin_push(&RequestId::from("r")).expect("a push");
+    let mut config = GpuQueueConfig::new(&gpu());
+    config.kind = QueueKind::Links;
+    let queue = push.gpu_queue(&config).expect("a queue");
+    let kernels = PostKernels::load(&gpu()).expect("kernels");
+    let stream = Stream::new(&gpu()).expect("a stream");
+    let first = post(&kernels, &stream, &queue, &puts(8), (PUT, ALL));
+    assert!(ends(&first).iter().all(|end| *end == WELL));
+    peer.die();
+    let moves: Vec<Move> = puts(8).into_iter().cycle().take(10_000).collect();
+    let stopped = (Status::Stopped, Status::Stopped);
+    until("they are stopped", || {
+        let posting = post(&kernels, &stream, &queue, &moves, (PUT, ALL));
+        ends(&posting).last() == Some(&stopped)
+    });
+    let sent = push.abort();
+    assert_eq!(quarantined(&sent), Cause::PeerDead);
+    log.wait("the peer's end", |e| matches!(e, Event::PeerDown { .. }));
+    assert!(!sent.is_released());
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    assert!(sent.wait_released(LONG));
+    log.assert_told_once();
+}
+
+/// What a kernel has read is looked at when it is known.
+#[test]
+fn a_kernel_may_not_have_sent_what_is_being_written() {
+    let node = |role| {
+        let recipe = recipe(role, PathKind::Ipc, BLOCK, BLOCKS).with(let_in);
+        recipe.node()
+    };
+    let (a, b) = (node(KvRole::Both), node(KvRole::Both));
+    let address = a.engine.listen("127.0.0.1:0").expect("a free port");
+    let _session = b.engine.connect(&address.to_string(), LONG).expect("up");
+    let way = way(&a, &b.name());
+    let expect = |node: &Node, request: &str, blocks: &[u32]| {
+        let request = RequestId::from(request);
+        let blocks = groups(blocks.iter().copied());
+        node.engine
+            .expect(&request, &blocks, 1, LONG)
+            .expect("room");
+    };
+    // Somebody may write into block 5 of this rank.
+    expect(&a, "mine", &[5]);
+    expect(&b, "r", &[0, 1, 2, 3]);
+    let push = begin(&way, "r", LONG);
+    let mut config = GpuQueueConfig::new(&gpu());
+    config.kind = QueueKind::Links;
+    let queue = push.gpu_queue(&config).expect("a queue");
+    let kernels = PostKernels::load(&gpu()).expect("kernels");
+    let stream = Stream::new(&gpu()).expect("a stream");
+    let moves = [put(0, 4, 1, BLOCK), put(0, 5, 2, BLOCK)];
+    let told = ends(&post(&kernels, &stream, &queue, &moves, (PUT, EACH)));
+    assert_eq!(told, [WELL, WELL]);
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let sent = push.commit().expect("told");
+    match cause(&sent) {
+        Cause::KernelPost { fault, .. } => {
+            assert_eq!(fault, PostFault::InUse { group: 0, block: 5 });
+        }
+        other => panic!("{other:?}"),
+    }
 }

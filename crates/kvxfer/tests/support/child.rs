@@ -361,6 +361,8 @@ fn build(text: &str) -> (Node, u64) {
     let recipe = recipe.with(|config| {
         // Whoever listens elsewhere is in a network of the test's own.
         config.allow_unauthenticated = !listen.starts_with("127.");
+        // Nothing comes of it unless a push asks.
+        config.gpu_links_in = true;
         if !engine_id.is_empty() {
             config.engine_id = Some(engine_id.to_owned());
         }
