@@ -190,7 +190,14 @@ impl PeerLife {
     /// then, unless another process has it open too (a child that it had forked).
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        !alive(self.pidfd.as_fd())
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        // A look that fails says nothing of the process.
+        let looked = poll(&mut fds, PollTimeout::ZERO).is_ok();
+        let [fd] = fds;
+        looked
+            && fd
+                .revents()
+                .is_some_and(|of| of.contains(PollFlags::POLLIN))
     }
 }
 
