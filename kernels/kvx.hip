@@ -181,6 +181,8 @@ extern "C" __attribute__((visibility("default"))) const kvx_u32 kvx_layout[] = {
     __builtin_offsetof(kvx_region_layer, tensors),
     __builtin_offsetof(kvx_region_layer, local_blocks),
     __builtin_offsetof(kvx_region_layer, remote_blocks),
+    __builtin_offsetof(kvx_region_layer, expected),
+    __builtin_offsetof(kvx_region_layer, notes),
     sizeof(kvx_region_group),
     __builtin_offsetof(kvx_region_group, first),
     __builtin_offsetof(kvx_region_group, layers),

@@ -2,6 +2,9 @@
 // mapped here. So there is nothing to wait for, and no ticket: a put that says KVX_OK is there, for
 // whoever learns of it by a release of system scope that comes after it (kvx_store_release_u64), or by
 // the kernel's end.
+//
+// A queue of a push knows which blocks the peer expects, and keeps a note of each, by which the host knows
+// what was put when the kernels have ended. Two puts of one block at a time are the kernels' own mistake.
 #ifndef KVX_LINKS_H
 #define KVX_LINKS_H
 
@@ -64,21 +67,55 @@ KVX_FN kvx_u32 kvx_link_share(const kvx_queue &queue, const kvx_block &block, kv
   return KVX_OK;
 }
 
+// `note` is where the block's is; 0: the queue keeps none.
 KVX_FN kvx_u32 kvx_link_find(const kvx_queue &queue, const kvx_move &move, kvx_u32 op,
-                             kvx_block &block) {
+                             kvx_block &block, kvx_u64 &note) {
+  note = 0;
   if (queue.regions == 0) {
     return KVX_BAD_QUEUE;
   }
-  return op == KVX_PUT ? kvx_find(queue, move, block) : KVX_BAD_OP;
+  kvx_u32 status = op == KVX_PUT ? kvx_find(queue, move, block) : KVX_BAD_OP;
+  // The compiler is told so that it puts copies, fence and result in that order, as the check of what it
+  // makes of them wants it.
+  if (__builtin_expect(status != KVX_OK || queue.words == 0, 0)) {
+    return status;
+  }
+  if (((kvx_u32)(move.local >> 48) & 0xff) != KVX_ALL_TENSORS) {
+    return KVX_BAD_RANGE;
+  }
+  kvx_u32 place =
+      *((const KVX_TABLE kvx_u32 *)queue.words + ((kvx_u64)block.expected + block.remote));
+  if (place == 0) {
+    return KVX_BAD_RIGHTS;
+  }
+  note = queue.slots + ((kvx_u64)block.notes + place - 1) * 4;
+  return KVX_OK;
+}
+
+// Before the first byte of a block: what it holds from now on is not what was put before.
+KVX_FN void kvx_link_begin(kvx_u64 note) {
+  if (note != 0) {
+    kvx_store_system_u32(note, KVX_NOTE_BEGUN);
+  }
+}
+
+// And behind the last, unless it was stopped before.
+KVX_FN void kvx_link_end(kvx_u64 note, const kvx_block &block, kvx_u32 stopped) {
+  if (note != 0 && stopped == 0) {
+    kvx_store_system_u32(note, KVX_NOTE_PUT + block.local);
+  }
 }
 
 // By one thread. Slow: a wave is as many times faster as it has lanes.
 KVX_FN kvx_u32 kvx_link_thread(const kvx_queue &queue, const kvx_move &move, kvx_u32 op) {
   kvx_block block;
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
-  kvx_u32 status = kvx_link_find(queue, move, op, block);
+  kvx_u64 note;
+  kvx_u32 status = kvx_link_find(queue, move, op, block, note);
   if (status == KVX_OK) {
+    kvx_link_begin(note);
     status = kvx_link_share<kvx_by_one>(queue, block, stop, 0, 1);
+    kvx_link_end(note, block, status);
     kvx_fence_release();
   }
   return status;
@@ -89,10 +126,14 @@ KVX_FN kvx_u32 kvx_link_wave(const kvx_queue &queue, const kvx_move &move, kvx_u
   kvx_block block;
   kvx_wave_barrier();
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
-  kvx_u32 status = kvx_link_find(queue, move, op, block);
+  kvx_u64 note;
+  kvx_u32 status = kvx_link_find(queue, move, op, block, note);
   if (status == KVX_OK) {
+    // All lanes store the same word.
+    kvx_link_begin(note);
     status = kvx_link_share<kvx_by_lanes>(queue, block, stop, 0, 1);
     kvx_wave_barrier();
+    kvx_link_end(note, block, status);
     kvx_fence_release();
   }
   return status;
@@ -105,10 +146,15 @@ KVX_FN kvx_u32 kvx_link_block(const kvx_queue &queue, const kvx_move &move, kvx_
   const kvx_u32 warps = 5;
   kvx_block block;
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
-  kvx_u32 status = kvx_link_find(queue, move, op, block);
+  kvx_u64 note;
+  kvx_u32 status = kvx_link_find(queue, move, op, block, note);
+  if (status == KVX_OK) {
+    kvx_link_begin(note);
+  }
   for (kvx_u32 own = 0; own < warps && status == KVX_OK; ++own) {
     status = kvx_link_share<kvx_by_lanes>(queue, block, stop, own, warps);
   }
+  kvx_link_end(note, block, status);
   kvx_fence_release();
   return status;
 #else
@@ -121,9 +167,13 @@ KVX_FN kvx_u32 kvx_link_block(const kvx_queue &queue, const kvx_move &move, kvx_
   kvx_barrier();
   kvx_block block;
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
-  kvx_u32 status = kvx_link_find(queue, move, op, block);
+  kvx_u64 note;
+  kvx_u32 status = kvx_link_find(queue, move, op, block, note);
   if (status != KVX_OK) {
     return status;
+  }
+  if (kvx_thread() == 0) {
+    kvx_link_begin(note);
   }
   kvx_u32 own = kvx_uniform(kvx_thread() / KVX_WARP);
   kvx_u32 warps = kvx_threads() / KVX_WARP;
@@ -134,6 +184,7 @@ KVX_FN kvx_u32 kvx_link_block(const kvx_queue &queue, const kvx_move &move, kvx_
   kvx_barrier();
   // One for all of them: they have their caches in common.
   if (__builtin_expect(kvx_thread() == 0, 1)) {
+    kvx_link_end(note, block, stopped);
     kvx_fence_release();
   }
   status = stopped != 0 ? KVX_STOPPED : KVX_OK;

@@ -402,7 +402,7 @@ KVX_FN kvx_u32 kvx_post_one(const kvx_queue &queue, const kvx_move &move, kvx_u3
     }
     return status;
   }
-  kvx_block block = {0, 0, 0, 0};
+  kvx_block block = {0, 0, 0, 0, 0, 0};
   status = kvx_nic_plan(queue, move, block);
   if (status != KVX_OK) {
     return status;

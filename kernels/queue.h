@@ -100,6 +100,12 @@ struct kvx_desc {
 #define KVX_DIRECT 3u     // WQEs; `bell` is the doorbell
 #define KVX_LINKS 4u      // nothing is handed over: who puts copies the block, to where `regions` says
 
+// What has become of a block that the peer expects of a push over links. Whoever reads notes waits for the
+// kernels' ends.
+#define KVX_NOTE_OPEN 0u      // not put
+#define KVX_NOTE_BEGUN 1u     // being put, or stopped in the middle
+#define KVX_NOTE_PUT 2u       // put: and the number of the block here, added
+
 // What posters have among themselves: memory of the device that runs them.
 struct kvx_queue_state {
   kvx_u64 next;      // the ticket that the next post gets
@@ -121,9 +127,12 @@ struct kvx_queue_report {
 
 // A queue, as it is given to a kernel. Whoever posts to it has a copy of this.
 struct kvx_queue {
-  kvx_u64 slots;       // kvx_desc[depth] in pinned memory, or the device's WQEs, 64 bytes each
+  kvx_u64 slots;       // kvx_desc[depth] in pinned memory, or the device's WQEs, 64 bytes each; links of a
+                       // push: notes (KVX_NOTE_OPEN and on), kvx_u32 for each expected block of each layer
   kvx_u64 words;       // proxy: kvx_u64[depth] in pinned memory, (ticket + 1) << 8 | status;
-                       // WQEs: kvx_u64[depth] in the device's memory, KVX_READY of posts, at first 0
+                       // WQEs: kvx_u64[depth] in the device's memory, KVX_READY of posts, at first 0;
+                       // links of a push: for each of a group's blocks at the peer a kvx_u32, 1 and its place
+                       // among those that the peer expects, or 0; links of none: 0
   kvx_u64 state;       // kvx_queue_state
   kvx_u64 report;      // kvx_queue_report
   kvx_u64 abort;       // kvx_u32 in the device's memory: not 0 ends every wait

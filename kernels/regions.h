@@ -32,6 +32,8 @@ struct kvx_region_layer {
   kvx_u32 tensors;     // 0: there is no such layer
   kvx_u32 local_blocks;
   kvx_u32 remote_blocks;
+  kvx_u32 expected;    // links of a push: the group's block 0 in kvx_queue.words
+  kvx_u32 notes;       // and the layer's first note in kvx_queue.slots
 };
 
 struct kvx_region_group {
@@ -58,10 +60,12 @@ KVX_AT(kvx_region_piece, rkey, 44);
 KVX_SIZE(kvx_region_tensor, 16);
 KVX_AT(kvx_region_tensor, first, 8);
 KVX_AT(kvx_region_tensor, count, 12);
-KVX_SIZE(kvx_region_layer, 16);
+KVX_SIZE(kvx_region_layer, 24);
 KVX_AT(kvx_region_layer, tensors, 4);
 KVX_AT(kvx_region_layer, local_blocks, 8);
 KVX_AT(kvx_region_layer, remote_blocks, 12);
+KVX_AT(kvx_region_layer, expected, 16);
+KVX_AT(kvx_region_layer, notes, 20);
 KVX_SIZE(kvx_region_group, 8);
 KVX_AT(kvx_region_group, layers, 4);
 KVX_SIZE(kvx_regions, 40);
@@ -77,6 +81,8 @@ struct kvx_block {
   kvx_u32 count;
   kvx_u32 local;       // the block's number here
   kvx_u32 remote;      // and at the peer
+  kvx_u32 expected;    // as its layer has them
+  kvx_u32 notes;
 };
 
 // Looks up what a move names by places. `move.len` must be the block's bytes, so that who believes
@@ -123,6 +129,8 @@ KVX_FN kvx_u32 kvx_find(const kvx_queue &queue, const kvx_move &move, kvx_block 
   }
   block.pieces = regions->pieces + span->first * sizeof(kvx_region_piece);
   block.count = span->count;
+  block.expected = row->expected;
+  block.notes = row->notes;
   return KVX_OK;
 }
 

@@ -80,7 +80,8 @@ pub(crate) struct BwArgs {
     pub(crate) initiator: InitiatorChoice,
 
     /// What the kernel posts to: `proxy`, a ring that this process's workers carry out; `gpu-wqe` and `direct`, an mlx5
-    /// queue of a model of a NIC, with and without the CPU at the doorbell [default: proxy]
+    /// queue of a model of a NIC, with and without the CPU at the doorbell; `links`, nothing: it copies the blocks into
+    /// the target's GPU memory itself (with --mem gpu; a `serve` needs KVXFER_GPU_LINKS_IN=true) [default: proxy]
     #[arg(long, value_enum)]
     pub(crate) queue: Option<QueueChoice>,
 
@@ -151,6 +152,7 @@ pub(crate) enum QueueChoice {
     Proxy,
     GpuWqe,
     Direct,
+    Links,
 }
 
 /// Options of `kvxfer ping`. Short ones mean what they mean in ping(8).

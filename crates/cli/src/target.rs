@@ -36,21 +36,25 @@ pub(crate) struct OwnTarget {
 }
 
 impl OwnTarget {
-    /// Starts this very program as a server on a free port of the loopback, over the given path.
+    /// Starts this very program as a server on a free port of the loopback, with these variables.
     ///
     /// Call it on the main thread: the target ends with the *thread* that started it.
     ///
     /// # Errors
     ///
     /// A [`Problem`] if it cannot be started or is not listening in time.
-    pub(crate) fn start(more: &[String], path: &str, timeout: Duration) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        more: &[String],
+        variables: &[(&str, &str)],
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let mut command = Command::new(program);
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--exit-with-parent"])
             .arg(std::process::id().to_string())
             .args(more)
-            .env("KVXFER_PATH", path);
+            .envs(variables.iter().copied());
         if std::env::var_os("KVXFER_LOG").is_none() {
             // What goes wrong is told once, by this side.
             command.env("KVXFER_LOG", "error");

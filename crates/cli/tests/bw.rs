@@ -225,14 +225,67 @@ fn kernels_write_work_requests_to_a_model_of_a_nic() {
     );
 }
 
+/// A kernel copies the blocks into the target's memory itself: on this machine its host build, between processes.
+#[test]
+fn kernels_write_the_targets_blocks_themselves() {
+    let args = [
+        "bw",
+        "--json",
+        "--initiator",
+        "gpu",
+        "--queue",
+        "links",
+        "--mem",
+        "gpu",
+        "--size",
+        "4K,64K",
+        "--blocks",
+        "16",
+        "-n",
+        "3",
+    ];
+    let ended = spawn(command(&args).env("KVXFER_GPU", "host")).end();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended.stderr.contains("warning: there is no GPU"),
+        "{ended:?}"
+    );
+    let report = ended.json();
+    let rows = report["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        let by = ["op", "initiator", "executor", "queue", "hca", "path"].map(|name| &row[name]);
+        let wanted = ["write", "gpu", "host-build", "links", "none", "ipc"];
+        assert_eq!(by, wanted, "{row}");
+        assert!(row["verified_bytes"].as_u64() > Some(0), "{row}");
+    }
+}
+
 #[test]
 fn what_kernels_cannot_do_is_a_usage_error() {
     for (args, cause) in [
         (
             &["--initiator", "gpu", "--queue", "wqe"][..],
-            "possible values: proxy, gpu-wqe, direct",
+            "possible values: proxy, gpu-wqe, direct, links",
         ),
-        (&["--queue", "proxy"][..], "say --initiator gpu"),
+        (&["--queue", "proxy"], "say --initiator gpu"),
+        (
+            &["--initiator", "gpu", "--queue", "links"],
+            "say --mem gpu with --queue links",
+        ),
+        (
+            &[
+                "--initiator",
+                "gpu",
+                "--queue",
+                "links",
+                "--mem",
+                "gpu",
+                "--op",
+                "read",
+            ],
+            "pushes and does not pull",
+        ),
     ] {
         let ended = run_bw(args);
         assert_eq!(ended.code, Some(2), "{ended:?}");

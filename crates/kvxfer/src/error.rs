@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::bench::WrongByte;
 use crate::config::ConfigError;
 use crate::event::Class;
+use crate::gpu_queue::NoLinks;
 use crate::ids::{EngineId, Generation, Rank, RequestId};
 use crate::layout::LayoutError;
 use crate::layout::LayoutMismatch;
@@ -112,6 +113,12 @@ pub enum Error {
         depth: u32,
         /// The most that one block takes.
         stretches: u32,
+    },
+    /// Kernels may not write a push's blocks themselves.
+    #[error("a queue of the kind links: {why}")]
+    NoLinks {
+        /// Why not, and what to do.
+        why: NoLinks,
     },
     /// A kernel that posts pings was told that its post has not gone well.
     #[error(

@@ -24,6 +24,12 @@
 //! ([`ForceReset`](ExpectOutput::ForceReset)): this side resets its own queue pairs to it, after
 //! which nothing of that peer can land. When the last one is closed or cut off comes
 //! [`Released`](ExpectOutput::Released), once.
+//!
+//! # Kernels that write
+//! A peer that was let ([`Expects::let_kernels_write`]) has kernels of its own write the blocks, which no queue pair
+//! carries: a reset takes nothing away from them. Such a peer is not cut off, and when its session is over it stays a
+//! writer until it says that it has closed its push, or until its process has ended
+//! ([`Expects::process_ended`]).
 
 mod endings;
 mod types;
@@ -57,6 +63,8 @@ pub const MOST_IMMEDIATES: u64 = 1 << 16;
 enum Writer {
     /// It may write.
     Open,
+    /// Its session is over, and kernels of its process may write yet.
+    Kernels,
     /// It will write no more; what it has written is compared with its checksums.
     Written,
     /// It will write no more.
@@ -72,6 +80,8 @@ struct Bound {
     /// What of each block it writes.
     cover: Cover,
     state: Writer,
+    /// Whether kernels of its own may write.
+    kernels: bool,
     /// The pairs of rails that it has written over, once it has said so; and those of them of which it has
     /// said that all is in memory.
     rails: RailSet,
@@ -121,6 +131,12 @@ impl Expectation {
             .iter()
             .filter(|w| w.state == Writer::Open)
             .map(|w| w.peer)
+    }
+
+    /// Whether anybody may write yet.
+    fn may_be_written(&self) -> bool {
+        let writes = |w: &Bound| matches!(w.state, Writer::Open | Writer::Kernels);
+        self.writers.iter().any(writes)
     }
 
     fn timer(&self) -> Option<Time> {
@@ -297,7 +313,7 @@ impl Expects {
         match expectation.writer(peer).copied() {
             Some(Writer::Open) => Ok(()),
             // It said that it is done; beginning again would write into finished blocks.
-            Some(Writer::Written | Writer::Closed) => Err(PushRefusal::Late),
+            Some(Writer::Written | Writer::Closed | Writer::Kernels) => Err(PushRefusal::Late),
             None if expectation.writers.iter().any(|w| w.name == *who.name) => {
                 Err(PushRefusal::Late)
             }
@@ -312,6 +328,7 @@ impl Expects {
                     name: who.name.clone(),
                     cover: who.cover.clone(),
                     state: Writer::Open,
+                    kernels: false,
                     rails: RailSet::EMPTY,
                     spoken: RailSet::EMPTY,
                     immediates: 0,
@@ -494,16 +511,62 @@ impl Expects {
         let phase = expectation.phase;
         let writer = expectation.sender(peer)?;
         let before = *writer;
-        if before == Writer::Open {
+        if matches!(before, Writer::Open | Writer::Kernels) {
             *writer = Writer::Closed;
         }
         match (phase, before) {
             (Phase::Draining(_), _) => self.release_if_drained(key),
             (Phase::Standing(_), Writer::Open) => self.fail(now, key, Cause::Aborted),
-            // It was done before, and what it wrote is complete.
-            (Phase::Standing(_), Writer::Written | Writer::Closed) => {}
+            // It was done before, and what it wrote is complete; and one whose session is over has no try that stands.
+            (Phase::Standing(_), Writer::Written | Writer::Closed | Writer::Kernels) => {}
         }
         Ok(())
+    }
+
+    /// Lets kernels of a peer write the blocks, from when it is told so.
+    ///
+    /// # Errors
+    /// It may not write for this try, or not any more; nothing was changed.
+    pub fn let_kernels_write(
+        &mut self,
+        now: Time,
+        request: &RequestId,
+        nonce: Nonce,
+        peer: PeerKey,
+    ) -> Result<(), PushRefusal> {
+        self.on_time(now);
+        let key = self.find(request, nonce)?;
+        let expectation = self.expectation(key);
+        let standing = matches!(expectation.phase, Phase::Standing(_));
+        let mut writers = expectation.writers.iter_mut();
+        let writer = writers.find(|w| w.peer == peer);
+        let writer = writer.ok_or(PushRefusal::NotASender)?;
+        if !standing || writer.state != Writer::Open {
+            return Err(PushRefusal::Late);
+        }
+        writer.kernels = true;
+        Ok(())
+    }
+
+    /// The peers whose sessions are over and whose kernels may write yet: whether their processes have ended is to be
+    /// looked at.
+    #[must_use]
+    pub fn kernels_left(&self) -> Vec<PeerKey> {
+        let writers = self.all.values().flat_map(|e| &e.writers);
+        let left = writers.filter(|w| w.state == Writer::Kernels);
+        let mut peers: Vec<PeerKey> = left.map(|w| w.peer).collect();
+        peers.sort_unstable();
+        peers.dedup();
+        peers
+    }
+
+    /// Whether kernels of any peer may write.
+    #[must_use]
+    pub fn kernels_may_write(&self, peer: PeerKey) -> bool {
+        let mut writers = self.all.values().flat_map(|e| &e.writers);
+        writers.any(|w| {
+            w.peer == peer && w.kernels && matches!(w.state, Writer::Open | Writer::Kernels)
+        })
     }
 
     /// Whether a peer may tell checksums of what it writes for this try: it is bound, and has not been

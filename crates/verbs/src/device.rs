@@ -15,6 +15,7 @@ use crate::memory::{Memory, MemoryKind};
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey, SegmentSpan};
+use crate::soft::PeerLife;
 use crate::soft::segment::Mapping;
 use crate::sys::enums::ibv_event_type;
 use crate::sys::types::ibv_cq;
@@ -45,6 +46,14 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
         let _ = (token, index);
         Err(Error::Path {
             path: SoftPath::Arena,
+            peer: peer.name.clone(),
+            fault: PathFault::NoSuchPath,
+        })
+    }
+    /// The life of a peer's process, on this host.
+    fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        Err(Error::Path {
+            path: SoftPath::ProcessVm,
             peer: peer.name.clone(),
             fault: PathFault::NoSuchPath,
         })
@@ -288,6 +297,17 @@ impl Context {
     /// [`Error::Path`] says why not.
     pub fn probe(&self, peer: &DeviceAddr, path: SoftPath) -> Result<(), Error> {
         self.backend.probe(peer, path)
+    }
+
+    /// What tells when the peer's process has ended, of a software device on this host. It is found by the device's
+    /// socket, and its memory is looked at once, whether it is the process that the address is of.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`] says why not: also for a device that is no software device, for a process of a pid namespace that
+    /// is not seen from here, and for one whose memory cannot be read.
+    pub fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        self.backend.life_of(peer)
     }
 
     /// Of the device's own GIDs, the one that queue pairs towards these of a peer are to use, and why;

@@ -46,7 +46,7 @@ pub use rdma::{
 };
 pub use region::{Access, MemoryRegion, RegionTable};
 pub use shared::{PeerMapping, SharedFiles};
-pub use soft::{FaultPlan, FaultPlanError, SoftConfig, open_soft, vendor};
+pub use soft::{FaultPlan, FaultPlanError, PeerLife, SoftConfig, open_soft, vendor};
 #[doc(hidden)]
 pub use sys::library_file;
 pub use wr::{Completion, Remote, SendChain, SendOp, Sge, WcOpcode, WcStatus, Wr};

@@ -142,6 +142,12 @@ fn talk(how: How) {
     let card: Card = serde_json::from_str(&other.line()).expect("card");
     let ctx = open_soft(SoftConfig::default()).expect("open");
     ctx.probe(&card.address, path(how)).expect("probe");
+    let life = ctx.life_of(&card.address).expect("it is seen");
+    assert!(!life.has_ended());
+    let mut another = card.address.clone();
+    another.guid[0] ^= 1;
+    let refused = ctx.life_of(&another);
+    assert!(refused.is_err(), "the life of another: {refused:?}");
     let pd = ctx.alloc_pd().expect("pd");
     let cq = ctx.create_cq(64).expect("cq");
     let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
@@ -213,6 +219,7 @@ fn talk(how: How) {
     assert_eq!(stopped, WaitStatus::Stopped(pid, Signal::SIGSTOP));
     read("stopped");
     assert!(file.get(0, N / 2) == pattern(N / 2, 5), "{how:?}");
+    assert!(!life.has_ended(), "stopped is not ended");
     let (late, _cq) = {
         let cq = ctx.create_cq(4).expect("cq");
         let qp = pd.create_qp(QpCaps::default(), &cq, &cq).expect("qp");
@@ -250,6 +257,7 @@ fn talk(how: How) {
     // A dead one: what is mapped can still be read, nothing else.
     other.signal(Signal::SIGKILL);
     other.child.wait().expect("wait");
+    assert!(life.has_ended());
     if how == How::Arena {
         file.put(0, &vec![0; N]);
         post(&[(SendOp::Read(remote(0)), 0)]);

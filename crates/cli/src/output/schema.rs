@@ -200,6 +200,7 @@ pub(crate) enum QueueKind {
     Proxy,
     GpuWqe,
     Direct,
+    Links,
 }
 
 /// What carried a kernel's posts out.
@@ -237,6 +238,7 @@ impl QueueKind {
             Self::Proxy => "proxy",
             Self::GpuWqe => "gpu-wqe",
             Self::Direct => "direct",
+            Self::Links => "links",
         }
     }
 }

@@ -263,7 +263,13 @@ fn start_target(
             .map(|file| file.display().to_string()),
     );
     more.extend(args.tuning.device_options());
-    OwnTarget::start(&more, &settings.shown("path"), timeout)
+    let path = settings.shown("path");
+    let mut variables = vec![("KVXFER_PATH", path.as_str())];
+    if args.queue == Some(QueueChoice::Links) {
+        // It has nothing to lose that this side could keep.
+        variables.push(("KVXFER_GPU_LINKS_IN", "true"));
+    }
+    OwnTarget::start(&more, &variables, timeout)
 }
 
 fn length(args: &BwArgs) -> Length {

@@ -10,16 +10,20 @@ use kvxfer::gpu_queue::{self, GpuQueueConfig, Kernels, Pace, QueueKind};
 use kvxfer::layout::KvFormat;
 use kvxfer::transfer::Cause;
 use kvxfer_hipmem::gpu::{Gpu, GpuRuntime, RuntimeChoice, RuntimeKind, Stream};
-use kvxfer_hipmem::kernels::queue::{ALL, ALL_TENSORS, GET, LOCAL_PLACE, Move, PUT, REMOTE_PLACE};
-use kvxfer_hipmem::post::device::{PostBy, PostKernels, Posts};
+use kvxfer_hipmem::kernels::queue::{
+    ALL, ALL_TENSORS, GET, LOCAL_PLACE, Move, PUT, PostResult, REMOTE_PLACE,
+};
+use kvxfer_hipmem::post::device::{PostBy, PostKernels, Posting, Posts};
 use kvxfer_hipmem::post::{Place, Status};
 
-use super::mem::Gpus;
-use crate::args::{BwArgs, InitiatorChoice, QueueChoice};
+use super::mem::{Gpus, Mem};
+use crate::args::{BwArgs, InitiatorChoice, OpChoice, QueueChoice};
 use crate::output::schema::{self, Executor, Hca};
 use crate::problem::{Exit, Problem};
 use crate::say;
 
+/// Workgroups of each compute unit that copy side by side: what `gpu_post` finds best for 16 KiB.
+const LINK_WORKGROUPS: u32 = 4;
 /// Waves that post side by side at most.
 const MOST_POSTERS: usize = 64;
 
@@ -44,6 +48,19 @@ pub(crate) fn check(args: &BwArgs) -> Result<(), Problem> {
             return Err(Problem::usage(cause).with_fix("say --initiator gpu with it"));
         }
         _ => {}
+    }
+    let on_gpu = matches!(args.mem, Some(Mem::Gpu(_)));
+    if args.queue == Some(QueueChoice::Links) && !on_gpu {
+        return Err(
+            Problem::usage("over links a kernel writes from GPU memory to GPU memory")
+                .with_fix("say --mem gpu with --queue links"),
+        );
+    }
+    if args.queue == Some(QueueChoice::Links) && args.op == OpChoice::Read {
+        return Err(
+            Problem::usage("over links a kernel pushes and does not pull")
+                .with_fix("say --op write with --queue links"),
+        );
     }
     Ok(())
 }
@@ -80,6 +97,7 @@ impl Initiator {
             (QueueChoice::Proxy, _) => (schema::QueueKind::Proxy, Hca::None),
             (QueueChoice::GpuWqe, _) => (schema::QueueKind::GpuWqe, Hca::Model),
             (QueueChoice::Direct, _) => (schema::QueueKind::Direct, Hca::Model),
+            (QueueChoice::Links, _) => (schema::QueueKind::Links, Hca::None),
         };
         (executor, queue, hca)
     }
@@ -102,6 +120,7 @@ impl Initiator {
             QueueChoice::Proxy => QueueKind::Proxy,
             QueueChoice::GpuWqe => QueueKind::GpuWqe(gpu_queue::Hca::Model),
             QueueChoice::Direct => QueueKind::Direct(gpu_queue::Hca::Model),
+            QueueChoice::Links => QueueKind::Links,
         };
         config.patience = timeout;
         config.pace = Pace::Armed;
@@ -110,6 +129,9 @@ impl Initiator {
         let moves = moves(op, format, pairs, |group, layer| {
             queue.block_bytes(group, layer)
         });
+        if self.queue == QueueChoice::Links {
+            return self.over_links(work, queue, &moves, timeout);
+        }
         let posters = (1..=MOST_POSTERS.min(moves.len()))
             .rev()
             .find(|n| moves.len().is_multiple_of(*n))
@@ -127,26 +149,58 @@ impl Initiator {
             .kernels
             .launch(&self.stream, queue.device(), &prepared)?;
         queue.finish(Kernels::Behind(posting.event()), timeout)?;
-        let transfer = work.commit()?;
-        let outcome = transfer.wait(timeout);
-        let took = begun.elapsed();
-        let wrong = |result: &kvxfer_hipmem::kernels::queue::PostResult| {
-            let ok = Status::Ok.number();
-            (result.posted, result.ended) != (ok, ok)
-        };
-        let results = posting.wait(Instant::now() + timeout)?;
-        Ok(ByKernel {
-            took,
-            report: transfer.report(),
-            failed: match outcome {
-                // A kernel that has lost its patience.
-                Some(Outcome::Done) if results.iter().any(wrong) => Some(Cause::DeadlinePassed),
-                Some(Outcome::Done) => None,
-                Some(outcome) => outcome.failure().map(|failure| failure.first_cause.clone()),
-                None => Some(Cause::DeadlinePassed),
-            },
-        })
+        ended(work, (&posting, begun, None), timeout)
     }
+
+    /// The same by kernels that copy the blocks themselves, with as many workgroups as a link wants.
+    fn over_links(
+        &self,
+        work: Begun,
+        queue: GpuQueue,
+        moves: &[Move],
+        timeout: Duration,
+    ) -> Result<ByKernel, kvxfer::Error> {
+        let units = self.stream.gpu().info().compute_units.max(1);
+        let prepared = self.kernels.prepare_push(&self.stream, moves)?;
+        let begun = Instant::now();
+        let device = queue.device();
+        let workgroups = units.saturating_mul(LINK_WORKGROUPS);
+        let posting = (self.kernels).push(&self.stream, device, &prepared, workgroups)?;
+        while !posting.is_done()? && begun.elapsed() < timeout {
+            std::hint::spin_loop();
+        }
+        let there = begun.elapsed();
+        queue.finish(Kernels::Behind(posting.event()), timeout)?;
+        ended(work, (&posting, begun, Some(there)), timeout)
+    }
+}
+
+/// Commits a transfer whose posts have all been made.
+fn ended(
+    work: Begun,
+    (posting, begun, there): (&Posting, Instant, Option<Duration>),
+    timeout: Duration,
+) -> Result<ByKernel, kvxfer::Error> {
+    let transfer = work.commit()?;
+    let outcome = transfer.wait(timeout);
+    let took = begun.elapsed();
+    let wrong = |result: &PostResult| {
+        let ok = Status::Ok.number();
+        (result.posted, result.ended) != (ok, ok)
+    };
+    let results = posting.wait(Instant::now() + timeout)?;
+    Ok(ByKernel {
+        took,
+        there: there.unwrap_or(took),
+        report: transfer.report(),
+        failed: match outcome {
+            // A kernel that has lost its patience.
+            Some(Outcome::Done) if results.iter().any(wrong) => Some(Cause::DeadlinePassed),
+            Some(Outcome::Done) => None,
+            Some(outcome) => outcome.failure().map(|failure| failure.first_cause.clone()),
+            None => Some(Cause::DeadlinePassed),
+        },
+    })
 }
 
 /// What a kernel is to name the blocks of.
@@ -185,6 +239,8 @@ impl Begun {
 pub(crate) struct ByKernel {
     /// From the launch of the kernel to the outcome.
     pub(crate) took: Duration,
+    /// Until all of it was in the other side's memory: with links when the kernel has ended, otherwise the same.
+    pub(crate) there: Duration,
     pub(crate) report: kvxfer::engine::TransferReport,
     pub(crate) failed: Option<Cause>,
 }

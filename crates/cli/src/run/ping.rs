@@ -219,7 +219,8 @@ fn start_target(
         more.extend(["--secret-file".to_owned(), file.display().to_string()]);
     }
     more.extend(tuning.device_options());
-    OwnTarget::start(&more, &settings.shown("path"), timeout)
+    let path = settings.shown("path");
+    OwnTarget::start(&more, &[("KVXFER_PATH", &path)], timeout)
 }
 
 /// Pings under way.

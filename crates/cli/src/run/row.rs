@@ -327,7 +327,7 @@ impl Bench<'_> {
             }
             samples.reports.add(ended.report);
             samples.by_kernels.add(ended.took);
-            spent += ended.took;
+            spent += ended.there;
             started += 1;
         }
         Ok((started, spent))

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "ccf6981596c4dd6060baf9499e578d62d5774bec754faa11835ae894312383eb",
+    sources_sha256: "9e2a4db6b87f073fea27975d96a2ba3a68077e555189cf04d5fd338e00a5da18",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "b9e91dc5de9c981e07d6f6e59f5ec495ba7a51c9dd4cc74b1886a1c8b0d4d2fd",
+        sha256: "da388f13d958ea8140e7ba590b8171d40350a9b5a4aadd4f295a270e0c285027",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "36850e4e3039deb9f8195de7f7f87ddb2c06d1d952d7b96dec622bcb9b34bffd",
+        sha256: "df53bd114d921433a5facee1364701974be0e7c337c708ef8724a1f8755fe2d1",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "e5fbde66881c455c4574dad67e77b8474a84638f110d2707f7944f03efaf165a",
+        sha256: "37a688292cbe82a6afb725b8de655fa068d65f17e0cbb2e5e70ab22e4f710e27",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "535862fc6b5c1800e63b66867982579d45e252b3e49342d26566030eabe85eb8",
+        sha256: "59658034eec8f5552451c2f806fb620f40ce3116b22899d2df8dcbc0cd8e6030",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "1069d583d8cf118ee07a8706195acf68c4a65d79964139e197d19c161f2b6f8d",
+        sha256: "6533936bda949487e186c037220ea6f4231a4e96264c80069818dca35acc5263",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "4bd1dd4bca01861f632beedf450816fbecaf092dedee5f0158f02bc69c3d0497",
+        sha256: "5808344fe0c6631b2dbe706bf8c4938ba7c4ede4f64695c06efcd220917048fc",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "95010e1bfa24eb05567f7dca8a0ae0bfe292fa54fe223536d486b4532e087635",
+        sha256: "ed2098dbd027a0cc7d81ee39545104e3fb18825c8afbbb1d0c2d13a01ca6f0d4",
         warp: 32,
     },
 ];

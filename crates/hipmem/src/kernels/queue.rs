@@ -11,6 +11,11 @@ pub const DIRECT: u32 = 3;
 /// [`Queue::kind`]: nothing is handed over; who puts copies the block, to where [`Queue::regions`] says.
 pub const LINKS: u32 = 4;
 
+/// A note of a block: it is being put, or a put was stopped in the middle.
+pub const NOTE_BEGUN: u32 = 1;
+/// It was put: and the number of the block here, added. What is less than [`NOTE_BEGUN`] was not.
+pub const NOTE_PUT: u32 = 2;
+
 /// [`Move::flags`]: the local address is a place.
 pub const LOCAL_PLACE: u32 = 1;
 /// [`Move::flags`]: the remote address is a place.
@@ -148,10 +153,12 @@ pub struct QueueReport {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Queue {
-    /// Descriptors in pinned memory, or the device's WQEs; 64 bytes each.
+    /// Descriptors in pinned memory, or the device's WQEs; 64 bytes each. Of [`LINKS`], of a push: notes of the blocks
+    /// that the peer expects ([`NOTE_PUT`]), `u32` for each of each layer.
     pub slots: u64,
     /// Of [`PROXY`]: `u64[depth]` in pinned memory, (ticket + 1) << 8 | status. Of WQEs: `u64[depth]` in the device's
-    /// memory, by which posters ring for each other: at first 0.
+    /// memory, by which posters ring for each other: at first 0. Of [`LINKS`], of a push: a `u32` for each of a group's
+    /// blocks at the peer, 1 and its place among those that the peer expects, or 0.
     pub words: u64,
     /// A [`QueueState`].
     pub state: u64,

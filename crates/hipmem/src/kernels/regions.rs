@@ -47,6 +47,10 @@ pub struct Layer {
     pub local_blocks: u32,
     /// Blocks at the peer.
     pub remote_blocks: u32,
+    /// Links of a push: the group's block 0 in [`Queue::words`](super::queue::Queue::words).
+    pub expected: u32,
+    /// And the layer's first note in [`Queue::slots`](super::queue::Queue::slots).
+    pub notes: u32,
 }
 
 /// A cache group.
@@ -100,7 +104,7 @@ pub(super) fn layout() -> Vec<usize> {
     of! {
         Piece { local, local_stride, remote, remote_stride, len, lkey, rkey }
         Tensor { bytes, first, count }
-        Layer { first, tensors, local_blocks, remote_blocks }
+        Layer { first, tensors, local_blocks, remote_blocks, expected, notes }
         Group { first, layers }
         Regions { groups, layers, tensors, pieces, groups_len, reserved }
     }
@@ -116,7 +120,7 @@ mod tests {
         let wanted = [
             48, 0, 8, 16, 24, 32, 40, 44, // Piece
             16, 0, 8, 12, // Tensor
-            16, 0, 4, 8, 12, // Layer
+            24, 0, 4, 8, 12, 16, 20, // Layer
             8, 0, 4, // Group
             40, 0, 8, 16, 24, 32, 36, // Regions
         ];

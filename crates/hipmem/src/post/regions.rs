@@ -223,7 +223,19 @@ impl Compiled {
             tensors: tensors as u32,
             local_blocks: row.local_blocks,
             remote_blocks: row.remote_blocks,
+            ..Layer::default()
         })
+    }
+
+    /// Says of a layer where its group's blocks and its notes are, among the words of a queue of a push.
+    pub(crate) fn note(&mut self, group: u8, layer: u16, (expected, notes): (u32, u32)) {
+        let of = self.groups.get(usize::from(group));
+        let at = of.filter(|of| u32::from(layer) < of.layers);
+        let at = at.map(|of| of.first as usize + usize::from(layer));
+        if let Some(row) = at.and_then(|at| self.layers.get_mut(at)) {
+            row.expected = expected;
+            row.notes = notes;
+        }
     }
 
     /// How many bytes it takes.

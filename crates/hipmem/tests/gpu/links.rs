@@ -9,7 +9,7 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, ALL_TENSORS, EACH, GET, IDLE, LOCAL_PLACE, Move, PUT, REMOTE_PLACE,
 };
 use kvxfer_hipmem::post::device::{
-    LinkLayer, LinkPiece, LinkQueue, LinkSide, PostBy, PostKernels, Posts,
+    LinkExpected, LinkLayer, LinkPiece, LinkPut, LinkQueue, LinkSide, PostBy, PostKernels, Posts,
 };
 use kvxfer_hipmem::post::{Place, RegionFault, Status};
 use kvxfer_hipmem::{Error, Operation};
@@ -281,6 +281,74 @@ fn what_is_no_put_of_a_block_copies_nothing() -> Outcome {
     Ok(())
 }
 
+/// A queue of a push: what is not expected is not written, and what was put is known afterwards.
+#[test]
+fn what_the_peer_does_not_expect_is_not_put_and_what_was_put_is_known() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let source = pattern(SIZES.0 as usize, 9);
+    let local = GpuMemory::new(&gpu, SIZES.0)?;
+    local.write(0, &source)?;
+    let remote = GpuMemory::new(&gpu, SIZES.1)?;
+    let other = LinkLayer {
+        layer: 5,
+        ..layer(At::Gpu(&local, BASES.0), At::Gpu(&remote, BASES.1))
+    };
+    let layers = [
+        layer(At::Gpu(&local, BASES.0), At::Gpu(&remote, BASES.1)),
+        other,
+    ];
+    let expected = |blocks| [LinkExpected { group: 0, blocks }];
+    let refused = LinkQueue::among(&gpu, &layers, &expected(&[BLOCKS.1]));
+    assert!(matches!(refused, Err(Error::OutOfBounds { .. })));
+    for by in [PostBy::Threads, PostBy::Waves, PostBy::Blocks] {
+        remote.fill(0, SIZES.1, ELSE)?;
+        let queue = Arc::new(LinkQueue::among(&gpu, &layers, &expected(&[8, 0, 5]))?);
+        assert_eq!(queue.puts(soon())?.puts, []);
+        let cases = [
+            (put(3, ALL_TENSORS, (6, 0)), Status::Ok),
+            (put(3, ALL_TENSORS, (6, 1)), Status::BadRights),
+            (put(3, 0, (1, 8)), Status::BadRange),
+            (put(3, ALL_TENSORS, (0, BLOCKS.1)), Status::BadRange),
+            (put(5, ALL_TENSORS, (0, 4)), Status::BadRights),
+            // Twice: as it was put last.
+            (put(3, ALL_TENSORS, (0, 8)), Status::Ok),
+            (put(3, ALL_TENSORS, (2, 8)), Status::Ok),
+            (put(5, ALL_TENSORS, (3, 5)), Status::Ok),
+        ];
+        let moves: Vec<_> = cases.iter().map(|(of, _)| *of).collect();
+        let posts = Posts {
+            moves: &moves,
+            posters: 1,
+            by,
+            op: PUT,
+            until: EACH,
+        };
+        let results = kernels.post(&stream, &queue, &posts)?.wait(soon())?;
+        let statuses: Vec<_> = results.iter().map(|r| r.posted).collect();
+        let all: Vec<_> = cases.iter().map(|(_, status)| status.number()).collect();
+        assert_eq!(statuses, all, "{by:?}");
+        let good = cases.iter().filter(|(_, status)| *status == Status::Ok);
+        let good: Vec<_> = good.map(|(of, _)| *of).collect();
+        let mut found = vec![0; SIZES.1 as usize];
+        remote.read(0, &mut found)?;
+        let same = found == wanted(&source, SIZES.1, &good);
+        assert!(same, "{by:?}: other bytes were written");
+        let of = |layer, src, dst| LinkPut {
+            group: 0,
+            layer,
+            src,
+            dst,
+        };
+        let mut puts = queue.puts(soon())?;
+        puts.puts.sort_unstable();
+        assert_eq!(puts.begun, 0);
+        assert_eq!(puts.puts, [of(3, 2, 8), of(3, 6, 0), of(5, 3, 5)]);
+    }
+    Ok(())
+}
+
 #[test]
 fn blocks_that_are_not_inside_their_memory_are_refused() -> Outcome {
     let gpu = gpu();
@@ -334,7 +402,11 @@ fn puts_that_are_stopped_in_the_middle_end_and_nothing_is_written_after() -> Out
             len: MIB,
         }]],
     };
-    let queue = Arc::new(LinkQueue::new(&gpu, &[layer])?);
+    let expected = LinkExpected {
+        group: 0,
+        blocks: &[0],
+    };
+    let queue = Arc::new(LinkQueue::among(&gpu, &[layer], &[expected])?);
     let one = Move {
         len: MIB,
         ..put(0, ALL_TENSORS, (0, 0))
@@ -351,6 +423,9 @@ fn puts_that_are_stopped_in_the_middle_end_and_nothing_is_written_after() -> Out
             .iter()
             .all(|r| r.posted == stopped && r.ended == stopped)
     );
+    // Its block is in part what it was before, and not counted as put, however often it was.
+    let puts = queue.puts(soon())?;
+    assert_eq!((puts.puts.len(), puts.begun), (0, 1));
     // The kernel has ended: what is written now stays.
     remote.fill(0, MIB, ELSE)?;
     let mut found = vec![0; MIB as usize];

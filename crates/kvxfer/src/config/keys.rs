@@ -119,6 +119,10 @@ keys! {
     fence: FencePolicy = FencePolicy::On, Any;
     /// Most workgroups of a kernel that moves blocks: an engine wants its compute units.
     gpu_workgroups: u32 = 0, Or(0, "auto", 1, 1024);
+    /// Whether kernels of producers on this node may write into blocks that they are expected to push, over GPU links
+    /// (queues of the kind links). What such a push that fails may still write is kept until the producer says that its
+    /// kernels have ended, or its process has: one that is stopped keeps those blocks.
+    gpu_links_in: bool = false, Any;
     /// Buffers of pinned host memory each way, out of a GPU's memory and into it, where blocks are staged.
     staging_slots: u32 = 16, Within(2, 256);
     /// Bytes of each.

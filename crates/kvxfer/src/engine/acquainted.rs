@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::{info, warn};
+
+use kvxfer_verbs::{DeviceAddr, PeerLife};
 
 use super::farewell::Untold;
 use super::gpu::{GpuPeer, StagedPeer};
@@ -19,7 +21,7 @@ use crate::layout::{KvFormat, PlacementDesc};
 use crate::plan::PlanLimits;
 use crate::transfer::PeerKey;
 use crate::transport::{PathInfo, RdmaLink};
-use crate::wire::{Describe, PathKind};
+use crate::wire::{Describe, LinksRefused, PathKind};
 
 /// What is known of the peer before it is one.
 #[derive(Debug)]
@@ -43,6 +45,23 @@ pub(super) struct Acquainted {
     pub(super) pairs: Vec<Pair>,
     pub(super) links: Vec<Option<RdmaLink>>,
     pub(super) lanes: Lanes,
+}
+
+/// Whether kernels of a producer that has this device may be let to write this rank's blocks: by what it is known that
+/// its process has ended.
+fn links_in(engine: &Inner, device: &DeviceAddr) -> Result<Arc<PeerLife>, LinksRefused> {
+    if !engine.config.gpu_links_in {
+        return Err(LinksRefused::NotAllowed);
+    }
+    let rail = engine.runtime.rails().first();
+    let rail = rail.ok_or(LinksRefused::Unseen)?;
+    rail.context.life_of(device).map(Arc::new).map_err(|error| {
+        warn!(
+            error = chain(&error),
+            "gpu_links_in: the peer's process is not seen"
+        );
+        LinksRefused::Unseen
+    })
 }
 
 impl Acquainted {
@@ -82,6 +101,12 @@ impl Acquainted {
             queue_pairs = up.len(),
             "peer is up"
         );
+        let life = match known.rails.first() {
+            Some(rail) if self.path.path == PathKind::Ipc && known.pull.is_some() => {
+                links_in(engine, &rail.device)
+            }
+            _ => Err(LinksRefused::NotAllowed),
+        };
         let describe = known.describe;
         let staged = (self.path.path == PathKind::Staged).then(|| {
             StagedPeer::new(
@@ -100,6 +125,8 @@ impl Acquainted {
             rails,
             path: self.path,
             gpu: self.gpu,
+            handles: describe.gpu,
+            life,
             staged,
             notices: self.notices,
             facts: describe.facts,

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use kvxfer_verbs::PeerLife;
 use tracing::{debug, error, warn};
 
 use super::gpu::OpenTakes;
@@ -22,7 +23,7 @@ use crate::plan::Cover;
 use crate::ticket::Ticket;
 use crate::time::Time;
 use crate::transfer::{Cause, PeerKey, Refusal};
-use crate::wire::{Announce, Blob, ErrorCode, Message, PushSums, Revoke};
+use crate::wire::{Announce, Blob, ErrorCode, LinksRefused, Message, PushSums, Revoke};
 
 /// Pushes that were asked for before their expectations stood; further ones are refused.
 const MAX_WANTED: usize = 16_384;
@@ -30,6 +31,8 @@ const MAX_WANTED: usize = 16_384;
 const MAX_WANTED_OF_PEER: usize = 1024;
 /// What a push without a ticket names as its try.
 pub(crate) const NO_TICKET: Nonce = Nonce(0);
+/// How often it is looked whether a process has ended whose kernels keep blocks.
+const LOOK: Duration = Duration::from_millis(20);
 /// The longest sleep of the time keeper; also how soon it notices that its engine is gone.
 const NAP: Duration = Duration::from_secs(1);
 
@@ -46,6 +49,8 @@ pub(crate) struct Ledgers {
     pub(crate) sums: ArrivedSums,
     /// What producers have asked to be fetched from their GPUs.
     pub(crate) takes: OpenTakes,
+    /// The processes whose kernels may write blocks that are expected here.
+    processes: HashMap<PeerKey, Arc<PeerLife>>,
     /// What producers asked for before.
     wanted: HashMap<PeerKey, HashSet<RequestId>>,
     stopping: bool,
@@ -87,6 +92,7 @@ impl Books {
                 tickets: HashMap::new(),
                 sums: ArrivedSums::default(),
                 takes: OpenTakes::default(),
+                processes: HashMap::new(),
                 wanted: HashMap::new(),
                 stopping: false,
                 #[cfg(test)]
@@ -130,6 +136,13 @@ impl Books {
             self.changed.notify_one();
         }
         answer
+    }
+
+    /// Whether kernels of others may yet write blocks of this rank.
+    pub(crate) fn kernels_may_write(&self) -> bool {
+        let mut ledgers = self.lock();
+        ledgers.look_at_processes();
+        ledgers.kernels_may_write()
     }
 
     /// Ends the time keeper.
@@ -179,10 +192,12 @@ impl Books {
             assert!(!std::mem::take(&mut ledgers.panic), "the test wants it");
             ledgers.leases.on_time(now);
             ledgers.expects.on_time(now);
+            let watches = ledgers.look_at_processes();
             ledgers.carry_out(&engine);
+            let longest = if watches { LOOK } else { NAP };
             let nap = ledgers
                 .next_timeout()
-                .map_or(NAP, |at| at.since(now).min(NAP));
+                .map_or(longest, |at| at.since(now).min(longest));
             drop(engine);
             // Rounded up: waking before the time would be waking for nothing.
             let nap = nap + Duration::from_micros(50);
@@ -292,6 +307,47 @@ impl Ledgers {
                 }
             }
         }
+    }
+
+    /// Lets kernels of a peer write what is expected of it, whose process has this life.
+    pub(crate) fn let_kernels_write(
+        &mut self,
+        now: Time,
+        peer: PeerKey,
+        life: Arc<PeerLife>,
+        (request, nonce): (&RequestId, Nonce),
+    ) -> Result<(), LinksRefused> {
+        let may = (self.expects).let_kernels_write(now, request, nonce, peer);
+        may.map_err(|refusal| {
+            debug!(%request, %refusal, "links refused");
+            LinksRefused::Late
+        })?;
+        self.processes.insert(peer, life);
+        Ok(())
+    }
+
+    /// Ends what kernels might have written of processes that have ended; whether others are waited for.
+    fn look_at_processes(&mut self) -> bool {
+        if self.processes.is_empty() {
+            return false;
+        }
+        let mut waits = false;
+        for peer in self.expects.kernels_left() {
+            match self.processes.get(&peer) {
+                Some(life) if life.has_ended() => self.expects.process_ended(peer),
+                _ => waits = true,
+            }
+        }
+        let expects = &self.expects;
+        self.processes
+            .retain(|peer, _| expects.kernels_may_write(*peer));
+        waits
+    }
+
+    /// Whether kernels of others may write blocks of this rank, now or later.
+    fn kernels_may_write(&self) -> bool {
+        let mut peers = self.processes.keys();
+        peers.any(|peer| self.expects.kernels_may_write(*peer))
     }
 
     /// An expectation stands: producers that asked for it get their tickets.

@@ -395,11 +395,13 @@ impl Live {
     /// The engine goes, and something may touch the transfer's memory for ever: it is told so, and never that it is
     /// free.
     pub(crate) fn never_over(self) {
-        self.finish(Outcome::Failed(Failure {
-            first_cause: Cause::ShuttingDown,
-            invalid_blocks: Vec::new(),
-            memory: MemoryState::Quarantined,
-        }));
+        if !self.has_outcome() {
+            self.finish(Outcome::Failed(Failure {
+                first_cause: Cause::ShuttingDown,
+                invalid_blocks: Vec::new(),
+                memory: MemoryState::Quarantined,
+            }));
+        }
         std::mem::forget(self);
     }
 

@@ -62,7 +62,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use kvxfer_verbs::{Access, Memory};
 
@@ -109,9 +109,9 @@ use crate::ticket::{Ticket, TicketKind};
 use crate::time::Time;
 use crate::transfer::{Cause, JobId, Notice, PeerKey, TransferId};
 use crate::wire::{
-    Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, Message, MessageKind,
-    PushAborted, PushClosed, PushDone, PushTold, QpReset, RailDesc, Refusal, Release, RemoteSpan,
-    StageFree, Taken, limits,
+    Blob, ConfigFacts, Describe, Fingerprint, GoodbyeReason, KvRole, LinksAnswer, LinksWanted,
+    Message, MessageKind, PushAborted, PushClosed, PushDone, PushTold, QpReset, RailDesc, Refusal,
+    Release, RemoteSpan, StageFree, Taken, limits,
 };
 
 /// Lease checks that can be under way at once.
@@ -540,6 +540,8 @@ impl Inner {
                     worker.send(Command::Taken { peer, job, failed });
                 }
             }
+            Message::LinksWanted(wanted) => self.links_wanted(peer, wanted),
+            Message::LinksAnswer(answer) => self.pushes.links_answered(peer.key, &answer),
             Message::Stage(stage) => return self.stage(peer, stage),
             Message::Staged(staged) => return self.staged(peer, staged),
             Message::StageFree(StageFree { number }) => {
@@ -617,6 +619,25 @@ impl Inner {
             }
             Ok(())
         })
+    }
+
+    /// A producer wants kernels of its own to write the blocks of its push.
+    fn links_wanted(self: &Arc<Self>, peer: &PeerSession, wanted: LinksWanted) {
+        let LinksWanted { request, nonce } = wanted;
+        let answer = peer.life.clone().and_then(|life| {
+            self.books.with(self, |books, now| {
+                books.let_kernels_write(now, peer.key, life, (&request, nonce))
+            })
+        });
+        let refused = answer.err();
+        peer.link.send(
+            LinksAnswer {
+                request,
+                nonce,
+                refused,
+            }
+            .into(),
+        );
     }
 
     /// A producer that says that its push has ended must not have blocks fetched any more.
@@ -759,6 +780,7 @@ impl Inner {
         up.iter().for_each(|peer| peer.take_leave(until));
         self.books
             .with(self, |books, now| books.end_all(now, &Cause::ShuttingDown));
+        self.wait_for_kernels();
         self.books.stop();
         let (links, peers) = {
             let mut roster = self.roster();
@@ -771,6 +793,26 @@ impl Inner {
         }
         for peer in peers {
             peer.lose(Cause::ShuttingDown);
+        }
+    }
+
+    /// Gives producers a moment to say that their kernels have ended, which were let to write here.
+    fn wait_for_kernels(&self) {
+        let until = Instant::now() + self.config.drain_grace;
+        while self.books.kernels_may_write() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The engine goes: what kernels of others may yet write is given back to nobody.
+    fn keep_what_kernels_write(&self) {
+        if self.books.kernels_may_write() {
+            error!(
+                "kernels of a producer that has not said that they have ended may write blocks: the memory is kept"
+            );
+            for memory in self.placement.memory() {
+                std::mem::forget(Arc::clone(memory));
+            }
         }
     }
 

@@ -42,6 +42,8 @@ pub(crate) struct Moves {
     /// Whether who made the blocks has seen to it that others find them: a kernel that posts releases what it and
     /// those that post with it have written.
     pub(crate) is_released: bool,
+    /// Whether it has been moved already, by the kernels that made it.
+    pub(crate) is_there: bool,
 }
 
 impl Moves {

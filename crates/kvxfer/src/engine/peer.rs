@@ -521,6 +521,7 @@ impl PlannedPull {
                     what: Moved::Planned(plan),
                     after,
                     is_released: false,
+                    is_there: false,
                 }),
                 check_lease: report.operations > 0,
                 release,

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use kvxfer_verbs::PeerLife;
 use tracing::debug;
 
 use super::farewell::Untold;
@@ -23,7 +24,7 @@ use crate::plan::{
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{ConfigFacts, MessageKind, PathKind, RemoteSpan};
+use crate::wire::{ConfigFacts, GpuDesc, LinksRefused, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
 const CHUNKS_PER_LANE: u64 = 4;
@@ -178,6 +179,11 @@ pub(crate) struct PeerSession {
     pub(crate) gpu: Option<GpuPeer>,
     /// What of its blocks, or of this rank's, is staged at a time.
     pub(crate) staged: Option<StagedPeer>,
+    /// By what kernels of this rank's GPU can be given its memory.
+    pub(crate) handles: Option<GpuDesc>,
+    /// What tells when its process has ended, by which its kernels may be let to write this rank's blocks; or why they
+    /// may not.
+    pub(crate) life: Result<Arc<PeerLife>, LinksRefused>,
     /// What it told of itself that plans do not need.
     pub(crate) facts: ConfigFacts,
     /// Whether it runs on this host.
@@ -459,6 +465,7 @@ impl PeerSession {
     pub(crate) fn may_say(&self, kind: MessageKind) -> bool {
         match kind {
             MessageKind::PushStart
+            | MessageKind::LinksWanted
             | MessageKind::PushSums
             | MessageKind::PushTold
             | MessageKind::Take
@@ -474,6 +481,7 @@ impl PeerSession {
             | MessageKind::Stage
             | MessageKind::StageFree
             | MessageKind::Taken
+            | MessageKind::LinksAnswer
             | MessageKind::Announce
             | MessageKind::Revoke => self.push.is_some(),
             _ => true,

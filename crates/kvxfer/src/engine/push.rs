@@ -1,19 +1,20 @@
 //! Pushes: a producer writes a request layer by layer, and may begin before the consumer expects
 //! it.
 
+mod links;
 mod queue;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::debug;
 
 pub use queue::GpuQueue;
-pub(crate) use queue::{NotPosted, SharedQueue, attached};
+pub(crate) use queue::{NotPosted, PostedAll, SharedQueue, attached};
 
 use super::Inner;
 use super::books::NO_TICKET;
@@ -37,7 +38,7 @@ use crate::recent::Recent;
 use crate::sums::Summed;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, Kind, PeerKey, Refusal, Spec, TransferId};
-use crate::wire::{PushClosed, PushStart};
+use crate::wire::{LinksRefused, PushClosed, PushStart};
 
 /// Settings of one push.
 #[derive(Debug, Clone, Default)]
@@ -113,6 +114,10 @@ pub(crate) struct Pushing {
     /// How many checksums there are.
     sums: AtomicU64,
     stage: Mutex<Stage>,
+    /// Something has come that a queue over links waits for: with the stage.
+    heard: Condvar,
+    /// Whether the consumer lets this side's kernels write, once it has said so.
+    links: Mutex<Option<Result<(), LinksRefused>>>,
     sources: Mutex<Sources>,
     written: Mutex<Written>,
     /// What kernels post to.
@@ -335,6 +340,8 @@ impl Pushing {
             summed: summed.map(|(_, summed)| summed),
             sums: AtomicU64::new(0),
             stage: Mutex::new(stage),
+            heard: Condvar::new(),
+            links: Mutex::new(None),
             sources: Mutex::default(),
             written: Mutex::default(),
         });
@@ -541,6 +548,7 @@ impl Pushing {
             *stage = Stage::Ended { opened: true };
         } else {
             *stage = Stage::Open(Arc::clone(ticket));
+            self.heard.notify_all();
         }
     }
 
@@ -621,6 +629,7 @@ impl Pushing {
                 what: Moved::Planned(plan),
                 after,
                 is_released: false,
+                is_there: false,
             },
             runs,
             prepare: begun.elapsed(),

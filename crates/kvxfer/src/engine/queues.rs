@@ -169,6 +169,7 @@ impl PartOf {
             what,
             after,
             is_released: true,
+            is_there: false,
         })
     }
 }

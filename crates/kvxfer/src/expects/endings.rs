@@ -1,6 +1,6 @@
 //! How expectations end: the outcome, the drain after a failure, and what is taken out of the indices.
 
-use super::{ExpectOutput, Expectation, Expects, Phase, Writer};
+use super::{Bound, ExpectOutput, Expectation, Expects, Phase, Writer};
 use crate::event::MemoryState;
 use crate::ids::RequestId;
 use crate::time::Time;
@@ -55,15 +55,31 @@ impl Expects {
 
     /// All own queue pairs to the peer have been reset: nothing that it has posted can land any
     /// more. Must be called before new queue pairs to it are set up. Expectations that stand keep
-    /// it bound, for it may push again over the new ones.
+    /// it bound, for it may push again over the new ones. Of its kernels a reset says nothing.
     pub fn peer_reset(&mut self, peer: PeerKey) {
         self.resetting.remove(&peer);
+        self.settle_writers(peer, |writer| match (writer.state, writer.kernels) {
+            (Writer::Open | Writer::Kernels, true) => Writer::Kernels,
+            _ => Writer::Closed,
+        });
+    }
+
+    /// The process of a peer has ended, and its session was over before: none of its kernels writes any more.
+    pub fn process_ended(&mut self, peer: PeerKey) {
+        self.settle_writers(peer, |writer| match writer.state {
+            Writer::Kernels => Writer::Closed,
+            state => state,
+        });
+    }
+
+    /// What a peer may do yet for expectations that have failed; those that nobody writes any more are released.
+    fn settle_writers(&mut self, peer: PeerKey, state: impl Fn(&Bound) -> Writer) {
         let mut drained = Vec::new();
         for (&key, expectation) in &mut self.all {
-            if matches!(expectation.phase, Phase::Draining(_))
-                && let Some(writer) = expectation.writer(peer)
-            {
-                *writer = Writer::Closed;
+            let draining = matches!(expectation.phase, Phase::Draining(_));
+            let mut writers = expectation.writers.iter_mut();
+            if let Some(writer) = writers.find(|w| w.peer == peer).filter(|_| draining) {
+                writer.state = state(writer);
                 drained.push(key);
             }
         }
@@ -133,7 +149,10 @@ impl Expects {
         let expectation = self.expectation(key);
         let timer = expectation.timer();
         expectation.phase = Phase::Draining(None);
-        let open: Vec<PeerKey> = expectation.open_writers().collect();
+        // Kernels would go on: whose they are may yet say that they have ended.
+        let of_queues = expectation.writers.iter().filter(|w| !w.kernels);
+        let open = of_queues.filter(|w| w.state == Writer::Open);
+        let open: Vec<PeerKey> = open.map(|w| w.peer).collect();
         if let Some(time) = timer {
             self.timers.remove(&(time, key));
         }
@@ -145,7 +164,7 @@ impl Expects {
     }
 
     pub(super) fn release_if_drained(&mut self, key: u64) {
-        if self.expectation(key).open_writers().next().is_some() {
+        if self.expectation(key).may_be_written() {
             return;
         }
         let expectation = self.remove(key);

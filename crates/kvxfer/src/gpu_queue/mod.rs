@@ -13,10 +13,13 @@
 //! Here is what that needs without a thread or a clock: the table that posts are checked against, and their faults.
 
 mod fault;
+mod links;
 mod table;
 mod wqe;
 
 pub use fault::{PostFault, QueueRule};
+pub use links::NoLinks;
+pub(crate) use links::posted;
 pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
 pub(crate) use wqe::{Block, Named, WqeDevice, Wrong};
 
@@ -42,6 +45,11 @@ pub enum QueueKind {
     GpuWqe(Hca),
     /// A NIC's work requests, and its doorbell.
     Direct(Hca),
+    /// Nothing: kernels copy blocks into the consumer's memory themselves, over GPU links, where the session goes by the
+    /// path `ipc` and the consumer lets them (`gpu_links_in`). The consumer's ticket has to be there: making the queue
+    /// waits for it, and for the consumer's leave, as long as the queue is patient. A put is done when it returns
+    /// `KVX_OK`.
+    Links,
 }
 
 impl QueueKind {
@@ -49,7 +57,7 @@ impl QueueKind {
     #[must_use]
     pub const fn hca(self) -> Option<Hca> {
         match self {
-            Self::Proxy => None,
+            Self::Proxy | Self::Links => None,
             Self::GpuWqe(hca) | Self::Direct(hca) => Some(hca),
         }
     }
@@ -76,14 +84,14 @@ pub struct GpuQueueConfig {
     /// What kernels write.
     pub kind: QueueKind,
     /// Slots: a power of two, up to [`MOST_SLOTS`]. So many posts are under way at most. Of work requests up to
-    /// [`MOST_WQES`], and a block is as many as it is in stretches.
+    /// [`MOST_WQES`], and a block is as many as it is in stretches. Links have none.
     pub depth: u32,
     /// Where kernels write work requests. A proxy's descriptors are in pinned memory.
     pub slots: WqeSlots,
     /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour. On AMD
     /// the calls for a thread go lane by lane, each with this patience, so a wave may take as many times as long.
     pub patience: Duration,
-    /// How eagerly a worker looks at it.
+    /// How eagerly a worker looks at it; at links nobody does.
     pub pace: Pace,
 }
 
@@ -120,7 +128,7 @@ pub enum Kernels<'a> {
 #[non_exhaustive]
 pub struct GpuQueueReport {
     /// Posts that were taken: descriptors; or blocks all of whose work requests have come, and work requests that were
-    /// refused.
+    /// refused. Over links blocks of layers that were put, once each however often, from when the queue is finished.
     pub taken: u64,
     /// Of those, posts whose every byte is confirmed.
     pub done: u64,

@@ -26,7 +26,7 @@ pub use compile::{Compiled, Part, Role, SMALL_PIECE, small_pieces};
 pub use cover::{Cover, MissingPart};
 pub use error::{CompileError, PlanError, SideName, TokenRange};
 pub use lazy::{Plan, PlanReport};
-pub(crate) use posted::{BlockOps, LayerAt, PieceSide, Posted};
+pub(crate) use posted::{BlockOps, BlockPiece, LayerAt, PieceSide, Posted};
 pub use request::{LayerScope, MAX_CHUNK, MAX_PIECES, PlanLimits};
 pub use scatter::{At, Scattered, ScatteredPart};
 pub use source::{Op, OpList, OpSource, Piece};

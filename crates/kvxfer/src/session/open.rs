@@ -128,6 +128,8 @@ impl Session {
             | MessageKind::PushClosed
             | MessageKind::PushSums
             | MessageKind::PushTold
+            | MessageKind::LinksWanted
+            | MessageKind::LinksAnswer
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken
@@ -165,6 +167,8 @@ impl Session {
             | MessageKind::PushClosed
             | MessageKind::PushSums
             | MessageKind::PushTold
+            | MessageKind::LinksWanted
+            | MessageKind::LinksAnswer
             | MessageKind::Take
             | MessageKind::TakeStop
             | MessageKind::Taken

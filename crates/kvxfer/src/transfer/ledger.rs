@@ -2,6 +2,7 @@
 //! memory is released once, when nothing posted can touch it.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::record::{
     Spec, State,
 };
 use super::{Cause, Direction, Job, JobId, JobReport, PeerKey, TransferError, TransferId};
-use crate::plan::source::OpSource;
+use crate::plan::source::{Op, OpSource};
 use crate::rails::RailSet;
 use crate::time::Time;
 
@@ -46,6 +47,23 @@ impl Default for TransfersConfig {
             reset_grace: Duration::from_secs(1),
         }
     }
+}
+
+/// What kernels do that write by themselves, as a job.
+struct KernelsRun;
+
+impl OpSource for KernelsRun {
+    fn ops(&self) -> u64 {
+        1
+    }
+
+    fn bytes(&self) -> u64 {
+        0
+    }
+
+    fn emit(&self, _: Range<u64>, _: &mut dyn FnMut(&Op<'_>)) {}
+
+    fn blocks_of(&self, _: u64, _: &mut Vec<(u32, u32)>) {}
 }
 
 /// A peer's jobs, from the owner's side.
@@ -217,6 +235,51 @@ impl Transfers {
         self.start_waiting(peer);
         self.advance(id);
         Ok(job)
+    }
+
+    /// Says that from now on kernels write for a push by themselves. They are a job of it that moves nothing: its
+    /// report, of one operation, says that they have ended. Until then the push is neither done nor drained, whatever
+    /// becomes of its peer's queue pairs.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_job`](Self::add_job).
+    pub(crate) fn kernels_began(
+        &mut self,
+        now: Time,
+        id: TransferId,
+    ) -> Result<JobReport, TransferError> {
+        self.on_time(now);
+        let (job, owner) = (JobId(self.next_job), self.cfg.owner);
+        let record = self.open(id)?;
+        let source = Arc::new(KernelsRun);
+        let of = Job::new(job, id, owner, record.peer, Direction::Write, source, 1);
+        record.jobs.push(JobRecord {
+            job: Arc::new(of),
+            // It takes no place of one that can go, and waits for none.
+            progress: Progress::Started,
+            held: true,
+            kernels: true,
+            unchecked: false,
+            ops_done: 0,
+            rails: RailSet::EMPTY,
+            in_doubt: false,
+            doubts: 0,
+            quiescent: 0,
+        });
+        self.next_job += 1;
+        Ok(JobReport {
+            job,
+            transfer: id,
+            owner,
+            ops_done: 1,
+            bytes_done: 0,
+            rails: RailSet::EMPTY,
+            error: None,
+            in_doubt: false,
+            doubts: 0,
+            quiescent: true,
+        })
     }
 
     /// Says that a push, or gets, have no more jobs: it is done when those it has are.
@@ -533,6 +596,7 @@ impl Transfers {
                 Progress::Queued
             },
             held: false,
+            kernels: false,
             ops_done: 0,
             rails: RailSet::EMPTY,
             in_doubt: false,

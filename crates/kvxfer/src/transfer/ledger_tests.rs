@@ -743,3 +743,48 @@ fn a_job_that_is_held_takes_no_place() {
     t.job_report(ms(1), &over(jobs[1]));
     assert_eq!(said(&mut t), ["start 3"]);
 }
+
+#[test]
+fn kernels_that_write_are_waited_for_and_outlive_the_queue_pairs() {
+    // Whatever else goes on: a line of jobs that is full does not keep them from having begun.
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    for _ in 0..3 {
+        t.add_job(ms(0), T1, even(1, 10)).expect("open");
+    }
+    let ends = t.kernels_began(ms(0), T1).expect("open");
+    assert_eq!((ends.job, ends.quiescent), (JobId(3), true));
+    assert_eq!(said(&mut t), ["start 0", "start 1"]);
+    for job in 0..3 {
+        t.job_report(ms(1), &report(job, T1, 1, true));
+    }
+    t.commit(ms(2), T1).expect("open");
+    assert_eq!(said(&mut t), ["start 2"], "not done");
+    t.job_report(ms(3), &ends);
+    let end = ["notice 1 PushDone none".to_owned(), "done 1 30".to_owned()];
+    let said_now = said(&mut t);
+    assert_eq!(said_now.last(), end.last());
+    assert_eq!((t.live(), said_now.len()), (0, 2));
+    // It cannot begin when nothing more may.
+    assert!(t.kernels_began(ms(3), T1).is_err());
+
+    let mut t = ledger();
+    t.submit(ms(0), push(T1)).expect("taken");
+    let ends = t.kernels_began(ms(0), T1).expect("open");
+    t.peer_lost(ms(10), PEER, &Cause::PeerDead);
+    let token = DrainToken(1);
+    assert_eq!(said(&mut t), ["stop 0", "drain 1"]);
+    t.peer_drained(PEER, token);
+    assert!(said(&mut t).is_empty(), "they may run");
+    t.on_time(ms(110));
+    let dead = Cause::PeerDead;
+    assert_eq!(said(&mut t), [format!("failed 1 {dead} Quarantined")]);
+    // However long, nothing is taken down for them.
+    for second in 2..10 {
+        t.on_time(ms(second * 1000));
+        assert!(said(&mut t).is_empty());
+    }
+    t.job_report(ms(10_000), &ends);
+    assert_eq!(said(&mut t), ["released 1"]);
+    assert_eq!((t.live(), t.next_timeout()), (0, None));
+}

@@ -326,6 +326,8 @@ pub(super) struct JobRecord {
     pub(super) progress: Progress,
     /// It has been started and waits for something of its engine's own: it takes no place among the started.
     pub(super) held: bool,
+    /// It stands for kernels that write by themselves: no queue pair that is taken down ends it.
+    pub(super) kernels: bool,
     pub(super) ops_done: u64,
     /// The pairs of rails, of all schedulers, that have confirmed some of it.
     pub(super) rails: RailSet,

@@ -11,9 +11,9 @@ use crate::rails::RailSet;
 use super::blob::{Blob, Fingerprint};
 use super::error::WireError;
 use super::parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
-    RailEndpoint, Refusal, Stretch, SumsOf, TakeOf, bounded, check_candidates, check_endpoints,
-    check_sums, check_units, clean, limits, text,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, LinksRefused, PathKind,
+    RailDesc, RailEndpoint, Refusal, Stretch, SumsOf, TakeOf, bounded, check_candidates,
+    check_endpoints, check_sums, check_units, clean, limits, text,
 };
 use super::{pack, unpack};
 
@@ -156,6 +156,10 @@ messages! {
     0x31 StageFree SMALL;
     /// Immediates of blocks of a push that have landed.
     0x32 PushTold SMALL;
+    /// The producer wants kernels of its own to write a push's blocks.
+    0x34 LinksWanted SMALL;
+    /// They may, or why not.
+    0x35 LinksAnswer SMALL;
     /// A benchmark's own message.
     0x30 Bench LARGE;
     /// The session ends in good order.
@@ -662,6 +666,40 @@ impl Staged {
 pub struct StageFree {
     /// The number of it.
     pub number: u64,
+}
+
+/// Asks the consumer to let kernels of the producer write the blocks of a push, over GPU links. Answered with
+/// [`LinksAnswer`]; nothing is written before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinksWanted {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+}
+
+impl LinksWanted {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
+}
+
+/// Whether kernels of the producer may write the blocks of a push. If they may, the consumer keeps the blocks, should
+/// the push fail, until it is told [`PushClosed`], or the producer's process has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinksAnswer {
+    /// The request.
+    pub request: RequestId,
+    /// Its try.
+    pub nonce: Nonce,
+    /// Why they may not; `None`: they may.
+    pub refused: Option<LinksRefused>,
+}
+
+impl LinksAnswer {
+    fn check(&self) -> Result<(), WireError> {
+        text("request id", &self.request.0, limits::REQUEST_ID)
+    }
 }
 
 /// A message between the two ends of a benchmark.

@@ -24,13 +24,14 @@ pub use handshake::{
 };
 pub use keys::{FrameKey, SessionId, SessionKeys, Side, StreamKey, Transcript};
 pub use message::{
-    Announce, Bench, Describe, ErrorReport, Goodbye, Message, MessageKind, Ping, Pong, PushAborted,
-    PushClosed, PushDone, PushStart, PushSums, PushTold, QpAnswer, QpOffer, QpReset, Ready, Refuse,
-    Release, Retracted, Revoke, Stage, StageFree, Staged, Sums, SumsWanted, Take, TakeStop, Taken,
+    Announce, Bench, Describe, ErrorReport, Goodbye, LinksAnswer, LinksWanted, Message,
+    MessageKind, Ping, Pong, PushAborted, PushClosed, PushDone, PushStart, PushSums, PushTold,
+    QpAnswer, QpOffer, QpReset, Ready, Refuse, Release, Retracted, Revoke, Stage, StageFree,
+    Staged, Sums, SumsWanted, Take, TakeStop, Taken,
 };
 pub use parts::{
-    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, PathKind, RailDesc,
-    RailEndpoint, Refusal, RemoteSpan, Stretch, SumsOf, TakeOf, limits,
+    Candidate, ConfigFacts, ErrorCode, GoodbyeReason, GpuDesc, KvRole, LinksRefused, PathKind,
+    RailDesc, RailEndpoint, Refusal, RemoteSpan, Stretch, SumsOf, TakeOf, limits,
 };
 pub(crate) use parts::{clean, pack_sums, unpack_sums};
 pub use preamble::{ConnectionKind, PREAMBLE_LEN, Preamble, PreambleReader, Sniff, sniff};

@@ -462,6 +462,25 @@ impl fmt::Debug for GpuDesc {
     }
 }
 
+/// Why a consumer does not let a producer's kernels write its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinksRefused {
+    /// Its configuration does not allow it.
+    #[error(
+        "the consumer does not let kernels of others write its blocks: set gpu_links_in there, or take another kind"
+    )]
+    NotAllowed,
+    /// It could not tell when the producer's process has ended, and would have to keep blocks for good.
+    #[error(
+        "the consumer cannot see this process, by whose end it would know that no kernel writes any more (its log says why): let both share a pid namespace and read each other's memory, or take another kind"
+    )]
+    Unseen,
+    /// The expectation is over, or this producer's part in it.
+    #[error("the consumer expects no more of this push")]
+    Late,
+}
+
 /// A queue pair, and the rails that it is to join. Rails are counted as the two descriptions list them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RailEndpoint {

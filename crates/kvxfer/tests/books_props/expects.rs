@@ -69,9 +69,17 @@ enum ExpectOp {
         nonce: u64,
         peer: u64,
     },
+    /// Kernels of its own are let to write.
+    Kernels {
+        request: u8,
+        nonce: u64,
+        peer: u64,
+    },
     Cancel(u8),
     Lost(u64),
     Reset(u64),
+    /// Its process has ended.
+    Ended(u64),
     Advance(u64),
 }
 
@@ -90,9 +98,11 @@ fn expect_op() -> impl Strategy<Value = ExpectOp> {
             ExpectOp::Checked { request, nonce, peer, right: wrong > 0 }
         }),
         4 => message().prop_map(|(request, nonce, peer)| ExpectOp::Closed { request, nonce, peer }),
+        4 => message().prop_map(|(request, nonce, peer)| ExpectOp::Kernels { request, nonce, peer }),
         1 => (0..3u8).prop_map(ExpectOp::Cancel),
         1 => (0..4u64).prop_map(ExpectOp::Lost),
         1 => (0..4u64).prop_map(ExpectOp::Reset),
+        1 => (0..4u64).prop_map(ExpectOp::Ended),
         3 => (0..25u64).prop_map(ExpectOp::Advance),
     ]
 }
@@ -111,6 +121,9 @@ struct Try {
     deadline: Time,
     /// Peers that were told they may write and have neither closed nor been cut off.
     may_write: HashSet<u64>,
+    /// Those of them whose kernels write, and of these whose queue pairs are down.
+    kernels: HashSet<u64>,
+    left: HashSet<u64>,
     /// Those whose checksums are being compared.
     written: HashSet<u64>,
     done: HashSet<u64>,
@@ -209,6 +222,14 @@ impl ExpectWorld {
             to_be_told.is_empty(),
             "writers that nobody stops: {to_be_told:?}"
         );
+        let left = self.tries.values().flat_map(|entry| {
+            let left = entry.left.iter();
+            left.filter(|peer| entry.may_write.contains(peer))
+        });
+        let mut left: Vec<PeerKey> = left.map(|peer| PeerKey(*peer)).collect();
+        left.sort_unstable();
+        left.dedup();
+        assert_eq!(expects.kernels_left(), left);
         for ((request, nonce), entry) in &self.tries {
             assert!(
                 entry.life != Life::Quarantined || !entry.may_write.is_empty(),
@@ -224,9 +245,21 @@ impl ExpectWorld {
             .values_mut()
             .filter(|t| t.life == Life::Quarantined)
         {
-            entry.may_write.remove(&peer);
+            match entry.kernels.contains(&peer) && entry.may_write.contains(&peer) {
+                true => entry.left.insert(peer),
+                false => entry.may_write.remove(&peer),
+            };
         }
         expects.peer_reset(PeerKey(peer));
+    }
+
+    fn ended(&mut self, expects: &mut Expects, peer: u64) {
+        for entry in self.tries.values_mut() {
+            if entry.left.remove(&peer) {
+                entry.may_write.remove(&peer);
+            }
+        }
+        expects.process_ended(PeerKey(peer));
     }
 
     /// A message that says that nothing of the peer is under way for the try. Whether it could
@@ -282,6 +315,8 @@ proptest! {
                                 senders,
                                 deadline,
                                 may_write: HashSet::new(),
+                                kernels: HashSet::new(),
+                                left: HashSet::new(),
                                 written: HashSet::new(),
                                 done: HashSet::new(),
                             };
@@ -362,6 +397,21 @@ proptest! {
                     let closed = expects.push_closed(now, &request(r), Nonce(nonce), PeerKey(peer));
                     prop_assert!(!could || closed.is_ok());
                 }
+                ExpectOp::Kernels { request: r, nonce, peer } => {
+                    let key = (request(r), Nonce(nonce));
+                    let may = expects.let_kernels_write(now, &key.0, key.1, PeerKey(peer)).is_ok();
+                    let entry = world.tries.get_mut(&key);
+                    let entry = entry.filter(|e| e.life == Life::Standing && now < e.deadline);
+                    let could = entry.is_some_and(|entry| {
+                        let could = entry.may_write.contains(&peer);
+                        if could {
+                            entry.kernels.insert(peer);
+                        }
+                        could
+                    });
+                    prop_assert_eq!(may, could);
+                }
+                ExpectOp::Ended(peer) => world.ended(&mut expects, peer),
                 ExpectOp::Cancel(r) => {
                     expects.cancel(now, &request(r), Cause::Cancelled);
                 }
@@ -385,6 +435,15 @@ proptest! {
         world.drain(&mut expects, now);
         for peer in world.resetting.clone() {
             world.reset(&mut expects, peer);
+            world.drain(&mut expects, now);
+        }
+        // But for kernels, which sessions outlive: those of a process that has ended do not write.
+        for peer in 0..4 {
+            expects.peer_lost(now, PeerKey(peer), &Cause::PeerDead);
+            world.drain(&mut expects, now);
+            world.reset(&mut expects, peer);
+            world.drain(&mut expects, now);
+            world.ended(&mut expects, peer);
             world.drain(&mut expects, now);
         }
         prop_assert_eq!(expects.draining(), 0);

@@ -7,6 +7,7 @@ mod support;
 mod ends;
 mod gets;
 mod lies;
+mod links;
 mod memory;
 mod pushes;
 mod tells;

@@ -7,6 +7,7 @@ mod support;
 
 mod hosts;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvxfer::config::{Config, FencePolicy, KvRole, PathKind, PathSet};
@@ -549,4 +550,182 @@ fn an_expectation_that_ends_has_nothing_fetched_any_more() {
 #[test]
 fn child_entry() {
     child::entry();
+}
+
+/// A consumer that lets kernels of others write, and a producer in another process.
+fn with_links(change: impl FnOnce(&mut Config)) -> (Child, Node, Instance, Log) {
+    let producer = Child::start(&Spec {
+        role: KvRole::Producer,
+        path: PathKind::Ipc,
+        block_bytes: BLOCK,
+        blocks: BLOCKS,
+        listen: "127.0.0.1:0".to_owned(),
+        engine_id: None,
+        seed: SEED,
+        namespace: None,
+    });
+    let consumer = node_of(KvRole::Consumer, (BLOCK, BLOCKS), |config| {
+        config.gpu_links_in = true;
+        config.heartbeat_interval = Duration::from_millis(100);
+        config.heartbeat_timeout = Duration::from_millis(400);
+        change(config);
+    });
+    let instance = consumer.engine.connect(&producer.address, LONG);
+    let instance = instance.expect("a session");
+    let log = Log::new(&consumer.engine);
+    (producer, consumer, instance, log)
+}
+
+fn expect(consumer: &Node, request: &str, blocks: std::ops::Range<u32>) {
+    let expected = consumer
+        .engine
+        .expect(&RequestId::from(request), &groups(blocks), 1, LONG);
+    expected.expect("room");
+}
+
+fn is_of(event: &Told, request: &str) -> bool {
+    event
+        .request()
+        .is_some_and(|(of, _)| *of == RequestId::from(request))
+}
+
+fn is_released(event: &Told, request: &str) -> bool {
+    matches!(event, Told::Released { .. }) && is_of(event, request)
+}
+
+/// How a request has failed, and what was said of its memory then.
+fn failed(log: &mut Log, request: &str) -> (Cause, MemoryState) {
+    let failed = |event: &Told| matches!(event, Told::Failed { .. }) && is_of(event, request);
+    match log.wait("a failure", failed) {
+        Told::Failed {
+            first_cause,
+            memory,
+            ..
+        } => (first_cause, memory),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The kernels of a producer are at work on these blocks.
+fn put_in_the_middle(producer: &mut Child, consumer: &Node, request: &str) {
+    producer.put_for_ever(&consumer.name(), request, 8);
+    let is_there = |block: u32| {
+        let of = pairs([(block, block)]);
+        consumer.side.verify(SEED, &of).is_ok()
+    };
+    until("the blocks are there", || (0..8).all(is_there));
+}
+
+/// A process that is told to stop is, when all of its threads are.
+fn wait_until_stopped(producer: &Child) {
+    let state = || {
+        let tasks =
+            std::fs::read_dir(format!("/proc/{}/task", producer.id())).expect("it is there");
+        let states = tasks.map(|task| {
+            let stat = task.expect("a thread").path().join("stat");
+            let stat = std::fs::read_to_string(stat).unwrap_or_default();
+            stat.rsplit(')')
+                .next()
+                .unwrap_or("")
+                .trim()
+                .starts_with('T')
+        });
+        states.collect::<Vec<bool>>()
+    };
+    until("it is stopped", || {
+        state().into_iter().all(|stopped| stopped)
+    });
+}
+
+#[test]
+fn kernels_of_another_process_write_blocks() {
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
+    expect(&consumer, "r", 0..9);
+    let outcome = producer.put_once(&consumer.name(), "r", 9);
+    assert!(outcome.contains("Done"), "{outcome}");
+    log.wait("its end", |event| {
+        matches!(event, Told::Received { .. }) && is_of(event, "r")
+    });
+    let table = pairs((0..9).map(|b| (b, b)));
+    consumer.side.verify(SEED, &table).expect("every byte");
+    consumer.assert_untouched_but(0..9);
+    log.assert_told_once();
+}
+
+/// A producer that is killed while its kernels write: the blocks come back when its process has ended.
+#[test]
+fn the_blocks_of_a_killed_producers_kernels_come_back() {
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
+    expect(&consumer, "r", 0..8);
+    put_in_the_middle(&mut producer, &consumer, "r");
+    producer.die();
+    let (cause, memory) = failed(&mut log, "r");
+    assert_eq!((cause, memory), (Cause::PeerDead, MemoryState::Quarantined));
+    log.wait("its release", |event| is_released(event, "r"));
+    // Nobody is left who could write.
+    consumer.side.poison().expect("poisoned");
+    std::thread::sleep(Duration::from_millis(50));
+    consumer.assert_untouched_but([]);
+    log.assert_told_once();
+}
+
+/// A producer that is stopped goes on writing when it is continued: its blocks stay quarantined though its session is
+/// lost, while those of its other pushes, which go by queue pairs, come back. When it is killed, they do.
+#[test]
+fn the_blocks_of_a_stopped_producers_kernels_stay_quarantined_until_it_is_dead() {
+    let (mut producer, consumer, _instance, mut log) = with_links(|_| {});
+    expect(&consumer, "links", 0..8);
+    expect(&consumer, "queues", 20..24);
+    producer.begin_at(&consumer.name(), "queues", 20..24);
+    put_in_the_middle(&mut producer, &consumer, "links");
+    producer.stop();
+    wait_until_stopped(&producer);
+    let (_, memory) = failed(&mut log, "links");
+    assert_eq!(memory, MemoryState::Quarantined);
+    failed(&mut log, "queues");
+    // Told in one breath with what is released of the other, or never before the end of the process.
+    log.wait("the other's release", |event| is_released(event, "queues"));
+    let released = |log: &mut Log| log.count(|event| is_released(event, "links"));
+    assert_eq!(released(&mut log), 0, "its kernels go on when it does");
+    // Who keeps the time looks at its process, once at least between the ends of these two.
+    for request in ["first", "second"] {
+        let soon = Duration::from_millis(60);
+        let blocks = groups(40..41);
+        let expected = consumer
+            .engine
+            .expect(&RequestId::from(request), &blocks, 1, soon);
+        expected.expect("room");
+        assert_eq!(failed(&mut log, request).0, Cause::DeadlinePassed);
+    }
+    assert_eq!(released(&mut log), 0, "it is stopped, and has not ended");
+    producer.die();
+    log.wait("its release", |event| is_released(event, "links"));
+    log.assert_told_once();
+}
+
+/// An engine that goes while kernels of another process may write its blocks keeps its memory; where they have ended it
+/// does not.
+#[test]
+fn a_consumer_that_goes_keeps_the_memory_that_kernels_may_write() {
+    for have_ended in [true, false] {
+        let grace = |config: &mut Config| config.drain_grace = Duration::from_millis(50);
+        let (mut producer, consumer, instance, log) = with_links(grace);
+        expect(&consumer, "r", 0..8);
+        match have_ended {
+            true => {
+                let outcome = producer.put_once(&consumer.name(), "r", 8);
+                assert!(outcome.contains("Done"), "{outcome}");
+            }
+            false => put_in_the_middle(&mut producer, &consumer, "r"),
+        }
+        let memory = Arc::downgrade(&consumer.side.placement().memory()[0]);
+        drop((instance, log, consumer));
+        match have_ended {
+            true => until("it is given back", || memory.upgrade().is_none()),
+            false => assert!(
+                memory.upgrade().is_some(),
+                "given back under the kernels of another process"
+            ),
+        }
+    }
 }

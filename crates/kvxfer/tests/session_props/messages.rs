@@ -328,6 +328,24 @@ fn message_of(kind: MessageKind) -> BoxedStrategy<Message> {
                 .into()
             })
             .boxed(),
+        MessageKind::LinksWanted => request()
+            .prop_map(|(request, nonce)| LinksWanted { request, nonce }.into())
+            .boxed(),
+        MessageKind::LinksAnswer => (request(), 0..4usize)
+            .prop_map(|((request, nonce), why)| {
+                let all = [
+                    LinksRefused::NotAllowed,
+                    LinksRefused::Unseen,
+                    LinksRefused::Late,
+                ];
+                LinksAnswer {
+                    request,
+                    nonce,
+                    refused: all.get(why).copied(),
+                }
+                .into()
+            })
+            .boxed(),
         MessageKind::StageFree => any::<u64>()
             .prop_map(|number| StageFree { number }.into())
             .boxed(),

@@ -10,9 +10,16 @@ use std::time::{Duration, Instant};
 
 use kvxfer::bench::BenchMemory;
 use kvxfer::config::{KvRole, PathKind};
-use kvxfer::engine::{Peer, PullOptions, Push, PushOptions};
+use kvxfer::engine::{GpuQueue, Peer, PullOptions, Push, PushOptions};
 use kvxfer::event::{Event, MemoryState, PeerName};
+use kvxfer::gpu_queue::{GpuQueueConfig, Kernels, QueueKind};
 use kvxfer::ids::{EngineId, Rank, RequestId};
+use kvxfer::mem::gpu::Stream;
+use kvxfer::mem::kernels::queue::{
+    ALL, ALL_TENSORS, LOCAL_PLACE, Move, PUT, PostResult, REMOTE_PLACE,
+};
+use kvxfer::mem::post::device::{PostBy, PostKernels, Posts};
+use kvxfer::mem::post::{Place, Status};
 use kvxfer::ticket::Ticket;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -127,6 +134,11 @@ impl Child {
         kill(Pid::from_raw(pid), signal).expect("the child is there");
     }
 
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn stop(&self) {
         self.signal(Signal::SIGSTOP);
     }
@@ -205,6 +217,20 @@ impl Child {
         let engine = &peer.engine.0;
         self.tell(&format!("begin {request} {blocks} {engine}"));
         self.answer("begun");
+    }
+
+    /// Has the child begin a push whose blocks its kernels put over GPU links, again and again, until it dies.
+    pub(crate) fn put_for_ever(&mut self, peer: &PeerName, request: &str, blocks: u32) {
+        let engine = &peer.engine.0;
+        self.tell(&format!("links {request} {blocks} {engine}"));
+        self.answer("putting");
+    }
+
+    /// The same once, and to its end: how that was.
+    pub(crate) fn put_once(&mut self, peer: &PeerName, request: &str, blocks: u32) -> String {
+        let engine = &peer.engine.0;
+        self.tell(&format!("links-once {request} {blocks} {engine}"));
+        self.answer("put")
     }
 
     /// The same for blocks that do not begin with the first.
@@ -344,6 +370,8 @@ fn build(text: &str) -> (Node, u64) {
     let recipe = recipe.with(|config| {
         // Whoever listens elsewhere is in a network of the test's own.
         config.allow_unauthenticated = !listen.starts_with("127.");
+        // Nothing comes of it unless a push asks.
+        config.gpu_links_in = true;
         if !engine_id.is_empty() {
             config.engine_id = Some(engine_id.to_owned());
         }
@@ -445,6 +473,67 @@ fn verdict(node: &Node, log: &mut Log, request: &str, blocks: u32, seed: u64) ->
     said
 }
 
+/// Kernels that put the first blocks, both layers.
+struct Links {
+    queue: GpuQueue,
+    kernels: PostKernels,
+    stream: Stream,
+    moves: Vec<Move>,
+}
+
+impl Links {
+    fn of(node: &Node, push: &Push, blocks: u32) -> Self {
+        let memory = node.side.memory()[0].gpu().expect("memory of a GPU");
+        let mut config = GpuQueueConfig::new(memory.gpu());
+        config.kind = QueueKind::Links;
+        let queue = push.gpu_queue(&config).expect("a queue");
+        let word = |layer, block| {
+            let place = Place {
+                group: 0,
+                tensor: ALL_TENSORS,
+                layer,
+                block,
+            };
+            place.to_word()
+        };
+        let put = |(layer, block): (u16, u32)| Move {
+            local: word(layer, block),
+            remote: word(layer, block),
+            len: queue.block_bytes(0, layer.into()).expect("a layer"),
+            flags: LOCAL_PLACE | REMOTE_PLACE,
+            ..Move::default()
+        };
+        let all = (0..blocks).flat_map(|block| [(0, block), (1, block)]);
+        let moves = all.map(put).collect();
+        Self {
+            queue,
+            kernels: PostKernels::load(memory.gpu()).expect("kernels"),
+            stream: Stream::new(memory.gpu()).expect("a stream"),
+            moves,
+        }
+    }
+
+    fn put(&self) {
+        let posts = Posts {
+            moves: &self.moves,
+            posters: 1,
+            by: PostBy::Blocks,
+            op: PUT,
+            until: ALL,
+        };
+        let posting = self.kernels.post(&self.stream, self.queue.device(), &posts);
+        let ended = posting.expect("launched").wait(Instant::now() + LONG);
+        let ended = ended.expect("the kernel ends");
+        // Of one that is told to stop nothing is wanted any more.
+        let known = |end: &PostResult| {
+            [Status::Ok, Status::Stopped]
+                .map(Status::number)
+                .contains(&end.ended)
+        };
+        assert!(ended.iter().all(known));
+    }
+}
+
 fn serve(node: &Node, seed: u64) {
     let mut received = 0;
     let mut log = Log::new(&node.engine);
@@ -492,6 +581,26 @@ fn serve(node: &Node, seed: u64) {
                     .expect("pushed");
                 begun.push(push);
                 say("begun");
+            }
+            ["links", request, blocks, peer] => {
+                let push = begin(node, peer, request);
+                let links = Links::of(node, &push, number(blocks));
+                begun.push(push);
+                std::thread::spawn(move || {
+                    loop {
+                        links.put();
+                    }
+                });
+                say("putting");
+            }
+            ["links-once", request, blocks, peer] => {
+                let push = begin(node, peer, request);
+                let links = Links::of(node, &push, number(blocks));
+                links.put();
+                let finished = links.queue.finish(Kernels::Ended, LONG);
+                finished.expect("they have ended");
+                let outcome = push.commit().expect("committed").wait(LONG);
+                say(&format!("put {outcome:?}").replace('\n', " "));
             }
             ["begin-at", request, start, end, peer] => {
                 let push = begin(node, peer, request);

@@ -24,6 +24,7 @@ use crate::soft::events::{Events, qp_of};
 use crate::soft::injector::Injector;
 use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
+use crate::soft::process_vm::PeerLife;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
 use crate::soft::segment::{MapCache, Mapping, Segments};
 use crate::soft::server::{self, Command, Mailbox};
@@ -294,6 +295,10 @@ impl DeviceBackend for SoftDevice {
     ) -> Result<(Arc<Mapping>, u64), Error> {
         let (file, offset) = link::shared_file(&self.shared, peer, token, index)?;
         Ok((self.shared.maps.map(file.as_fd())?, offset))
+    }
+
+    fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+        link::life(&self.shared, peer)
     }
 
     fn alloc_pd(&self) -> Result<u32, Error> {

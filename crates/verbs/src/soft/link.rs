@@ -15,7 +15,7 @@ use crate::region::Access;
 use crate::soft::context::{SoftShared, key_fd};
 use crate::soft::frame::{HELLO, Hello, Role};
 use crate::soft::keys::{PeerKeys, table_is_sealed};
-use crate::soft::process_vm::PeerProcess;
+use crate::soft::process_vm::{PeerLife, PeerProcess};
 use crate::soft::qp::SoftQp;
 use crate::soft::requester::PeerSide;
 use crate::soft::stream::{Stream, not_now};
@@ -255,6 +255,20 @@ impl Dial<'_> {
             Err(e) => Err(self.fault(PathFault::ProcessVm(e))),
         }
     }
+}
+
+/// What tells when the peer's process has ended.
+pub(crate) fn life(shared: &SoftShared, peer: &DeviceAddr) -> Result<PeerLife, Error> {
+    let dial = Dial {
+        shared,
+        peer,
+        // Both sides see to it that they may read each other's memory: by that it is known whose the socket is.
+        path: SoftPath::ProcessVm,
+        deadline: Instant::now() + PROBE_TIME,
+    };
+    let answer = dial.open(hello(shared, None, Role::Probe))?;
+    dial.check_process_vm(&answer)?;
+    PeerLife::of(&answer.process).ok_or_else(|| dial.fault(PathFault::NoPid))
 }
 
 /// Tries whether a path leads to the peer.

@@ -34,6 +34,7 @@ use crate::device::Context;
 use crate::error::Error;
 
 pub use faults::{FaultPlan, FaultPlanError};
+pub use process_vm::PeerLife;
 
 /// The software device's one port.
 const PORT: u8 = 1;

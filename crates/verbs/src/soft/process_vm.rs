@@ -172,6 +172,35 @@ impl PeerProcess {
     }
 }
 
+/// What tells when a peer's process has ended.
+#[derive(Debug)]
+pub struct PeerLife {
+    pidfd: OwnedFd,
+}
+
+impl PeerLife {
+    /// Of a process that has been identified; `None` where it cannot be seen from here.
+    pub(crate) fn of(process: &PeerProcess) -> Option<Self> {
+        let (_, pidfd) = process.identity()?;
+        let pidfd = pidfd.try_clone_to_owned().ok()?;
+        Some(Self { pidfd })
+    }
+
+    /// Whether the process has ended, all of its threads: one that is stopped has not. Whatever it had open is closed by
+    /// then, unless another process has it open too (a child that it had forked).
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        // A look that fails says nothing of the process.
+        let looked = poll(&mut fds, PollTimeout::ZERO).is_ok();
+        let [fd] = fds;
+        looked
+            && fd
+                .revents()
+                .is_some_and(|of| of.contains(PollFlags::POLLIN))
+    }
+}
+
 /// Whether the process still runs (stopped counts). While it does, its pid is its own.
 pub(crate) fn alive(pidfd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];

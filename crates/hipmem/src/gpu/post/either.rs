@@ -1,20 +1,23 @@
-//! A queue of either kind.
+//! A queue of any kind.
 
 use std::time::Instant;
 
+use super::links::LinkQueue;
 use super::queue::{DeviceQueue, KernelQueue, sealed};
 use super::wqe::WqeQueue;
 use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::kernels::queue::Queue;
 
-/// The memory of a queue of one kind or the other, for who has both.
+/// The memory of a queue of one kind or another, for who has them all.
 #[derive(Debug)]
 pub enum PostQueue {
     /// Kernels write descriptors.
     Proxy(DeviceQueue),
     /// Kernels write WQEs.
     Wqe(WqeQueue),
+    /// Kernels copy blocks themselves.
+    Links(LinkQueue),
 }
 
 impl PostQueue {
@@ -23,7 +26,7 @@ impl PostQueue {
     pub fn proxy(&self) -> Option<&DeviceQueue> {
         match self {
             Self::Proxy(queue) => Some(queue),
-            Self::Wqe(_) => None,
+            Self::Wqe(_) | Self::Links(_) => None,
         }
     }
 
@@ -31,8 +34,17 @@ impl PostQueue {
     #[must_use]
     pub fn wqe(&self) -> Option<&WqeQueue> {
         match self {
-            Self::Proxy(_) => None,
+            Self::Proxy(_) | Self::Links(_) => None,
             Self::Wqe(queue) => Some(queue),
+        }
+    }
+
+    /// The queue over links, if it is one.
+    #[must_use]
+    pub fn links(&self) -> Option<&LinkQueue> {
+        match self {
+            Self::Links(queue) => Some(queue),
+            Self::Proxy(_) | Self::Wqe(_) => None,
         }
     }
 
@@ -42,6 +54,7 @@ impl PostQueue {
         match self {
             Self::Proxy(queue) => queue.handle(),
             Self::Wqe(queue) => queue.handle(),
+            Self::Links(queue) => queue.handle(),
         }
     }
 
@@ -51,10 +64,12 @@ impl PostQueue {
         match self {
             Self::Proxy(queue) => queue.gpu(),
             Self::Wqe(queue) => queue.gpu(),
+            Self::Links(queue) => queue.gpu(),
         }
     }
 
-    /// How many numbers posters have taken, once no kernel runs any more: one for each descriptor, or each WQE.
+    /// How many numbers posters have taken, once no kernel runs any more: one for each descriptor, or each WQE;
+    /// none over links.
     ///
     /// # Errors
     ///
@@ -63,6 +78,7 @@ impl PostQueue {
         match self {
             Self::Proxy(queue) => queue.posted(deadline),
             Self::Wqe(queue) => queue.posted(deadline),
+            Self::Links(_) => Ok(0),
         }
     }
 
@@ -76,6 +92,7 @@ impl PostQueue {
         match self {
             Self::Proxy(queue) => queue.lose_a_ticket(),
             Self::Wqe(queue) => queue.lose_a_ticket(),
+            Self::Links(_) => Ok(()),
         }
     }
 
@@ -89,6 +106,7 @@ impl PostQueue {
         match self {
             Self::Proxy(queue) => queue.stop(),
             Self::Wqe(queue) => queue.stop(),
+            Self::Links(queue) => queue.stop(),
         }
     }
 }

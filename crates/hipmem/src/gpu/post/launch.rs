@@ -264,15 +264,15 @@ impl PostKernels {
     }
 
     /// Puts blocks over GPU links, by so many workgroups of a GPU's full size. They can be launched again when they have
-    /// ended.
+    /// ended. A queue of another kind ends each with [`Status::BadQueue`](crate::post::Status::BadQueue).
     ///
     /// # Errors
     ///
     /// As [`post`](Self::post).
-    pub fn push(
+    pub fn push<Q: KernelQueue>(
         &self,
         stream: &Stream,
-        queue: &Arc<LinkQueue>,
+        queue: &Arc<Q>,
         push: &PreparedPush,
         workgroups: u32,
     ) -> Result<Posting, Error> {

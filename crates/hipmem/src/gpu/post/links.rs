@@ -1,8 +1,9 @@
 //! Queues over GPU links: kernels that put copy the block themselves.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::notes::{LinkExpected, LinkPuts, Notes};
 use super::posters::Posters;
 use super::queue::{KernelQueue, sealed};
 use super::regions::RegionTable;
@@ -11,7 +12,7 @@ use crate::gpu::device::{same, same_runtime};
 use crate::gpu::stream::Keep;
 use crate::gpu::{Gpu, Place};
 use crate::kernels::queue::{LINKS, Queue};
-use crate::post::{RegionLayer, RegionPiece, RegionSide};
+use crate::post::{Compiled, RegionLayer, RegionPiece, RegionSide};
 
 /// Threads of a workgroup that copies a block: for 16 KiB four vectors each on NVIDIA, and few enough that several
 /// workgroups of a multiprocessor wait for their fences side by side.
@@ -57,10 +58,11 @@ pub struct LinkLayer<'a> {
 /// that its table names. A kernel must have ended before this goes, and who drops it last may wait for all other kernels
 /// of the GPU.
 ///
-/// Whose blocks these are, and when they may be written, is decided above: a kernel writes where it names a block. No
-/// session has such queues.
+/// Whose blocks these are, and when they may be written, is decided above: a kernel writes where it names a block, and a
+/// queue that was made with [`among`](Self::among) refuses what is not expected.
 pub struct LinkQueue {
     table: RegionTable,
+    notes: Option<Notes>,
     posters: Posters,
     _memories: Vec<Keep>,
 }
@@ -74,6 +76,31 @@ impl LinkQueue {
     /// no table; [`GpuFault::NoPeerAccess`](crate::gpu::GpuFault::NoPeerAccess) and its like for memory that this GPU
     /// does not reach; [`Error::Gpu`].
     pub fn new(gpu: &Gpu, layers: &[LinkLayer<'_>]) -> Result<Self, Error> {
+        Self::of(gpu, layers, None)
+    }
+
+    /// The same for whole blocks that the peer expects, of each layer of their group: all else is refused
+    /// ([`Status::BadRights`](crate::post::Status::BadRights)), and so is one tensor of several
+    /// ([`Status::BadRange`](crate::post::Status::BadRange)). What was put is known when the kernels have ended
+    /// ([`puts`](Self::puts)).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); [`Error::OutOfBounds`] for an expected block that the peer does not have, and for layers
+    /// of a group that say different numbers of blocks.
+    pub fn among(
+        gpu: &Gpu,
+        layers: &[LinkLayer<'_>],
+        expected: &[LinkExpected<'_>],
+    ) -> Result<Self, Error> {
+        Self::of(gpu, layers, Some(expected))
+    }
+
+    fn of(
+        gpu: &Gpu,
+        layers: &[LinkLayer<'_>],
+        expected: Option<&[LinkExpected<'_>]>,
+    ) -> Result<Self, Error> {
         let mut memories = Vec::new();
         let mut rows = Vec::new();
         for layer in layers {
@@ -99,8 +126,12 @@ impl LinkQueue {
                 tensors,
             });
         }
+        let mut table = Compiled::new(&rows)?;
+        let notes = expected.map(|of| Notes::new(gpu, (&rows, &mut table), of));
+        let notes = notes.transpose()?;
         Ok(Self {
-            table: RegionTable::new(gpu, &rows)?,
+            table: RegionTable::of(gpu, &table)?,
+            notes,
             // Nothing is ever waited for.
             posters: Posters::new(gpu, Duration::ZERO)?,
             _memories: memories,
@@ -110,7 +141,10 @@ impl LinkQueue {
     /// What a kernel is given: [`KernelQueue::handle`].
     #[must_use]
     pub fn handle(&self) -> Queue {
+        let (words, slots) = self.notes.as_ref().map_or((0, 0), Notes::addrs);
         Queue {
+            slots,
+            words,
             state: self.posters.state(),
             report: self.posters.report(),
             abort: self.posters.abort(),
@@ -125,6 +159,18 @@ impl LinkQueue {
     #[must_use]
     pub fn gpu(&self) -> &Gpu {
         self.posters.gpu()
+    }
+
+    /// What kernels have put, once none runs any more; nothing of a queue that does not keep account.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`], also where it cannot be read before the deadline.
+    pub fn puts(&self, deadline: Instant) -> Result<LinkPuts, Error> {
+        match &self.notes {
+            Some(notes) => notes.puts(&self.posters, deadline),
+            None => Ok(LinkPuts::default()),
+        }
     }
 
     /// Sets the abort word: puts that begin later, and those in the middle, end with

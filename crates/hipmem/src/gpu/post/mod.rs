@@ -11,6 +11,7 @@
 mod either;
 mod launch;
 mod links;
+mod notes;
 mod posters;
 mod queue;
 mod regions;
@@ -22,6 +23,7 @@ pub use launch::{
     PostBy, PostKernels, Posting, Posts, PreparedPosts, PreparedPush, Produce, ProducedTensor,
 };
 pub use links::{LinkLayer, LinkPiece, LinkQueue, LinkSide};
+pub use notes::{LinkExpected, LinkPut, LinkPuts};
 pub use queue::{DeviceQueue, KernelQueue};
 pub use regions::RegionTable;
 pub use slots::{CopiedSlots, WqeMemory, WqeSlots};

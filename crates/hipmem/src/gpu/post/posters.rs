@@ -79,16 +79,28 @@ impl Posters {
 
     /// How many numbers posters have taken.
     pub(super) fn posted(&self, deadline: Instant) -> Result<u64, Error> {
-        let copy = Copy {
-            dst: Place::Pinned(&self.words, COUNT),
-            src: Place::Gpu(&self.own, 0),
-            len: 8,
-        };
-        // Not by a copy that waits: it would wait for other kernels too.
-        self.aborts.copy(&[copy])?.wait(deadline)?;
+        self.read((&self.own, 0), (&self.words, COUNT), 8, deadline)?;
         let mut next = [0; 8];
         self.words.host().read(COUNT, &mut next)?;
         Ok(u64::from_ne_bytes(next))
+    }
+
+    /// Reads words of the GPU's memory.
+    pub(super) fn read(
+        &self,
+        (from, src): (&GpuMemory, u64),
+        (into, dst): (&PinnedMemory, u64),
+        len: u64,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let copy = Copy {
+            dst: Place::Pinned(into, dst),
+            src: Place::Gpu(from, src),
+            len,
+        };
+        // Not by a copy that waits: it would wait for other kernels too.
+        self.aborts.copy(&[copy])?.wait(deadline)?;
+        Ok(())
     }
 
     /// Takes a number and posts nothing, as a kernel does that is killed in between.

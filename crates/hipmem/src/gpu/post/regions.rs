@@ -23,7 +23,7 @@ impl RegionTable {
         Self::of(gpu, &Compiled::new(layers)?)
     }
 
-    fn of(gpu: &Gpu, table: &Compiled) -> Result<Self, Error> {
+    pub(super) fn of(gpu: &Gpu, table: &Compiled) -> Result<Self, Error> {
         let memory = GpuMemory::new(gpu, table.len())?;
         memory.write(0, &table.bytes(memory.addr()))?;
         Ok(Self { memory })

@@ -87,6 +87,7 @@ impl HostSide {
         };
         let gpu = gpu_of(config.gpu, first)?;
         let theirs = opened(&gpu, &handles)?;
+        let theirs: Vec<Reached> = theirs.into_iter().map(Reached::Gpu).collect();
         let (launcher, own) = self.launcher(&gpu, config)?;
         let own: Vec<Reached> = own.into_iter().map(Reached::Host).collect();
         GpuPeer::new(launcher, (&theirs, &own), plans)

@@ -6,6 +6,7 @@
 
 mod host;
 mod launcher;
+mod links;
 mod portion;
 #[cfg(test)]
 mod portion_tests;
@@ -336,12 +337,12 @@ fn handles(theirs: &GpuDesc, lengths: &[u64]) -> Result<Vec<IpcHandle>, Error> {
 /// # Errors
 ///
 /// [`Error::Memory`].
-fn opened(gpu: &Gpu, handles: &[IpcHandle]) -> Result<Vec<Reached>, Error> {
+fn opened(gpu: &Gpu, handles: &[IpcHandle]) -> Result<Vec<GpuMemory>, Error> {
     let open = |handle: &IpcHandle| {
-        Ok(Reached::Gpu(match GpuMemory::exported(handle) {
+        Ok(match GpuMemory::exported(handle) {
             Some(memory) => memory,
             None => GpuMemory::open(gpu, handle)?,
-        }))
+        })
     };
     handles.iter().map(open).collect()
 }
@@ -367,6 +368,7 @@ impl GpuPeer {
         plans: &Plans,
     ) -> Result<Self, Error> {
         let theirs = opened(own.launcher.kernels.gpu(), &handles(theirs, lengths)?)?;
+        let theirs: Vec<Reached> = theirs.into_iter().map(Reached::Gpu).collect();
         Self::new(Arc::clone(&own.launcher), (&theirs, &own.reached()), plans)
     }
 

@@ -25,7 +25,7 @@ use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::{
-    Bell, DeviceQueue, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
+    Bell, DeviceQueue, LinkPuts, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
 };
 use crate::plan::Posted;
 use crate::ticket::Ticket;
@@ -85,6 +85,26 @@ impl Drop for Kept {
 }
 
 impl SharedQueue {
+    /// Of a queue whose handle nobody has.
+    pub(super) fn new(device: PostQueue, pace: Pace) -> Arc<Self> {
+        Arc::new(Self {
+            device: Kept {
+                device: Arc::new(device),
+                is_over: AtomicBool::new(true),
+                last: None,
+            },
+            pace: Mutex::new(pace),
+            taken: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether it has been said that no kernel touches the queue any more, of one that is closed.
+    pub(crate) fn kernels_have_ended(&self) -> bool {
+        self.device.is_over.load(Ordering::Acquire)
+    }
+
     pub(crate) fn device(&self) -> &PostQueue {
         &self.device.device
     }
@@ -120,6 +140,14 @@ impl SharedQueue {
         (count(&self.taken), done, failed)
     }
 
+    /// What has been posted, once no kernel runs any more.
+    fn posted(&self, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
+        Ok(match self.device().links() {
+            Some(links) => PostedAll::Put(Box::new(links.puts(deadline)?)),
+            None => PostedAll::Count(self.device().posted(deadline)?),
+        })
+    }
+
     fn report(&self) -> GpuQueueReport {
         let (taken, done, failed) = self.counts();
         GpuQueueReport {
@@ -128,6 +156,15 @@ impl SharedQueue {
             failed,
         }
     }
+}
+
+/// What kernels have posted, all of it.
+#[derive(Debug)]
+pub(crate) enum PostedAll {
+    /// So many posts have been begun.
+    Count(u64),
+    /// They have put this themselves.
+    Put(Box<LinkPuts>),
 }
 
 /// Why what kernels have posted is not carried out.
@@ -224,9 +261,14 @@ impl Push {
     /// # Errors
     ///
     /// [`Error::QueueConfig`], [`Error::QueueDepth`], [`Error::PushEnded`]; [`Error::Plan`] where the two sides' blocks
-    /// are of unequal size; [`Error::Memory`].
+    /// are of unequal size; [`Error::Memory`]. [`Error::NoLinks`] where kernels may not write the blocks themselves; a
+    /// queue of that kind waits for the consumer's ticket and its leave, for as long as it is patient.
     pub fn gpu_queue(&self, config: &GpuQueueConfig) -> Result<GpuQueue, Error> {
         let queues = &self.pushing.queues;
+        if config.kind == QueueKind::Links {
+            let number = queues.number(&self.engine, config)?;
+            return self.links(config, number);
+        }
         let (number, shared, served) = queues.make(&self.engine, config)?;
         self.pushing.attach(number, (&shared, served))?;
         Ok(GpuQueue::new(&self.engine, queues, number, shared))
@@ -244,6 +286,26 @@ impl Queues {
         engine: &Inner,
         config: &GpuQueueConfig,
     ) -> Result<(u64, Arc<SharedQueue>, Served), Error> {
+        let number = self.number(engine, config)?;
+        let (device, served) = match config.kind {
+            QueueKind::Links => {
+                return Err(Error::QueueConfig {
+                    what: "kind: over links kernels push, and do not pull",
+                });
+            }
+            QueueKind::Proxy => {
+                let (gpu, patience) = (&config.gpu, config.patience);
+                let (device, consumer) = DeviceQueue::new(gpu, config.depth, patience)?;
+                (PostQueue::Proxy(device), Served::Ring(consumer))
+            }
+            QueueKind::GpuWqe(_) => self.wqes(engine, (config, number), Bell::Cpu)?,
+            QueueKind::Direct(_) => self.wqes(engine, (config, number), Bell::Kernel)?,
+        };
+        Ok((number, SharedQueue::new(device, config.pace), served))
+    }
+
+    /// The number of a queue that there can be, as far as its settings say.
+    fn number(&self, engine: &Inner, config: &GpuQueueConfig) -> Result<u64, Error> {
         engine.runtime.health.check()?;
         let wrong = |what| Err(Error::QueueConfig { what });
         if !config.depth.is_power_of_two() || config.depth > MOST_SLOTS {
@@ -265,29 +327,7 @@ impl Queues {
             return wrong("patience: a post that may not wait at all finds no end of another");
         }
         let groups = u32::try_from(engine.format.groups().len()).unwrap_or(u32::MAX);
-        let number = self.next(groups)?;
-        let (device, served) = match config.kind {
-            QueueKind::Proxy => {
-                let (gpu, patience) = (&config.gpu, config.patience);
-                let (device, consumer) = DeviceQueue::new(gpu, config.depth, patience)?;
-                (PostQueue::Proxy(device), Served::Ring(consumer))
-            }
-            QueueKind::GpuWqe(_) => self.wqes(engine, (config, number), Bell::Cpu)?,
-            QueueKind::Direct(_) => self.wqes(engine, (config, number), Bell::Kernel)?,
-        };
-        let shared = Arc::new(SharedQueue {
-            device: Kept {
-                device: Arc::new(device),
-                // Nobody has its handle.
-                is_over: AtomicBool::new(true),
-                last: None,
-            },
-            pace: Mutex::new(config.pace),
-            taken: AtomicU64::new(0),
-            done: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-        });
-        Ok((number, shared, served))
+        Ok(self.next(groups)?)
     }
 
     /// A queue of WQEs, and a model of its device.
@@ -473,7 +513,7 @@ impl GpuQueue {
         let posted = match &ended {
             Ok(()) | Err(Error::KernelsLate { .. }) => {
                 self.shared.device.is_over.store(true, Ordering::Release);
-                let posted = self.shared.device().posted(after(within.max(TO_READ)));
+                let posted = self.shared.posted(after(within.max(TO_READ)));
                 Some(posted.map_err(Error::Memory))
             }
             Err(_) => None,
@@ -501,7 +541,7 @@ impl GpuQueue {
     }
 
     /// Tells the worker; `is_finished`: the push may be committed, if it has not failed.
-    fn close(&mut self, posted: Option<u64>, is_finished: bool) {
+    fn close(&mut self, posted: Option<PostedAll>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
         let id = self.queues.id();
@@ -514,7 +554,7 @@ impl GpuQueue {
 }
 
 /// When so much time has passed.
-fn after(within: Duration) -> Instant {
+pub(super) fn after(within: Duration) -> Instant {
     Instant::now() + within.min(LONGEST)
 }
 

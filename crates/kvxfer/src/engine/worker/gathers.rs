@@ -329,7 +329,7 @@ impl Worker {
         self.gathers.asked.insert(job.id, Asked { job, peer });
     }
 
-    fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
+    pub(super) fn job_over(&mut self, job: &Job, error: Option<Cause>, whole: bool) {
         // There is no card whose writes could be on their way still.
         let report = report(job, error, whole, RailSet::only(0));
         self.report_all(job, &report);

@@ -10,7 +10,7 @@ use crate::engine::push::SharedQueue;
 use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batches, Pace, PostTable, Wanted, WqeDevice, Wrong};
 use crate::mem::post::{Consumer, Rest, Status};
-use crate::transfer::{Cause, JobId, TransferId};
+use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
 /// How long after a post the next one is waited for without rest.
 const YOUNG: Duration = Duration::from_micros(200);
@@ -34,6 +34,9 @@ pub(crate) enum Served {
     Ring(Consumer),
     /// The device of a queue of work requests.
     Wqes(Box<WqeDevice>),
+    /// Nobody: kernels put blocks themselves. What they do is a job of the push, whose end is this report; `None` where
+    /// they have ended, or never began.
+    Links { kernels: Option<JobReport> },
 }
 
 impl Served {
@@ -42,6 +45,7 @@ impl Served {
         match self {
             Self::Ring(consumer) => consumer.taken(),
             Self::Wqes(device) => device.taken(),
+            Self::Links { .. } => 0,
         }
     }
 
@@ -50,6 +54,8 @@ impl Served {
         match self {
             Self::Ring(consumer) => consumer.under_way() as u64,
             Self::Wqes(device) => device.under_way(),
+            // One of which nobody knows that its kernels have ended stays.
+            Self::Links { kernels } => kernels.is_some().into(),
         }
     }
 }
@@ -84,6 +90,8 @@ pub(crate) struct KernelQueue {
     pub(super) is_closing: bool,
     /// How many posts have been begun, if there are no more.
     pub(super) posted: Option<u64>,
+    /// Whether kernels have begun to put a block themselves, and not ended it.
+    pub(super) has_begun: bool,
     /// Looks in a row that have found nothing, and when one last has found something.
     pub(super) looks: u32,
     pub(super) found: Option<Instant>,
@@ -108,6 +116,7 @@ impl KernelQueue {
             stage: Stage::Open,
             is_closing: false,
             posted: None,
+            has_begun: false,
             looks: 0,
             found: None,
         }
@@ -132,6 +141,7 @@ impl KernelQueue {
                     Err(error) => self.lose_ring(&error),
                 }
             }
+            Served::Links { .. } => {}
             Served::Wqes(device) => {
                 let mut ends = posts.iter().map(|post| device.complete(*post, status));
                 if let Some(Err(wrong)) = ends.find(Result::is_err) {
@@ -160,6 +170,10 @@ impl KernelQueue {
                     self.lose_ring(&error);
                 }
             }
+            Served::Links { .. } => match status {
+                Status::Ok => {}
+                _ => self.shared.stop(),
+            },
             Served::Wqes(device) => {
                 let (taken, done, failed) = self.shared.counts();
                 self.shared
@@ -203,6 +217,9 @@ impl KernelQueue {
 
     /// How long the worker may rest before it looks again; `None`: it is told when there is something to look at.
     pub(super) fn rest(&mut self) -> Option<Duration> {
+        if let Served::Links { .. } = &self.served {
+            return None;
+        }
         let pace = match self.stage {
             Stage::Open if self.table.is_none() => return None,
             Stage::Open => self.shared.pace(),

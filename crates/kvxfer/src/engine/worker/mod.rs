@@ -7,6 +7,7 @@ mod drops;
 mod fetches;
 mod gathers;
 mod kernel_queue;
+mod links;
 mod outputs;
 mod posting;
 mod queues;
@@ -431,13 +432,15 @@ impl Worker {
             return Wreck::run(self);
         }
         let touched = self.gathers.end();
+        let kernels = self.with_kernels();
         self.queues.clear();
         self.lanes.clear();
-        let lives = self.live.drain().map(|(_, live)| *live);
-        let (left, over): (Vec<Live>, Vec<Live>) =
-            lives.partition(|live| touched.contains(&live.peer.key));
-        for live in left {
-            live.never_over();
+        let mut over = Vec::new();
+        for (id, live) in self.live.drain() {
+            match touched.contains(&live.peer.key) || kernels.contains(&id) {
+                true => live.never_over(),
+                false => over.push(*live),
+            }
         }
         over
     }

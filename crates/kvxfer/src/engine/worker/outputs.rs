@@ -9,6 +9,7 @@ use super::{Command, Live, Worker};
 use crate::blocks::GroupBlocks;
 use crate::engine::gpu::cause;
 use crate::engine::handle::{Failure, Outcome};
+use crate::engine::moves::Moves;
 use crate::engine::peer_session::PeerSession;
 use crate::engine::verify::Verdict;
 use crate::event::MemoryState;
@@ -81,7 +82,9 @@ impl Worker {
             return;
         };
         let peer = Arc::clone(&live.peer);
-        if peer.has_whole_jobs() {
+        if Moves::of(&*job.source).is_some_and(|moves| moves.is_there) {
+            self.job_over(&job, None, true);
+        } else if peer.has_whole_jobs() {
             self.begin_gather(peer, job);
         } else if job.dir != Direction::Write || !self.hold_for_release(&job) {
             self.begin_on_lanes(&job);
@@ -102,7 +105,7 @@ impl Worker {
     }
 
     fn stop_job(&mut self, key: PeerKey, job: JobId) {
-        if self.stop_gather(job) {
+        if self.stop_kernels(job) || self.stop_gather(job) {
             return;
         }
         if let Some(peer) = self.peer(key) {

@@ -2,6 +2,7 @@
 //! those go back to the posters.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
@@ -10,7 +11,7 @@ use super::kernel_queue::{KernelQueue, PostedJob, Served, Stage, post_number, st
 use super::{Command, Worker};
 use crate::engine::handle::Outcome;
 use crate::engine::moves::Moves;
-use crate::engine::push::NotPosted;
+use crate::engine::push::{NotPosted, PostedAll};
 use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batch, Batches, PostFault, Together, Wrong};
 use crate::mem::post::{DescriptorFault, Status, Taken};
@@ -32,14 +33,19 @@ const SMALL: u64 = 256 << 10;
 pub(crate) enum QueueOrder {
     /// A queue of one of its pushes.
     Add(Box<KernelQueue>),
+    /// One over links: whether its push goes on, and is not over before its kernels are, is answered.
+    AddLinks {
+        queue: Box<KernelQueue>,
+        begun: Sender<bool>,
+    },
     /// Nobody posts to it any more, or nobody is to.
     Close {
         /// Its push.
         id: TransferId,
         /// Which of its queues.
         number: u64,
-        /// How many posts have been begun, if nobody posts any more.
-        posted: Option<u64>,
+        /// What has been posted, if nobody posts any more.
+        posted: Option<PostedAll>,
     },
     /// It is to be looked at otherwise from now on.
     Look,
@@ -65,13 +71,26 @@ impl Worker {
                 }
                 self.queues.push(*queue);
             }
+            QueueOrder::AddLinks { queue, begun } => {
+                let added = self.add_links(*queue);
+                // Who does not wait any more closes it.
+                let _ = begun.send(added);
+            }
             QueueOrder::Close { id, number, posted } => {
-                let is_it = |queue: &&mut KernelQueue| (queue.id, queue.number) == (id, number);
-                if let Some(queue) = self.queues.iter_mut().find(is_it) {
-                    queue.is_closing = true;
-                    queue.posted = posted;
-                    queue.looks = 0;
+                let is_it = |queue: &KernelQueue| (queue.id, queue.number) == (id, number);
+                let Some(at) = self.queues.iter().position(is_it) else {
+                    return;
+                };
+                let mut queue = self.queues.swap_remove(at);
+                queue.is_closing = true;
+                queue.looks = 0;
+                match posted {
+                    Some(PostedAll::Count(posted)) => queue.posted = Some(posted),
+                    Some(PostedAll::Put(puts)) => self.take_puts(&mut queue, &puts),
+                    None => {}
                 }
+                self.end_kernels(&mut queue);
+                self.queues.push(queue);
             }
             QueueOrder::Look => {}
         }
@@ -131,7 +150,11 @@ impl Worker {
             return;
         }
         let taken = queue.served.taken();
-        let in_part = matches!(&queue.served, Served::Wqes(device) if device.has_begun());
+        let in_part = match &queue.served {
+            Served::Ring(_) => false,
+            Served::Wqes(device) => device.has_begun(),
+            Served::Links { .. } => queue.has_begun,
+        };
         if queue.posted.is_some_and(|posted| taken < posted) || in_part {
             self.fail_post(queue.id, taken, PostFault::Unwritten);
         }
@@ -157,6 +180,7 @@ impl Worker {
         let any = match &queue.served {
             Served::Ring(_) => self.take_descriptors(queue, &mut batches),
             Served::Wqes(_) => self.take_wqes(queue, &mut batches),
+            Served::Links { .. } => false,
         };
         for batch in batches.into_iter().flat_map(Batches::into_all) {
             self.begin_posts(queue, batch);
@@ -309,7 +333,7 @@ impl Worker {
         }
     }
 
-    fn fail_post(&mut self, id: TransferId, post: u64, fault: PostFault) {
+    pub(super) fn fail_post(&mut self, id: TransferId, post: u64, fault: PostFault) {
         let cause = Cause::KernelPost { post, fault };
         self.command(Command::Fail { id, cause });
     }

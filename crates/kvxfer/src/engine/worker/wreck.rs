@@ -27,6 +27,9 @@ pub(super) struct Wreck {
     /// Peers that have been told that this worker's queue pairs to them are gone, or never will be, for they
     /// are not; and where notices may yet land on those.
     drained: HashSet<PeerKey>,
+    /// Pushes whose kernels may write: no queue pair that goes says anything of them, and nobody here looks any more
+    /// whether they have ended.
+    kernels: HashSet<TransferId>,
     inboxes: Vec<Inbox>,
 }
 
@@ -41,6 +44,7 @@ impl Wreck {
         let mut wreck = Self {
             worker,
             drained: HashSet::new(),
+            kernels: HashSet::new(),
             inboxes: Vec::new(),
         };
         wreck.abandon();
@@ -50,7 +54,18 @@ impl Wreck {
             }
             wreck.command(command);
         }
-        wreck.worker.live.drain().map(|(_, live)| *live).collect()
+        let Self {
+            worker, kernels, ..
+        } = &mut wreck;
+        let mut over = Vec::new();
+        for (id, live) in worker.live.drain() {
+            match kernels.contains(&id) {
+                // Its outcome is told.
+                true => std::mem::forget(live),
+                false => over.push(*live),
+            }
+        }
+        over
     }
 
     fn abandon(&mut self) {
@@ -80,6 +95,7 @@ impl Wreck {
         }
         // Launches that have not ended count in the same way.
         undead.extend(worker.gathers.end());
+        self.kernels = worker.with_kernels();
         // Kernels are told what has become of their posts, as everybody is.
         for queue in &mut worker.queues {
             queue.end(Status::Device);
@@ -189,7 +205,7 @@ impl Wreck {
                     .worker
                     .live
                     .iter()
-                    .filter(|(_, live)| live.peer.key == peer)
+                    .filter(|(id, live)| live.peer.key == peer && !self.kernels.contains(id))
                     .map(|(id, _)| *id)
                     .collect();
                 ids.sort_unstable();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Transfers;
 use crate::time::Time;
 use crate::transfer::record::{
-    DrainToken, End, Kind, MemoryState, Notice, Outcome, Output, Progress, Record, State,
+    DrainToken, End, JobRecord, Kind, MemoryState, Notice, Outcome, Output, Progress, Record, State,
 };
 use crate::transfer::{Cause, JobId, PeerKey, TransferId};
 
@@ -44,7 +44,7 @@ impl Transfers {
                 continue;
             }
             let mut left = 0;
-            for job in &mut record.jobs {
+            for job in record.jobs.iter_mut().filter(|job| !job.kernels) {
                 left += u32::from(job.progress == Progress::Started && !job.held);
                 if matches!(job.progress, Progress::Started | Progress::InDoubt) {
                     job.progress = Progress::Drained;
@@ -142,7 +142,12 @@ impl Transfers {
         let State::Quarantined(end) = &mut record.state else {
             return;
         };
-        let posted = record.jobs.iter();
+        let left = |j: &&JobRecord| j.progress != Progress::Drained;
+        if record.jobs.iter().filter(left).all(|j| j.kernels) {
+            // Nothing helps but their end.
+            return self.set_timer(id, Some(now + self.cfg.drain_grace));
+        }
+        let posted = record.jobs.iter().filter(|j| !j.kernels);
         let posted = posted.filter(|j| j.progress == Progress::Started);
         let jobs: Arc<[JobId]> = posted.map(|j| j.job.id).collect();
         if jobs.is_empty() || std::mem::replace(&mut end.reset, true) {

@@ -1,0 +1,69 @@
+//! Queues over GPU links: why there is none, and what kernels have put.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::PostFault;
+use crate::blocks::BlockPair;
+use crate::mem::post::device::LinkPuts;
+use crate::plan::{BlockOps, Posted};
+use crate::wire::{LinksRefused, PathKind};
+
+/// Why kernels may not write a push's blocks themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoLinks {
+    /// The session does not go from GPU to GPU.
+    #[error(
+        "the path to the consumer is {path}: kernels write its memory over ipc alone, between GPUs of one node"
+    )]
+    Path {
+        /// The path.
+        path: PathKind,
+    },
+    /// The consumer's ticket has not come.
+    #[error(
+        "the consumer's ticket has not come within {after:?}: its blocks have to be known first; have it expect the request, or be more patient"
+    )]
+    NoTicket {
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The consumer has not answered.
+    #[error("the consumer has not said within {after:?} whether kernels may write its blocks")]
+    NoAnswer {
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The consumer does not let them.
+    #[error(transparent)]
+    Refused(LinksRefused),
+}
+
+/// What kernels have put, as blocks of a push.
+///
+/// # Errors
+///
+/// A number that is not in the ranks' layouts: somebody has written over the queue's notes.
+pub(crate) fn posted(of: &Arc<BlockOps>, puts: &LinkPuts) -> Result<Posted, PostFault> {
+    let mut posted = Posted::new(of);
+    for put in &puts.puts {
+        let (group, layer) = (put.group, put.layer);
+        let found = of.find(group.into(), layer.into());
+        let (at, _) = found.ok_or(PostFault::Layer { group, layer })?;
+        let (blocks, _) = of.num_blocks(group.into());
+        if put.src >= blocks {
+            return Err(PostFault::Source {
+                group,
+                block: put.src,
+                blocks,
+            });
+        }
+        let pair = BlockPair {
+            src: put.src,
+            dst: put.dst,
+        };
+        posted.add(at, pair);
+    }
+    Ok(posted)
+}
