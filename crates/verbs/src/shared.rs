@@ -85,16 +85,19 @@ impl Context {
     /// # Errors
     ///
     /// [`Error::NotShared`] for a region that peers may not read, or that has no file which they could map;
-    /// [`Error::Os`].
+    /// [`Error::ForeignHandle`] for one of another device; [`Error::Os`].
     pub fn share(&self, regions: &[MemoryRegion]) -> Result<SharedFiles, Error> {
+        let backend = self.backend();
         let spans = regions.iter().enumerate().map(|(index, region)| {
+            if !region.is_of(backend) {
+                return Err(Error::ForeignHandle { what: "region" });
+            }
             match region.access().contains(Access::REMOTE_READ) {
                 true => Ok(region.segment()),
                 false => Err(Error::NotShared { index }),
             }
         });
         let spans = spans.collect::<Result<Vec<_>, _>>()?;
-        let backend = self.backend();
         Ok(SharedFiles {
             token: backend.share(&spans)?,
             backend: Arc::clone(backend),

@@ -77,4 +77,6 @@ fn what_peers_cannot_map_or_may_not_read_is_not_shared() {
         let error = owner.share(&[good.clone(), bad]).expect_err("refused");
         assert!(matches!(error, Error::NotShared { index: 1 }), "{error}");
     }
+    let error = soft().share(&[good]).expect_err("another device's");
+    assert!(matches!(error, Error::ForeignHandle { .. }), "{error}");
 }

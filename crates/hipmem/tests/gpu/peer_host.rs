@@ -1,6 +1,9 @@
 //! Another process's host memory, mapped by the software device and read by a GPU. Here both are this process; the
 //! mapping is another one.
 
+use std::ptr::NonNull;
+use std::sync::Arc;
+
 use kvxfer_hipmem::gather::{
     GatherEnd, GatherFault, GatherOptions, GatherSection, GpuKernels, Side, TensorPlaces,
 };
@@ -68,6 +71,13 @@ fn another_processes_memory_is_read_by_a_gpu() -> Outcome {
     assert_eq!(second.device_addr(), first.device_addr() + half);
     assert_eq!(second.len(), half);
     drop(first);
+    // And is as long as one of them is there: nobody else can.
+    let (base, len) = owner.map(&reader, 1, half)?.file();
+    let pointer = std::ptr::with_exposed_provenance_mut(base as usize);
+    let pointer = NonNull::new(pointer).ok_or("mapped at 0")?;
+    // SAFETY: the mapping is there as long as `second`, which is dropped after it. It is not written.
+    let again = unsafe { HostMemory::from_raw_parts(pointer, len as usize, Arc::new(())) };
+    assert!(PinnedMemory::register(&gpu, &again).is_err());
     // Written after it was pinned, and read all the same.
     let at = half + 7 * block;
     owner.memory.fill(at, block, 0x3c)?;
@@ -136,6 +146,7 @@ fn another_processes_memory_is_read_by_a_gpu() -> Outcome {
     copied.wait(soon())?;
     to.read(0, &mut got)?;
     assert!(got == wanted);
+    assert!(PinnedMemory::register(&gpu, &again).is_err());
     Ok(())
 }
 

@@ -1,6 +1,7 @@
-//! An engine's memory on a GPU: what peers of this node are given of it, and what it fetches from theirs.
+//! An engine's memory on a GPU: what peers of this node are given of it, and what it fetches from theirs; and memory
+//! of the host beside a peer's GPU.
 //!
-//! Who has the destination moves the bytes, by its own GPU, in pulls and in pushes: no process writes into
+//! Who has the destination moves the bytes, by a GPU, in pulls and in pushes: no process writes into
 //! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
 //! and a consumer that is stopped or dead writes nothing.
 
