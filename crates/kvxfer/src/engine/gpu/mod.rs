@@ -371,15 +371,11 @@ impl GpuPeer {
     /// [`Error::Memory`], [`Error::TooManySteps`].
     pub(crate) fn of_host(
         own: &GpuSide,
-        theirs: Vec<PeerMapping>,
+        theirs: &[PeerMapping],
         plans: &Plans,
     ) -> Result<Self, Error> {
-        let pin = |mapping| {
-            let pinned = PeerHostMemory::pin(own.launcher.kernels.gpu(), mapping)?;
-            Ok(Reached::PeerHost(pinned))
-        };
-        let theirs = theirs.into_iter().map(pin);
-        let theirs = theirs.collect::<Result<Vec<_>, Error>>()?;
+        let theirs = PeerHostMemory::pin(own.launcher.kernels.gpu(), theirs)?;
+        let theirs: Vec<Reached> = theirs.into_iter().map(Reached::PeerHost).collect();
         Self::new(Arc::clone(&own.launcher), (&theirs, &own.reached()), plans)
     }
 
