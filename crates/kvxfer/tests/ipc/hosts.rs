@@ -495,10 +495,23 @@ fn who_cannot_do_its_part_stages_and_says_why() {
                 recipe.config.path = PathSet::some([PathKind::Staged, PathKind::Arena]);
             };
             let why = stages_for(mems, who, staged);
-            assert!(
-                why.contains("configuration") || why.contains("shares no files"),
-                "{why}"
-            );
+            let host_connects = match who {
+                Connects::Consumer => mems.1 == Host,
+                Connects::Producer => mems.0 == Host,
+            };
+            let wanted = match (host_connects, mems) {
+                (true, _) => "the configuration does not allow it",
+                // Who has the GPU asks for a file first, and one is not offered.
+                (false, (Host, _)) => "the peer shares no files of its memory with GPUs",
+                (false, _) => "the peer's configuration does not allow it",
+            };
+            assert_eq!(why, wanted, "{mems:?} {who:?}");
+        }
+        // The stand-in opens files of other processes: only where this side has named it.
+        if on_stand_in() {
+            let auto = |recipe: &mut Recipe| recipe.config.gpu = RuntimeChoice::Auto;
+            let why = stages_for((Gpu, Host), who, auto);
+            assert!(why.contains("configuration names it"), "{why}");
         }
         // A GPU of a runtime that this side may not open: it is the consumer, so it would have to.
         let other = match gpu_runtime() {
