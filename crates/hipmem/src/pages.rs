@@ -232,6 +232,26 @@ pub(crate) fn ordinary_page_size() -> u64 {
         .unwrap_or(4096)
 }
 
+/// The whole pages that spans (first byte, bytes) lie in, in their order. Those that share a page are one.
+pub(crate) fn whole(spans: impl IntoIterator<Item = (u64, u64)>) -> Vec<Range<u64>> {
+    let page = ordinary_page_size();
+    let end = |(at, len): (u64, u64)| {
+        let end = at.saturating_add(len);
+        end.checked_next_multiple_of(page).unwrap_or(end)
+    };
+    let mut spans: Vec<(u64, u64)> = spans.into_iter().collect();
+    spans.sort_unstable();
+    let mut pages: Vec<Range<u64>> = Vec::new();
+    for span in spans {
+        let (start, end) = (span.0 - span.0 % page, end(span));
+        match pages.last_mut() {
+            Some(last) if start < last.end => last.end = last.end.max(end),
+            _ => pages.push(start..end),
+        }
+    }
+    pages
+}
+
 /// Sums up the smaps entries that lie in the range.
 fn account(smaps: impl BufRead, range: &Range<u64>) -> std::io::Result<Account> {
     let mut sum = Account::default();

@@ -180,6 +180,12 @@ pub enum Error {
         /// Which of the placement's memories.
         index: usize,
     },
+    /// A peer's memory is of the stand-in for GPUs, which opens files of the process that it names: not at a peer's word
+    /// alone.
+    #[error(
+        "the peer's memory is of the host stand-in for GPUs, which is opened only where this side's configuration names it (gpu=host, KVXFER_GPU=host)"
+    )]
+    StandInNotNamed,
     /// A memory has more places where blocks begin than a GPU's kernel counts.
     #[error("blocks begin at more than 2^32 places: a GPU's kernel cannot count them")]
     TooManySteps,

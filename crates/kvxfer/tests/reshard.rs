@@ -6,6 +6,7 @@ mod support;
 use std::ops::Range;
 
 use kvxfer::Error;
+use kvxfer::bench::BenchMemory;
 use kvxfer::blocks::{BlockPair, GroupBlocks, GroupPairs};
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::engine::{Instance, Outcome, PullOptions, PushOptions};
@@ -42,14 +43,31 @@ struct Pair {
 }
 
 fn pair(producer: Cut, consumer: Cut) -> Pair {
-    pair_over(PathKind::Arena, producer, consumer)
+    pair_over(PathKind::Arena.into(), producer, consumer)
 }
 
-fn pair_over(path: PathKind, producer: Cut, consumer: Cut) -> Pair {
+/// A path, and who has its blocks in the host's memory all the same, where others have theirs on a GPU.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    path: PathKind,
+    on_host: Option<KvRole>,
+}
+
+impl From<PathKind> for Way {
+    fn from(path: PathKind) -> Self {
+        let on_host = None;
+        Self { path, on_host }
+    }
+}
+
+fn pair_over(way: Way, producer: Cut, consumer: Cut) -> Pair {
     let cluster = |name: &str, role, cut: Cut| {
         let blocks = ROOM / cut.tokens;
-        Cluster::over(path, name, role, cut, blocks, |config| {
-            config.staging_slot_bytes.0 = 64 << 10;
+        Cluster::over(way.path, name, role, cut, blocks, |recipe| {
+            recipe.config.staging_slot_bytes.0 = 64 << 10;
+            if way.on_host == Some(role) {
+                recipe.memory = BenchMemory::Arena;
+            }
         })
     };
     let producers = cluster("prefill", KvRole::Producer, producer);
@@ -98,11 +116,11 @@ impl Pair {
 
 /// Every consumer rank pulls from all producer ranks; then all offers are free.
 fn pulls(producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
-    pulls_over(PathKind::Arena, producer, consumer, tokens);
+    pulls_over(PathKind::Arena.into(), producer, consumer, tokens);
 }
 
-fn pulls_over(path: PathKind, producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
-    let pair = pair_over(path, producer, consumer);
+fn pulls_over(way: Way, producer: Cut, consumer: Cut, tokens: Option<Range<u64>>) {
+    let pair = pair_over(way, producer, consumer);
     let tickets = pair.offers("r");
     let offered = |node: &&support::Node| tickets.iter().any(|t| t.rank == node.engine.rank());
     let offerers = pair.producers.nodes.iter().filter(offered);
@@ -142,11 +160,11 @@ fn pulls_over(path: PathKind, producer: Cut, consumer: Cut, tokens: Option<Range
 
 /// Every producer rank pushes to all consumer ranks, layer by layer.
 fn pushes(producer: Cut, consumer: Cut, senders: u32) {
-    pushes_over(PathKind::Arena, producer, consumer, senders);
+    pushes_over(PathKind::Arena.into(), producer, consumer, senders);
 }
 
-fn pushes_over(path: PathKind, producer: Cut, consumer: Cut, senders: u32) {
-    let pair = pair_over(path, producer, consumer);
+fn pushes_over(way: Way, producer: Cut, consumer: Cut, senders: u32) {
+    let pair = pair_over(way, producer, consumer);
     let request = RequestId::from("w");
     let mut logs: Vec<Log> = pair
         .consumers
@@ -343,11 +361,26 @@ fn blocks_of_other_sizes() {
 /// Pieces of blocks, through buffers that hold a few of them.
 #[test]
 fn what_is_staged_is_cut_differently_too() {
-    let staged = PathKind::Staged;
+    let staged = Way::from(PathKind::Staged);
     pulls_over(staged, cut(3, 1, 16), cut(6, 1, 16), None);
     pulls_over(staged, cut(1, 1, 48), cut(1, 1, 32), None);
     pushes_over(staged, cut(6, 1, 16), cut(2, 1, 16), 3);
     pushes_over(staged, cut(1, 1, 64), cut(1, 1, 16), 1);
+}
+
+/// Pieces of blocks by launches, from GPUs to the host's memory and back.
+#[test]
+fn ranks_on_gpus_and_on_the_host_are_cut_differently_too() {
+    for host in [KvRole::Producer, KvRole::Consumer] {
+        let way = Way {
+            path: PathKind::Ipc,
+            on_host: Some(host),
+        };
+        pulls_over(way, cut(3, 1, 16), cut(6, 1, 16), None);
+        pulls_over(way, cut(1, 1, 48), cut(1, 1, 32), None);
+        pushes_over(way, cut(6, 1, 16), cut(2, 1, 16), 3);
+        pushes_over(way, cut(1, 1, 64), cut(1, 1, 16), 1);
+    }
 }
 
 #[test]

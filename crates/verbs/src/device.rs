@@ -6,6 +6,7 @@ use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,8 +16,8 @@ use crate::memory::{Memory, MemoryKind};
 use crate::qp::{QpBackend, QpCaps, QueuePair, Reset, SoftPath};
 use crate::rdma::{GidChoice, PortDetails};
 use crate::region::{Access, MemoryRegion, RegionKey, SegmentSpan};
+use crate::shared::SharedFile;
 use crate::soft::PeerLife;
-use crate::soft::segment::Mapping;
 use crate::sys::enums::ibv_event_type;
 use crate::sys::types::ibv_cq;
 use crate::wr::Completion;
@@ -36,14 +37,15 @@ pub(crate) trait DeviceBackend: Send + Sync + fmt::Debug {
     fn unshare(&self, token: &[u8; 16]) {
         let _ = token;
     }
-    /// Maps the file of the span of this index that a peer shares, and says where in it the span begins.
+    /// Maps the file of the span of this index that a peer shares.
     fn map_shared(
         &self,
         peer: &DeviceAddr,
         token: [u8; 16],
         index: u32,
-    ) -> Result<(Arc<Mapping>, u64), Error> {
-        let _ = (token, index);
+        deadline: Instant,
+    ) -> Result<SharedFile, Error> {
+        let _ = (token, index, deadline);
         Err(Error::Path {
             path: SoftPath::Arena,
             peer: peer.name.clone(),

@@ -3,7 +3,7 @@
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use crate::device::PdHandle;
+use crate::device::{DeviceBackend, PdHandle};
 use crate::memory::{Memory, MemoryKind};
 
 /// What may be done with a region or through a queue pair.
@@ -131,6 +131,11 @@ impl MemoryRegion {
     #[must_use]
     pub fn rkey(&self) -> u32 {
         self.0.key.rkey
+    }
+
+    /// Whether it is registered with this device.
+    pub(crate) fn is_of(&self, device: &Arc<dyn DeviceBackend>) -> bool {
+        Arc::ptr_eq(self.0.pd.device(), device)
     }
 
     /// Where it lies in a file that peers may map.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::device::{Context, DeviceAddr, DeviceBackend};
 use crate::error::Error;
@@ -36,6 +37,15 @@ impl fmt::Debug for SharedFiles {
     }
 }
 
+/// A file of a peer's, mapped.
+pub(crate) struct SharedFile {
+    pub(crate) map: Arc<Mapping>,
+    /// Where the memory begins in it.
+    pub(crate) offset: u64,
+    /// What of it is in pages.
+    pub(crate) allocated: u64,
+}
+
 /// Memory of another process, mapped here to be read. It stays mapped as long as any clone lives, whatever becomes
 /// of the process: its file cannot shrink. Its bytes change whenever their owner likes, so nobody takes a reference
 /// to them.
@@ -44,6 +54,7 @@ pub struct PeerMapping {
     map: Arc<Mapping>,
     addr: u64,
     len: u64,
+    allocated: u64,
 }
 
 impl PeerMapping {
@@ -70,6 +81,13 @@ impl PeerMapping {
     pub fn file(&self) -> (u64, u64) {
         (self.map.base(), self.map.len())
     }
+
+    /// How many bytes of the whole file were in pages when it was asked for. The others are holes: what pins them takes
+    /// pages for them, which are counted as this process's.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.allocated
+    }
 }
 
 impl fmt::Debug for PeerMapping {
@@ -85,41 +103,56 @@ impl Context {
     /// # Errors
     ///
     /// [`Error::NotShared`] for a region that peers may not read, or that has no file which they could map;
-    /// [`Error::Os`].
+    /// [`Error::ForeignHandle`] for one of another device; [`Error::Os`].
     pub fn share(&self, regions: &[MemoryRegion]) -> Result<SharedFiles, Error> {
+        let backend = self.backend();
         let spans = regions.iter().enumerate().map(|(index, region)| {
+            if !region.is_of(backend) {
+                return Err(Error::ForeignHandle { what: "region" });
+            }
             match region.access().contains(Access::REMOTE_READ) {
                 true => Ok(region.segment()),
                 false => Err(Error::NotShared { index }),
             }
         });
         let spans = spans.collect::<Result<Vec<_>, _>>()?;
-        let backend = self.backend();
         Ok(SharedFiles {
             token: backend.share(&spans)?,
             backend: Arc::clone(backend),
         })
     }
 
-    /// Maps `len` bytes of the region of this `index`, among those that a peer shares by `token`.
+    /// Maps `len` bytes of the region of this `index`, among those that a peer shares by `token`. The peer has until
+    /// the deadline to answer, and two seconds at most.
     ///
     /// # Errors
     ///
-    /// [`Error::Path`] where the peer cannot be asked or does not know the token, [`Error::FileTooSmall`],
-    /// [`Error::Unsealed`], [`Error::Os`].
+    /// [`Error::Path`] where the peer cannot be asked or does not know the token, [`Error::DialDeadline`],
+    /// [`Error::FileTooSmall`], [`Error::Unsealed`], [`Error::Os`].
     pub fn map_shared(
         &self,
         peer: &DeviceAddr,
         token: [u8; 16],
         (index, len): (u32, u64),
+        deadline: Instant,
     ) -> Result<PeerMapping, Error> {
-        let (map, offset) = self.backend().map_shared(peer, token, index)?;
+        let file = self.backend().map_shared(peer, token, index, deadline)?;
+        let SharedFile {
+            map,
+            offset,
+            allocated,
+        } = file;
         let addr = map.at(offset, len).filter(|_| len > 0);
         let addr = addr.ok_or(Error::FileTooSmall {
             size: map.len(),
             offset,
             len,
         })?;
-        Ok(PeerMapping { map, addr, len })
+        Ok(PeerMapping {
+            map,
+            addr,
+            len,
+            allocated,
+        })
     }
 }

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use kvxfer_verbs::{Access, Context, Error, Memory, PathFault, PeerMapping, SoftConfig, open_soft};
 use support::{TestMemory, pattern};
 
@@ -23,7 +25,7 @@ fn shared_memory_is_mapped_by_its_token_alone() {
             .expect("registered")
     });
     let shared = owner.share(&regions).expect("files");
-    let map = |token, of| reader.map_shared(&owner.address(), token, of);
+    let map = |token, of| reader.map_shared(&owner.address(), token, of, soon());
     let len = LEN as u64;
     let read = |mapping: &PeerMapping| {
         let mut bytes = vec![0_u8; LEN];
@@ -35,6 +37,7 @@ fn shared_memory_is_mapped_by_its_token_alone() {
     for (index, memory) in (0..).zip(&memories) {
         let mapping = map(shared.token(), (index, len)).expect("mapped");
         assert_ne!(mapping.addr(), memory.addr());
+        assert!(mapping.allocated() >= len);
         assert!(read(&mapping) == pattern(LEN, (memory.addr() >> 12) as u8));
         memory.put(5, &[1, 2, 3]);
         assert_eq!(read(&mapping).get(5..8), Some(&[1, 2, 3][..]));
@@ -62,6 +65,47 @@ fn shared_memory_is_mapped_by_its_token_alone() {
     assert!(read(&kept) == before);
 }
 
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// How many of the bytes of a file are in pages: the rest is nobody's yet.
+#[test]
+fn holes_of_a_shared_file_are_known() {
+    const LEN: usize = 1 << 20;
+    let (owner, reader) = (soft(), soft());
+    let pd = owner.alloc_pd().expect("pd");
+    let memory = TestMemory::sealed(LEN);
+    memory.put(5000, &[1]);
+    let region = pd.register(memory, Access::REMOTE_READ);
+    let shared = owner.share(&[region.expect("registered")]).expect("a file");
+    let of = (0, LEN as u64);
+    let mapping = reader.map_shared(&owner.address(), shared.token(), of, soon());
+    let allocated = mapping.expect("mapped").allocated();
+    assert!(
+        allocated > 0 && allocated < LEN as u64,
+        "{allocated} of {LEN} bytes"
+    );
+}
+
+/// Who is asked for a file and says nothing is waited for until the deadline.
+#[test]
+fn who_does_not_answer_for_its_file_is_late() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener};
+    let reader = soft();
+    let name = format!("kvxfer/silent-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name.as_bytes()).expect("a name");
+    let _silent = UnixListener::bind_addr(&address).expect("bound");
+    let peer = kvxfer_verbs::DeviceAddr {
+        name,
+        ..reader.address()
+    };
+    let error = reader.map_shared(&peer, [7; 16], (0, 4096), Instant::now());
+    let error = error.expect_err("nobody answers");
+    assert!(matches!(error, Error::DialDeadline { .. }), "{error}");
+}
+
 #[test]
 fn what_peers_cannot_map_or_may_not_read_is_not_shared() {
     let owner = soft();
@@ -77,4 +121,6 @@ fn what_peers_cannot_map_or_may_not_read_is_not_shared() {
         let error = owner.share(&[good.clone(), bad]).expect_err("refused");
         assert!(matches!(error, Error::NotShared { index: 1 }), "{error}");
     }
+    let error = soft().share(&[good]).expect_err("another device's");
+    assert!(matches!(error, Error::ForeignHandle { .. }), "{error}");
 }

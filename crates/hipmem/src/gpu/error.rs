@@ -267,6 +267,16 @@ pub enum GpuFault {
         /// How many there are.
         len: u64,
     },
+    /// A file of another process has fewer pages than were to be pinned: pinning would take the others for it.
+    #[error(
+        "{wanted} bytes of another process's file were to be pinned, and only {allocated} of it are allocated: its owner is to take the pages first (an arena with prefault)"
+    )]
+    Holes {
+        /// Bytes that were to be pinned, in whole pages.
+        wanted: u64,
+        /// Bytes of the whole file that are in pages.
+        allocated: u64,
+    },
     /// Handles of two devices were mixed.
     #[error("{what} is of GPU {is}, the stream of {stream}")]
     OtherStreamDevice {

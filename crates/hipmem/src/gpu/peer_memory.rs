@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::PeerMapping;
 
@@ -10,6 +11,7 @@ use super::device::Gpu;
 use super::error::GpuFault;
 use super::runtime::RuntimeKind;
 use crate::error::{Error, Operation};
+use crate::pages;
 
 /// Memory of another process of this host, mapped and pinned to be read by GPUs. Clones are the same memory.
 ///
@@ -20,94 +22,139 @@ pub struct PeerHostMemory {
     pub(super) peer: Arc<Pinned>,
 }
 
+/// A user of pages that are pinned.
 pub(super) struct Pinned {
     device_addr: u64,
     gpu: Gpu,
-    /// Before the mapping.
-    _file: File,
+    file: Arc<FilePins>,
+    /// Where those pages begin.
+    start: u64,
     mapping: PeerMapping,
 }
 
-/// A file that is pinned, for all who use memory in it.
-struct Entry {
+/// Pages of a file that are pinned, for all who use memory in them.
+struct Pin {
+    pages: Range<u64>,
     device_addr: u64,
     users: usize,
 }
 
-type Pins = HashMap<(RuntimeKind, u64), Entry>;
+/// What is pinned of a file. Pinning and its end hold the lock, so that pages whose last user goes are not given out
+/// again; others than the file's users need not wait for the driver.
+type FilePins = Mutex<Vec<Pin>>;
 
-/// What is pinned in this process, by where the file is mapped. Pinning and its end hold the lock, so that a file
-/// whose last user goes is not given out again.
-fn pins() -> &'static Mutex<Pins> {
-    static PINS: OnceLock<Mutex<Pins>> = OnceLock::new();
-    PINS.get_or_init(Mutex::default)
+/// What is pinned of the file that is mapped there.
+fn pins_of(runtime: RuntimeKind, base: u64) -> Arc<FilePins> {
+    type Files = HashMap<(RuntimeKind, u64), Weak<FilePins>>;
+    static FILES: OnceLock<Mutex<Files>> = OnceLock::new();
+    let mut files = lock(FILES.get_or_init(Mutex::default));
+    if let Some(pins) = files.get(&(runtime, base)).and_then(Weak::upgrade) {
+        return pins;
+    }
+    files.retain(|_, pins| pins.strong_count() > 0);
+    let pins = Arc::default();
+    files.insert((runtime, base), Arc::downgrade(&pins));
+    pins
 }
 
-/// One user of a pinned file.
-struct File {
-    gpu: Gpu,
-    base: u64,
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for File {
+impl Drop for Pinned {
     fn drop(&mut self) {
-        let mut pins = pins().lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (self.gpu.runtime(), self.base);
-        let Some(entry) = pins.get_mut(&key) else {
+        let mut pins = lock(&self.file);
+        let Some(at) = pins.iter().position(|pin| pin.pages.start == self.start) else {
             return;
         };
-        entry.users -= 1;
-        if entry.users > 0 {
-            return;
+        if let Some(pin) = pins.get_mut(at) {
+            pin.users -= 1;
+            if pin.users > 0 {
+                return;
+            }
         }
-        pins.remove(&key);
+        pins.swap_remove(at);
         let undone = self.gpu.enter().and_then(|_current| {
-            // SAFETY: it was registered once for all its users, of whom this is the last; whoever used it through
-            // a GPU held it.
-            Ok(unsafe { self.gpu.api().host_unregister(self.base) }?)
+            // SAFETY: they were registered once for all their users, of whom this is the last; whoever used them through
+            // a GPU held it. They are mapped: each user holds the mapping.
+            Ok(unsafe { self.gpu.api().host_unregister(self.start) }?)
         });
         if let Err(error) = undone {
             tracing::warn!(%error, "another process's memory stays pinned");
+            // And mapped: nothing else may come to lie there.
+            std::mem::forget(self.mapping.clone());
         }
     }
 }
 
 impl PeerHostMemory {
-    /// Pins another process's memory to be read. The file that it lies in is pinned whole, once for all memory in it.
+    /// Pins memories of another process to be read: of the files that they lie in, the whole pages that they have a part
+    /// in and no others, once for all that use them.
     ///
     /// # Errors
     ///
-    /// [`Error::Gpu`]: CUDA refuses it on devices without `READ_ONLY_HOST_REGISTER_SUPPORTED`; HIP has nothing that
-    /// says so, and may refuse what is mapped read-only.
-    pub fn pin(gpu: &Gpu, mapping: PeerMapping) -> Result<Self, Error> {
-        let (base, len) = mapping.file();
-        let mut pins = pins().lock().unwrap_or_else(PoisonError::into_inner);
-        let device_addr = match pins.get_mut(&(gpu.runtime(), base)) {
-            Some(entry) => {
-                entry.users += 1;
-                entry.device_addr
+    /// [`GpuFault::Holes`] for a file that has fewer pages than are to be pinned. [`Error::Gpu`]: CUDA refuses it on
+    /// devices without `READ_ONLY_HOST_REGISTER_SUPPORTED`; HIP has nothing that says so, and may refuse what is mapped
+    /// read-only; and pages some of which are pinned already are refused.
+    pub fn pin(gpu: &Gpu, mappings: &[PeerMapping]) -> Result<Vec<Self>, Error> {
+        let mut files: HashMap<u64, (u64, Vec<(u64, u64)>)> = HashMap::new();
+        for mapping in mappings {
+            let allocated = mapping.allocated();
+            let file = files.entry(mapping.file().0);
+            let (least, spans) = file.or_insert_with(|| (allocated, Vec::new()));
+            *least = allocated.min(*least);
+            spans.push((mapping.addr(), mapping.len()));
+        }
+        let mut wanted = Vec::new();
+        for (allocated, spans) in files.into_values() {
+            let pages = pages::whole(spans);
+            let bytes = pages.iter().map(|span| span.end - span.start).sum();
+            if bytes > allocated {
+                let wanted = bytes;
+                return Err(GpuFault::Holes { wanted, allocated }.into());
+            }
+            wanted.extend(pages);
+        }
+        let pin = |mapping: &PeerMapping| {
+            let around = wanted.iter().find(|span| span.contains(&mapping.addr()));
+            let pages = around.cloned().unwrap_or_default();
+            Self::new(gpu, mapping, pages)
+        };
+        mappings.iter().map(pin).collect()
+    }
+
+    fn new(gpu: &Gpu, mapping: &PeerMapping, pages: Range<u64>) -> Result<Self, Error> {
+        let file = pins_of(gpu.runtime(), mapping.file().0);
+        let mut pins = lock(&file);
+        let around = |pin: &&mut Pin| pin.pages.start <= pages.start && pages.end <= pin.pages.end;
+        let (start, device_addr) = match pins.iter_mut().find(around) {
+            Some(pin) => {
+                pin.users += 1;
+                (pin.pages.start, pin.device_addr)
             }
             None => {
                 let _current = gpu.enter()?;
-                // SAFETY: `File` undoes it, before the mapping goes that the value below holds.
-                let device_addr = unsafe { gpu.api().host_register_read_only(base, len) }?;
+                let (start, len) = (pages.start, pages.end - pages.start);
+                // SAFETY: the last user undoes it, before the mapping goes that the value below holds, and which is of
+                // whole pages.
+                let device_addr = unsafe { gpu.api().host_register_read_only(start, len) }?;
                 let users = 1;
-                pins.insert((gpu.runtime(), base), Entry { device_addr, users });
-                device_addr
+                pins.push(Pin {
+                    pages,
+                    device_addr,
+                    users,
+                });
+                (start, device_addr)
             }
         };
         drop(pins);
-        let gpu = gpu.clone();
-        let file = File {
-            gpu: gpu.clone(),
-            base,
-        };
         Ok(Self {
             peer: Arc::new(Pinned {
-                device_addr: device_addr.wrapping_add(mapping.addr() - base),
-                gpu,
-                _file: file,
-                mapping,
+                device_addr: device_addr.wrapping_add(mapping.addr() - start),
+                gpu: gpu.clone(),
+                file,
+                start,
+                mapping: mapping.clone(),
             }),
         })
     }

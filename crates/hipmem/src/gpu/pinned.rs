@@ -1,12 +1,14 @@
 //! Host memory that GPUs reach as well.
 
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::device::Gpu;
 use crate::error::{Error, Operation};
 use crate::memory::HostMemory;
+use crate::pages;
 
 /// Pinned host memory: the CPU and all GPUs of the runtime reach it. Clones are the same memory.
 #[derive(Clone)]
@@ -19,7 +21,7 @@ pub(super) struct Pinned {
     device_addr: u64,
     gpu: Gpu,
     /// Holds the memory too, until it is no longer pinned.
-    _registration: Option<Registration>,
+    _registration: Option<Arc<Registration>>,
 }
 
 /// Memory of the runtime's that is freed with the value.
@@ -40,20 +42,41 @@ impl Drop for Allocated {
     }
 }
 
-/// Memory that is no longer pinned when the value goes.
+/// Pages that are no longer pinned when the value goes, and the memory in them.
 struct Registration {
     gpu: Gpu,
-    host: HostMemory,
+    at: u64,
+    device_addr: u64,
+    held: Vec<HostMemory>,
+}
+
+impl Registration {
+    /// Pins the whole pages that some memory lies in.
+    fn new(gpu: &Gpu, pages: &Range<u64>, held: Vec<HostMemory>) -> Result<Self, Error> {
+        let _current = gpu.enter()?;
+        let (at, len) = (pages.start, pages.end - pages.start);
+        // SAFETY: the registration holds the memory, which is mapped as long; and of a page that it has a byte of, the
+        // whole is mapped.
+        let device_addr = unsafe { gpu.api().host_register(at, len) }?;
+        Ok(Self {
+            gpu: gpu.clone(),
+            at,
+            device_addr,
+            held,
+        })
+    }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
         let undone = self.gpu.enter().and_then(|_current| {
             // SAFETY: it was registered for this value, and whoever used it through a GPU held it.
-            Ok(unsafe { self.gpu.api().host_unregister(self.host.addr()) }?)
+            Ok(unsafe { self.gpu.api().host_unregister(self.at) }?)
         });
         if let Err(error) = undone {
             tracing::warn!(%error, "host memory stays pinned");
+            // And mapped: nothing else may come to lie there.
+            std::mem::forget(std::mem::take(&mut self.held));
         }
     }
 }
@@ -96,24 +119,41 @@ impl PinnedMemory {
     ///
     /// [`Error::Gpu`], for example if it is pinned already.
     pub fn register(gpu: &Gpu, host: &HostMemory) -> Result<Self, Error> {
-        if host.is_empty() {
+        let pinned = Self::register_all(gpu, std::slice::from_ref(host))?;
+        pinned.into_iter().next().ok_or(Error::Empty)
+    }
+
+    /// The same for several memories, which may share pages: drivers pin whole ones, and each once.
+    ///
+    /// # Errors
+    ///
+    /// As [`register`](Self::register).
+    pub fn register_all(gpu: &Gpu, hosts: &[HostMemory]) -> Result<Vec<Self>, Error> {
+        if hosts.iter().any(HostMemory::is_empty) {
             return Err(Error::Empty);
         }
-        let _current = gpu.enter()?;
-        // SAFETY: the registration holds the memory, which is mapped as long.
-        let device_addr = unsafe { gpu.api().host_register(host.addr(), host.len()) }?;
-        let registration = Registration {
-            gpu: gpu.clone(),
-            host: host.clone(),
+        let spans = hosts.iter().map(|host| (host.addr(), host.len()));
+        let register = |span: Range<u64>| {
+            let held = hosts.iter().filter(|host| span.contains(&host.addr()));
+            let registration = Registration::new(gpu, &span, held.cloned().collect())?;
+            Ok((span, Arc::new(registration)))
         };
-        Ok(Self {
-            pinned: Arc::new(Pinned {
-                host: host.clone(),
-                device_addr,
-                gpu: gpu.clone(),
-                _registration: Some(registration),
-            }),
-        })
+        let registered = pages::whole(spans).into_iter().map(register);
+        let registered = registered.collect::<Result<Vec<_>, Error>>()?;
+        let pinned = |host: &HostMemory| {
+            let of = |(span, _): &&(Range<u64>, _)| span.contains(&host.addr());
+            let (_, registration) = registered.iter().find(of).ok_or(Error::Empty)?;
+            let into = host.addr() - registration.at;
+            Ok(Self {
+                pinned: Arc::new(Pinned {
+                    host: host.clone(),
+                    device_addr: registration.device_addr.wrapping_add(into),
+                    gpu: gpu.clone(),
+                    _registration: Some(Arc::clone(registration)),
+                }),
+            })
+        };
+        hosts.iter().map(pinned).collect()
     }
 
     /// The memory as the host has it: what reads, writes and registers it with a NIC.

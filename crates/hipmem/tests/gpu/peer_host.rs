@@ -1,12 +1,17 @@
 //! Another process's host memory, mapped by the software device and read by a GPU. Here both are this process; the
 //! mapping is another one.
 
+use std::ptr::NonNull;
+use std::sync::Arc;
+
 use kvxfer_hipmem::gather::{
     GatherEnd, GatherFault, GatherOptions, GatherSection, GpuKernels, Side, TensorPlaces,
 };
-use kvxfer_hipmem::gpu::{Copy, GpuFault, GpuMemory, PeerHostMemory, PinnedMemory, Place, Stream};
+use kvxfer_hipmem::gpu::{
+    Copy, Gpu, GpuFault, GpuMemory, PeerHostMemory, PinnedMemory, Place, Stream,
+};
 use kvxfer_hipmem::kernels::{Pair, Piece};
-use kvxfer_hipmem::{HostArena, HostMemory};
+use kvxfer_hipmem::{ArenaOptions, HostArena, HostMemory};
 use kvxfer_verbs::{
     Access, Context, MemoryRegion, PeerMapping, SharedFiles, SoftConfig, open_soft,
 };
@@ -23,10 +28,14 @@ struct Owner {
 
 /// Two halves of an arena, with a pattern.
 fn owner(bytes: &[u8]) -> Result<Owner, Box<dyn std::error::Error>> {
-    let len = bytes.len() as u64;
-    let arena = HostArena::new(len)?;
+    let arena = HostArena::new(bytes.len() as u64)?;
+    arena.memory().write(0, bytes)?;
+    owner_of(&arena)
+}
+
+fn owner_of(arena: &HostArena) -> Result<Owner, Box<dyn std::error::Error>> {
     let memory = arena.memory().clone();
-    memory.write(0, bytes)?;
+    let len = memory.len();
     let context = open_soft(SoftConfig::default())?;
     let pd = context.alloc_pd()?;
     let half = len / 2;
@@ -50,8 +59,21 @@ impl Owner {
         len: u64,
     ) -> Result<PeerMapping, kvxfer_verbs::Error> {
         let token = self.shared.token();
-        reader.map_shared(&self.context.address(), token, (index, len))
+        reader.map_shared(&self.context.address(), token, (index, len), soon())
     }
+}
+
+fn pin(gpu: &Gpu, mapping: PeerMapping) -> Result<PeerHostMemory, kvxfer_hipmem::Error> {
+    let pinned = PeerHostMemory::pin(gpu, &[mapping])?;
+    Ok(pinned.into_iter().next().expect("one"))
+}
+
+/// This process's own view of what it has mapped of another's.
+fn view((base, len): (u64, u64)) -> HostMemory {
+    let pointer = std::ptr::with_exposed_provenance_mut(base as usize);
+    let pointer = NonNull::new(pointer).expect("not mapped at 0");
+    // SAFETY: whoever asks has the mapping as long as this, and does not write it.
+    unsafe { HostMemory::from_raw_parts(pointer, len as usize, Arc::new(())) }
 }
 
 #[test]
@@ -62,12 +84,17 @@ fn another_processes_memory_is_read_by_a_gpu() -> Outcome {
     let (owner, reader) = (owner(&bytes)?, open_soft(SoftConfig::default())?);
     let gpu = gpu();
     let map = |index| owner.map(&reader, index, half);
-    let first = PeerHostMemory::pin(&gpu, map(0)?)?;
-    let second = PeerHostMemory::pin(&gpu, map(1)?)?;
-    // They lie in one file, which is pinned once.
+    let [first, second] = &PeerHostMemory::pin(&gpu, &[map(0)?, map(1)?])?[..] else {
+        return Err("not two".into());
+    };
+    // They lie in one file and share a page, which is pinned once.
+    assert_ne!(half % 4096, 0);
     assert_eq!(second.device_addr(), first.device_addr() + half);
     assert_eq!(second.len(), half);
-    drop(first);
+    let second = second.clone();
+    // And is as long as one of them is there: nobody else can.
+    let again = view(owner.map(&reader, 1, half)?.file());
+    assert!(PinnedMemory::register(&gpu, &again).is_err());
     // Written after it was pinned, and read all the same.
     let at = half + 7 * block;
     owner.memory.fill(at, block, 0x3c)?;
@@ -136,6 +163,7 @@ fn another_processes_memory_is_read_by_a_gpu() -> Outcome {
     copied.wait(soon())?;
     to.read(0, &mut got)?;
     assert!(got == wanted);
+    assert!(PinnedMemory::register(&gpu, &again).is_err());
     Ok(())
 }
 
@@ -147,7 +175,7 @@ fn another_processes_memory_is_not_written() -> Outcome {
         open_soft(SoftConfig::default())?,
     );
     let gpu = gpu();
-    let peer = PeerHostMemory::pin(&gpu, owner.map(&reader, 0, 4096)?)?;
+    let peer = pin(&gpu, owner.map(&reader, 0, 4096)?)?;
     let own = GpuMemory::new(&gpu, 4096)?;
     let pinned = PinnedMemory::new(&gpu, 4096)?;
     let stream = Stream::new(&gpu)?;
@@ -211,7 +239,7 @@ fn a_file_is_pinned_as_long_as_somebody_uses_it() -> Outcome {
                 scope.spawn(move || {
                     for _ in 0..rounds {
                         let mapping = owner.map(reader, at % 2, len / 2).expect("mapped");
-                        drop(PeerHostMemory::pin(gpu, mapping).expect("pinned"));
+                        drop(pin(gpu, mapping).expect("pinned"));
                     }
                 })
             })
@@ -220,5 +248,109 @@ fn a_file_is_pinned_as_long_as_somebody_uses_it() -> Outcome {
             user.join().expect("no user is refused");
         }
     });
+    Ok(())
+}
+
+/// Of a file only the pages are pinned that are asked for, and those that share one are pinned together.
+#[test]
+fn nothing_but_what_is_asked_for_is_pinned() -> Outcome {
+    let len: u64 = 1 << 20;
+    let (owner, reader) = (
+        owner(&pattern(len as usize, 1))?,
+        open_soft(SoftConfig::default())?,
+    );
+    let gpu = gpu();
+    let first = owner.map(&reader, 0, 5000)?;
+    let (base, _) = first.file();
+    let pinned = PeerHostMemory::pin(&gpu, std::slice::from_ref(&first))?;
+    assert!(PinnedMemory::register(&gpu, &view((base + 5000, 8))).is_err());
+    // As little as a part of what is pinned is pinned with it.
+    let part = pin(&gpu, owner.map(&reader, 0, 8)?)?;
+    assert_eq!(part.device_addr(), pinned[0].device_addr());
+    // And what another asks for, apart.
+    let second = pin(&gpu, owner.map(&reader, 1, 5000)?)?;
+    assert!(PinnedMemory::register(&gpu, &view((base + len / 2, 8))).is_err());
+    // The page in between the two, and the one behind both, are nobody's.
+    for page in [len / 4, len / 4 * 3] {
+        if on_host() {
+            drop(PinnedMemory::register(&gpu, &view((base + page, 4096)))?);
+        }
+    }
+    drop((pinned, part, second));
+    if on_host() {
+        drop(PinnedMemory::register(&gpu, &view((base, len)))?);
+    }
+    Ok(())
+}
+
+/// A file with holes would be filled by who pins it, at the cost of this process.
+#[test]
+fn holes_of_another_processes_file_are_not_filled() -> Outcome {
+    let len: u64 = 1 << 20;
+    let options = ArenaOptions {
+        prefault: false,
+        ..ArenaOptions::default()
+    };
+    let arena = HostArena::with_options(len, options)?;
+    arena.memory().write(0, &pattern(8192, 1))?;
+    let (owner, reader) = (owner_of(&arena)?, open_soft(SoftConfig::default())?);
+    let gpu = gpu();
+    let all = [
+        owner.map(&reader, 0, len / 2)?,
+        owner.map(&reader, 1, len / 2)?,
+    ];
+    let GpuFault::Holes { wanted, allocated } = fault(PeerHostMemory::pin(&gpu, &all)) else {
+        return Err("another fault".into());
+    };
+    assert_eq!(wanted, len);
+    assert!((8192..len).contains(&allocated), "{allocated}");
+    drop(pin(&gpu, owner.map(&reader, 0, 8192)?)?);
+    // An owner that has taken its pages is read.
+    arena.memory().fill(0, len, 1)?;
+    let all = [
+        owner.map(&reader, 0, len / 2)?,
+        owner.map(&reader, 1, len / 2)?,
+    ];
+    drop(PeerHostMemory::pin(&gpu, &all)?);
+    Ok(())
+}
+
+/// Drivers pin whole pages, each once: parts of an arena that share some are pinned together.
+#[test]
+fn memories_that_share_a_page_are_pinned() -> Outcome {
+    let arena = HostArena::new(1 << 20)?;
+    let slice = |at, len| arena.memory().slice(at, len);
+    let parts = [slice(0, 5000)?, slice(5000, 3000)?, slice(65_536, 100)?];
+    let gpu = gpu();
+    {
+        let _first = PinnedMemory::register(&gpu, &parts[0])?;
+        assert!(PinnedMemory::register(&gpu, &parts[1]).is_err());
+    }
+    let pinned = PinnedMemory::register_all(&gpu, &parts)?;
+    let stream = Stream::new(&gpu)?;
+    let device = GpuMemory::new(&gpu, 4096)?;
+    for (part, byte) in pinned.iter().zip(1..) {
+        assert!(PinnedMemory::register(&gpu, part.host()).is_err());
+        device.fill(0, 4096, byte)?;
+        let copy = Copy {
+            dst: Place::Pinned(part, part.len() - 100),
+            src: Place::Gpu(&device, 0),
+            len: 100,
+        };
+        stream.copy(&[copy])?.wait(soon())?;
+        let mut got = [0; 100];
+        part.host().read(part.len() - 100, &mut got)?;
+        assert_eq!(got, [byte; 100]);
+    }
+    // As long as any of them is there.
+    let [_, second, _] = &pinned[..] else {
+        return Err("not three".into());
+    };
+    let second = second.clone();
+    drop(pinned);
+    assert!(PinnedMemory::register(&gpu, &parts[0]).is_err());
+    drop(PinnedMemory::register(&gpu, &parts[2])?);
+    drop(second);
+    drop(PinnedMemory::register(&gpu, &parts[0])?);
     Ok(())
 }

@@ -128,7 +128,8 @@ keys! {
     /// Bytes of each.
     staging_slot_bytes: Bytes = Bytes(4 << 20), Within(Bytes(1 << 16), Bytes(1 << 30));
     /// The runtime by which this side has GPUs of its own accord, for bandwidth tests: HIP, else CUDA (auto),
-    /// one of the two, or a stand-in that is the host.
+    /// one of the two, or a stand-in that is the host. Where this side's memory is the host's, it is also
+    /// whose GPUs of peers this side opens to fetch from: those of HIP and of CUDA (auto), or of the one alone.
     gpu: RuntimeChoice = RuntimeChoice::Auto, Any;
     /// Which of the GPUs that it sees this side takes then.
     gpu_device: u32 = 0, Any;

@@ -70,8 +70,10 @@ pub(crate) struct Bringup {
     session: Option<(SessionId, StreamKey)>,
     known: Option<Known>,
     path: Option<PathInfo>,
-    /// Paths that a client has offered and the server has declined.
-    declined: Vec<Candidate>,
+    /// The path `ipc`, if a client has offered it and the server has declined.
+    no_ipc: Option<Candidate>,
+    /// Whether a server has tried its part of the path `ipc`.
+    reached: bool,
     /// What this side has a GPU fetch of the peer's memory.
     gpu: Option<GpuPeer>,
     /// The rails that the peer is told of, as the runtime numbers them.
@@ -130,7 +132,8 @@ impl Bringup {
             session: None,
             known: None,
             path: None,
-            declined: Vec::new(),
+            no_ipc: None,
+            reached: false,
             gpu: None,
             rails: Vec::new(),
             pairs: Vec::new(),

@@ -417,7 +417,7 @@ impl Bringup<'_> {
             blocks: BothBlocks::ON_HOSTS,
             unregistered: Unregistered::default(),
             unreachable: None,
-            declined: &[],
+            declined: None,
             unstaged: None,
             allowed: &self.config.path,
         }

@@ -194,8 +194,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) unreachable: Option<String>,
     /// Why blocks cannot be staged between the two, if they cannot.
     pub(crate) unstaged: Option<String>,
-    /// Paths that the peer has declined, and why.
-    pub(crate) declined: &'a [Candidate],
+    /// A path that the peer has declined, and why.
+    pub(crate) declined: Option<&'a Candidate>,
     /// The paths that the configuration allows.
     pub(crate) allowed: &'a PathSet,
 }
@@ -273,7 +273,7 @@ impl Choice<'_> {
         if !self.allowed.allows(path) {
             return Some("the configuration does not allow it".to_owned());
         }
-        if let Some(declined) = self.declined.iter().find(|of| of.path == path) {
+        if let Some(declined) = self.declined.filter(|of| of.path == path) {
             return declined.why_not.clone();
         }
         if let Some(why_not) = self.blocks.why_not(path) {

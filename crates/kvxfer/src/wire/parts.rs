@@ -344,7 +344,7 @@ pub enum PathKind {
     Tcp,
     /// RDMA hardware.
     Rdma,
-    /// GPU links inside a node.
+    /// GPU links inside a node: a GPU copies, between its memory and another's or the host's.
     Ipc,
     /// Through pinned host memory, which queue pairs carry by one of the other ways.
     Staged,

@@ -16,6 +16,7 @@ mod wqes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvxfer::bench::BenchMemory;
 use kvxfer::config::{Config, KvRole, PathKind};
 use kvxfer::engine::{GpuQueue, Instance, Outcome, Peer, Push, PushOptions, Transfer};
 use kvxfer::event::Event;
@@ -31,7 +32,7 @@ use kvxfer::mem::post::device::{PostBy, PostKernels, Posting, Posts};
 use kvxfer::mem::post::{Place, Status};
 use kvxfer::transfer::Cause;
 use support::child::{self, Child, Spec};
-use support::{LONG, Log, Node, POISON, groups, pairs, recipe, take_time, until};
+use support::{LONG, Log, Node, POISON, Recipe, groups, pairs, recipe, take_time, until};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u32 = 64;
@@ -61,10 +62,26 @@ impl Bench {
         Self::of(path, format, blocks, change)
     }
 
+    /// Over GPU links, to a consumer whose blocks are in the host's memory.
+    fn to_host(format: (u64, u32), blocks: u32) -> Self {
+        let format = KvFormat::opaque(format.0, format.1).expect("a format");
+        let on_host = |recipe: &mut Recipe| {
+            if recipe.config.kv_role == KvRole::Consumer {
+                recipe.memory = BenchMemory::Arena;
+            }
+        };
+        Self::made(PathKind::Ipc, format, blocks, on_host)
+    }
+
     fn of(path: PathKind, format: KvFormat, blocks: u32, change: impl Fn(&mut Config)) -> Self {
+        Self::made(path, format, blocks, |recipe| change(&mut recipe.config))
+    }
+
+    fn made(path: PathKind, format: KvFormat, blocks: u32, change: impl Fn(&mut Recipe)) -> Self {
         let node = |role| {
-            let mut recipe = recipe(role, path, BLOCK, blocks).with(&change);
+            let mut recipe = recipe(role, path, BLOCK, blocks);
             recipe.format = format.clone();
+            change(&mut recipe);
             recipe.node()
         };
         let (producer, consumer) = (node(KvRole::Producer), node(KvRole::Consumer));

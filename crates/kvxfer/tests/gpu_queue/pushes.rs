@@ -71,7 +71,10 @@ fn a_hundred_thousand_puts_over_tcp() {
 
 /// A kernel fills blocks and pushes them as it goes.
 fn produced(path: PathKind, change: impl Fn(&mut Config)) {
-    let mut bench = Bench::new(path, (BLOCK, 3), BLOCKS, change);
+    produced_on(Bench::new(path, (BLOCK, 3), BLOCKS, change));
+}
+
+fn produced_on(mut bench: Bench) {
     bench.producer.side.poison().expect("poisoned");
     bench.expect("r", 0..40);
     let push = bench.push("r", LONG);
@@ -117,6 +120,10 @@ fn a_producer_kernel_pushes_layer_by_layer() {
 #[test]
 fn a_producer_kernel_pushes_out_of_its_gpu() {
     produced(PathKind::Ipc, |_| {});
+    // And the consumer fetches it into the host's memory.
+    let bench = Bench::to_host((BLOCK, 3), BLOCKS);
+    assert_eq!(bench.way.path().expect("up").path, PathKind::Ipc);
+    produced_on(bench);
 }
 
 #[test]

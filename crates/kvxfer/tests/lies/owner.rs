@@ -24,6 +24,8 @@ const GUID: [u8; 16] = [0x77; 16];
 const TOKEN: [u8; 16] = [0x5a; 16];
 const QPN: u32 = 77;
 const DOMAIN: u32 = 1;
+/// The opening that asks for a file by a token.
+const FILE: u32 = 7;
 const REMOTE_READ: u32 = 4;
 /// Where the memory is, as the liar says.
 pub(crate) const ADDR: u64 = 0x7000_0000_0000;
@@ -67,7 +69,7 @@ pub(crate) fn table_seals() -> SealFlag {
 pub(crate) struct Owner {
     pub(crate) device: DeviceAddr,
     pub(crate) endpoint: QpEndpoint,
-    /// How often its segment was asked for.
+    /// How often its segment was asked for, or its file by a token.
     pub(crate) asked: Arc<AtomicU32>,
 }
 
@@ -144,6 +146,10 @@ fn serve(mut stream: UnixStream, files: &Files, asked: &AtomicU32) -> Option<()>
     welcome[88..92].copy_from_slice(&7u32.to_le_bytes());
     welcome[92..96].copy_from_slice(&SLOTS.to_le_bytes());
     welcome[96..112].fill(0);
+    if theirs[8..12] == FILE.to_le_bytes() {
+        asked.fetch_add(1, Ordering::AcqRel);
+        return send(&stream, &welcome, &files.segment, files.copies);
+    }
     send(&stream, &welcome, &files.keys, 1)?;
     let mut head = [0; HEADER];
     loop {

@@ -1,6 +1,11 @@
 //! Blocks to be fetched out of a liar's GPU: that nobody expects, that are not there, too many; and handles of
 //! memory that is not what it is said to be.
 
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use kvxfer::bench::{BenchMemory, BlockMemory};
 use kvxfer::config::{KvRole, PathKind};
 use kvxfer::event::{Event, MemoryState};
@@ -8,11 +13,12 @@ use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::mem::gpu::GpuMemory;
 use kvxfer::transfer::{Cause, Refusal};
 use kvxfer::wire::{
-    Blob, Describe, ErrorCode, GpuDesc, Message, MessageKind, PushClosed, PushStart, Take, TakeOf,
-    TakeStop, Taken,
+    Blob, Candidate, Describe, ErrorCode, GpuDesc, Message, MessageKind, PushClosed, PushStart,
+    QpAnswer, QpOffer, Take, TakeOf, TakeStop, Taken,
 };
 
-use crate::liar::{Liar, offer_of};
+use crate::liar::{Liar, endpoint, offer_of};
+use crate::owner::{Files, Owner, key_table, memfd, size_seals, table_seals};
 use crate::support::{LONG, POISON, gpu_memory, groups};
 use crate::world::{BLOCK, World};
 
@@ -222,8 +228,7 @@ fn handles_that_are_not_of_the_memory_lead_nowhere() {
         liar.wire.say(describe);
         liar.hear_describe();
         let qp = liar.device.queue_pair();
-        liar.wire
-            .say(offer_of(PathKind::Ipc, vec![crate::liar::endpoint(&qp)]));
+        liar.wire.say(offer_of(PathKind::Ipc, vec![endpoint(&qp)]));
         let Message::QpAnswer(answer) = liar.wire.hear_kind(MessageKind::QpAnswer) else {
             unreachable!("that kind");
         };
@@ -253,6 +258,91 @@ fn handles_that_are_not_of_the_memory_lead_nowhere() {
             describe.shared = Some(Blob(vec![7; len]));
         });
     }
+    world.works();
+}
+
+/// A liar whose memory is the host's, and whose device passes these files; and what counts how often it was asked.
+fn with_files(world: &World, segment: File, copies: usize) -> (Liar, Arc<AtomicU32>) {
+    let mut liar = Liar::new(world);
+    let files = Files {
+        keys: Arc::new(key_table(BLOCK, 0, table_seals())),
+        segment: Arc::new(segment),
+        copies,
+    };
+    let owner = Owner::new(&liar.device.context.address(), &files);
+    let mut describe = liar.describe();
+    describe.shared = Some(Blob(vec![7; 16]));
+    describe.rails[0].device = Blob::pack("device", &owner.device).expect("an address");
+    liar.wire.say(describe);
+    liar.hear_describe();
+    (liar, owner.asked)
+}
+
+/// Offers queue pairs over the path; what is answered of it.
+fn offered(liar: &mut Liar, endpoints: Vec<Blob>) -> QpAnswer {
+    let candidate = Candidate {
+        path: PathKind::Ipc,
+        why_not: None,
+    };
+    liar.wire.say(QpOffer {
+        candidates: vec![candidate],
+        ..offer_of(PathKind::Ipc, endpoints)
+    });
+    let Message::QpAnswer(answer) = liar.wire.hear_kind(MessageKind::QpAnswer) else {
+        unreachable!("that kind");
+    };
+    answer
+}
+
+fn why_not(answer: &QpAnswer) -> &str {
+    assert_eq!(answer.path, None);
+    answer.candidates[0].why_not.as_deref().expect("a reason")
+}
+
+/// What a file is said to hold is pinned only if its owner has paid for it, and no more of it.
+#[test]
+fn a_file_that_is_mostly_holes_is_not_filled() {
+    let world = World::new(PathKind::Ipc);
+    let (size, len) = (1 << 40, Liar::new(&world).device.span().len);
+    let allocated = |file: &File| file.metadata().expect("its size").blocks() * 512;
+    let try_with = |content: &[u8]| {
+        let segment = memfd(size, content, size_seals());
+        let file = segment.try_clone().expect("a descriptor");
+        let (mut liar, asked) = with_files(&world, segment, 1);
+        let qp = liar.device.queue_pair();
+        let answer = offered(&mut liar, vec![endpoint(&qp)]);
+        assert!(asked.load(Ordering::Acquire) > 0, "nobody asked");
+        let there = (content.len() as u64).next_multiple_of(2 << 20);
+        assert!(allocated(&file) <= there, "{} bytes", allocated(&file));
+        answer
+    };
+    let answer = try_with(&[0x42; 4096]);
+    let why = why_not(&answer);
+    assert!(why.contains("are allocated"), "{why}");
+    let answer = try_with(&vec![0x42; len as usize]);
+    assert_eq!(answer.path, Some(PathKind::Ipc), "{answer:?}");
+    world.works();
+}
+
+/// What takes long is tried once a session, and when nothing else is wrong.
+#[test]
+fn the_files_of_a_peer_are_asked_for_once() {
+    let world = World::new(PathKind::Ipc);
+    let segment = memfd(BLOCK, &[], size_seals());
+    // It passes none.
+    let (mut liar, asked) = with_files(&world, segment, 0);
+    let count = || asked.load(Ordering::Acquire);
+    let qp = liar.device.queue_pair();
+    assert_eq!(offered(&mut liar, Vec::new()).path, None);
+    assert_eq!(count(), 0);
+    assert_eq!(offered(&mut liar, vec![endpoint(&qp)]).path, None);
+    assert_eq!(count(), 1);
+    for _ in 0..3 {
+        let answer = offered(&mut liar, vec![endpoint(&qp)]);
+        let why = why_not(&answer);
+        assert!(why.contains("has tried"), "{why}");
+    }
+    assert_eq!(count(), 1);
     world.works();
 }
 

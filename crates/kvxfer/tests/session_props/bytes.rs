@@ -110,7 +110,7 @@ fn the_encoding_is_the_documented_one() {
         shared: None,
     };
     let want = format!(
-        "9ca165dc0010{}93000000a4{}c0{n32}c400c400919600c400919301020393010203c0c09700000000c20000c3c0",
+        "9da165dc0010{}93000000a4{}c0{n32}c400c400919600c400919301020393010203c0c09700000000c20000c3c0c0",
         "01".repeat(16),
         hex(b"Both"),
     );

@@ -13,7 +13,7 @@ use kvxfer::layout::{
     ModelIdentity, PlacedTensor, TensorFormat, TensorRole, Topology,
 };
 
-use super::{Node, POISON, recipe};
+use super::{Node, POISON, Recipe, recipe};
 
 /// Layers of the model.
 pub(crate) const LAYERS: u32 = 4;
@@ -106,6 +106,7 @@ impl Cluster {
         blocks: u32,
         change: impl Fn(&mut Config),
     ) -> Self {
+        let change = |recipe: &mut Recipe| change(&mut recipe.config);
         Self::over(PathKind::Arena, name, role, cut, blocks, change)
     }
 
@@ -116,7 +117,7 @@ impl Cluster {
         role: KvRole,
         cut: Cut,
         blocks: u32,
-        change: impl Fn(&mut Config),
+        change: impl Fn(&mut Recipe),
     ) -> Self {
         let format = format(cut);
         let mut nodes = Vec::new();
@@ -126,21 +127,22 @@ impl Cluster {
                 let mut topology = Topology::tensor_parallel(&format, tp, cut.tp);
                 (topology.pp, topology.rank.pp) = (cut.pp, pp);
                 topology.layers = LayerWindow::even(LAYERS, pp, cut.pp);
+                let mut recipe = recipe(role, path, 64, 1);
+                recipe.config.engine_id = Some(name.into());
+                recipe.config.num_worker_threads = 1;
+                recipe.config.qp_per_transfer = 2;
+                change(&mut recipe);
                 let shape = BenchShape {
                     format: format.clone(),
                     num_blocks: vec![blocks],
                     topology,
-                    memory: recipe(role, path, 64, 1).memory,
+                    memory: recipe.memory,
                 };
                 let side = BenchSide::new(&shape).expect("memory");
                 side.poison().expect("poisoned");
-                let mut config = recipe(role, path, 64, 1).config;
-                config.engine_id = Some(name.into());
-                config.num_worker_threads = 1;
-                config.qp_per_transfer = 2;
-                change(&mut config);
                 let placement = side.placement().clone();
-                let engine = Engine::new(config, format.clone(), placement).expect("an engine");
+                let engine = Engine::new(recipe.config, format.clone(), placement);
+                let engine = engine.expect("an engine");
                 let address = engine.listen("127.0.0.1:0").expect("a free port");
                 addresses.push(address.to_string());
                 nodes.push(Node { engine, side });

@@ -19,7 +19,7 @@ use kvxfer::engine::Engine;
 use kvxfer::event::{Event, MemoryState, PeerName, ReleaseReason};
 use kvxfer::ids::{Nonce, RequestId};
 use kvxfer::layout::{KvFormat, LayerWindow, Topology};
-use kvxfer::mem::gpu::GpuRuntime;
+use kvxfer::mem::gpu::{GpuRuntime, RuntimeChoice};
 
 /// Longer than anything takes on a busy machine; only a hang waits for so long.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -68,12 +68,17 @@ pub(crate) fn take(config: &mut Config, path: PathKind) {
     config.rdma_devices = given.expect("names of devices").rdma_devices;
 }
 
+/// The runtime that `KVXFER_TEST_GPU` names, or the stand-in, which engines take only where they are told to.
+pub(crate) fn gpu_runtime() -> RuntimeChoice {
+    let name = std::env::var("KVXFER_TEST_GPU").unwrap_or_else(|_| "host".to_owned());
+    name.parse().expect("KVXFER_TEST_GPU names a runtime")
+}
+
 /// Memory of a GPU: of the runtime that `KVXFER_TEST_GPU` names, or of the stand-in. Consumers take the last
 /// of the devices there are, and producers the first.
 pub(crate) fn gpu_memory(role: KvRole) -> BenchMemory {
-    let name = std::env::var("KVXFER_TEST_GPU").unwrap_or_else(|_| "host".to_owned());
-    let runtime = name.parse().expect("KVXFER_TEST_GPU names a runtime");
-    let found = GpuRuntime::open(runtime).unwrap_or_else(|e| panic!("KVXFER_TEST_GPU={name}: {e}"));
+    let runtime = gpu_runtime();
+    let found = GpuRuntime::open(runtime).unwrap_or_else(|e| panic!("KVXFER_TEST_GPU: {e}"));
     let ordinal = match role {
         KvRole::Consumer => u32::try_from(found.gpus().len() - 1).expect("few devices"),
         _ => 0,
@@ -86,6 +91,9 @@ pub(crate) fn recipe(role: KvRole, path: PathKind, block_bytes: u64, blocks: u32
     let mut config = Config::default();
     config.kv_role = role;
     take(&mut config, path);
+    if matches!(path, PathKind::Ipc | PathKind::Staged) {
+        config.gpu = gpu_runtime();
+    }
     config.num_worker_threads = 2;
     config.qp_per_transfer = 4;
     config.connect_timeout = Duration::from_secs(5);

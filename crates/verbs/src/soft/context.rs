@@ -19,6 +19,7 @@ use crate::memory::Memory;
 use crate::qp::{QpBackend, QpCaps, SoftPath};
 use crate::rdma::GidChoice;
 use crate::region::{Access, RegionKey, SegmentSpan};
+use crate::shared::SharedFile;
 use crate::soft::cq::SoftCq;
 use crate::soft::events::{Events, qp_of};
 use crate::soft::injector::Injector;
@@ -26,7 +27,7 @@ use crate::soft::keys::{KeyInfo, KeyTable};
 use crate::soft::link;
 use crate::soft::process_vm::PeerLife;
 use crate::soft::qp::{SoftQp, SoftQpHandle};
-use crate::soft::segment::{MapCache, Mapping, Segments};
+use crate::soft::segment::{MapCache, Segments, allocated};
 use crate::soft::server::{self, Command, Mailbox};
 use crate::soft::shares::Shares;
 use crate::soft::{FIRST_CQ, PORT, SoftConfig, fill_random};
@@ -292,9 +293,14 @@ impl DeviceBackend for SoftDevice {
         peer: &DeviceAddr,
         token: [u8; 16],
         index: u32,
-    ) -> Result<(Arc<Mapping>, u64), Error> {
-        let (file, offset) = link::shared_file(&self.shared, peer, token, index)?;
-        Ok((self.shared.maps.map(file.as_fd())?, offset))
+        deadline: Instant,
+    ) -> Result<SharedFile, Error> {
+        let (file, offset) = link::shared_file(&self.shared, peer, (token, index), deadline)?;
+        Ok(SharedFile {
+            map: self.shared.maps.map(file.as_fd())?,
+            offset,
+            allocated: allocated(file.as_fd())?,
+        })
     }
 
     fn life_of(&self, peer: &DeviceAddr) -> Result<PeerLife, Error> {

@@ -20,7 +20,7 @@ use crate::soft::qp::SoftQp;
 use crate::soft::requester::PeerSide;
 use crate::soft::stream::{Stream, not_now};
 
-/// How long a probe waits for an answer.
+/// How long a probe waits for an answer, and whoever asks for a file.
 const PROBE_TIME: Duration = Duration::from_secs(2);
 
 /// How the names of contexts' sockets begin.
@@ -290,14 +290,14 @@ pub(crate) fn probe(shared: &SoftShared, peer: &DeviceAddr, path: SoftPath) -> R
 pub(crate) fn shared_file(
     shared: &SoftShared,
     peer: &DeviceAddr,
-    token: [u8; 16],
-    index: u32,
+    (token, index): ([u8; 16], u32),
+    deadline: Instant,
 ) -> Result<(OwnedFd, u64), Error> {
     let dial = Dial {
         shared,
         peer,
         path: SoftPath::Arena,
-        deadline: Instant::now() + PROBE_TIME,
+        deadline: deadline.min(Instant::now() + PROBE_TIME),
     };
     let answer = dial.open(Hello {
         target: token,

@@ -62,6 +62,14 @@ pub(crate) fn stat(fd: BorrowedFd<'_>) -> Result<(u64, FileId), Error> {
     Ok((meta.len(), (meta.dev(), meta.ino())))
 }
 
+/// Bytes of a file that are in pages, and not holes.
+pub(crate) fn allocated(fd: BorrowedFd<'_>) -> Result<u64, Error> {
+    let file = File::from(fd.try_clone_to_owned().map_err(os("dup"))?);
+    let meta = file.metadata().map_err(os("fstat"))?;
+    // In units of 512 bytes, whatever the file system's blocks are.
+    Ok(meta.blocks().saturating_mul(512))
+}
+
 /// Checks that a file may be mapped and copied from with no fear of SIGBUS, whatever its owner does;
 /// answers the size of its pages if they are reserved huge ones.
 ///

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
@@ -15,6 +16,7 @@ use super::super::code;
 use super::super::code::Refused;
 use super::{lock, refused};
 use crate::mapping::Mapping;
+use crate::pages;
 
 /// What begins the stand-in's handles.
 const MAGIC: u64 = u64::from_le_bytes(*b"kvx host");
@@ -26,7 +28,8 @@ pub(super) struct Memories {
     /// Other processes'.
     opened: Mutex<BTreeMap<u64, Block>>,
     pinned: Mutex<BTreeMap<u64, Mapping>>,
-    registered: Mutex<BTreeMap<u64, u64>>,
+    /// The pages, by the address that they were registered by. As drivers have it: whole ones, each once.
+    registered: Mutex<BTreeMap<u64, Range<u64>>>,
 }
 
 /// The mapping goes before the file.
@@ -78,12 +81,14 @@ impl Memories {
     }
 
     pub(super) fn register(&self, at: u64, len: u64) -> Result<(), Refused> {
+        let pages = pages::whole([(at, len)]).into_iter().next();
+        let pages = pages.ok_or_else(|| refused("host_register", code::INVALID_VALUE))?;
         let mut registered = lock(&self.registered);
-        let before = registered.range(..at.saturating_add(len)).next_back();
-        if before.is_some_and(|(start, len)| start.saturating_add(*len) > at) {
+        let before = registered.range(..pages.end).next_back();
+        if before.is_some_and(|(_, before)| before.end > pages.start) {
             return Err(refused("host_register", code::ALREADY_REGISTERED));
         }
-        registered.insert(at, len);
+        registered.insert(at, pages);
         Ok(())
     }
 

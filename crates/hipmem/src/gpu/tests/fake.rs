@@ -53,6 +53,12 @@ int cuMemGetHandleForAddressRange(int *fd, u64 p, size_t n, int kind, u64 flags)
 }
 "#;
 
+pub(super) const CUDA_PINS: &str = r#"
+int pins, pinned, keep;
+int cuMemHostRegister_v2(void *p, size_t n, unsigned flags) { pins++; pinned += n; return 0; }
+int cuMemHostUnregister(void *p) { pins -= !keep; return keep ? 1 : 0; }
+"#;
+
 /// Two devices, with memory as the other fake has it.
 pub(super) const HIP: &str = r#"
 int current, sets, last_error, device_type = 1, host_type, allocated, old_flag, open_;

@@ -5,13 +5,19 @@ mod fake;
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use self::fake::{CUDA, Fake, HIP, HSA};
+use kvxfer_verbs::{Access, SoftConfig, open_soft};
+
+use self::fake::{CUDA, CUDA_PINS, Fake, HIP, HSA};
 use super::api::Api;
 use super::cuda::CudaApi;
 use super::hip::HipApi;
 use super::sys::{Cuda, Hip};
-use super::{Gpu, GpuFault, GpuMemory, GpuRuntime, NoGpu, RuntimeKind};
+use super::{
+    Gpu, GpuFault, GpuMemory, GpuRuntime, NoGpu, PeerHostMemory, PinnedMemory, RuntimeKind,
+};
+use crate::HostArena;
 use crate::error::Error;
 
 fn cuda(fake: &Fake) -> Result<GpuRuntime, Error> {
@@ -369,6 +375,49 @@ fn ptx_that_is_refused_comes_with_the_compilers_words() -> Result<(), Error> {
         found.to_string().ends_with(": ptxas: line 1 of 7 bytes"),
         "{found}"
     );
+    Ok(())
+}
+
+/// What a driver holds on to may not be unmapped: something else would come to lie there.
+#[test]
+fn memory_that_a_driver_does_not_unpin_stays_mapped() -> Result<(), Box<dyn std::error::Error>> {
+    let fake = Fake::new(&format!("{CUDA}{CUDA_PINS}"), Cuda::REQUIRED);
+    let runtime = cuda(&fake)?;
+    let gpu = runtime.gpu(0)?;
+    let (owner, reader) = (
+        open_soft(SoftConfig::default())?,
+        open_soft(SoftConfig::default())?,
+    );
+    let mapped = |base: u64| {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("its own");
+        maps.contains(&format!("{base:x}-"))
+    };
+    for keep in [false, true] {
+        fake.set("keep", keep.into());
+        fake.set("pins", 0);
+        fake.set("pinned", 0);
+        let arena = HostArena::new(1 << 20)?;
+        let region = (owner.alloc_pd()?).register(arena.memory().as_memory(), Access::REMOTE_READ);
+        let shared = owner.share(&[region?])?;
+        let soon = Instant::now() + Duration::from_secs(60);
+        let theirs = reader.map_shared(&owner.address(), shared.token(), (0, 5000), soon)?;
+        let (base, _) = theirs.file();
+        let own = HostArena::new(8192)?.memory().slice(0, 64)?;
+        let places = [base, own.addr()];
+        let pinned = (
+            PeerHostMemory::pin(gpu, &[theirs])?,
+            PinnedMemory::register(gpu, &own)?,
+        );
+        drop(own);
+        // No more than the pages that were asked for.
+        let page = crate::pages::ordinary_page_size();
+        let pages = i32::try_from(5000_u64.next_multiple_of(page) + page)?;
+        assert_eq!((fake.number("pins"), fake.number("pinned")), (2, pages));
+        assert_eq!(places.map(mapped), [true; 2]);
+        drop(pinned);
+        assert_eq!(fake.number("pins"), if keep { 2 } else { 0 });
+        assert_eq!(places.map(mapped), [keep; 2]);
+    }
     Ok(())
 }
 

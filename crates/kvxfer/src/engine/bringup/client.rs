@@ -63,9 +63,8 @@ impl Bringup {
         if let Some(error) = first.filter(|_| self.offered.is_empty()) {
             return Err(error);
         }
-        let count = self.declined.len();
         let offer = QpOffer {
-            offer: u32::try_from(count).map_or(u32::MAX, |declined| declined + 1),
+            offer: 1 + u32::from(self.no_ipc.is_some()),
             replaces: None,
             path: path.beneath(),
             candidates: path.candidates.clone(),
@@ -81,7 +80,7 @@ impl Bringup {
 
     fn choose(&mut self, engine: &Inner) -> Result<PathInfo, Error> {
         // Once is enough.
-        let reach = engine.config.path.allows(PathKind::Ipc) && self.declined.is_empty();
+        let reach = engine.config.path.allows(PathKind::Ipc) && self.no_ipc.is_none();
         let unreachable = match reach {
             true => self.reach_gpu(engine).err(),
             false => None,
@@ -111,7 +110,7 @@ impl Bringup {
             unregistered: self.unregistered(engine),
             unreachable,
             unstaged,
-            declined: &self.declined,
+            declined: self.no_ipc.as_ref(),
             allowed: &engine.config.path,
         }
         .choose()
@@ -135,7 +134,7 @@ impl Bringup {
         let why_not = answer.candidates.into_iter();
         let why_not = why_not.filter(|of| of.path == PathKind::Ipc);
         let why_not = why_not.filter_map(|of| of.why_not).next();
-        self.declined.push(Candidate {
+        self.no_ipc = Some(Candidate {
             path: PathKind::Ipc,
             why_not: Some(why_not.unwrap_or_else(|| "the peer does not take it".to_owned())),
         });

@@ -1,5 +1,8 @@
 //! Blocks on GPUs: whether this side's reaches the peer's memory, and what the devices of both reach.
 
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
 use kvxfer_verbs::{PeerMapping, SoftPath};
 
 use super::Bringup;
@@ -16,6 +19,7 @@ impl Bringup {
     /// and there is a GPU at either end; the error says why that cannot be.
     pub(super) fn reach_gpu(&mut self, engine: &Inner) -> Result<(), String> {
         self.gpu = None;
+        let deadline = self.deadline;
         let Some(known) = &self.known else {
             return Ok(());
         };
@@ -39,14 +43,17 @@ impl Bringup {
             // What is wrong with the devices is said where the path is chosen.
             _ if engine.runtime.is_rdma() => return Ok(()),
             (Some(own), None, _) => {
-                let mapped = map_peer(&known.describe, lengths, devices)?;
-                GpuPeer::of_host(own, mapped, plans)
+                let go_on = || in_time(engine, deadline);
+                let mapped = map_peer(&known.describe, lengths, devices, (&go_on, deadline))?;
+                go_on()?;
+                GpuPeer::of_host(own, &mapped, plans)
             }
             (None, Some(theirs), Some(own)) => {
                 // Before anything is pinned.
                 let (own_rail, their_rail) = devices;
                 let probed = own_rail.context.probe(&their_rail.device, SoftPath::Arena);
                 probed.map_err(|error| chain(&error))?;
+                in_time(engine, deadline)?;
                 own.reach(&engine.config, (theirs, lengths), plans)
             }
             _ => return Ok(()),
@@ -103,17 +110,32 @@ impl Bringup {
     }
 }
 
-/// Maps a peer's memories, which are the host's, to be read.
+/// Whether the session may go on to set itself up. Steps that nothing interrupts are many, where a peer has many
+/// memories, and whoever drops the engine waits for this thread.
+fn in_time(engine: &Inner, deadline: Instant) -> Result<(), String> {
+    if engine.runtime.stopping.load(Ordering::Acquire) {
+        return Err("the engine is shut down".to_owned());
+    }
+    match Instant::now() < deadline {
+        true => Ok(()),
+        false => Err("it has taken longer than a session may take to come up".to_owned()),
+    }
+}
+
+/// Maps a peer's memories, which are the host's, to be read, as long as `go_on` says so.
 fn map_peer(
     describe: &Describe,
     lengths: &[u64],
     (own, theirs): (&Rail, &KnownRail),
+    (go_on, deadline): (&dyn Fn() -> Result<(), String>, Instant),
 ) -> Result<Vec<PeerMapping>, String> {
     let none = || "the peer shares no files of its memory with GPUs".to_owned();
     let token = describe.shared.as_ref().ok_or_else(none)?;
     let token = <[u8; 16]>::try_from(token.0.as_slice()).map_err(|_| none())?;
     let map = |(index, len): (u32, &u64)| {
-        let mapped = own.context.map_shared(&theirs.device, token, (index, *len));
+        go_on()?;
+        let of = (index, *len);
+        let mapped = (own.context).map_shared(&theirs.device, token, of, deadline);
         mapped.map_err(|error| chain(&error))
     };
     (0..).zip(lengths).map(map).collect()

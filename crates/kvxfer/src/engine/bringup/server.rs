@@ -21,6 +21,11 @@ const MAX_QUEUE_PAIRS: usize = 64;
 /// devices of this side that are left out.
 type JoinedRails = (Vec<(Pair, Vec<kvxfer_verbs::QpEndpoint>)>, Vec<SkippedRail>);
 
+/// A reason as the client is told it.
+fn at_the_peer(why_not: String) -> String {
+    cut(format!("at the peer: {why_not}"))
+}
+
 impl Bringup {
     /// Why the path that the client has chosen cannot be taken, as it is told there.
     fn why_not(&mut self, engine: &Inner, path: PathKind) -> Option<String> {
@@ -42,11 +47,12 @@ impl Bringup {
             return Some(why_not.to_owned());
         }
         let why_not = match blocks {
-            PathKind::Ipc => self.reach_gpu(engine).err(),
+            // Opening and pinning take long: a client that is declined has another way to offer.
+            PathKind::Ipc if self.reached => Some("this session has tried it".to_owned()),
             PathKind::Staged => self.unstaged(engine),
             _ => None,
         };
-        why_not.map(|why_not| cut(format!("at the peer: {why_not}")))
+        why_not.map(at_the_peer)
     }
 
     /// A server takes the path that the client has chosen, if it may.
@@ -55,6 +61,15 @@ impl Bringup {
         engine: &Arc<Inner>,
         offer: QpOffer,
     ) -> Result<Vec<Step>, Error> {
+        let steps = self.answer(engine, offer);
+        if !self.taken {
+            // What was opened for a path that is not taken is of no use to the next.
+            self.gpu = None;
+        }
+        steps
+    }
+
+    fn answer(&mut self, engine: &Arc<Inner>, offer: QpOffer) -> Result<Vec<Step>, Error> {
         let none = |candidates| {
             let answer = QpAnswer {
                 offer: offer.offer,
@@ -108,6 +123,17 @@ impl Bringup {
                 candidate.why_not.clone_from(&why_not);
             }
             return Ok(none(candidates));
+        }
+        if path == PathKind::Ipc && self.probe.is_none() {
+            // The last of what can be wrong, for it takes longest.
+            self.reached = true;
+            if let Err(why_not) = self.reach_gpu(engine) {
+                let why_not = at_the_peer(why_not);
+                for candidate in candidates.iter_mut().filter(|c| c.path == path) {
+                    candidate.why_not = Some(why_not.clone());
+                }
+                return Ok(none(candidates));
+            }
         }
         if self.probe.is_none() {
             self.key = PeerKey(engine.runtime.next_id());

@@ -6,6 +6,8 @@
 //! for it, into its own memory, which it pins. What the launch wrote is seen by this process's CPUs when its end has
 //! been: the kernel releases to the system before it says that it has ended.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvxfer_verbs::{Access, Memory, MemoryRegion, SharedFiles};
@@ -18,7 +20,9 @@ use crate::engine::peer_session::Plans;
 use crate::engine::runtime::Runtime;
 use crate::error::{Error, chain};
 use crate::mem::HostMemory;
-use crate::mem::gpu::{Gpu, GpuFault, GpuRuntime, IpcHandle, PinnedMemory, RuntimeChoice};
+use crate::mem::gpu::{
+    Gpu, GpuFault, GpuRuntime, IpcHandle, PinnedMemory, RuntimeChoice, RuntimeKind,
+};
 use crate::wire::{Blob, GpuDesc};
 
 /// This rank's memory, where it is the host's.
@@ -35,8 +39,8 @@ pub(crate) struct HostSide {
 struct Gpus {
     /// One for each GPU. They go first, when nothing runs on their streams.
     launchers: Vec<Arc<Launcher>>,
-    /// The memory, once it is pinned, for all GPUs of one runtime.
-    pinned: Vec<PinnedMemory>,
+    /// The memory, once it is pinned, for all GPUs of a runtime.
+    pinned: HashMap<RuntimeKind, Vec<PinnedMemory>>,
 }
 
 impl HostSide {
@@ -73,7 +77,8 @@ impl HostSide {
     /// # Errors
     ///
     /// [`Error::Memory`] where there is no such runtime or GPU for this process, for what cannot be opened, and for
-    /// memory that cannot be pinned; as [`GpuPeer::open`]; [`Error::ForeignHostMemory`].
+    /// memory that cannot be pinned, which is tried again for the next session; as [`GpuPeer::open`];
+    /// [`Error::ForeignHostMemory`], [`Error::StandInNotNamed`].
     pub(crate) fn reach(
         &self,
         config: &Config,
@@ -88,40 +93,31 @@ impl HostSide {
         let gpu = gpu_of(config.gpu, first)?;
         let theirs = opened(&gpu, &handles)?;
         let theirs: Vec<Reached> = theirs.into_iter().map(Reached::Gpu).collect();
-        let (launcher, own) = self.launcher(&gpu, config)?;
-        let own: Vec<Reached> = own.into_iter().map(Reached::Host).collect();
-        GpuPeer::new(launcher, (&theirs, &own), plans)
-    }
-
-    fn launcher(
-        &self,
-        gpu: &Gpu,
-        config: &Config,
-    ) -> Result<(Arc<Launcher>, Vec<PinnedMemory>), Error> {
         // Held meanwhile: of two sessions that come up at once the second finds what the first has made.
         let mut gpus = self.gpus.lock().unwrap_or_else(PoisonError::into_inner);
-        if gpus.pinned.is_empty() {
-            gpus.pinned = self.pin(gpu)?;
-        }
-        let of = |launcher: &&Arc<Launcher>| launcher.kernels.gpu() == gpu;
-        let launcher = match gpus.launchers.iter().find(of) {
-            Some(launcher) => Arc::clone(launcher),
-            None => {
-                let launcher = Arc::new(Launcher::new(gpu, config)?);
-                gpus.launchers.push(Arc::clone(&launcher));
-                launcher
-            }
+        let own = match gpus.pinned.entry(gpu.runtime()) {
+            Entry::Occupied(pinned) => pinned.into_mut(),
+            Entry::Vacant(place) => place.insert(self.pin(&gpu)?),
         };
-        Ok((launcher, gpus.pinned.clone()))
+        let own: Vec<Reached> = own.iter().cloned().map(Reached::Host).collect();
+        let of = |launcher: &&Arc<Launcher>| *launcher.kernels.gpu() == gpu;
+        if let Some(launcher) = gpus.launchers.iter().find(of) {
+            return GpuPeer::new(Arc::clone(launcher), (&theirs, &own), plans);
+        }
+        let launcher = Arc::new(Launcher::new(&gpu, config)?);
+        let peer = GpuPeer::new(Arc::clone(&launcher), (&theirs, &own), plans)?;
+        // A GPU that is of no use is not kept.
+        gpus.launchers.push(launcher);
+        Ok(peer)
     }
 
     fn pin(&self, gpu: &Gpu) -> Result<Vec<PinnedMemory>, Error> {
-        let pin = |(index, memory): (usize, &Arc<dyn Memory>)| {
-            let host = HostMemory::of(memory).ok_or(Error::ForeignHostMemory { index })?;
-            Ok(PinnedMemory::register(gpu, &host)?)
+        let host = |(index, memory): (usize, &Arc<dyn Memory>)| {
+            HostMemory::of(memory).ok_or(Error::ForeignHostMemory { index })
         };
-        let pinned = self.memories.iter().enumerate().map(pin);
-        let pinned = pinned.collect::<Result<Vec<_>, Error>>();
+        let hosts = self.memories.iter().enumerate().map(host);
+        let hosts = hosts.collect::<Result<Vec<_>, Error>>()?;
+        let pinned = PinnedMemory::register_all(gpu, &hosts).map_err(Error::from);
         match &pinned {
             Ok(_) => info!(gpu = %gpu.info().pci, "memory pinned for GPUs of peers"),
             Err(error) => debug!(error = chain(error), "memory not pinned"),
@@ -138,7 +134,8 @@ fn gpu_of(allowed: RuntimeChoice, handle: &IpcHandle) -> Result<Gpu, Error> {
             let fault = GpuFault::IpcRuntime { ours, theirs };
             Err(Error::Memory(fault.into()))
         }
-        // A stand-in too: that is what the peer has.
+        // It opens what the handle names of another process's files: for tests, and not at a peer's word.
+        RuntimeChoice::Auto if theirs == RuntimeKind::Host => Err(Error::StandInNotNamed),
         _ => {
             let runtime = GpuRuntime::open(RuntimeChoice::Only(theirs))?;
             Ok(runtime.gpu_of(handle)?.clone())

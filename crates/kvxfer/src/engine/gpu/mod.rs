@@ -1,6 +1,7 @@
-//! An engine's memory on a GPU: what peers of this node are given of it, and what it fetches from theirs.
+//! An engine's memory on a GPU: what peers of this node are given of it, and what it fetches from theirs; and memory
+//! of the host beside a peer's GPU.
 //!
-//! Who has the destination moves the bytes, by its own GPU, in pulls and in pushes: no process writes into
+//! Who has the destination moves the bytes, by a GPU, in pulls and in pushes: no process writes into
 //! another's memory. So a producer of a push asks its consumer to take the blocks ([`Take`](crate::wire::Take)),
 //! and a consumer that is stopped or dead writes nothing.
 
@@ -379,15 +380,11 @@ impl GpuPeer {
     /// [`Error::Memory`], [`Error::TooManySteps`].
     pub(crate) fn of_host(
         own: &GpuSide,
-        theirs: Vec<PeerMapping>,
+        theirs: &[PeerMapping],
         plans: &Plans,
     ) -> Result<Self, Error> {
-        let pin = |mapping| {
-            let pinned = PeerHostMemory::pin(own.launcher.kernels.gpu(), mapping)?;
-            Ok(Reached::PeerHost(pinned))
-        };
-        let theirs = theirs.into_iter().map(pin);
-        let theirs = theirs.collect::<Result<Vec<_>, Error>>()?;
+        let theirs = PeerHostMemory::pin(own.launcher.kernels.gpu(), theirs)?;
+        let theirs: Vec<Reached> = theirs.into_iter().map(Reached::PeerHost).collect();
         Self::new(Arc::clone(&own.launcher), (&theirs, &own.reached()), plans)
     }
 
