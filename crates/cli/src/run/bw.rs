@@ -352,6 +352,8 @@ impl Run<'_> {
         let ops: &[Op] = match self.args.op {
             OpChoice::Read => &[Op::Read],
             OpChoice::Write => &[Op::Write],
+            // Kernels that copy blocks themselves write the target's.
+            OpChoice::Both if self.args.queue == Some(QueueChoice::Links) => &[Op::Write],
             OpChoice::Both => &[Op::Read, Op::Write],
         };
         let progress = Progress::new((cases.len() * ops.len()) as u64);

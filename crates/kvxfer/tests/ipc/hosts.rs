@@ -224,7 +224,10 @@ fn two_processes_with_a_gpu_and_the_hosts_memory() {
             .expect(&request, &groups(0..BLOCKS), 1, LONG);
         expected.expect("room");
         let some: Vec<u32> = (0..7).collect();
-        assert!(producer.try_push(&consumer.name(), "w", "commit", &some));
+        // Its side of the session may come up later.
+        until("a push", || {
+            producer.try_push(&consumer.name(), "w", "commit", &some)
+        });
         received(&mut log, &request);
         let pushed = pairs((0..7).map(|b| (b, b)));
         consumer.side.verify(SEED, &pushed).expect("every byte");

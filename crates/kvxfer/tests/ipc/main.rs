@@ -141,7 +141,10 @@ fn two_processes_exchange_blocks_both_ways() {
         .expect(&request, &groups(0..BLOCKS), 1, LONG)
         .expect("room");
     let to: Vec<u32> = (0..7).collect();
-    assert!(producer.try_push(&consumer.name(), "w", "commit", &to));
+    // Its side of the session may come up later.
+    until("a push", || {
+        producer.try_push(&consumer.name(), "w", "commit", &to)
+    });
     log.wait(
         "received",
         |event| matches!(event, Told::Received { request: r, .. } if *r == request),
