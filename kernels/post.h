@@ -95,9 +95,19 @@ KVX_FN kvx_u32 kvx_queue_check(const kvx_queue &queue) {
   return good ? KVX_OK : KVX_BAD_QUEUE;
 }
 
-// Keeps the first failure.
+// Keeps the failure of the lowest ticket: what comes before it went well. A poster whose turn does not come fails while
+// those before it are under way, and one of them may fail yet.
 KVX_FN void kvx_fail(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 status) {
-  kvx_swap_device_u64(KVX_REPORT(queue, fault), 0, (ticket + 1) << 8 | status);
+  kvx_u64 fault = (ticket + 1) << 8 | status;
+  kvx_u64 known = 0;
+#pragma nounroll
+  for (;;) {
+    kvx_u64 found = kvx_swap_device_u64(KVX_REPORT(queue, fault), known, fault);
+    if (found == known || found >> 8 <= ticket + 1) {
+      break;
+    }
+    known = found;
+  }
   kvx_store_device_u64(KVX_STATE(queue, broken), 1);
 }
 

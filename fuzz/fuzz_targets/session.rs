@@ -30,6 +30,7 @@ fn describe() -> Describe {
         facts: ConfigFacts::default(),
         fd_backed: false,
         gpu: None,
+        shared: None,
     }
 }
 

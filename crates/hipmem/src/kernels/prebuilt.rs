@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "9e2a4db6b87f073fea27975d96a2ba3a68077e555189cf04d5fd338e00a5da18",
+    sources_sha256: "2f7ff840f1c5e4f264d5faa52a9a5d22e2fbf9eb19cee29c343e5d33a37033e3",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "da388f13d958ea8140e7ba590b8171d40350a9b5a4aadd4f295a270e0c285027",
+        sha256: "0ff0cdac915055f7d477aabd71bc565bc2ef4e51b042501db77d50b7e50df754",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "df53bd114d921433a5facee1364701974be0e7c337c708ef8724a1f8755fe2d1",
+        sha256: "dd2f486a8de5fbf7937f6ac33b4cfa6e164547dae382743baf3d6a8e30d12140",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "37a688292cbe82a6afb725b8de655fa068d65f17e0cbb2e5e70ab22e4f710e27",
+        sha256: "8c15ae8e60382799e6b6d67d5a2e512da188781a88b6074f32d3c17ad80282c6",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "59658034eec8f5552451c2f806fb620f40ce3116b22899d2df8dcbc0cd8e6030",
+        sha256: "4a16673a091f81525cc3b56508ab78f35bcf97446f4fc6e2dcc8458e9f440d37",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "6533936bda949487e186c037220ea6f4231a4e96264c80069818dca35acc5263",
+        sha256: "a303dca879815fc20b643fbbbd970cc35d2289ac93c3529053c647e300b51b67",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "5808344fe0c6631b2dbe706bf8c4938ba7c4ede4f64695c06efcd220917048fc",
+        sha256: "46f48985cfea92c3f63c7db763f233817ecd897d2875f433949cc6e9dacff1c8",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "ed2098dbd027a0cc7d81ee39545104e3fb18825c8afbbb1d0c2d13a01ca6f0d4",
+        sha256: "ba46c61610a3d1393264fd24527c0045060177c91c89083080926319f0a40298",
         warp: 32,
     },
 ];

@@ -456,6 +456,29 @@ fn who_comes_late_does_not_ring_for_who_gave_up() {
     assert_eq!(bench.hca.sink().0[..2], [0, 1]);
 }
 
+/// Who gives up its turn has failed first, and who was before it fails yet.
+#[test]
+fn what_fails_after_who_gave_up_behind_it_is_no_success() {
+    let mut bench = Bench::new(DIRECT, 8, 8, 0, SHORT);
+    let mut all = moves(3);
+    all[0].rkey = 9;
+    let before = run(&shipped, bench.queue, &all[..2], 1, PUT, POSTED);
+    assert!(
+        ends(&before)
+            .iter()
+            .all(|(posted, _)| *posted == Status::Ok)
+    );
+    bench.around.lose_a_ticket();
+    let results = run(&shipped, bench.queue, &all[2..], 1, PUT, POSTED);
+    assert_eq!(ends(&results)[0].0, Status::Timeout);
+    assert_eq!(bench.hca.look(u64::MAX), Ok(2));
+    run(&shipped, bench.queue, &all[2..], 1, PUT, IDLE);
+    // The fault is the first one's: a wait for it, and for the one behind it, says so.
+    let fault = bench.report.load_u64(8).expect("inside");
+    let wanted = u64::from(Status::BadRange.number());
+    assert_eq!((fault >> 8, fault & 0xff), (1, wanted));
+}
+
 #[test]
 fn an_abort_ends_what_waits() {
     let bench = Bench::new(DIRECT, 2, 2, 0, LONG);

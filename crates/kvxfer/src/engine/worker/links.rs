@@ -2,6 +2,7 @@
 //! said that they have ended, and what they have put by then.
 
 use std::collections::HashSet;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
@@ -29,6 +30,7 @@ impl Worker {
                 queue.served = Served::Links {
                     kernels: Some(ends),
                 };
+                *self.writing.entry(queue.id).or_default() += 1;
                 self.queues.push(queue);
                 true
             }
@@ -92,10 +94,7 @@ impl Worker {
 
     /// The pushes whose kernels may write: their memory is nobody's, whatever becomes of this worker.
     pub(super) fn with_kernels(&self) -> HashSet<TransferId> {
-        let of_kernels =
-            |queue: &&KernelQueue| matches!(&queue.served, Served::Links { kernels: Some(_) });
-        let queues = self.queues.iter().filter(of_kernels);
-        queues.map(|queue| queue.id).collect()
+        self.writing.keys().copied().collect()
     }
 
     /// Ends the job that kernels are, where it has been said that they have ended.
@@ -108,6 +107,12 @@ impl Worker {
             return;
         }
         if let Some(ends) = kernels.take() {
+            if let Entry::Occupied(mut writing) = self.writing.entry(queue.id) {
+                *writing.get_mut() -= 1;
+                if *writing.get() == 0 {
+                    writing.remove();
+                }
+            }
             self.transfers.job_report(self.clock.now(), &ends);
         }
     }

@@ -359,6 +359,9 @@ pub(crate) struct Worker {
     visible: Visible,
     /// What kernels post to, of pushes that this worker owns or has owned.
     queues: Vec<KernelQueue>,
+    /// The pushes whose kernels write by themselves, with how many of their queues: apart from these, which a panic may
+    /// take along.
+    writing: HashMap<TransferId, usize>,
     outbox: Outbox,
     next_token: u64,
     batch: Batch,
@@ -414,6 +417,7 @@ impl Worker {
             gathers: Gathers::default(),
             visible: Visible::default(),
             queues: Vec::new(),
+            writing: HashMap::new(),
             outbox,
             next_token: 0,
             batch: Batch::new(),
