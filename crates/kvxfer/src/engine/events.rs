@@ -12,8 +12,8 @@ use crate::event::Event;
 use crate::sync::EventFd;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Events of peers that may wait to be polled. Every other event answers a call of the owner's, so
-/// that the owner alone decides how many there can be.
+/// Events of peers that may wait to be polled. Every other event is of a request of the owner's, so that the owner
+/// decides how many there can be: one outcome each, and of an expectation so many immediates from each of its senders.
 const MAX_PEER_EVENTS: usize = if cfg!(all(loom, test)) { 1 } else { 1024 };
 
 #[derive(Debug)]

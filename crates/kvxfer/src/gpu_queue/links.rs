@@ -15,7 +15,7 @@ use crate::wire::{LinksRefused, PathKind};
 pub enum NoLinks {
     /// The session does not go from GPU to GPU.
     #[error(
-        "the path to the consumer is {path}: kernels write its memory over ipc alone, between GPUs of one node"
+        "the path to the consumer is {path}: kernels write over ipc from a GPU's memory to a GPU's, of one node, alone"
     )]
     Path {
         /// The path.

@@ -78,7 +78,7 @@ impl Pushing {
         self: &Arc<Self>,
         number: u64,
         shared: &Arc<SharedQueue>,
-        patience: Duration,
+        (until, patience): (Instant, Duration),
     ) -> Result<(), Error> {
         let (begun, is_begun) = channel();
         let served = Served::Links { kernels: None };
@@ -87,7 +87,8 @@ impl Pushing {
         let queue = Box::new(queue);
         self.queues
             .send(Command::Queue(QueueOrder::AddLinks { queue, begun }));
-        match is_begun.recv_timeout(patience) {
+        let left = until.saturating_duration_since(Instant::now());
+        match is_begun.recv_timeout(left) {
             Ok(true) => Ok(()),
             Ok(false) | Err(RecvTimeoutError::Disconnected) => Err(self.ended()),
             Err(RecvTimeoutError::Timeout) => Err(Error::Deadline {
@@ -125,7 +126,7 @@ impl Push {
         pushing.queues.begun();
         // Whatever fails from here on: nobody has had its handle when it goes.
         let queue = GpuQueue::new(&self.engine, &pushing.queues, number, Arc::clone(&shared));
-        pushing.attach_links(number, &shared, patience)?;
+        pushing.attach_links(number, &shared, (until, patience))?;
         let said = || *pushing.links.lock().unwrap_or_else(PoisonError::into_inner);
         if said().is_none() {
             let (request, nonce) = (pushing.request.clone(), ticket.nonce);

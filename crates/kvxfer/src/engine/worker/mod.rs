@@ -624,6 +624,7 @@ impl Worker {
     fn submit(&mut self, now: Time, spec: Spec, live: Box<Live>) {
         let id = spec.id;
         *self.running.entry(spec.peer).or_default() += 1;
+        let into = live.into.clone();
         self.live.insert(id, live);
         if let Err(error) = self.transfers.submit(now, spec) {
             warn!(?id, %error, "transfer refused");
@@ -632,7 +633,8 @@ impl Worker {
             };
             let outcome = Outcome::Failed(Failure {
                 first_cause: cause,
-                invalid_blocks: Vec::new(),
+                // Nothing of them has come.
+                invalid_blocks: into.unwrap_or_default(),
                 memory: MemoryState::Released,
             });
             self.end(id, outcome);
