@@ -12,7 +12,7 @@ use std::time::Instant;
 use cluster::{Bug, Invariant, Summary, replay, run};
 
 /// Histories of a plain run.
-const HISTORIES: u64 = 50_000;
+const HISTORIES: u64 = 20_000;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

@@ -198,7 +198,8 @@ fn all_end(transfers: &[Transfer]) {
 #[test]
 fn pulls_of_a_worker_that_panics() {
     for (path, worker) in PATHS.into_iter().zip([0, 1, 0, 1]) {
-        let (producer, consumer, instance, address) = pair(path);
+        // None is over before the panic.
+        let (producer, consumer, instance, address) = pair_with(path, Some("delay=1:5ms"));
         let ticket = producer
             .engine
             .offer(&RequestId::from("r"), &groups(0..BLOCKS), 1, LONG)

@@ -23,6 +23,8 @@ const BLOCKS: u32 = 256;
 /// For pulls, each of which has blocks of its own.
 const MANY: u32 = 2048;
 const TIMES: u32 = 12;
+/// Of a fault that was to be there in time.
+const TRIES: u32 = 3;
 
 /// Half a second of retries.
 fn impatient(config: &mut Config) {
@@ -136,6 +138,28 @@ impl Pair {
 /// A cable that is cut or carries nothing under pulls, which end for it. `hasty` is the deadline of one
 /// more that begins only then.
 fn pulls_end(change: fn(&mut Config), fault: fn() -> Cable, hasty: Option<Duration>) -> Vec<Cause> {
+    in_time(|| pulls_end_once(change, fault, hasty))
+}
+
+/// What comes of a try whose fault was there before its deadline: an emulated kernel may take half a minute to set a
+/// link down that is busy.
+fn in_time<T>(mut once: impl FnMut() -> (T, bool)) -> T {
+    for _ in 0..TRIES {
+        let (what, in_time) = once();
+        if in_time {
+            return what;
+        }
+        println!("the fault came after the deadline: once more");
+    }
+    panic!("the fault came after the deadline, {TRIES} times");
+}
+
+/// And whether the fault was there before their deadline.
+fn pulls_end_once(
+    change: fn(&mut Config),
+    fault: fn() -> Cable,
+    hasty: Option<Duration>,
+) -> (Vec<Cause>, bool) {
     let mut pair = Pair::new(BLOCK, MANY, change);
     let table = pair.all();
     let begun = Instant::now();
@@ -145,17 +169,18 @@ fn pulls_end(change: fn(&mut Config), fault: fn() -> Cable, hasty: Option<Durati
     let mut transfers: Vec<Transfer> = parts.into_iter().map(pull).collect();
     pair.bytes_have_come();
     let cable = fault();
+    let struck = begun.elapsed();
     if let Some(hasty) = hasty {
         transfers.push(pair.pull(&last, hasty).expect("the session stands"));
     }
     let causes = failures(&transfers);
     let took = begun.elapsed();
-    println!("after {took:?}: {causes:?}");
-    assert!(took < ENOUGH + SLACK, "{took:?}");
+    println!("struck after {struck:?}, over after {took:?}: {causes:?}");
+    assert!(took < struck.max(ENOUGH) + SLACK, "{took:?}");
     pair.nothing_lands(cable);
     pair.works_again();
     pair.told_once();
-    causes
+    (causes, struck < ENOUGH)
 }
 
 #[test]
@@ -187,15 +212,23 @@ fn on_rdma_pulls_over_a_cable_that_swallows_all() {
 #[test]
 #[ignore = "needs an RDMA device: the virtual machine of cargo xtask test has some"]
 fn on_rdma_a_push_whose_cable_is_cut() {
+    let causes = in_time(push_ends_once);
+    assert!(causes.iter().all(names_the_link), "{causes:?}");
+}
+
+fn push_ends_once() -> (Vec<Cause>, bool) {
     let mut pair = Pair::new(BLOCK, BLOCKS, impatient);
     let table = pair.all();
     let begun = Instant::now();
     let (request, transfer) = pair.push_times(TIMES, &table, ENOUGH).expect("a transfer");
     pair.bytes_have_come();
     let cable = Cable::cut();
+    let struck = begun.elapsed();
     let causes = failures(&[transfer]);
-    println!("push: {causes:?} after {:?}", begun.elapsed());
-    assert!(causes.iter().all(names_the_link), "{causes:?}");
+    println!(
+        "push: struck after {struck:?}, {causes:?} after {:?}",
+        begun.elapsed()
+    );
     let of = |event: &Event| event.request().is_some_and(|(r, _)| *r == request);
     let ended = pair.told[1].wait("end of the expectation", of);
     let Event::Failed {
@@ -214,10 +247,12 @@ fn on_rdma_a_push_whose_cable_is_cut() {
         let released = |event: &Event| of(event) && matches!(event, Event::Released { .. });
         pair.told[1].wait("release", released);
     }
-    assert!(begun.elapsed() < ENOUGH + SLACK, "{:?}", begun.elapsed());
+    let took = begun.elapsed();
+    assert!(took < struck.max(ENOUGH) + SLACK, "{took:?}");
     pair.nothing_lands(cable);
     pair.works_again();
     pair.told_once();
+    (causes, struck < ENOUGH)
 }
 
 #[test]
