@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
@@ -317,6 +318,52 @@ fn who_has_the_turn_rings_once_for_all_that_are_ready() {
     assert!(ends.iter().all(|(posted, _)| *posted == Status::Ok));
     assert_eq!(device.hca.consumed(), FIRST + 4);
     assert_eq!(device.hca.sink().0[..4], [1; 4]);
+}
+
+/// Who rings has looked, and is slow: meanwhile one that it has found gives its turn up.
+#[test]
+fn what_was_given_up_may_have_been_rung_for_and_has_failed_the_queue() {
+    let image = Image::planted(NOTHING);
+    let mut bench = wqe::Bench::new(DIRECT, 4, 4, FIRST, SHORT);
+    let all = moves(2);
+    let (queue, post) = (bench.queue, image.post());
+    let (ready, is_ready) = channel();
+    let (ends_here, has_ended) = channel();
+    let (found, is_found) = channel();
+    let has_ended = Mutex::new(has_ended);
+    let look = move |what, value| match what {
+        // The first one is ready, and does not look before the second one is.
+        AT_READY if value == FIRST => {
+            let _ = found.send(());
+            let _ = held(&has_ended).recv();
+        }
+        AT_READY => {
+            let _ = ready.send(());
+        }
+        // It has found both: the other one gives up.
+        AT_RECORD => {
+            let _ = held(&has_ended).recv();
+        }
+        _ => {}
+    };
+    looks().insert(queue.slots, Arc::new(look));
+    let (first, second) = thread::scope(|scope| {
+        let first = scope.spawn(|| run(&post, queue, &all[..1], 1, PUT, POSTED));
+        is_found.recv().expect("it has a number");
+        let second = scope.spawn(|| run(&post, queue, &all[1..], 1, PUT, POSTED));
+        is_ready.recv().expect("it is ready");
+        ends_here.send(()).expect("it goes on to look");
+        let second = second.join().expect("it gives up");
+        ends_here.send(()).expect("it goes on to ring");
+        (first.join().expect("it rings"), second)
+    });
+    looks().remove(&queue.slots);
+    assert_eq!(ends(&first)[0].0, Status::Ok);
+    assert_eq!(ends(&second)[0].0, Status::Timeout);
+    assert_eq!(bench.hca.look(u64::MAX), Ok(2), "both were rung for");
+    assert_eq!(bench.hca.sink().0[..2], [1, 1]);
+    let fault = bench.report.load_u64(8).expect("inside");
+    assert_eq!((fault >> 8, fault & 0xff), (FIRST + 2, 1));
 }
 
 #[test]

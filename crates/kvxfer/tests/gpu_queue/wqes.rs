@@ -1,8 +1,9 @@
 //! Queues of WQEs, which a model of an mlx5 device reads: kernels write what a NIC would be given.
 
 use kvxfer::Error;
-use kvxfer::gpu_queue::{Hca, QueueKind};
+use kvxfer::gpu_queue::{Hca, QueueKind, QueueRule};
 use kvxfer::layout::{DType, models};
+use kvxfer::mem::post::device::PostFailed;
 
 use super::*;
 
@@ -15,6 +16,14 @@ impl Bench {
     fn wqes(&self, push: &Push, depth: u32, kind: QueueKind) -> GpuQueue {
         self.wqes_in(push, depth, (kind, WqeSlots::Pinned))
             .expect("a queue")
+    }
+
+    /// A queue whose posts wait for some milliseconds.
+    fn impatient(&self, push: &Push, depth: u32, kind: QueueKind) -> GpuQueue {
+        let mut config = self.config(depth);
+        config.kind = kind;
+        config.patience = Duration::from_millis(40);
+        push.gpu_queue(&config).expect("a queue")
     }
 
     fn wqes_in(
@@ -311,6 +320,90 @@ fn a_wqe_that_was_begun_and_never_written_fails_the_push() {
         assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
         bench.failed("r");
         bench.consumer.assert_untouched_but([1]);
+        bench.over();
+    }
+}
+
+/// Who rang had found it ready, and was slow: it is there, and its kernel was told that it is not
+/// (`post_host::planted` has that happen).
+#[test]
+fn a_post_that_was_given_up_fails_the_push_though_it_is_there() {
+    let completions = PostFault::Rule {
+        rule: QueueRule::Completions,
+    };
+    for (kind, status, fault) in [
+        (KINDS[0], Status::Timeout, PostFault::GivenUp),
+        (KINDS[1], Status::Stopped, PostFault::GivenUp),
+        (KINDS[1], Status::Malformed, completions),
+    ] {
+        let mut bench = Bench::small(|_| {});
+        bench.expect("r", 0..4);
+        let push = bench.push("r", LONG);
+        let queue = bench.wqes(&push, 8, kind);
+        let well = ends(&bench.post(&queue, &puts(2), PUT, EACH));
+        assert_eq!(well, [WELL; 4]);
+        let failed = PostFailed { number: 2, status };
+        let device = queue.device().wqe().expect("of work requests");
+        device.fail_a_post(failed).expect("inside");
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 2, fault });
+        assert!(sent.wait_released(LONG));
+        bench.failed("r");
+        bench.consumer.assert_untouched_but([0, 1]);
+        bench.over();
+    }
+}
+
+/// A turn that never comes: what is to blame is the post before, which was never written.
+#[test]
+fn a_turn_that_never_comes_is_the_fault_of_who_has_it() {
+    for kind in KINDS {
+        let mut bench = Bench::small(|_| {});
+        bench.expect("r", 0..4);
+        let push = bench.push("r", LONG);
+        let queue = bench.impatient(&push, 8, kind);
+        let well = ends(&bench.post(&queue, &[put(0, 1, 1, BLOCK)], PUT, EACH));
+        assert_eq!(well, [WELL]);
+        queue.device().lose_a_ticket().expect("inside");
+        let told = ends(&bench.post(&queue, &[put(1, 1, 1, BLOCK)], PUT, EACH));
+        assert_eq!(told, [(Status::Timeout, Status::Timeout)]);
+        let left = queue.device().left(Instant::now() + LONG).expect("read");
+        let failed = PostFailed {
+            number: 2,
+            status: Status::Timeout,
+        };
+        assert_eq!((left.posted, left.failed), (3, Some(failed)));
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let fault = PostFault::Unwritten;
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
+        bench.failed("r");
+        bench.over();
+    }
+}
+
+/// No number was taken: it is no part of the push, which goes on.
+#[test]
+fn a_post_that_finds_no_room_changes_nothing() {
+    for kind in [QueueKind::Proxy, KINDS[0], KINDS[1]] {
+        let mut bench = Bench::small(|_| {});
+        let push = bench.push("r", LONG);
+        let queue = bench.impatient(&push, 2, kind);
+        // Nobody looks before the ticket is here.
+        let posted = kvxfer::mem::kernels::queue::POSTED;
+        let told = ends(&bench.post(&queue, &puts(2), PUT, posted));
+        let posts: Vec<Status> = told.iter().map(|(posted, _)| *posted).collect();
+        let (ok, late) = (Status::Ok, Status::Timeout);
+        assert_eq!(posts, [ok, ok, late, late], "{kind:?}");
+        let left = queue.device().left(Instant::now() + LONG).expect("read");
+        assert_eq!((left.posted, left.failed), (2, None));
+        bench.expect("r", 0..4);
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("finished");
+        assert_eq!(sent.wait(LONG), Some(Outcome::Done), "{kind:?}");
+        bench.received("r");
+        bench.consumer.assert_untouched_but([0]);
         bench.over();
     }
 }

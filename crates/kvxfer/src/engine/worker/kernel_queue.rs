@@ -9,6 +9,7 @@ use tracing::{debug, error};
 use crate::engine::push::SharedQueue;
 use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batches, Pace, PostTable, Wanted, WqeDevice, Wrong};
+use crate::mem::post::device::PosterReport;
 use crate::mem::post::{Consumer, Rest, Status};
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
@@ -88,8 +89,8 @@ pub(crate) struct KernelQueue {
     pub(super) stage: Stage,
     /// It goes when nothing of it is under way.
     pub(super) is_closing: bool,
-    /// How many posts have been begun, if there are no more.
-    pub(super) posted: Option<u64>,
+    /// What its posters have left, if there are no more.
+    pub(super) left: Option<PosterReport>,
     /// Whether kernels have begun to put a block themselves, and not ended it.
     pub(super) has_begun: bool,
     /// Looks in a row that have found nothing, and when one last has found something.
@@ -115,7 +116,7 @@ impl KernelQueue {
             jobs: VecDeque::new(),
             stage: Stage::Open,
             is_closing: false,
-            posted: None,
+            left: None,
             has_begun: false,
             looks: 0,
             found: None,

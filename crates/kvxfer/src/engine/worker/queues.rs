@@ -85,7 +85,7 @@ impl Worker {
                 queue.is_closing = true;
                 queue.looks = 0;
                 match posted {
-                    Some(PostedAll::Count(posted)) => queue.posted = Some(posted),
+                    Some(PostedAll::Left(left)) => queue.left = Some(left),
                     Some(PostedAll::Put(puts)) => self.take_puts(&mut queue, &puts),
                     None => {}
                 }
@@ -144,7 +144,7 @@ impl Worker {
     }
 
     /// Everything that was posted has been taken. A post that was begun and is not there is a block that its engine
-    /// believes to be sent.
+    /// believes to be sent; and one that was given up may be there, though its kernel was told that it is not.
     fn seal(&mut self, queue: &mut KernelQueue) {
         if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
             return;
@@ -155,8 +155,14 @@ impl Worker {
             Served::Wqes(device) => device.has_begun(),
             Served::Links { .. } => queue.has_begun,
         };
-        if queue.posted.is_some_and(|posted| taken < posted) || in_part {
-            self.fail_post(queue.id, taken, PostFault::Unwritten);
+        let left = queue.left.unwrap_or_default();
+        let failed = left.failed;
+        let failed = failed.map(|of| (of.number, PostFault::of_posters(of.status)));
+        let unwritten = (taken < left.posted || in_part).then_some((taken, PostFault::Unwritten));
+        // What comes first in the queue has led to the other.
+        let both = failed.into_iter().chain(unwritten);
+        if let Some((post, fault)) = both.min_by_key(|(post, _)| *post) {
+            self.fail_post(queue.id, post, fault);
         }
         if let Served::Wqes(device) = &mut queue.served {
             device.close(Status::Closed);
