@@ -3,7 +3,8 @@
 use kvxfer::Error;
 use kvxfer::gpu_queue::{Hca, QueueKind, QueueRule};
 use kvxfer::layout::{DType, models};
-use kvxfer::mem::post::device::PostFailed;
+use kvxfer::mem::post::Consumer;
+use kvxfer::mem::post::device::{DeviceQueue, PostFailed};
 
 use super::*;
 
@@ -379,6 +380,136 @@ fn a_turn_that_never_comes_is_the_fault_of_who_has_it() {
         let sent = push.commit().expect("told");
         assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
         bench.failed("r");
+        bench.over();
+    }
+}
+
+/// A kernel that runs until it is told to stop, and the event behind it.
+struct Runs {
+    queue: Arc<DeviceQueue>,
+    _consumer: Consumer,
+    posting: Posting,
+}
+
+impl Runs {
+    fn new(bench: &Bench) -> Self {
+        let gpu = bench.stream.gpu();
+        let long = Duration::from_secs(3600);
+        let (queue, consumer) = DeviceQueue::new(gpu, 1, long).expect("a queue");
+        let queue = Arc::new(queue);
+        let posts = Posts {
+            moves: &[Move::default()],
+            posters: 1,
+            by: PostBy::Blocks,
+            op: PUT,
+            until: ALL,
+        };
+        let stream = Stream::new(gpu).expect("a stream");
+        let posting = bench.kernels.post(&stream, &queue, &posts);
+        Self {
+            queue,
+            _consumer: consumer,
+            posting: posting.expect("launched"),
+        }
+    }
+
+    fn stop(&self) {
+        self.queue.stop().expect("told");
+        ends(&self.posting);
+    }
+}
+
+/// A push of whose work requests the copies wait for a kernel, in an engine of one worker, and another push that does not:
+/// it goes on meanwhile.
+#[test]
+fn work_requests_that_are_being_copied_keep_no_other_push_up() {
+    let posted = kvxfer::mem::kernels::queue::POSTED;
+    for (kind, until_all) in [(KINDS[0], ALL), (KINDS[1], posted)] {
+        let mut bench = Bench::small(|config| config.num_worker_threads = 1);
+        let runs = Runs::new(&bench);
+        bench.expect("held", 0..4);
+        let push = bench.push("held", LONG);
+        let own = (kind, WqeSlots::Gpu);
+        let queue = bench.wqes_in(&push, 8, own).expect("a queue");
+        let device = Arc::clone(queue.device());
+        let device = device.wqe().expect("of work requests");
+        let long = Duration::from_secs(3600);
+        device.hold_slots(runs.posting.event(), long).expect("held");
+        let posting = bench.post(&queue, &puts(2), PUT, until_all);
+        until("they are being copied", || device.is_copying());
+        let commit = || {
+            let told = ends(&posting);
+            assert!(told.iter().all(|end| *end == WELL), "{told:?}");
+            queue.finish(Kernels::Ended, LONG).expect("they have ended");
+            push.commit().expect("finished")
+        };
+        let sent = if until_all == posted {
+            // One that comes now waits for them too.
+            let sent = commit();
+            other_push(&mut bench);
+            assert_eq!(sent.outcome(), None);
+            assert!(device.is_copying(), "it is still not there");
+            runs.stop();
+            sent
+        } else {
+            other_push(&mut bench);
+            assert!(device.is_copying(), "it is still not there");
+            runs.stop();
+            commit()
+        };
+        assert_eq!(sent.wait(LONG), Some(Outcome::Done), "{kind:?}");
+        bench.received("held");
+        let table = pairs((0..2).map(|b| (b, b)));
+        let well = bench.consumer.side.verify(SEED, &table);
+        well.expect("every byte");
+        bench.over();
+    }
+}
+
+/// Blocks that nothing else wants, by a proxy queue.
+fn other_push(bench: &mut Bench) {
+    bench.expect("other", 8..12);
+    let push = bench.push("other", LONG);
+    let queue = bench.queue(&push, 8);
+    let moves: Vec<Move> = (8..12).map(|b| put(0, b, b, BLOCK)).collect();
+    let stream = Stream::new(bench.stream.gpu()).expect("a stream");
+    let posting = post(&bench.kernels, &stream, &queue, &moves, (PUT, EACH));
+    assert!(ends(&posting).iter().all(|end| *end == WELL));
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let sent = push.commit().expect("finished");
+    assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    bench.received("other");
+}
+
+/// It is given up, and whoever waits is told.
+#[test]
+fn a_copy_that_takes_too_long_fails_its_push_alone() {
+    for kind in KINDS {
+        let mut bench = Bench::small(|config| config.num_worker_threads = 1);
+        let runs = Runs::new(&bench);
+        bench.expect("held", 0..4);
+        let push = bench.push("held", LONG);
+        let own = (kind, WqeSlots::Gpu);
+        let queue = bench.wqes_in(&push, 8, own).expect("a queue");
+        let device = queue.device().wqe().expect("of work requests");
+        let late = Duration::from_millis(20);
+        device.hold_slots(runs.posting.event(), late).expect("held");
+        let told = ends(&bench.post(&queue, &puts(1), PUT, ALL));
+        assert!(
+            told.iter().all(|(_, ended)| *ended == Status::Stopped),
+            "{told:?}"
+        );
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("told");
+        let fault = PostFault::Rule {
+            rule: QueueRule::Reached,
+        };
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
+        assert!(sent.wait_released(LONG));
+        bench.failed("held");
+        other_push(&mut bench);
+        runs.stop();
+        bench.consumer.assert_untouched_but(8..12);
         bench.over();
     }
 }

@@ -12,7 +12,7 @@ use super::regions::RegionTable;
 use super::slots::{CopiedSlots, WqeMemory, WqeSlots};
 use crate::error::Error;
 use crate::gpu::device::same;
-use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
+use crate::gpu::{Event, Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
 
 /// Bytes of a word that a queue and its device share, on a line of its own.
@@ -197,6 +197,26 @@ impl WqeQueue {
     #[doc(hidden)]
     pub fn lose_a_ticket(&self) -> Result<(), Error> {
         self.posters.lose_a_ticket()
+    }
+
+    /// Lets the copies by which the model reads slots in the GPU's memory wait for an event, and gives them so long: for
+    /// tests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    #[doc(hidden)]
+    pub fn hold_slots(&self, until: &Event, late: Duration) -> Result<(), Error> {
+        self.own
+            .as_ref()
+            .map_or(Ok(()), |own| own.hold(until, late))
+    }
+
+    /// Whether such a copy is under way.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.own.as_ref().is_some_and(CopiedSlots::is_copying)
     }
 
     /// Leaves what a poster leaves whose post has failed: for tests.

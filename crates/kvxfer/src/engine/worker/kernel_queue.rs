@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvxfer_verbs::mlx5::model::Copying;
 use tracing::{debug, error};
 
 use crate::engine::push::SharedQueue;
@@ -50,6 +51,14 @@ impl Served {
         }
     }
 
+    /// Work requests that have been told of and are not here yet.
+    pub(super) fn copying(&self) -> Option<Copying> {
+        match self {
+            Self::Wqes(device) => device.copying(),
+            Self::Ring(_) | Self::Links { .. } => None,
+        }
+    }
+
     /// Those that have not ended.
     fn under_way(&self) -> u64 {
         match self {
@@ -89,6 +98,8 @@ pub(crate) struct KernelQueue {
     pub(super) stage: Stage,
     /// It goes when nothing of it is under way.
     pub(super) is_closing: bool,
+    /// Its push is to be committed when what its device is told of has been copied.
+    pub(super) is_committing: bool,
     /// What its posters have left, if there are no more.
     pub(super) left: Option<PosterReport>,
     /// Whether kernels have begun to put a block themselves, and not ended it.
@@ -116,6 +127,7 @@ impl KernelQueue {
             jobs: VecDeque::new(),
             stage: Stage::Open,
             is_closing: false,
+            is_committing: false,
             left: None,
             has_begun: false,
             looks: 0,

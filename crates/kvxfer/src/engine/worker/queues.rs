@@ -56,7 +56,7 @@ pub(crate) enum QueueOrder {
 enum Look {
     Found,
     Nothing,
-    /// It was not looked: enough is under way.
+    /// It was not looked, for enough is under way; or what there is has to be copied first.
     Later,
 }
 
@@ -123,24 +123,48 @@ impl Worker {
             any |= look == Look::Found;
         }
         queues.retain(|queue| !queue.is_over());
+        let copied = |queue: &&KernelQueue| queue.is_committing && queue.served.copying().is_none();
+        let committed = queues.iter().filter(copied).map(|queue| queue.id);
+        let committed: Vec<_> = committed.collect();
         self.queues = queues;
+        for id in committed {
+            self.commit(id);
+        }
         any
     }
 
-    /// A push has all that is part of it: what kernels have posted by now.
-    pub(super) fn seal_queues(&mut self, id: TransferId) {
+    /// A transfer has all that is part of it: with what kernels have posted by now. While that is being copied, it has to
+    /// wait.
+    pub(super) fn commit(&mut self, id: TransferId) {
+        if !self.seal_queues(id) {
+            return;
+        }
+        if let Err(error) = self.transfers.commit(self.clock.now(), id) {
+            debug!(?id, %error, "commit of a push that has ended");
+        }
+    }
+
+    /// Takes what kernels have posted by now, and nothing more later. `false` where some of it is being copied.
+    fn seal_queues(&mut self, id: TransferId) -> bool {
         let mut queues = std::mem::take(&mut self.queues);
+        let mut is_all = true;
         for queue in queues.iter_mut().filter(|queue| queue.id == id) {
-            // What was posted before has a slot each; a kernel that goes on is not waited for.
+            // What was posted before has a slot each; a kernel that goes on is not waited for. What has just been copied
+            // is one look more.
             let looks = queue.shared.device().handle().depth as usize;
-            for _ in 0..looks.div_ceil(MOST_TAKEN) {
-                if self.look_at_queue(queue, true) == Look::Nothing {
+            for _ in 0..=looks.div_ceil(MOST_TAKEN) {
+                if self.look_at_queue(queue, true) != Look::Found {
                     break;
                 }
             }
-            self.seal(queue);
+            queue.is_committing = queue.served.copying().is_some();
+            match queue.is_committing {
+                true => is_all = false,
+                false => self.seal(queue),
+            }
         }
         self.queues = queues;
+        is_all
     }
 
     /// Everything that was posted has been taken. A post that was begun and is not there is a block that its engine
@@ -183,6 +207,7 @@ impl Worker {
             return Look::Later;
         }
         let mut batches = None;
+        let copying = queue.served.copying();
         let any = match &queue.served {
             Served::Ring(_) => self.take_descriptors(queue, &mut batches),
             Served::Wqes(_) => self.take_wqes(queue, &mut batches),
@@ -191,12 +216,19 @@ impl Worker {
         for batch in batches.into_iter().flat_map(Batches::into_all) {
             self.begin_posts(queue, batch);
         }
-        if !any {
+        let now = queue.served.copying();
+        if !any && now.is_none() {
             return Look::Nothing;
         }
-        queue.looks = 0;
-        queue.found = Some(Instant::now());
-        Look::Found
+        // What a look has begun to copy is soon there.
+        if any || now != copying {
+            queue.looks = 0;
+            queue.found = Some(Instant::now());
+        }
+        match any {
+            true => Look::Found,
+            false => Look::Later,
+        }
     }
 
     /// Takes what is in a ring; whether there was something.
