@@ -342,12 +342,12 @@ fn copies_of_slots_are_not_waited_for() -> Outcome {
             assert_eq!(queues.sq.load(0)?, [0; 8]);
         } else {
             let step = "a copy from the GPU";
-            assert_eq!(brought(|| fetch()), Err(QueueNotReached { step }));
+            assert_eq!(brought(fetch), Err(QueueNotReached { step }));
             assert!(!queue.is_copying());
         }
         held.stop()?;
         posting.wait(soon())?;
-        brought(|| fetch())?;
+        brought(fetch)?;
         assert_eq!(queues.sq.load(0)?, [7; 8]);
     }
     Ok(())
