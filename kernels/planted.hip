@@ -12,6 +12,8 @@ __attribute__((visibility("default"))) kvx_u32 kvx_planted = 0;
 // Called right after a store that somebody else may act on, with the address of the queue's slots.
 __attribute__((visibility("default"))) void (*kvx_trap)(kvx_u64 slots, kvx_u32 what,
                                                        kvx_u64 value) = nullptr;
+// What is looked at for the time, with the address of the queue's slots; none: the clock.
+__attribute__((visibility("default"))) kvx_u64 (*kvx_now)(kvx_u64 slots) = nullptr;
 }
 
 #define KVX_PLANTED(which) (kvx_planted == (which))
@@ -21,5 +23,6 @@ __attribute__((visibility("default"))) void (*kvx_trap)(kvx_u64 slots, kvx_u32 w
       kvx_trap((queue).slots, (what), (value));     \
     }                                               \
   } while (0)
+#define KVX_NOW(queue) (kvx_now != nullptr ? kvx_now((queue).slots) : kvx_clock())
 
 #include "kvx.hip"

@@ -12,7 +12,8 @@
 // tensor's. What pieces that is in, the host knows of a proxy's post, and the queue's table of others
 // (regions.h); however many they are, the post has one ticket, whose end is that of all of them.
 //
-// They return a status (queue.h), and never without an end: waits are over within the queue's patience.
+// They return a status (queue.h), and never without an end: a call is over within the queue's patience. What a post of
+// WQEs waits for its turn is what it has not waited for room, and a quarter of the patience at least.
 // A put over GPU links has no clock: it lasts as long as its copies, or until the abort word is set.
 // Plain names are for a thread that posts what is its own; lanes of a wave take turns, for lanes that
 // wait for each other in lockstep would wait for ever. Names with _wave are called by all lanes of a wave, with
@@ -37,6 +38,7 @@
 #ifndef KVX_PLANTED
 #define KVX_PLANTED(which) 0
 #define KVX_TRAP(queue, what, value) ((void)0)
+#define KVX_NOW(queue) ((void)(queue), kvx_clock())
 #endif
 #define KVX_PHASE_FIRST 1u         // the phase before the rest of the descriptor
 #define KVX_RECORD_LATE 2u         // the record after the doorbell
@@ -48,6 +50,7 @@
 #define KVX_READY_EARLY 8u         // ready to be rung for before the WQEs are written
 #define KVX_READY_STALE 9u         // who rings takes words of the lap before for good ones
 #define KVX_BELL_OWN 10u           // who rings for others rings with its own doorbell
+#define KVX_PATIENCE_TWICE 11u     // a post that has waited for room has a patience of its own for its turn
 #define KVX_TRAP_PHASE 1u
 #define KVX_TRAP_RECORD 2u
 #define KVX_TRAP_BELL 3u
@@ -62,17 +65,17 @@ struct kvx_vigil {
   kvx_u32 looks;
 };
 
-KVX_FN kvx_vigil kvx_vigil_begin() {
-  kvx_vigil vigil = {kvx_clock(), 0};
+KVX_FN kvx_vigil kvx_vigil_begin(const kvx_queue &queue) {
+  kvx_vigil vigil = {KVX_NOW(queue), 0};
   return vigil;
 }
 
-// A pause; or the reason to give up.
-KVX_FN kvx_u32 kvx_vigil_go_on(const kvx_queue &queue, kvx_vigil &vigil) {
+// A pause; or the reason to give up, after so many ticks since the call began.
+KVX_FN kvx_u32 kvx_vigil_go_on(const kvx_queue &queue, kvx_vigil &vigil, kvx_u64 patience) {
   if (kvx_load_system_u32(queue.abort) != 0) {
     return KVX_STOPPED;
   }
-  if (kvx_clock() - vigil.since > queue.patience) {
+  if (KVX_NOW(queue) - vigil.since > patience) {
     return KVX_TIMEOUT;
   }
   kvx_relax(vigil.looks++);
@@ -196,8 +199,7 @@ KVX_FN kvx_u32 kvx_look(const kvx_queue &queue) {
 
 // So many numbers in a row, from `first`, whose slots are free: without them nothing has changed. So a
 // queue that is full for too long has none that nobody posts.
-KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u32 count, kvx_u64 &first) {
-  kvx_vigil vigil = kvx_vigil_begin();
+KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_vigil &vigil, kvx_u32 count, kvx_u64 &first) {
   for (;;) {
     if (kvx_load_device_u64(KVX_STATE(queue, broken)) != 0) {
       return KVX_BROKEN;
@@ -225,7 +227,9 @@ KVX_FN kvx_u32 kvx_reserve(const kvx_queue &queue, kvx_u32 count, kvx_u64 &first
         continue;
       }
     }
-    kvx_u32 status = kvx_vigil_go_on(queue, vigil);
+    // Who has a number and no time left for its turn fails the queue: so a part is kept for that.
+    kvx_u64 kept = queue.kind == KVX_PROXY ? 0 : queue.patience / 4;
+    kvx_u32 status = kvx_vigil_go_on(queue, vigil, queue.patience - kept);
     if (status != KVX_OK) {
       return status;
     }
@@ -342,8 +346,8 @@ KVX_FN void kvx_nic_ring(const kvx_queue &queue, kvx_u64 ready) {
 
 // Writes the WQEs of a post from number `first`, and has the device told of them when it has been told of
 // all before them: by this thread, or by one that rings for several.
-KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_move &move,
-                            const kvx_block &block, kvx_u32 op) {
+KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_vigil &vigil, kvx_u64 first,
+                            const kvx_move &move, const kvx_block &block, kvx_u32 op) {
   kvx_train train = {first, first + block.count, move};
   if (KVX_PLANTED(KVX_READY_EARLY)) {
     kvx_nic_ready(queue, train, KVX_READY(train.next, kvx_nic_says(move, op)));
@@ -358,10 +362,12 @@ KVX_FN kvx_u32 kvx_nic_post(const kvx_queue &queue, kvx_u64 first, const kvx_mov
   if (!KVX_PLANTED(KVX_READY_EARLY)) {
     kvx_nic_ready(queue, train, ready);
   }
-  kvx_vigil vigil = kvx_vigil_begin();
+  if (KVX_PLANTED(KVX_PATIENCE_TWICE)) {
+    vigil = kvx_vigil_begin(queue);
+  }
   kvx_u64 rung = first;
   while (!KVX_PLANTED(KVX_NO_TURN) && (rung = kvx_load_device_u64(KVX_STATE(queue, rung))) < first) {
-    kvx_u32 status = kvx_vigil_go_on(queue, vigil);
+    kvx_u32 status = kvx_vigil_go_on(queue, vigil, queue.patience);
     if (status != KVX_OK) {
       // Its turn never came, so nobody's after it will. Who is late has nothing to ring for any more,
       // unless it has just looked; and then it may have rung.
@@ -406,7 +412,8 @@ KVX_FN kvx_u32 kvx_post_one(const kvx_queue &queue, const kvx_move &move, kvx_u3
     if (move.flags > (KVX_LOCAL_PLACE | KVX_REMOTE_PLACE)) {
       return KVX_BAD_OP;
     }
-    status = kvx_reserve(queue, 1, ticket);
+    kvx_vigil vigil = kvx_vigil_begin(queue);
+    status = kvx_reserve(queue, vigil, 1, ticket);
     if (status == KVX_OK) {
       kvx_ring_write(queue, ticket, move, op);
     }
@@ -417,13 +424,15 @@ KVX_FN kvx_u32 kvx_post_one(const kvx_queue &queue, const kvx_move &move, kvx_u3
   if (status != KVX_OK) {
     return status;
   }
+  // All of the post's waiting: for room, and for its turn.
+  kvx_vigil vigil = kvx_vigil_begin(queue);
   kvx_u64 first;
-  status = kvx_reserve(queue, block.count, first);
+  status = kvx_reserve(queue, vigil, block.count, first);
   if (status != KVX_OK) {
     return status;
   }
   ticket = KVX_TICKET(first + block.count - 1, block.count - 1);
-  return kvx_nic_post(queue, first, move, block, op);
+  return kvx_nic_post(queue, vigil, first, move, block, op);
 }
 
 // How one ticket has ended; `over` says whether it has.
@@ -472,7 +481,7 @@ KVX_FN kvx_u32 kvx_await_one(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 all
   if (all) {
     ticket = kvx_load_device_u64(KVX_STATE(queue, next));
   }
-  kvx_vigil vigil = kvx_vigil_begin();
+  kvx_vigil vigil = kvx_vigil_begin(queue);
   for (;;) {
     if (queue.kind != KVX_PROXY) {
       kvx_nic_reap(queue);
@@ -483,7 +492,7 @@ KVX_FN kvx_u32 kvx_await_one(const kvx_queue &queue, kvx_u64 ticket, kvx_u32 all
       kvx_fence_acquire();
       return status;
     }
-    status = kvx_vigil_go_on(queue, vigil);
+    status = kvx_vigil_go_on(queue, vigil, queue.patience);
     if (status != KVX_OK) {
       return status;
     }

@@ -24,7 +24,7 @@ KVX_FN void kvx_time_echo_all(const kvx_post_args &args) {
   KVX_GLOBAL kvx_post_result *results = (KVX_GLOBAL kvx_post_result *)args.results;
 #pragma nounroll
   for (kvx_u64 i = 1; i <= args.count; ++i) {
-    kvx_vigil vigil = kvx_vigil_begin();
+    kvx_vigil vigil = kvx_vigil_begin(args.queue);
     kvx_u32 status = KVX_OK;
     kvx_store_release_u64(args.queue.bell, i);
     while (kvx_load_acquire_u64(args.queue.words) != i && status == KVX_OK) {

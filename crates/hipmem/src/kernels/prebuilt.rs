@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "2f7ff840f1c5e4f264d5faa52a9a5d22e2fbf9eb19cee29c343e5d33a37033e3",
+    sources_sha256: "19a75fd6eb13d159c35c3099482a993b8468bcd8f4da4796b6148562df74945c",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "0ff0cdac915055f7d477aabd71bc565bc2ef4e51b042501db77d50b7e50df754",
+        sha256: "4e3c853a780cdac6d632f72af691a2fe46b475aa323a7cd25183e43540a1ffe3",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "dd2f486a8de5fbf7937f6ac33b4cfa6e164547dae382743baf3d6a8e30d12140",
+        sha256: "7b6a8259f317d5fff2b57a8ddc6cc9478e91471bdd14609a65667fc8b26ddf13",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "8c15ae8e60382799e6b6d67d5a2e512da188781a88b6074f32d3c17ad80282c6",
+        sha256: "4f2b95c918197427d63e6d9a730713191c2bc43970a8ea57def50d5d8dde6b02",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "4a16673a091f81525cc3b56508ab78f35bcf97446f4fc6e2dcc8458e9f440d37",
+        sha256: "d83c2d1c36a32d642cc4cdbf84e2ed3c040548437e9689d9880f41ae0b5ea3f5",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "a303dca879815fc20b643fbbbd970cc35d2289ac93c3529053c647e300b51b67",
+        sha256: "896e7069a55513a943a38a307797d99302a837f928acd33bd5cf73e2057217db",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "46f48985cfea92c3f63c7db763f233817ecd897d2875f433949cc6e9dacff1c8",
+        sha256: "3302e7ffaf6a96c2be8d77deff5e68ad86ca5c4e773fe322e3e79f3ccf628db7",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "ba46c61610a3d1393264fd24527c0045060177c91c89083080926319f0a40298",
+        sha256: "5ae22850e54e105b8db6801ede642187d98730ad9e609ecff06f4bf9d5573c1c",
         warp: 32,
     },
 ];

@@ -19,6 +19,8 @@ mod descriptor;
 #[cfg(all(loom, test))]
 mod loom_models;
 #[cfg(all(loom, test))]
+mod loom_wqe_ends;
+#[cfg(all(loom, test))]
 mod loom_wqes;
 mod pace;
 mod proxy;

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gpu::{GpuFault, PinnedMemory, Stream};
@@ -10,12 +11,15 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, ALL_TENSORS, EACH, LOCAL_PLACE, Move, PUT, REMOTE_PLACE, ticket_number,
 };
 use kvxfer_hipmem::post::device::{
-    Bell, PostBy, PostKernels, Posts, RegionTable, WqeQueue, WqeQueueConfig, WqeSlots,
+    Bell, DeviceQueue, PostBy, PostKernels, PosterReport, Posts, RegionTable, WqeQueue,
+    WqeQueueConfig, WqeSlots,
 };
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide, Status};
 use kvxfer_hipmem::{Error, HostMemory};
 use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Region, Sink};
-use kvxfer_verbs::mlx5::{CqDepth, Gather, Operation, Qpn, QueueMemory, SqDepth, Syndrome};
+use kvxfer_verbs::mlx5::{
+    CqDepth, Gather, Operation, Qpn, QueueMemory, QueueNotReached, SqDepth, Syndrome,
+};
 
 use crate::{Outcome, gpu, soon};
 
@@ -203,7 +207,11 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
         assert_eq!(hca.sink().wqes, pieces);
         let last = results.iter().map(|r| ticket_number(r.ticket)).max();
         assert_eq!(last, Some(pieces as u64 - 1));
-        assert_eq!(queue.posted(soon())?, pieces as u64);
+        let left = PosterReport {
+            posted: pieces as u64,
+            failed: None,
+        };
+        assert_eq!(queue.left(soon())?, left);
 
         // A place that there is not is refused at once, and the queue is as it was.
         let posts = Posts {
@@ -220,9 +228,21 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
         let posted: Vec<_> = results.iter().map(|r| r.posted).collect();
         let wanted = [Status::BadKey, Status::BadRange].map(Status::number);
         assert_eq!(posted, wanted, "{by:?}");
-        assert_eq!(queue.posted(soon())?, pieces as u64);
+        assert_eq!(queue.left(soon())?, left);
     }
     Ok(())
+}
+
+/// Asks until it is there.
+fn brought(
+    mut ask: impl FnMut() -> Poll<Result<(), QueueNotReached>>,
+) -> Result<(), QueueNotReached> {
+    loop {
+        match ask() {
+            Poll::Ready(ended) => return ended,
+            Poll::Pending => std::thread::yield_now(),
+        }
+    }
 }
 
 #[test]
@@ -264,19 +284,72 @@ fn slots_in_a_gpus_memory_are_there_for_a_nic() -> Outcome {
     slots.write(64, &word)?;
     let span = 64..128_u64;
     assert_eq!(queues.sq.load(64)?, [0; 8], "it has not been copied");
-    queues.sq.fetch(std::slice::from_ref(&span))?;
+    brought(|| queues.sq.fetch(std::slice::from_ref(&span)))?;
     assert_eq!(queues.sq.load(64)?, word);
     queues.sq.store(72, other)?;
     let mut found = [1; 8];
     slots.read(72, &mut found)?;
     assert_eq!(found, [0; 8]);
-    queues.sq.flush(std::slice::from_ref(&span))?;
+    brought(|| queues.sq.flush(std::slice::from_ref(&span)))?;
     slots.read(72, &mut found)?;
     assert_eq!(found, other);
     // Beyond them nothing is copied, nor read.
     let beyond = 4096..4160_u64;
-    assert!(queues.sq.fetch(std::slice::from_ref(&beyond)).is_err());
+    let refused = brought(|| queues.sq.fetch(std::slice::from_ref(&beyond)));
+    assert!(refused.is_err());
     assert!(queues.sq.load(4096).is_err());
+    Ok(())
+}
+
+/// A copy that has not ended is asked for again; one that takes too long is given up.
+#[test]
+fn copies_of_slots_are_not_waited_for() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let config = WqeQueueConfig {
+        bell: Bell::Kernel,
+        slots: WqeSlots::Gpu,
+        sq_depth: SqDepth::new(64)?,
+        cq_depth: CqDepth::new(64)?,
+        qpn: Qpn::new(1)?,
+        patience: Duration::from_secs(1),
+    };
+    let (long, none) = (Duration::from_secs(3600), Duration::ZERO);
+    for late in [long, none] {
+        let (queue, queues) = WqeQueue::new(&gpu, &config, None)?;
+        let slots = queue.slots().ok_or("they are in the GPU's memory")?;
+        slots.write(0, &[7; 8])?;
+        // A kernel that waits for an end that never comes, until it is stopped.
+        let (held, _consumer) = DeviceQueue::new(&gpu, 1, long)?;
+        let held = Arc::new(held);
+        let posts = Posts {
+            moves: &[Move::default()],
+            posters: 1,
+            by: PostBy::Waves,
+            op: PUT,
+            until: ALL,
+        };
+        let posting = kernels.post(&stream, &held, &posts)?;
+        queue.hold_slots(posting.event(), late)?;
+        let span = 0..64_u64;
+        let fetch = || queues.sq.fetch(std::slice::from_ref(&span));
+        let first = fetch();
+        if late == long {
+            assert_eq!(first, Poll::Pending);
+            assert!(queue.is_copying());
+            assert_eq!(fetch(), Poll::Pending, "nothing new was begun");
+            assert_eq!(queues.sq.load(0)?, [0; 8]);
+        } else {
+            let step = "a copy from the GPU";
+            assert_eq!(brought(fetch), Err(QueueNotReached { step }));
+            assert!(!queue.is_copying());
+        }
+        held.stop()?;
+        posting.wait(soon())?;
+        brought(fetch)?;
+        assert_eq!(queues.sq.load(0)?, [7; 8]);
+    }
     Ok(())
 }
 

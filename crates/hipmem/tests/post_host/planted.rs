@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
@@ -37,6 +38,7 @@ const TOLD_FIRST: u32 = 7;
 const READY_EARLY: u32 = 8;
 const READY_STALE: u32 = 9;
 const BELL_OWN: u32 = 10;
+const PATIENCE_TWICE: u32 = 11;
 const AT_PHASE: u32 = 1;
 const AT_RECORD: u32 = 2;
 const AT_BELL: u32 = 3;
@@ -44,6 +46,7 @@ const AT_READY: u32 = 4;
 
 type Look = Arc<dyn Fn(u32, u64) + Send + Sync>;
 type Trap = unsafe extern "C" fn(slots: u64, what: u32, value: u64);
+type Now = unsafe extern "C" fn(slots: u64) -> u64;
 type PostFn = unsafe extern "C" fn(args: *const PostArgs, first: u32, end: u32, groups: u32);
 
 fn held<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -63,10 +66,30 @@ unsafe extern "C" fn trap(slots: u64, what: u32, value: u64) {
     }
 }
 
+/// The clock of each queue that has one of its own, by the address of its slots: it goes on by a tick whenever somebody
+/// looks at it, and this is called with the tick.
+fn clocks() -> MutexGuard<'static, HashMap<u64, Clock>> {
+    static CLOCKS: OnceLock<Mutex<HashMap<u64, Clock>>> = OnceLock::new();
+    held(CLOCKS.get_or_init(Mutex::default))
+}
+
+struct Clock {
+    ticks: u64,
+    at: Box<dyn FnMut(u64) + Send>,
+}
+
+unsafe extern "C" fn now(slots: u64) -> u64 {
+    clocks().get_mut(&slots).map_or(0, |clock| {
+        clock.ticks += 1;
+        (clock.at)(clock.ticks);
+        clock.ticks
+    })
+}
+
 /// An image of one's own, so that a fault is planted for one test alone.
 struct Image {
     post: PostFn,
-    _library: Library,
+    library: Library,
     /// The loader knows libraries by their path: while this one is loaded, no other has its number.
     _file: File,
 }
@@ -95,9 +118,20 @@ impl Image {
         unsafe { hook.write(trap) };
         Self {
             post,
-            _library: library,
+            library,
             _file: file,
         }
+    }
+
+    /// With clocks that tick when they are looked at.
+    fn timed(fault: u32) -> Self {
+        let image = Self::planted(fault);
+        // SAFETY: a function pointer, as kernels/planted.hip defines it.
+        let hook: Symbol<*mut Now> =
+            unsafe { image.library.get(b"kvx_now\0") }.expect("it is there");
+        // SAFETY: the image is this test's alone, and none of its code runs yet.
+        unsafe { hook.write(now) };
+        image
     }
 
     fn post(&self) -> impl Fn(&PostArgs, Range<u32>) + Sync + use<'_> {
@@ -286,6 +320,52 @@ fn who_has_the_turn_rings_once_for_all_that_are_ready() {
     assert_eq!(device.hca.sink().0[..4], [1; 4]);
 }
 
+/// Who rings has looked, and is slow: meanwhile one that it has found gives its turn up.
+#[test]
+fn what_was_given_up_may_have_been_rung_for_and_has_failed_the_queue() {
+    let image = Image::planted(NOTHING);
+    let mut bench = wqe::Bench::new(DIRECT, 4, 4, FIRST, SHORT);
+    let all = moves(2);
+    let (queue, post) = (bench.queue, image.post());
+    let (ready, is_ready) = channel();
+    let (ends_here, has_ended) = channel();
+    let (found, is_found) = channel();
+    let has_ended = Mutex::new(has_ended);
+    let look = move |what, value| match what {
+        // The first one is ready, and does not look before the second one is.
+        AT_READY if value == FIRST => {
+            let _ = found.send(());
+            let _ = held(&has_ended).recv();
+        }
+        AT_READY => {
+            let _ = ready.send(());
+        }
+        // It has found both: the other one gives up.
+        AT_RECORD => {
+            let _ = held(&has_ended).recv();
+        }
+        _ => {}
+    };
+    looks().insert(queue.slots, Arc::new(look));
+    let (first, second) = thread::scope(|scope| {
+        let first = scope.spawn(|| run(&post, queue, &all[..1], 1, PUT, POSTED));
+        is_found.recv().expect("it has a number");
+        let second = scope.spawn(|| run(&post, queue, &all[1..], 1, PUT, POSTED));
+        is_ready.recv().expect("it is ready");
+        ends_here.send(()).expect("it goes on to look");
+        let second = second.join().expect("it gives up");
+        ends_here.send(()).expect("it goes on to ring");
+        (first.join().expect("it rings"), second)
+    });
+    looks().remove(&queue.slots);
+    assert_eq!(ends(&first)[0].0, Status::Ok);
+    assert_eq!(ends(&second)[0].0, Status::Timeout);
+    assert_eq!(bench.hca.look(u64::MAX), Ok(2), "both were rung for");
+    assert_eq!(bench.hca.sink().0[..2], [1, 1]);
+    let fault = bench.report.load_u64(8).expect("inside");
+    assert_eq!((fault >> 8, fault & 0xff), (FIRST + 2, 1));
+}
+
 #[test]
 fn a_doorbell_of_ones_own_for_all_is_found() {
     let (device, _) = together(BELL_OWN);
@@ -423,4 +503,68 @@ fn a_phase_stored_first_is_found() {
     let (taken, ends) = trapped_ring(PHASE_FIRST, 1, 1);
     assert!(matches!(taken[..], [Taken::Refused(_)]), "{taken:?}");
     assert_eq!(ends, [(Status::Ok, Status::Malformed)]);
+}
+
+/// Ticks that a call has patience for, and of those what is waited for room at most.
+const PATIENCE: u64 = 1000;
+const FOR_ROOM: u64 = PATIENCE - PATIENCE / 4;
+
+/// A post to a queue of two slots that is full until this tick of it, and whose turn never comes. What it was told, and
+/// how many ticks it has looked for.
+fn waits(fault: u32, room_at: u64) -> (Status, u64) {
+    let image = Image::timed(fault);
+    let wqe::Bench {
+        queue,
+        mut hca,
+        around,
+        ..
+    } = wqe::Bench::new(DIRECT, 2, 2, 0, PATIENCE);
+    let of_one = |at: Box<dyn FnMut(u64) + Send>| {
+        clocks().insert(queue.slots, Clock { ticks: 0, at });
+        let results = run(&image.post(), queue, &moves(1), 1, PUT, POSTED);
+        let clock = clocks().remove(&queue.slots).expect("it is there");
+        (ends(&results)[0].0, clock.ticks)
+    };
+    // It has begun, and nothing was to be waited for.
+    let looks = 1 + u64::from(fault == PATIENCE_TWICE);
+    assert_eq!(of_one(Box::new(|_| {})), (Status::Ok, looks));
+    around.lose_a_ticket();
+    of_one(Box::new(move |tick| {
+        if tick == room_at {
+            assert_eq!(hca.look(u64::MAX), Ok(1), "the first one ends");
+        }
+    }))
+}
+
+#[test]
+fn a_post_has_one_patience_for_room_and_for_its_turn() {
+    // The first tick is its beginning, the last one more than it is patient.
+    for room_at in [2, 600, FOR_ROOM] {
+        let waited = waits(NOTHING, room_at);
+        assert_eq!(waited, (Status::Timeout, PATIENCE + 2), "{room_at}");
+        let (status, twice) = waits(PATIENCE_TWICE, room_at);
+        assert_eq!(status, Status::Timeout);
+        assert!(
+            twice >= PATIENCE + room_at,
+            "a patience of its own is found"
+        );
+    }
+    // Who has waited too long for room takes no number, which would leave no time for its turn.
+    assert_eq!(
+        waits(NOTHING, FOR_ROOM + 3),
+        (Status::Timeout, FOR_ROOM + 2)
+    );
+}
+
+#[test]
+fn a_post_to_a_ring_waits_for_room_as_long_as_it_is_patient() {
+    let image = Image::timed(NOTHING);
+    let bench = ring::Bench::new(1, 0, PATIENCE);
+    for (status, ticks) in [(Status::Ok, 1), (Status::Timeout, PATIENCE + 2)] {
+        let at = Box::new(|_| {});
+        clocks().insert(bench.queue.slots, Clock { ticks: 0, at });
+        let results = run(&image.post(), bench.queue, &moves(1), 1, PUT, POSTED);
+        let clock = clocks().remove(&bench.queue.slots).expect("it is there");
+        assert_eq!((ends(&results)[0].0, clock.ticks), (status, ticks));
+    }
 }

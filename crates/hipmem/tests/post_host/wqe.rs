@@ -58,7 +58,7 @@ pub(crate) struct Bench<S = Counted> {
     /// By which posters ring for each other.
     pub(crate) words: HostMemory,
     cq: HostMemory,
-    report: HostMemory,
+    pub(crate) report: HostMemory,
     pub(crate) record: HostMemory,
     bell: HostMemory,
     /// Of `GPU_WQE`: the doorbell behind the word.

@@ -609,14 +609,13 @@ impl Inner {
                 Err(refusal) => return Err(refusal.to_string()),
             }
             // While the ledgers are held: the outcome comes behind them.
-            for immediate in immediates {
-                self.events.push(Event::Told {
-                    request: request.clone(),
-                    nonce,
-                    peer: peer.name.clone(),
-                    immediate,
-                });
-            }
+            let told = immediates.into_iter().map(|immediate| Event::Told {
+                request: request.clone(),
+                nonce,
+                peer: peer.name.clone(),
+                immediate,
+            });
+            self.events.push_each(told);
             Ok(())
         })
     }

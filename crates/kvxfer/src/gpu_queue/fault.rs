@@ -17,6 +17,11 @@ pub enum PostFault {
     /// A post that was begun and is not there.
     #[error("it was begun and never written: its kernel ended, or was ended, in the middle of it")]
     Unwritten,
+    /// A post that was given up while it waited for its turn: whether it was sent, nobody can say.
+    #[error(
+        "it was given up before its turn to be told of came, and its kernel was told KVX_TIMEOUT or KVX_STOPPED: give the queue more patience, or stop no kernel that posts"
+    )]
+    GivenUp,
     /// Something other than a put, or to the queue of a pull than a get.
     #[error(
         "the queue of a push takes kvx_put and, of descriptors, kvx_put_imm; that of a pull kvx_get"
@@ -140,8 +145,8 @@ pub enum QueueRule {
     /// The doorbell is the beginning of the last work request.
     #[error("the doorbell is the first eight bytes of the last work request")]
     Doorbell,
-    /// Completions are given back, and not more than there were.
-    #[error("completions are given back as they are read")]
+    /// Completions are read as they were written, and given back, and not more than there were.
+    #[error("completions are read as the device wrote them, and given back")]
     Completions,
     /// The queue's memory.
     #[error("the queue's memory holds it")]
@@ -171,11 +176,24 @@ impl QueueRule {
 }
 
 impl PostFault {
+    /// Of what posters of work requests have noted themselves. What a completion has told them of has failed the push
+    /// before.
+    pub(crate) fn of_posters(status: Status) -> Self {
+        match status {
+            Status::Timeout | Status::Stopped => Self::GivenUp,
+            // A completion that made no sense to them.
+            _ => Self::Rule {
+                rule: QueueRule::Completions,
+            },
+        }
+    }
+
     /// What the kernel is told.
     #[must_use]
     pub fn status(self) -> Status {
         match self {
             Self::Malformed | Self::Unwritten | Self::Rule { .. } => Status::Malformed,
+            Self::GivenUp => Status::Timeout,
             Self::Operation | Self::Immediate | Self::Immediates => Status::BadOp,
             Self::Address | Self::Layer { .. } | Self::Key => Status::BadKey,
             Self::Length { .. } => Status::BadLength,

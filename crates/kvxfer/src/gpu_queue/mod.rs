@@ -88,7 +88,8 @@ pub struct GpuQueueConfig {
     pub depth: u32,
     /// Where kernels write work requests. A proxy's descriptors are in pinned memory.
     pub slots: WqeSlots,
-    /// How long a call of a kernel waits at most: for room, or for a post's end. More than an hour is an hour. On AMD
+    /// How long a call of a kernel waits at most: for room and its turn, or for a post's end. A post of work requests
+    /// waits for room for three quarters of it, so that it has time for its turn. More than an hour is an hour. On AMD
     /// the calls for a thread go lane by lane, each with this patience, so a wave may take as many times as long.
     pub patience: Duration,
     /// How eagerly a worker looks at it; at links nobody does.

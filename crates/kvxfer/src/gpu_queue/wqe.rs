@@ -6,7 +6,7 @@
 //! one behind the other, and a block that is whole is a post like any other.
 
 use kvxfer_verbs::mlx5::model::{
-    Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation,
+    Carried, Copying, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation,
 };
 use kvxfer_verbs::mlx5::{Gather, Operation, Syndrome};
 
@@ -335,6 +335,11 @@ impl WqeDevice {
     /// Whether a block has begun that is not whole.
     pub(crate) fn has_begun(&self) -> bool {
         self.hca.sink().begun.is_some()
+    }
+
+    /// What it has been told of and is still being copied out of the GPU's memory: the next look goes on with that.
+    pub(crate) fn copying(&self) -> Option<Copying> {
+        self.hca.copying().filter(|_| !self.is_lost)
     }
 
     /// Takes what has been posted, but so many WQEs at most: blocks in their order, and how many WQEs that were. What is

@@ -1,8 +1,10 @@
 //! Queues of WQEs, which a model of an mlx5 device reads: kernels write what a NIC would be given.
 
 use kvxfer::Error;
-use kvxfer::gpu_queue::{Hca, QueueKind};
+use kvxfer::gpu_queue::{Hca, QueueKind, QueueRule};
 use kvxfer::layout::{DType, models};
+use kvxfer::mem::post::Consumer;
+use kvxfer::mem::post::device::{DeviceQueue, PostFailed};
 
 use super::*;
 
@@ -15,6 +17,14 @@ impl Bench {
     fn wqes(&self, push: &Push, depth: u32, kind: QueueKind) -> GpuQueue {
         self.wqes_in(push, depth, (kind, WqeSlots::Pinned))
             .expect("a queue")
+    }
+
+    /// A queue whose posts wait for some milliseconds.
+    fn impatient(&self, push: &Push, depth: u32, kind: QueueKind) -> GpuQueue {
+        let mut config = self.config(depth);
+        config.kind = kind;
+        config.patience = Duration::from_millis(40);
+        push.gpu_queue(&config).expect("a queue")
     }
 
     fn wqes_in(
@@ -311,6 +321,220 @@ fn a_wqe_that_was_begun_and_never_written_fails_the_push() {
         assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
         bench.failed("r");
         bench.consumer.assert_untouched_but([1]);
+        bench.over();
+    }
+}
+
+/// Who rang had found it ready, and was slow: it is there, and its kernel was told that it is not
+/// (`post_host::planted` has that happen).
+#[test]
+fn a_post_that_was_given_up_fails_the_push_though_it_is_there() {
+    let completions = PostFault::Rule {
+        rule: QueueRule::Completions,
+    };
+    for (kind, status, fault) in [
+        (KINDS[0], Status::Timeout, PostFault::GivenUp),
+        (KINDS[1], Status::Stopped, PostFault::GivenUp),
+        (KINDS[1], Status::Malformed, completions),
+    ] {
+        let mut bench = Bench::small(|_| {});
+        bench.expect("r", 0..4);
+        let push = bench.push("r", LONG);
+        let queue = bench.wqes(&push, 8, kind);
+        let well = ends(&bench.post(&queue, &puts(2), PUT, EACH));
+        assert_eq!(well, [WELL; 4]);
+        let failed = PostFailed { number: 2, status };
+        let device = queue.device().wqe().expect("of work requests");
+        device.fail_a_post(failed).expect("inside");
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 2, fault });
+        assert!(sent.wait_released(LONG));
+        bench.failed("r");
+        bench.consumer.assert_untouched_but([0, 1]);
+        bench.over();
+    }
+}
+
+/// A turn that never comes: what is to blame is the post before, which was never written.
+#[test]
+fn a_turn_that_never_comes_is_the_fault_of_who_has_it() {
+    for kind in KINDS {
+        let mut bench = Bench::small(|_| {});
+        bench.expect("r", 0..4);
+        let push = bench.push("r", LONG);
+        let queue = bench.impatient(&push, 8, kind);
+        let well = ends(&bench.post(&queue, &[put(0, 1, 1, BLOCK)], PUT, EACH));
+        assert_eq!(well, [WELL]);
+        queue.device().lose_a_ticket().expect("inside");
+        let told = ends(&bench.post(&queue, &[put(1, 1, 1, BLOCK)], PUT, EACH));
+        assert_eq!(told, [(Status::Timeout, Status::Timeout)]);
+        let left = queue.device().left(Instant::now() + LONG).expect("read");
+        let failed = PostFailed {
+            number: 2,
+            status: Status::Timeout,
+        };
+        assert_eq!((left.posted, left.failed), (3, Some(failed)));
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let fault = PostFault::Unwritten;
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 1, fault });
+        bench.failed("r");
+        bench.over();
+    }
+}
+
+/// A kernel that runs until it is told to stop, and the event behind it.
+struct Runs {
+    queue: Arc<DeviceQueue>,
+    _consumer: Consumer,
+    posting: Posting,
+}
+
+impl Runs {
+    fn new(bench: &Bench) -> Self {
+        let gpu = bench.stream.gpu();
+        let long = Duration::from_secs(3600);
+        let (queue, consumer) = DeviceQueue::new(gpu, 1, long).expect("a queue");
+        let queue = Arc::new(queue);
+        let posts = Posts {
+            moves: &[Move::default()],
+            posters: 1,
+            by: PostBy::Blocks,
+            op: PUT,
+            until: ALL,
+        };
+        let stream = Stream::new(gpu).expect("a stream");
+        let posting = bench.kernels.post(&stream, &queue, &posts);
+        Self {
+            queue,
+            _consumer: consumer,
+            posting: posting.expect("launched"),
+        }
+    }
+
+    fn stop(&self) {
+        self.queue.stop().expect("told");
+        ends(&self.posting);
+    }
+}
+
+/// A push of whose work requests the copies wait for a kernel, in an engine of one worker, and another push that does not:
+/// it goes on meanwhile.
+#[test]
+fn work_requests_that_are_being_copied_keep_no_other_push_up() {
+    let posted = kvxfer::mem::kernels::queue::POSTED;
+    for (kind, until_all) in [(KINDS[0], ALL), (KINDS[1], posted)] {
+        let mut bench = Bench::small(|config| config.num_worker_threads = 1);
+        let runs = Runs::new(&bench);
+        bench.expect("held", 0..4);
+        let push = bench.push("held", LONG);
+        let own = (kind, WqeSlots::Gpu);
+        let queue = bench.wqes_in(&push, 8, own).expect("a queue");
+        let device = Arc::clone(queue.device());
+        let device = device.wqe().expect("of work requests");
+        let long = Duration::from_secs(3600);
+        device.hold_slots(runs.posting.event(), long).expect("held");
+        let posting = bench.post(&queue, &puts(2), PUT, until_all);
+        until("they are being copied", || device.is_copying());
+        let commit = || {
+            let told = ends(&posting);
+            assert!(told.iter().all(|end| *end == WELL), "{told:?}");
+            queue.finish(Kernels::Ended, LONG).expect("they have ended");
+            push.commit().expect("finished")
+        };
+        let sent = if until_all == posted {
+            // One that comes now waits for them too.
+            let sent = commit();
+            other_push(&mut bench);
+            assert_eq!(sent.outcome(), None);
+            assert!(device.is_copying(), "it is still not there");
+            runs.stop();
+            sent
+        } else {
+            other_push(&mut bench);
+            assert!(device.is_copying(), "it is still not there");
+            runs.stop();
+            commit()
+        };
+        assert_eq!(sent.wait(LONG), Some(Outcome::Done), "{kind:?}");
+        bench.received("held");
+        let table = pairs((0..2).map(|b| (b, b)));
+        let well = bench.consumer.side.verify(SEED, &table);
+        well.expect("every byte");
+        bench.over();
+    }
+}
+
+/// Blocks that nothing else wants, by a proxy queue.
+fn other_push(bench: &mut Bench) {
+    bench.expect("other", 8..12);
+    let push = bench.push("other", LONG);
+    let queue = bench.queue(&push, 8);
+    let moves: Vec<Move> = (8..12).map(|b| put(0, b, b, BLOCK)).collect();
+    let stream = Stream::new(bench.stream.gpu()).expect("a stream");
+    let posting = post(&bench.kernels, &stream, &queue, &moves, (PUT, EACH));
+    assert!(ends(&posting).iter().all(|end| *end == WELL));
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let sent = push.commit().expect("finished");
+    assert_eq!(sent.wait(LONG), Some(Outcome::Done));
+    bench.received("other");
+}
+
+/// It is given up, and whoever waits is told.
+#[test]
+fn a_copy_that_takes_too_long_fails_its_push_alone() {
+    for kind in KINDS {
+        let mut bench = Bench::small(|config| config.num_worker_threads = 1);
+        let runs = Runs::new(&bench);
+        bench.expect("held", 0..4);
+        let push = bench.push("held", LONG);
+        let own = (kind, WqeSlots::Gpu);
+        let queue = bench.wqes_in(&push, 8, own).expect("a queue");
+        let device = queue.device().wqe().expect("of work requests");
+        let late = Duration::from_millis(20);
+        device.hold_slots(runs.posting.event(), late).expect("held");
+        let told = ends(&bench.post(&queue, &puts(1), PUT, ALL));
+        assert!(
+            told.iter().all(|(_, ended)| *ended == Status::Stopped),
+            "{told:?}"
+        );
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("told");
+        let fault = PostFault::Rule {
+            rule: QueueRule::Reached,
+        };
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
+        assert!(sent.wait_released(LONG));
+        bench.failed("held");
+        other_push(&mut bench);
+        runs.stop();
+        bench.consumer.assert_untouched_but(8..12);
+        bench.over();
+    }
+}
+
+/// No number was taken: it is no part of the push, which goes on.
+#[test]
+fn a_post_that_finds_no_room_changes_nothing() {
+    for kind in [QueueKind::Proxy, KINDS[0], KINDS[1]] {
+        let mut bench = Bench::small(|_| {});
+        let push = bench.push("r", LONG);
+        let queue = bench.impatient(&push, 2, kind);
+        // Nobody looks before the ticket is here.
+        let posted = kvxfer::mem::kernels::queue::POSTED;
+        let told = ends(&bench.post(&queue, &puts(2), PUT, posted));
+        let posts: Vec<Status> = told.iter().map(|(posted, _)| *posted).collect();
+        let (ok, late) = (Status::Ok, Status::Timeout);
+        assert_eq!(posts, [ok, ok, late, late], "{kind:?}");
+        let left = queue.device().left(Instant::now() + LONG).expect("read");
+        assert_eq!((left.posted, left.failed), (2, None));
+        bench.expect("r", 0..4);
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("finished");
+        assert_eq!(sent.wait(LONG), Some(Outcome::Done), "{kind:?}");
+        bench.received("r");
+        bench.consumer.assert_untouched_but([0]);
         bench.over();
     }
 }

@@ -1,6 +1,7 @@
 //! The memory that queues lie in.
 
 use std::ops::Range;
+use std::task::Poll;
 
 /// Memory of a queue: somebody else, a device or a program, reads and writes it at the same time. It
 /// may be the host's or a GPU's; who implements this knows how it is reached.
@@ -32,22 +33,20 @@ pub trait QueueMemory {
     /// As [`load`](Self::load).
     fn store(&self, offset: u64, bytes: [u8; 8]) -> Result<(), OutsideQueue>;
 
-    /// Brings these bytes to where loads find them, all at once: they are no older than the call.
+    /// Brings these bytes to where loads find them, all at once: they are no older than the call. Nobody waits here:
+    /// what is begun and not there is [`Poll::Pending`], and asked for again, with the same spans, before anything else
+    /// is brought. Nobody is woken for it.
     ///
-    /// # Errors
-    ///
-    /// [`QueueNotReached`]; never where loads reach the memory by themselves.
-    fn fetch(&self, _spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
-        Ok(())
+    /// Ready with [`QueueNotReached`] where it failed or takes too long; never where loads reach the memory by
+    /// themselves.
+    fn fetch(&self, _spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
+        Poll::Ready(Ok(()))
     }
 
-    /// Brings what was stored to these bytes to where others find it; it is there when this returns.
-    ///
-    /// # Errors
-    ///
-    /// As [`fetch`](Self::fetch).
-    fn flush(&self, _spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
-        Ok(())
+    /// Brings what was stored to these bytes to where others find it, as [`fetch`](Self::fetch): it is there when this
+    /// is ready.
+    fn flush(&self, _spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
+        Poll::Ready(Ok(()))
     }
 }
 

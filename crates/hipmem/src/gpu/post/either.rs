@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::links::LinkQueue;
+use super::posters::PosterReport;
 use super::queue::{DeviceQueue, KernelQueue, sealed};
 use super::wqe::WqeQueue;
 use crate::error::Error;
@@ -68,17 +69,16 @@ impl PostQueue {
         }
     }
 
-    /// How many numbers posters have taken, once no kernel runs any more: one for each descriptor, or each WQE;
-    /// none over links.
+    /// What posters have left, once no kernel runs any more; nothing over links.
     ///
     /// # Errors
     ///
     /// [`Error::Gpu`], also where it cannot be read before the deadline.
-    pub fn posted(&self, deadline: Instant) -> Result<u64, Error> {
+    pub fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
         match self {
-            Self::Proxy(queue) => queue.posted(deadline),
-            Self::Wqe(queue) => queue.posted(deadline),
-            Self::Links(_) => Ok(0),
+            Self::Proxy(queue) => queue.left(deadline),
+            Self::Wqe(queue) => queue.left(deadline),
+            Self::Links(_) => Ok(PosterReport::default()),
         }
     }
 

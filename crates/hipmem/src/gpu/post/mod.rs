@@ -24,6 +24,7 @@ pub use launch::{
 };
 pub use links::{LinkLayer, LinkPiece, LinkQueue, LinkSide};
 pub use notes::{LinkExpected, LinkPut, LinkPuts};
+pub use posters::{PostFailed, PosterReport};
 pub use queue::{DeviceQueue, KernelQueue};
 pub use regions::RegionTable;
 pub use slots::{CopiedSlots, WqeMemory, WqeSlots};

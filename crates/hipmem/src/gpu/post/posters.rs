@@ -1,11 +1,13 @@
 //! What posters of a queue have among themselves, and how the host reaches it while they run.
 
+use std::mem::offset_of;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, RuntimeKind, Stream};
-use crate::kernels::queue::QueueState;
+use crate::kernels::queue::{QueueReport, QueueState};
+use crate::post::Status;
 
 /// Where the abort word is, behind the state and on a line of its own.
 const ABORT: u64 = 64;
@@ -15,9 +17,46 @@ const REPORT: u64 = 128;
 const WORDS: u64 = 192;
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
-/// In pinned memory, a word that the posters' count is read into, behind one of the value 1: what the abort word is
-/// set from.
+/// In pinned memory, the words that the posters' count and their fault are read into, behind one of the value 1: what
+/// the abort word is set from.
 const COUNT: u64 = 64;
+/// The state's word that says that something has failed, and the report's that says what.
+const BROKEN: u64 = offset_of!(QueueState, broken) as u64;
+const FAULT: u64 = REPORT + offset_of!(QueueReport, fault) as u64;
+
+/// What posters of a queue have left behind, once no kernel runs any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PosterReport {
+    /// Numbers that they have taken: one for each descriptor, or each WQE; none over links.
+    pub posted: u64,
+    /// Of WQEs the failure that stands, of the lowest number: one that a completion has told them of, or their own, of a
+    /// post that was given up before its turn came ([`Status::Timeout`], [`Status::Stopped`]). A ring has none: who has
+    /// taken a number there does not wait before it writes.
+    pub failed: Option<PostFailed>,
+}
+
+/// A post that has failed, as posters know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PostFailed {
+    /// Its first number, or that of the WQE whose completion said so.
+    pub number: u64,
+    /// What it was told.
+    pub status: Status,
+}
+
+impl PostFailed {
+    /// `(number + 1) << 8 | status`, as `kvx_fail` of `kernels/post.h` stores it.
+    fn from_word(word: u64) -> Option<Self> {
+        let number = (word >> 8).checked_sub(1)?;
+        // A number that there is not was not stored by the header.
+        let status = Status::from_number((word & 0xff) as u32).unwrap_or(Status::Malformed);
+        Some(Self { number, status })
+    }
+
+    fn to_word(self) -> u64 {
+        (self.number + 1) << 8 | u64::from(self.status.number())
+    }
+}
 
 /// The posters' state, the abort word and the report, in the GPU's memory.
 pub(super) struct Posters {
@@ -77,12 +116,17 @@ impl Posters {
         self.patience
     }
 
-    /// How many numbers posters have taken.
-    pub(super) fn posted(&self, deadline: Instant) -> Result<u64, Error> {
-        self.read((&self.own, 0), (&self.words, COUNT), 8, deadline)?;
-        let mut next = [0; 8];
-        self.words.host().read(COUNT, &mut next)?;
-        Ok(u64::from_ne_bytes(next))
+    /// What posters have left.
+    pub(super) fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
+        let host = self.words.host();
+        let both = [(0, COUNT), (FAULT, COUNT + 8)];
+        for (src, dst) in both {
+            self.read((&self.own, src), (&self.words, dst), 8, deadline)?;
+        }
+        Ok(PosterReport {
+            posted: host.load_u64(COUNT)?,
+            failed: PostFailed::from_word(host.load_u64(COUNT + 8)?),
+        })
     }
 
     /// Reads words of the GPU's memory.
@@ -105,8 +149,14 @@ impl Posters {
 
     /// Takes a number and posts nothing, as a kernel does that is killed in between.
     pub(super) fn lose_a_ticket(&self) -> Result<(), Error> {
-        let posted = self.posted(Instant::now() + Duration::from_secs(10))?;
-        self.own.write(0, &(posted + 1).to_ne_bytes())
+        let left = self.left(Instant::now() + Duration::from_secs(10))?;
+        self.own.write(0, &(left.posted + 1).to_ne_bytes())
+    }
+
+    /// Leaves what a poster leaves whose post has failed.
+    pub(super) fn fail_a_post(&self, failed: PostFailed) -> Result<(), Error> {
+        self.own.write(FAULT, &failed.to_word().to_ne_bytes())?;
+        self.own.write(BROKEN, &1_u64.to_ne_bytes())
     }
 
     /// Sets the abort word.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::posters::Posters;
+use super::posters::{PosterReport, Posters};
 use crate::error::Error;
 use crate::gpu::{Gpu, PinnedMemory};
 use crate::kernels::queue::Queue;
@@ -82,14 +82,14 @@ impl DeviceQueue {
         self.posters.gpu()
     }
 
-    /// How many tickets posters have taken, once no kernel runs any more. One that the ring's consumer does not find
-    /// was taken by a kernel that did not get to write its post.
+    /// What posters have left, once no kernel runs any more. A ticket that the ring's consumer does not find was taken by
+    /// a kernel that did not get to write its post.
     ///
     /// # Errors
     ///
     /// [`Error::Gpu`], also where it cannot be read before the deadline.
-    pub fn posted(&self, deadline: Instant) -> Result<u64, Error> {
-        self.posters.posted(deadline)
+    pub fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
+        self.posters.left(deadline)
     }
 
     /// Takes a ticket and posts nothing, as a kernel does that is killed in between: for tests.

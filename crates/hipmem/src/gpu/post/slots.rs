@@ -1,12 +1,14 @@
 //! Where the slots of a queue of WQEs lie, and how the host reads them.
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use kvxfer_verbs::mlx5::{OutsideQueue, QueueMemory, QueueNotReached};
 
 use crate::error::Error;
-use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, Stream};
+use crate::gpu::{Copy, Event, Gpu, GpuMemory, Pending, PinnedMemory, Place, Stream};
 use crate::memory::HostMemory;
 
 /// How long a copy may take. It is of some KiB, on a stream of its own.
@@ -21,7 +23,7 @@ pub enum WqeSlots {
     Pinned,
     /// In the GPU's own memory. A kernel's stores and their release stay on the GPU, and a NIC would fetch WQEs over PCIe,
     /// by [dma-buf](GpuMemory::dma_buf). The model of a NIC is a thread of the host, and reads them by copies of the
-    /// GPU's runtime: two for each look that finds something, which is slow.
+    /// GPU's runtime: two for all that a look finds, which is slow. It looks whether they have ended, and waits for none.
     Gpu,
 }
 
@@ -42,6 +44,15 @@ pub struct CopiedSlots {
     mirror: PinnedMemory,
     /// What runs must not be waited for.
     copies: Stream,
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+/// The copy that is under way, of which there is one at most.
+#[derive(Debug)]
+struct UnderWay {
+    copy: Option<(Pending, Instant)>,
+    /// How long one may take.
+    late: Duration,
 }
 
 impl CopiedSlots {
@@ -54,7 +65,30 @@ impl CopiedSlots {
             own,
             mirror,
             copies: Stream::urgent(gpu)?,
+            under_way: Arc::new(Mutex::new(UnderWay {
+                copy: None,
+                late: LATE,
+            })),
         })
+    }
+
+    /// Copies wait for this event, and may take so long: for tests.
+    pub(super) fn hold(&self, until: &Event, late: Duration) -> Result<(), Error> {
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        under_way.late = late;
+        self.copies.wait_event(until)
+    }
+
+    /// Whether a copy is under way: for tests.
+    pub(super) fn is_copying(&self) -> bool {
+        let under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        under_way.copy.is_some()
     }
 
     /// Where kernels write.
@@ -62,12 +96,44 @@ impl CopiedSlots {
         &self.own
     }
 
+    /// Goes on with a copy, or begins it.
     fn copy(
         &self,
         step: &'static str,
         spans: &[Range<u64>],
         to_host: bool,
-    ) -> Result<(), QueueNotReached> {
+    ) -> Poll<Result<(), QueueNotReached>> {
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let copy = match under_way.copy.take() {
+            None => self
+                .begin(spans, to_host)
+                .map(|copy| (copy, Instant::now())),
+            Some(copy) => Ok(copy),
+        };
+        let copy = copy.and_then(|(copy, begun)| Ok((copy.is_done()?, copy, begun)));
+        match copy {
+            Ok((true, ..)) => return Poll::Ready(Ok(())),
+            Ok((false, copy, begun)) if begun.elapsed() <= under_way.late => {
+                under_way.copy = Some((copy, begun));
+                return Poll::Pending;
+            }
+            Ok((false, ..)) => {
+                let late = under_way.late;
+                tracing::error!(
+                    ?late,
+                    step,
+                    "slots in a GPU's memory: it has not ended by then"
+                );
+            }
+            Err(error) => tracing::error!(%error, step, "slots in a GPU's memory"),
+        }
+        Poll::Ready(Err(QueueNotReached { step }))
+    }
+
+    fn begin(&self, spans: &[Range<u64>], to_host: bool) -> Result<Pending, Error> {
         let of = |span: &Range<u64>| {
             let (own, mirror) = (
                 Place::Gpu(&self.own, span.start),
@@ -85,12 +151,7 @@ impl CopiedSlots {
             }
         };
         let copies: Vec<_> = spans.iter().map(of).collect();
-        let copied = self.copies.copy(&copies);
-        let copied = copied.and_then(|pending| pending.wait(Instant::now() + LATE));
-        copied.map_err(|error| {
-            tracing::error!(%error, step, "slots in a GPU's memory");
-            QueueNotReached { step }
-        })
+        self.copies.copy(&copies)
     }
 }
 
@@ -107,11 +168,11 @@ impl QueueMemory for CopiedSlots {
         QueueMemory::store(self.mirror.host(), offset, bytes)
     }
 
-    fn fetch(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn fetch(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         self.copy("a copy from the GPU", spans, true)
     }
 
-    fn flush(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn flush(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         self.copy("a copy to the GPU", spans, false)
     }
 }
@@ -138,16 +199,16 @@ impl QueueMemory for WqeMemory {
         }
     }
 
-    fn fetch(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn fetch(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         match self {
-            Self::Host(_) => Ok(()),
+            Self::Host(_) => Poll::Ready(Ok(())),
             Self::Gpu(slots) => slots.fetch(spans),
         }
     }
 
-    fn flush(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn flush(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         match self {
-            Self::Host(_) => Ok(()),
+            Self::Host(_) => Poll::Ready(Ok(())),
             Self::Gpu(slots) => slots.flush(spans),
         }
     }

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use kvxfer_verbs::mlx5::model::Queues;
 use kvxfer_verbs::mlx5::{CqDepth, Cqe, Qpn, SqDepth};
 
-use super::posters::Posters;
+use super::posters::{PostFailed, PosterReport, Posters};
 use super::queue::{KernelQueue, sealed};
 use super::regions::RegionTable;
 use super::slots::{CopiedSlots, WqeMemory, WqeSlots};
 use crate::error::Error;
 use crate::gpu::device::same;
-use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
+use crate::gpu::{Event, Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
 
 /// Bytes of a word that a queue and its device share, on a line of its own.
@@ -178,14 +178,15 @@ impl WqeQueue {
         self.posters.gpu()
     }
 
-    /// How many WQEs posters have taken numbers for, once no kernel runs any more. One that the device was never told
-    /// of is that of a kernel that did not get to ring.
+    /// What posters have left, once no kernel runs any more. A WQE that the device was never told of is that of a kernel
+    /// that did not get to ring; and one that it was told of may be of a post that was given up: its kernel was told
+    /// [`Status::Timeout`](crate::post::Status::Timeout), and whoever rang had already found it ready.
     ///
     /// # Errors
     ///
     /// [`Error::Gpu`], also where it cannot be read before the deadline.
-    pub fn posted(&self, deadline: Instant) -> Result<u64, Error> {
-        self.posters.posted(deadline)
+    pub fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
+        self.posters.left(deadline)
     }
 
     /// Takes a number and posts nothing, as a kernel does that is killed in between: for tests.
@@ -196,6 +197,36 @@ impl WqeQueue {
     #[doc(hidden)]
     pub fn lose_a_ticket(&self) -> Result<(), Error> {
         self.posters.lose_a_ticket()
+    }
+
+    /// Lets the copies by which the model reads slots in the GPU's memory wait for an event, and gives them so long: for
+    /// tests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    #[doc(hidden)]
+    pub fn hold_slots(&self, until: &Event, late: Duration) -> Result<(), Error> {
+        self.own
+            .as_ref()
+            .map_or(Ok(()), |own| own.hold(until, late))
+    }
+
+    /// Whether such a copy is under way.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.own.as_ref().is_some_and(CopiedSlots::is_copying)
+    }
+
+    /// Leaves what a poster leaves whose post has failed: for tests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    #[doc(hidden)]
+    pub fn fail_a_post(&self, failed: PostFailed) -> Result<(), Error> {
+        self.posters.fail_a_post(failed)
     }
 
     /// Sets the abort word: whoever waits is told [`Status::Stopped`](crate::post::Status::Stopped), and so is whoever

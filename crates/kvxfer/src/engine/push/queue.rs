@@ -25,7 +25,7 @@ use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::{
-    Bell, DeviceQueue, LinkPuts, PostQueue, RegionTable, WqeQueue, WqeQueueConfig,
+    Bell, DeviceQueue, LinkPuts, PostQueue, PosterReport, RegionTable, WqeQueue, WqeQueueConfig,
 };
 use crate::plan::Posted;
 use crate::ticket::Ticket;
@@ -144,7 +144,7 @@ impl SharedQueue {
     fn posted(&self, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
         Ok(match self.device().links() {
             Some(links) => PostedAll::Put(Box::new(links.puts(deadline)?)),
-            None => PostedAll::Count(self.device().posted(deadline)?),
+            None => PostedAll::Left(self.device().left(deadline)?),
         })
     }
 
@@ -161,8 +161,8 @@ impl SharedQueue {
 /// What kernels have posted, all of it.
 #[derive(Debug)]
 pub(crate) enum PostedAll {
-    /// So many posts have been begun.
-    Count(u64),
+    /// So many posts have been begun, and perhaps given up.
+    Left(PosterReport),
     /// They have put this themselves.
     Put(Box<LinkPuts>),
 }

@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvxfer_verbs::mlx5::model::Copying;
 use tracing::{debug, error};
 
 use crate::engine::push::SharedQueue;
 use crate::engine::queues::PartOf;
 use crate::gpu_queue::{Batches, Pace, PostTable, Wanted, WqeDevice, Wrong};
+use crate::mem::post::device::PosterReport;
 use crate::mem::post::{Consumer, Rest, Status};
 use crate::transfer::{Cause, JobId, JobReport, TransferId};
 
@@ -46,6 +48,14 @@ impl Served {
             Self::Ring(consumer) => consumer.taken(),
             Self::Wqes(device) => device.taken(),
             Self::Links { .. } => 0,
+        }
+    }
+
+    /// Work requests that have been told of and are not here yet.
+    pub(super) fn copying(&self) -> Option<Copying> {
+        match self {
+            Self::Wqes(device) => device.copying(),
+            Self::Ring(_) | Self::Links { .. } => None,
         }
     }
 
@@ -88,8 +98,10 @@ pub(crate) struct KernelQueue {
     pub(super) stage: Stage,
     /// It goes when nothing of it is under way.
     pub(super) is_closing: bool,
-    /// How many posts have been begun, if there are no more.
-    pub(super) posted: Option<u64>,
+    /// Its push is to be committed when what its device is told of has been copied.
+    pub(super) is_committing: bool,
+    /// What its posters have left, if there are no more.
+    pub(super) left: Option<PosterReport>,
     /// Whether kernels have begun to put a block themselves, and not ended it.
     pub(super) has_begun: bool,
     /// Looks in a row that have found nothing, and when one last has found something.
@@ -115,7 +127,8 @@ impl KernelQueue {
             jobs: VecDeque::new(),
             stage: Stage::Open,
             is_closing: false,
-            posted: None,
+            is_committing: false,
+            left: None,
             has_begun: false,
             looks: 0,
             found: None,

@@ -569,12 +569,7 @@ impl Worker {
             },
             Command::Queue(order) => self.queue_order(order),
             Command::Verified { id, verdict } => self.verified(now, id, verdict),
-            Command::Commit { id } => {
-                self.seal_queues(id);
-                if let Err(error) = self.transfers.commit(now, id) {
-                    debug!(?id, %error, "commit of a push that has ended");
-                }
-            }
+            Command::Commit { id } => self.commit(id),
             Command::Abort { id } => {
                 if let Err(error) = self.transfers.abort(now, id) {
                     debug!(?id, %error, "abort of a push that has ended");

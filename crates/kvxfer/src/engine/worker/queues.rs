@@ -56,7 +56,7 @@ pub(crate) enum QueueOrder {
 enum Look {
     Found,
     Nothing,
-    /// It was not looked: enough is under way.
+    /// It was not looked, for enough is under way; or what there is has to be copied first.
     Later,
 }
 
@@ -85,7 +85,7 @@ impl Worker {
                 queue.is_closing = true;
                 queue.looks = 0;
                 match posted {
-                    Some(PostedAll::Count(posted)) => queue.posted = Some(posted),
+                    Some(PostedAll::Left(left)) => queue.left = Some(left),
                     Some(PostedAll::Put(puts)) => self.take_puts(&mut queue, &puts),
                     None => {}
                 }
@@ -123,28 +123,52 @@ impl Worker {
             any |= look == Look::Found;
         }
         queues.retain(|queue| !queue.is_over());
+        let copied = |queue: &&KernelQueue| queue.is_committing && queue.served.copying().is_none();
+        let committed = queues.iter().filter(copied).map(|queue| queue.id);
+        let committed: Vec<_> = committed.collect();
         self.queues = queues;
+        for id in committed {
+            self.commit(id);
+        }
         any
     }
 
-    /// A push has all that is part of it: what kernels have posted by now.
-    pub(super) fn seal_queues(&mut self, id: TransferId) {
+    /// A transfer has all that is part of it: with what kernels have posted by now. While that is being copied, it has to
+    /// wait.
+    pub(super) fn commit(&mut self, id: TransferId) {
+        if !self.seal_queues(id) {
+            return;
+        }
+        if let Err(error) = self.transfers.commit(self.clock.now(), id) {
+            debug!(?id, %error, "commit of a push that has ended");
+        }
+    }
+
+    /// Takes what kernels have posted by now, and nothing more later. `false` where some of it is being copied.
+    fn seal_queues(&mut self, id: TransferId) -> bool {
         let mut queues = std::mem::take(&mut self.queues);
+        let mut is_all = true;
         for queue in queues.iter_mut().filter(|queue| queue.id == id) {
-            // What was posted before has a slot each; a kernel that goes on is not waited for.
+            // What was posted before has a slot each; a kernel that goes on is not waited for. What has just been copied
+            // is one look more.
             let looks = queue.shared.device().handle().depth as usize;
-            for _ in 0..looks.div_ceil(MOST_TAKEN) {
-                if self.look_at_queue(queue, true) == Look::Nothing {
+            for _ in 0..=looks.div_ceil(MOST_TAKEN) {
+                if self.look_at_queue(queue, true) != Look::Found {
                     break;
                 }
             }
-            self.seal(queue);
+            queue.is_committing = queue.served.copying().is_some();
+            match queue.is_committing {
+                true => is_all = false,
+                false => self.seal(queue),
+            }
         }
         self.queues = queues;
+        is_all
     }
 
     /// Everything that was posted has been taken. A post that was begun and is not there is a block that its engine
-    /// believes to be sent.
+    /// believes to be sent; and one that was given up may be there, though its kernel was told that it is not.
     fn seal(&mut self, queue: &mut KernelQueue) {
         if std::mem::replace(&mut queue.stage, Stage::Sealed) == Stage::Sealed {
             return;
@@ -155,8 +179,14 @@ impl Worker {
             Served::Wqes(device) => device.has_begun(),
             Served::Links { .. } => queue.has_begun,
         };
-        if queue.posted.is_some_and(|posted| taken < posted) || in_part {
-            self.fail_post(queue.id, taken, PostFault::Unwritten);
+        let left = queue.left.unwrap_or_default();
+        let failed = left.failed;
+        let failed = failed.map(|of| (of.number, PostFault::of_posters(of.status)));
+        let unwritten = (taken < left.posted || in_part).then_some((taken, PostFault::Unwritten));
+        // What comes first in the queue has led to the other.
+        let both = failed.into_iter().chain(unwritten);
+        if let Some((post, fault)) = both.min_by_key(|(post, _)| *post) {
+            self.fail_post(queue.id, post, fault);
         }
         if let Served::Wqes(device) = &mut queue.served {
             device.close(Status::Closed);
@@ -177,6 +207,7 @@ impl Worker {
             return Look::Later;
         }
         let mut batches = None;
+        let copying = queue.served.copying();
         let any = match &queue.served {
             Served::Ring(_) => self.take_descriptors(queue, &mut batches),
             Served::Wqes(_) => self.take_wqes(queue, &mut batches),
@@ -185,12 +216,19 @@ impl Worker {
         for batch in batches.into_iter().flat_map(Batches::into_all) {
             self.begin_posts(queue, batch);
         }
-        if !any {
+        let now = queue.served.copying();
+        if !any && now.is_none() {
             return Look::Nothing;
         }
-        queue.looks = 0;
-        queue.found = Some(Instant::now());
-        Look::Found
+        // What a look has begun to copy is soon there.
+        if any || now != copying {
+            queue.looks = 0;
+            queue.found = Some(Instant::now());
+        }
+        match any {
+            true => Look::Found,
+            false => Look::Later,
+        }
     }
 
     /// Takes what is in a ring; whether there was something.

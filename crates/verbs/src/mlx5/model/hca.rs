@@ -1,11 +1,13 @@
 //! The device's side of a send queue and its completion queue.
 
 use std::collections::VecDeque;
+use std::ops::Range;
+use std::task::Poll;
 
 use super::super::bytes::Block;
 use super::super::{
-    CQE_BYTES, CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Operation, Qpn, QueueMemory,
-    SendWqe, SqDepth, Syndrome, WQEBB,
+    CQE_BYTES, CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Operation, OutsideQueue, Qpn,
+    QueueMemory, SendWqe, SqDepth, Syndrome, WQEBB,
 };
 use super::keys::KeyTable;
 use super::violation::Violation;
@@ -92,6 +94,8 @@ pub struct Hca<M, S> {
     head: Option<[u8; 8]>,
     /// WQEs that were taken out of their slots in one look.
     taken_out: Vec<Block>,
+    /// Those that are being taken out of slots which have to be copied.
+    copying: Option<Copying>,
     /// The doorbell as it was last seen in memory.
     bell: [u8; 8],
     /// A WQE has failed, or the next one is to.
@@ -100,6 +104,15 @@ pub struct Hca<M, S> {
     told_of_failure: bool,
     /// The first WQE that was not begun, and why.
     refused: Option<(u64, Syndrome)>,
+}
+
+/// WQEs that have been told of, and are on their way out of their slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copying {
+    /// How many.
+    pub count: u64,
+    /// They have been read, and what overwrites their slots is under way.
+    pub is_read: bool,
 }
 
 /// What becomes of the next WQE after a failure.
@@ -134,6 +147,7 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             taken: first,
             head: None,
             taken_out: Vec::new(),
+            copying: None,
             bell,
             failed: None,
             told_of_failure: false,
@@ -157,6 +171,13 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
     #[must_use]
     pub fn refused(&self) -> Option<(u64, Syndrome)> {
         self.refused
+    }
+
+    /// The WQEs that a look has found and that are not there yet, for their memory has to be copied: the next look goes
+    /// on with them.
+    #[must_use]
+    pub fn copying(&self) -> Option<Copying> {
+        self.copying
     }
 
     /// What carries out WQEs.
@@ -214,7 +235,8 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
     }
 
     /// Looks into memory as a device that is told of nothing else: consumes what the record tells of, but `most` WQEs at
-    /// most; what is left is there for the next look. Gives how many that were.
+    /// most; what is left is there for the next look. Gives how many that were: none while they are
+    /// [copied](Self::copying).
     ///
     /// # Errors
     ///
@@ -229,8 +251,8 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         self.see(most)
     }
 
-    /// Reads the record, as a device may at any time, and consumes all that it tells of. Gives how many
-    /// WQEs that were.
+    /// Reads the record, as a device may at any time, and consumes all that it tells of, as [`look`](Self::look). Gives
+    /// how many WQEs that were.
     ///
     /// # Errors
     ///
@@ -240,6 +262,21 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
     }
 
     fn see(&mut self, most: u64) -> Result<u64, Violation> {
+        let count = match self.copying {
+            Some(copying) => copying.count,
+            None => self.ahead()?.min(most),
+        };
+        if count == 0 || !self.take_out(count)? {
+            return Ok(0);
+        }
+        let blocks = std::mem::take(&mut self.taken_out);
+        let done = blocks.iter().try_for_each(|block| self.consume(block));
+        self.taken_out = blocks;
+        done.map(|()| count)
+    }
+
+    /// How many WQEs there are, by the record.
+    fn ahead(&self) -> Result<u64, Violation> {
         let record = self.record()?;
         let ahead = u64::from(record.wrapping_sub(self.consumed as u16));
         let depth = self.setup.sq_depth.get();
@@ -251,21 +288,12 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
                 depth,
             });
         }
-        let count = ahead.min(most);
-        if count == 0 {
-            return Ok(0);
-        }
-        let mut blocks = std::mem::take(&mut self.taken_out);
-        let done = self
-            .take_out(count, &mut blocks)
-            .and_then(|()| blocks.iter().try_for_each(|block| self.consume(block)));
-        self.taken_out = blocks;
-        done.map(|()| count)
+        Ok(ahead)
     }
 
     /// Takes so many WQEs out of their slots, and overwrites those: in one go where they have to be copied, and before
-    /// anybody is told that they may be used again.
-    fn take_out(&self, count: u64, blocks: &mut Vec<Block>) -> Result<(), Violation> {
+    /// anybody is told that they may be used again. `false` while that is under way.
+    fn take_out(&mut self, count: u64) -> Result<bool, Violation> {
         let depth = self.setup.sq_depth;
         let (sq, from) = (&self.queues.sq, depth.offset(self.consumed));
         let (bytes, all) = (count * WQEBB as u64, depth.bytes());
@@ -277,21 +305,23 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             true => &both[..1],
             false => &both[..],
         };
-        sq.fetch(spans)?;
-        blocks.clear();
-        for at in spans.iter().flat_map(|span| span.clone().step_by(WQEBB)) {
-            let mut block: Block = [0; WQEBB];
-            let (words, _) = block.as_chunks_mut::<8>();
-            for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
-                *word = sq.load(offset)?;
-            }
-            for offset in (at..).step_by(8).take(WQEBB / 8) {
-                sq.store(offset, POISON)?;
-            }
-            blocks.push(block);
+        let is_read = self.copying.is_some_and(|copying| copying.is_read);
+        if !is_read {
+            let Poll::Ready(fetched) = sq.fetch(spans) else {
+                self.copying = Some(Copying { count, is_read });
+                return Ok(false);
+            };
+            fetched?;
+            read_out(sq, spans, &mut self.taken_out)?;
         }
-        sq.flush(spans)?;
-        Ok(())
+        let Poll::Ready(flushed) = sq.flush(spans) else {
+            let is_read = true;
+            self.copying = Some(Copying { count, is_read });
+            return Ok(false);
+        };
+        flushed?;
+        self.copying = None;
+        Ok(true)
     }
 
     /// The doorbell is rung in this moment: checks it, against the record and the last WQE too, and
@@ -314,7 +344,7 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         let seen = self.see_record()?;
         let wanted = self
             .head
-            .filter(|_| matches!(bell, Doorbell::LastWqe { .. }));
+            .filter(|_| matches!(bell, Doorbell::LastWqe { .. }) && self.copying.is_none());
         match wanted {
             Some(head) if head != bytes => Err(Violation::NotTheLast {
                 wanted: u64::from_be_bytes(head),
@@ -451,4 +481,25 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
         self.taken += u64::from(ahead);
         Ok(())
     }
+}
+
+/// Reads the WQEs in these spans, and overwrites them.
+fn read_out<M: QueueMemory>(
+    sq: &M,
+    spans: &[Range<u64>],
+    blocks: &mut Vec<Block>,
+) -> Result<(), OutsideQueue> {
+    blocks.clear();
+    for at in spans.iter().flat_map(|span| span.clone().step_by(WQEBB)) {
+        let mut block: Block = [0; WQEBB];
+        let (words, _) = block.as_chunks_mut::<8>();
+        for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
+            *word = sq.load(offset)?;
+        }
+        for offset in (at..).step_by(8).take(WQEBB / 8) {
+            sq.store(offset, POISON)?;
+        }
+        blocks.push(block);
+    }
+    Ok(())
 }

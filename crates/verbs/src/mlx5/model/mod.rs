@@ -19,6 +19,6 @@ mod keys;
 mod tests;
 mod violation;
 
-pub use hca::{Carried, Hca, HcaSetup, Queues, Sink};
+pub use hca::{Carried, Copying, Hca, HcaSetup, Queues, Sink};
 pub use keys::{KeyTable, Region};
 pub use violation::Violation;

@@ -1,14 +1,15 @@
 //! The model against a poster in Rust that does one thing wrong at a time.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use super::super::{
     CqDepth, Cqe, CqeStatus, Doorbell, DoorbellRecord, Gather, Mlx5Fault, Operation, OutsideQueue,
     Qpn, QueueMemory, QueueNotReached, RemoteSpan, Segment, SendFlags, SendWqe, SqDepth, Syndrome,
 };
-use super::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
+use super::{Carried, Copying, Hca, HcaSetup, KeyTable, Queues, Region, Sink, Violation};
 
 #[derive(Debug, Clone)]
 struct Words(Arc<[AtomicU64]>);
@@ -231,6 +232,8 @@ struct Copied {
     mirror: Words,
     log: Arc<Mutex<Vec<Done>>>,
     is_lost: Arc<AtomicBool>,
+    /// How often a copy is asked for before it is there, and how often it still is.
+    looks: Arc<(AtomicU32, AtomicU32)>,
 }
 
 impl Copied {
@@ -245,6 +248,7 @@ impl Copied {
             mirror,
             log: Arc::default(),
             is_lost: Arc::default(),
+            looks: Arc::default(),
         }
     }
 
@@ -253,10 +257,16 @@ impl Copied {
         step: &'static str,
         (to, from): (&Words, &Words),
         spans: &[Range<u64>],
-    ) -> Result<(), QueueNotReached> {
+    ) -> Poll<Result<(), QueueNotReached>> {
         if self.is_lost.load(Ordering::Acquire) {
-            return Err(QueueNotReached { step });
+            return Poll::Ready(Err(QueueNotReached { step }));
         }
+        let (each, left) = &*self.looks;
+        if left.load(Ordering::Acquire) > 0 {
+            left.fetch_sub(1, Ordering::AcqRel);
+            return Poll::Pending;
+        }
+        left.store(each.load(Ordering::Acquire), Ordering::Release);
         for offset in spans.iter().flat_map(|span| span.clone().step_by(8)) {
             let word = from.load(offset).expect("inside");
             to.store(offset, word).expect("inside");
@@ -266,7 +276,7 @@ impl Copied {
             step,
             spans.iter().map(|span| (span.start, span.end)).collect(),
         ));
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -283,11 +293,11 @@ impl QueueMemory for Copied {
         self.mirror.store(offset, bytes)
     }
 
-    fn fetch(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn fetch(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         self.copy("reading", (&self.mirror, &self.far), spans)
     }
 
-    fn flush(&self, spans: &[Range<u64>]) -> Result<(), QueueNotReached> {
+    fn flush(&self, spans: &[Range<u64>]) -> Poll<Result<(), QueueNotReached>> {
         self.copy("writing", (&self.far, &self.mirror), spans)
     }
 }
@@ -352,6 +362,58 @@ fn a_queue_that_has_to_be_copied_is_copied_once_a_look() {
     let lost = QueueNotReached { step: "reading" };
     assert_eq!(hca.look(u64::MAX), Err(Violation::NotReached(lost)));
     assert_eq!(hca.consumed(), 6);
+}
+
+/// Nobody waits for a copy, and nothing is carried out before both are there: the bytes, and what overwrites them.
+#[test]
+fn a_copy_that_takes_time_is_looked_at_again() {
+    for each in [1, 2, 5] {
+        let mut bench = Bench::new(2);
+        let sq = Copied::new(&bench.queues.sq, false);
+        sq.looks.0.store(each, Ordering::Release);
+        sq.looks.1.store(each, Ordering::Release);
+        let near = |words| Copied::new(words, true);
+        let queues = Queues {
+            sq: sq.clone(),
+            sq_record: near(&bench.queues.sq_record),
+            cq: near(&bench.queues.cq),
+            cq_record: near(&bench.queues.cq_record),
+            bell: near(&bench.queues.bell),
+        };
+        let sink = Looks(sq.clone(), Vec::new());
+        let mut hca = Hca::new(queues, setup(2), sink).expect("large enough");
+        let post = |bench: &mut Bench| {
+            bench.write(&bench.wqe());
+            bench.next += 1;
+            bench.record(bench.next);
+        };
+        post(&mut bench);
+        post(&mut bench);
+        for (taken, more) in [(2, 2), (4, 0)] {
+            for is_read in [false, true] {
+                for _ in 0..each {
+                    assert_eq!(hca.look(u64::MAX), Ok(0));
+                    let copying = Copying { count: 2, is_read };
+                    assert_eq!(hca.copying(), Some(copying));
+                    assert_eq!(hca.consumed(), taken, "not before it is there");
+                    assert_eq!(hca.ended(), taken);
+                }
+            }
+            // What is posted meanwhile is for the next look.
+            for _ in 0..more {
+                post(&mut bench);
+            }
+            assert_eq!(hca.look(u64::MAX), Ok(2));
+            assert_eq!((hca.copying(), hca.consumed()), (None, taken + 2));
+            let done = std::mem::take(&mut *sq.log.lock().expect("unpoisoned"));
+            let at = taken % u64::from(DEPTH) * 64;
+            let wanted = ["reading", "writing"].map(|step| (step, vec![(at, at + 128)]));
+            assert_eq!(done, wanted);
+        }
+        assert_eq!(hca.sink().1, [2, 3, 4, 5]);
+        assert_eq!(hca.look(u64::MAX), Ok(0), "nothing more was told of");
+        assert_eq!(hca.copying(), None);
+    }
 }
 
 #[test]
