@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "2f7ff840f1c5e4f264d5faa52a9a5d22e2fbf9eb19cee29c343e5d33a37033e3",
+    sources_sha256: "b8886ffe4a70f48216be98b98088ccdbb7bf2c29a897f24553e4ad01cb5a1f29",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "0ff0cdac915055f7d477aabd71bc565bc2ef4e51b042501db77d50b7e50df754",
+        sha256: "1b541d9318706bff7675ea85f92e22686a2de687672835be522207abdd509de8",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "dd2f486a8de5fbf7937f6ac33b4cfa6e164547dae382743baf3d6a8e30d12140",
+        sha256: "9cab5df7c0b7a88f612a95a8d1963ac54268aa585fa6c8b9f309ae1c66eb91ce",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "8c15ae8e60382799e6b6d67d5a2e512da188781a88b6074f32d3c17ad80282c6",
+        sha256: "89ed5ec8a57c41976651fe8e9bc77d414ab5eb3bdbeee6e4ce6e40571054e75b",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "4a16673a091f81525cc3b56508ab78f35bcf97446f4fc6e2dcc8458e9f440d37",
+        sha256: "e770a9f8fae91b86b7874bcf9f396dcae503a830d90f08e204c50c6c56bf3e3e",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "a303dca879815fc20b643fbbbd970cc35d2289ac93c3529053c647e300b51b67",
+        sha256: "d8bbc7f78c51cebfb3ca4a83e8d1f87381866d91484bf0c095407b0dc4112040",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "46f48985cfea92c3f63c7db763f233817ecd897d2875f433949cc6e9dacff1c8",
+        sha256: "7c4285d5a05bc404f68d1a17439e7cf99d28b679f805f3ac56138f03a4fd5970",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "ba46c61610a3d1393264fd24527c0045060177c91c89083080926319f0a40298",
+        sha256: "f6e7bf513af151e2f038fd07bcede57932d86eea3c07ef0d5ce3c51dfd125674",
         warp: 32,
     },
 ];

@@ -5,18 +5,19 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, RuntimeKind, Stream};
-use crate::kernels::queue::QueueState;
+use crate::kernels::queue::{LinkRefused, QueueState};
 
 /// Where the abort word is, behind the state and on a line of its own.
 const ABORT: u64 = 64;
-/// Where the report of queues is whose completions the posters read.
+/// Where the report of queues is whose completions the posters read, or the first put over links that was refused.
 const REPORT: u64 = 128;
 /// Where the words are by which posters of WQEs ring for each other, one for each slot.
 const WORDS: u64 = 192;
+const _: () = assert!(size_of::<LinkRefused>() as u64 <= WORDS - REPORT);
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
-/// In pinned memory, a word that the posters' count is read into, behind one of the value 1: what the abort word is
-/// set from.
+/// In pinned memory, words that the posters' count or a refusal is read into, behind one of the value 1: what the
+/// abort word is set from.
 const COUNT: u64 = 64;
 
 /// The posters' state, the abort word and the report, in the GPU's memory.
@@ -83,6 +84,16 @@ impl Posters {
         let mut next = [0; 8];
         self.words.host().read(COUNT, &mut next)?;
         Ok(u64::from_ne_bytes(next))
+    }
+
+    /// The first put over links of a push that was refused.
+    pub(super) fn refused(&self, deadline: Instant) -> Result<Option<LinkRefused>, Error> {
+        let mut bytes = [0; size_of::<LinkRefused>()];
+        let len = bytes.len() as u64;
+        self.read((&self.own, REPORT), (&self.words, COUNT), len, deadline)?;
+        self.words.host().read(COUNT, &mut bytes)?;
+        let first = LinkRefused::from_bytes(&bytes);
+        Ok((first.status != 0).then_some(first))
     }
 
     /// Reads words of the GPU's memory.

@@ -11,7 +11,7 @@ use super::kernel_queue::{KernelQueue, Served, Stage};
 use super::{Command, Worker};
 use crate::engine::moves::{Moved, Moves};
 use crate::engine::push::NotPosted;
-use crate::gpu_queue::posted;
+use crate::gpu_queue::{posted, refused};
 use crate::mem::post::Status;
 use crate::mem::post::device::LinkPuts;
 use crate::transfer::{JobId, TransferId};
@@ -58,12 +58,18 @@ impl Worker {
         let count = puts.puts.len() as u64;
         queue.shared.note_taken(count);
         queue.shared.note_ended(count, Status::Ok);
-        if puts.puts.is_empty() || queue.stage == Stage::Sealed {
+        if queue.stage == Stage::Sealed {
             return;
         }
         let Some(ops) = queue.part_of.queues().block_ops() else {
             return;
         };
+        if let Some(put) = &puts.refused {
+            return self.fail_post(queue.id, 0, refused(ops, put));
+        }
+        if puts.puts.is_empty() {
+            return;
+        }
         let posted = match posted(ops, puts) {
             Ok(posted) => posted,
             Err(fault) => return self.fail_post(queue.id, 0, fault),
@@ -74,9 +80,7 @@ impl Worker {
                 id: queue.id,
                 cause,
             }),
-            Err(NotPosted::Fault { fault, at }) => {
-                self.fail_post(queue.id, at as u64, fault);
-            }
+            Err(NotPosted::Fault { fault, .. }) => self.fail_post(queue.id, 0, fault),
         }
     }
 
