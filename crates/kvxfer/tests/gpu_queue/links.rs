@@ -403,6 +403,35 @@ fn a_put_that_was_stopped_in_the_middle_is_no_put() {
     bench.over();
 }
 
+/// Against their owner's word: one runs on after `finish`, and another one is launched.
+#[test]
+fn kernels_that_run_on_after_finish_are_stopped() {
+    let bench = bench(|_| {});
+    bench.expect("r", 0..8);
+    let push = bench.push("r", LONG);
+    let queue = bench.links(&push);
+    let device = Arc::clone(queue.device());
+    let posting = bench.endless(&queue, 8);
+    queue.finish(Kernels::Ended, LONG).expect("nobody looks");
+    stopped_in_the_middle(&posting);
+    bench.consumer.side.poison().expect("poisoned");
+    let posts = Posts {
+        moves: &big(8),
+        posters: 1,
+        by: PostBy::Blocks,
+        op: PUT,
+        until: ALL,
+    };
+    let posting = bench.kernels.post(&bench.stream, &device, &posts);
+    let stopped = (Status::Stopped, Status::Stopped);
+    let told = ends(&posting.expect("launched"));
+    assert!(told.iter().all(|end| *end == stopped), "{told:?}");
+    bench.consumer.assert_untouched_but([]);
+    let sent = push.commit().expect("told");
+    assert!(sent.wait(LONG).is_some());
+    assert!(sent.wait_released(LONG));
+}
+
 #[test]
 fn a_queue_that_is_dropped_keeps_what_its_kernels_may_write() {
     let mut bench = bench(|config| config.drain_grace = Duration::from_millis(20));

@@ -143,7 +143,12 @@ impl SharedQueue {
     /// What has been posted, once no kernel runs any more.
     fn posted(&self, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
         Ok(match self.device().links() {
-            Some(links) => PostedAll::Put(Box::new(links.puts(deadline)?)),
+            Some(links) => {
+                // One that runs all the same, against its owner's word, writes no more than until its next look. What is
+                // read is read behind this.
+                self.stop();
+                PostedAll::Put(Box::new(links.puts(deadline)?))
+            }
             None => PostedAll::Count(self.device().posted(deadline)?),
         })
     }
