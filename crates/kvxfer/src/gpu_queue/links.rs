@@ -24,6 +24,11 @@ pub enum NoLinks {
         /// The path.
         path: PathKind,
     },
+    /// The GPU is shared through CUDA's MPS server.
+    #[error(
+        "this process's kernels run in CUDA's MPS server, which may go on with what a process that has died had begun: stop the server (echo quit | nvidia-cuda-mps-control), or use another kind of queue"
+    )]
+    Mps,
     /// The consumer's ticket has not come.
     #[error(
         "the consumer's ticket has not come within {after:?}: its blocks have to be known first; have it expect the request, or be more patient"

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::queue::after;
 use super::{GpuQueue, Push, Pushes, Pushing, SharedQueue, Stage};
+use crate::engine::gpu::outlive;
 use crate::engine::queues::PartOf;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
@@ -111,6 +112,9 @@ impl Push {
         else {
             return Err(path);
         };
+        if outlive(&config.gpu) {
+            return Err(refuse(NoLinks::Mps));
+        }
         let patience = config.patience;
         let until = after(patience);
         let ticket = pushing.wait_for(until, |stage| match stage {
