@@ -4,7 +4,8 @@
 // the kernel's end.
 //
 // A queue of a push knows which blocks the peer expects, and keeps a note of each, by which the host knows
-// what was put when the kernels have ended. Two puts of one block at a time are the kernels' own mistake.
+// what was put when the kernels have ended; and the first put that was refused, which fails the push. Two
+// puts of one block at a time are the kernels' own mistake.
 #ifndef KVX_LINKS_H
 #define KVX_LINKS_H
 
@@ -92,6 +93,21 @@ KVX_FN kvx_u32 kvx_link_find(const kvx_queue &queue, const kvx_move &move, kvx_u
   return KVX_OK;
 }
 
+// Keeps a put that was refused, if it is the first: by one thread.
+KVX_FN void kvx_link_refuse(const kvx_queue &queue, const kvx_move &move, kvx_u32 op,
+                            kvx_u32 status) {
+  if (queue.words == 0 || kvx_swap_device_u64(queue.report, KVX_OK, status) != KVX_OK) {
+    return;
+  }
+  // Until the kernel has ended they are nobody else's.
+  KVX_GLOBAL kvx_link_refused *kept = (KVX_GLOBAL kvx_link_refused *)queue.report;
+  kept->local = move.local;
+  kept->remote = move.remote;
+  kept->len = move.len;
+  kept->flags = move.flags;
+  kept->op = op;
+}
+
 // Before the first byte of a block: what it holds from now on is not what was put before.
 KVX_FN void kvx_link_begin(kvx_u64 note) {
   if (note != 0) {
@@ -117,6 +133,8 @@ KVX_FN kvx_u32 kvx_link_thread(const kvx_queue &queue, const kvx_move &move, kvx
     status = kvx_link_share<kvx_by_one>(queue, block, stop, 0, 1);
     kvx_link_end(note, block, status);
     kvx_fence_release();
+  } else {
+    kvx_link_refuse(queue, move, op, status);
   }
   return status;
 }
@@ -135,6 +153,12 @@ KVX_FN kvx_u32 kvx_link_wave(const kvx_queue &queue, const kvx_move &move, kvx_u
     kvx_wave_barrier();
     kvx_link_end(note, block, status);
     kvx_fence_release();
+  } else {
+    KVX_LANES(lane) {
+      if (lane == 0) {
+        kvx_link_refuse(queue, move, op, status);
+      }
+    }
   }
   return status;
 }
@@ -148,9 +172,11 @@ KVX_FN kvx_u32 kvx_link_block(const kvx_queue &queue, const kvx_move &move, kvx_
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
   kvx_u64 note;
   kvx_u32 status = kvx_link_find(queue, move, op, block, note);
-  if (status == KVX_OK) {
-    kvx_link_begin(note);
+  if (status != KVX_OK) {
+    kvx_link_refuse(queue, move, op, status);
+    return status;
   }
+  kvx_link_begin(note);
   for (kvx_u32 own = 0; own < warps && status == KVX_OK; ++own) {
     status = kvx_link_share<kvx_by_lanes>(queue, block, stop, own, warps);
   }
@@ -169,25 +195,30 @@ KVX_FN kvx_u32 kvx_link_block(const kvx_queue &queue, const kvx_move &move, kvx_
   kvx_u32 stop = kvx_load_system_u32(queue.abort);
   kvx_u64 note;
   kvx_u32 status = kvx_link_find(queue, move, op, block, note);
-  if (status != KVX_OK) {
-    return status;
+  kvx_u32 leads = kvx_thread() == 0;
+  if (status == KVX_OK) {
+    if (leads) {
+      kvx_link_begin(note);
+    }
+    kvx_u32 own = kvx_uniform(kvx_thread() / KVX_WARP);
+    kvx_u32 warps = kvx_threads() / KVX_WARP;
+    if (kvx_link_share<kvx_by_lanes>(queue, block, stop, own, warps) != KVX_OK) {
+      stopped = 1;
+    }
+    kvx_drain();
+    kvx_barrier();
+    status = stopped != 0 ? KVX_STOPPED : KVX_OK;
+    if (leads) {
+      kvx_link_end(note, block, status);
+    }
+  } else if (leads) {
+    kvx_link_refuse(queue, move, op, status);
   }
-  if (kvx_thread() == 0) {
-    kvx_link_begin(note);
-  }
-  kvx_u32 own = kvx_uniform(kvx_thread() / KVX_WARP);
-  kvx_u32 warps = kvx_threads() / KVX_WARP;
-  if (kvx_link_share<kvx_by_lanes>(queue, block, stop, own, warps) != KVX_OK) {
-    stopped = 1;
-  }
-  kvx_drain();
-  kvx_barrier();
-  // One for all of them: they have their caches in common.
-  if (__builtin_expect(kvx_thread() == 0, 1)) {
-    kvx_link_end(note, block, stopped);
+  // One for all of them: they have their caches in common. A refusal comes by here too, for the sake of that
+  // order.
+  if (__builtin_expect(leads, 1)) {
     kvx_fence_release();
   }
-  status = stopped != 0 ? KVX_STOPPED : KVX_OK;
   // Nobody goes on before it, nor begins the next one.
   kvx_barrier();
   return status;

@@ -125,6 +125,16 @@ struct kvx_queue_report {
   kvx_u64 fault;
 };
 
+// The first put over links of a push that was refused. Whoever reads it waits for the kernels' ends.
+struct kvx_link_refused {
+  kvx_u64 status;    // what it was told; KVX_OK: none was. Stored before the others, by a swap
+  kvx_u64 local;     // kvx_move
+  kvx_u64 remote;
+  kvx_u64 len;
+  kvx_u64 flags;
+  kvx_u64 op;
+};
+
 // A queue, as it is given to a kernel. Whoever posts to it has a copy of this.
 struct kvx_queue {
   kvx_u64 slots;       // kvx_desc[depth] in pinned memory, or the device's WQEs, 64 bytes each; links of a
@@ -134,7 +144,7 @@ struct kvx_queue {
                        // links of a push: for each of a group's blocks at the peer a kvx_u32, 1 and its place
                        // among those that the peer expects, or 0; links of none: 0
   kvx_u64 state;       // kvx_queue_state
-  kvx_u64 report;      // kvx_queue_report
+  kvx_u64 report;      // kvx_queue_report; links of a push: kvx_link_refused
   kvx_u64 abort;       // kvx_u32 in the device's memory: not 0 ends every wait
   kvx_u64 patience;    // ticks of the device's steady clock that a call waits at most
   kvx_u64 completions; // WQEs: the completion queue, 64 bytes each
@@ -226,6 +236,12 @@ KVX_AT(kvx_queue_state, taken, 32);
 KVX_AT(kvx_queue_state, polling, 40);
 KVX_SIZE(kvx_queue_report, 16);
 KVX_AT(kvx_queue_report, fault, 8);
+KVX_SIZE(kvx_link_refused, 48);
+KVX_AT(kvx_link_refused, local, 8);
+KVX_AT(kvx_link_refused, remote, 16);
+KVX_AT(kvx_link_refused, len, 24);
+KVX_AT(kvx_link_refused, flags, 32);
+KVX_AT(kvx_link_refused, op, 40);
 KVX_SIZE(kvx_queue, 104);
 KVX_AT(kvx_queue, words, 8);
 KVX_AT(kvx_queue, state, 16);

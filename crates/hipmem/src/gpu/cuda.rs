@@ -216,6 +216,7 @@ impl CudaApi {
             host_register_read_only: flag(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED),
             fine_grained: false,
             large_bar: None,
+            mps: flag(CU_DEVICE_ATTRIBUTE_MPS_ENABLED).unwrap_or(false),
         })
     }
 

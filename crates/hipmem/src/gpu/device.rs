@@ -70,6 +70,9 @@ pub struct GpuInfo {
     pub fine_grained: bool,
     /// Whether the host's CPU could reach all of its memory, where the runtime says.
     pub large_bar: Option<bool>,
+    /// Whether this process's work reaches it through CUDA's MPS server, as far as the driver says: an older one says
+    /// nothing.
+    pub mps: bool,
 }
 
 /// A GPU of this process. Clones are the same.

@@ -237,6 +237,7 @@ impl HipApi {
             host_register_read_only: None,
             fine_grained: flag(hipDeviceAttributeFineGrainSupport).unwrap_or(false),
             large_bar: flag(hipDeviceAttributeIsLargeBar),
+            mps: false,
         })
     }
 

@@ -149,6 +149,45 @@ pub struct QueueReport {
     pub fault: u64,
 }
 
+/// The first put over links of a push that was refused.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LinkRefused {
+    /// What it was told; 0: none was.
+    pub status: u64,
+    /// [`Move::local`].
+    pub local: u64,
+    /// [`Move::remote`].
+    pub remote: u64,
+    /// [`Move::len`].
+    pub len: u64,
+    /// [`Move::flags`].
+    pub flags: u64,
+    /// [`PUT`], [`GET`] or [`PUT_IMM`].
+    pub op: u64,
+}
+
+impl LinkRefused {
+    /// What lies in memory.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; 48]) -> Self {
+        let mut words = bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|word| u64::from_ne_bytes(*word));
+        let mut next = || words.next().unwrap_or_default();
+        Self {
+            status: next(),
+            local: next(),
+            remote: next(),
+            len: next(),
+            flags: next(),
+            op: next(),
+        }
+    }
+}
+
 /// A queue, as it is given to a kernel: a copy for whoever posts to it. Addresses are the device's.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -162,7 +201,8 @@ pub struct Queue {
     pub words: u64,
     /// A [`QueueState`].
     pub state: u64,
-    /// A [`QueueReport`]: in pinned memory for [`PROXY`], otherwise beside the state.
+    /// A [`QueueReport`]: in pinned memory for [`PROXY`], otherwise beside the state. Of [`LINKS`], of a push: a
+    /// [`LinkRefused`].
     pub report: u64,
     /// A 32-bit word in the device's memory: not 0 ends every wait.
     pub abort: u64,
@@ -331,6 +371,7 @@ pub(super) fn layout() -> Vec<usize> {
         }
         QueueState { next, seen, broken, rung, taken, polling }
         QueueReport { ended, fault }
+        LinkRefused { status, local, remote, len, flags, op }
         Queue {
             slots, words, state, report, abort, patience, completions, record, cq_record, bell,
             regions, kind, depth, cq_depth, qpn
@@ -355,6 +396,7 @@ mod tests {
             64, 0, 8, 16, 24, 28, 32, 40, 48, 52, 56, 57, 58, 63, // Desc
             48, 0, 8, 16, 24, 32, 40, // QueueState
             16, 0, 8, // QueueReport
+            48, 0, 8, 16, 24, 32, 40, // LinkRefused
             104, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 92, 96, 100, // Queue
             136, 0, 104, 112, 120, 124, 128, 132, // PostArgs
             16, 0, 8, 12, // PostResult

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gpu::{GpuMemory, PinnedMemory, Place as At, Stream};
 use kvxfer_hipmem::kernels::queue::{
-    ALL, ALL_TENSORS, EACH, GET, IDLE, LOCAL_PLACE, Move, PUT, REMOTE_PLACE,
+    ALL, ALL_TENSORS, EACH, GET, IDLE, LOCAL_PLACE, LinkRefused, Move, PUT, REMOTE_PLACE,
 };
 use kvxfer_hipmem::post::device::{
-    LinkExpected, LinkLayer, LinkPiece, LinkPut, LinkQueue, LinkSide, PostBy, PostKernels, Posts,
+    LinkExpected, LinkLayer, LinkPiece, LinkPut, LinkPuts, LinkQueue, LinkSide, PostBy,
+    PostKernels, Posts,
 };
 use kvxfer_hipmem::post::{Place, RegionFault, Status};
 use kvxfer_hipmem::{Error, Operation};
@@ -311,7 +312,7 @@ fn what_the_peer_does_not_expect_is_not_put_and_what_was_put_is_known() -> Outco
     for by in [PostBy::Threads, PostBy::Waves, PostBy::Blocks] {
         remote.fill(0, SIZES.1, ELSE)?;
         let queue = Arc::new(LinkQueue::among(&gpu, &layers, &expected(&[8, 0, 5]))?);
-        assert_eq!(queue.puts(soon())?.puts, []);
+        assert_eq!(queue.puts(soon())?, LinkPuts::default());
         let cases = [
             (put(3, ALL_TENSORS, (6, 0)), Status::Ok),
             (put(3, ALL_TENSORS, (6, 1)), Status::BadRights),
@@ -351,6 +352,16 @@ fn what_the_peer_does_not_expect_is_not_put_and_what_was_put_is_known() -> Outco
         puts.puts.sort_unstable();
         assert_eq!(puts.begun, 0);
         assert_eq!(puts.puts, [of(3, 2, 8), of(3, 6, 0), of(5, 3, 5)]);
+        let first = put(3, ALL_TENSORS, (6, 1));
+        let first = LinkRefused {
+            status: Status::BadRights.number().into(),
+            local: first.local,
+            remote: first.remote,
+            len: first.len,
+            flags: first.flags.into(),
+            op: PUT.into(),
+        };
+        assert_eq!(puts.refused, Some(first), "{by:?}");
     }
     Ok(())
 }

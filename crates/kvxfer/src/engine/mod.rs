@@ -17,6 +17,8 @@ mod handle;
 mod health;
 mod joint;
 #[cfg(test)]
+mod kernel_links_tests;
+#[cfg(test)]
 mod lane_tests;
 mod lanes;
 mod link;

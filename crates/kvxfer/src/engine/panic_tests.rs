@@ -30,7 +30,7 @@ const PATHS: [PathKind; 4] = [
     PathKind::Ipc,
 ];
 const RECYCLED: u64 = 0x5c5c_5c5c_5c5c_5c5c;
-const SENT: u64 = 0x3a3a_3a3a_3a3a_3a3a;
+pub(super) const SENT: u64 = 0x3a3a_3a3a_3a3a_3a3a;
 
 pub(super) struct Node {
     pub(super) engine: Engine,
@@ -58,6 +58,7 @@ fn node(role: KvRole, path: PathKind, faults: Option<&str>) -> Node {
         path: PathSet::only(path),
         num_worker_threads: 2,
         qp_per_transfer: 4,
+        gpu_links_in: path == PathKind::Ipc,
         faults: faults.map(|plan| plan.parse().expect("a plan")),
         ..Config::default()
     };
@@ -70,15 +71,19 @@ fn node(role: KvRole, path: PathKind, faults: Option<&str>) -> Node {
 
 impl Node {
     fn panic(&self, worker: u16) {
+        self.panic_by(worker, Command::Panic);
+    }
+
+    pub(super) fn panic_by(&self, worker: u16, command: Command) {
         let worker = self.engine.inner().runtime.worker(worker);
-        worker.expect("two workers").send(Command::Panic);
+        worker.expect("two workers").send(command);
     }
 
     fn recycle(&self) {
         self.fill(RECYCLED);
     }
 
-    fn fill(&self, word: u64) {
+    pub(super) fn fill(&self, word: u64) {
         for memory in self.side.memory() {
             memory
                 .fill_words(0, memory.len(), |_| word)
@@ -87,7 +92,7 @@ impl Node {
     }
 
     /// Waits until the first block of what a producer sends is there.
-    fn await_sent(&self) {
+    pub(super) fn await_sent(&self) {
         let memory = &self.side.memory()[0];
         let end = Instant::now() + LONG;
         while memory.verify_words(0, 8, |_| SENT).is_err() {
@@ -105,7 +110,7 @@ impl Node {
     }
 
     /// Takes no work, and goes when it is told to.
-    fn takes_no_more(self, way: Peer, address: &str) {
+    pub(super) fn takes_no_more(self, way: Peer, address: &str) {
         let request = RequestId::from("later");
         let error = self.engine.connect(address, LONG).expect_err("broken");
         assert!(matches!(error, Error::WorkerPanicked), "{error}");
@@ -126,7 +131,7 @@ impl Node {
     }
 }
 
-fn groups(blocks: std::ops::Range<u32>) -> Vec<GroupBlocks> {
+pub(super) fn groups(blocks: std::ops::Range<u32>) -> Vec<GroupBlocks> {
     vec![GroupBlocks {
         group: 0,
         blocks: blocks.collect(),

@@ -206,7 +206,7 @@ impl Pull {
         let table = ops.map(|ops| PostTable::of_gets(ops, offered, into));
         let part_of = PartOf::Pull(Arc::clone(&self.pulling));
         attached(&part_of, number, (&shared, served), table);
-        Ok(GpuQueue::new(&self.engine, queues, number, shared))
+        Ok(GpuQueue::new(&self.engine, part_of, number, shared))
     }
 
     /// Says that nothing more is asked for. The transfer is done when every block has come that was asked for; the

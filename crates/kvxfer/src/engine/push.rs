@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 pub use queue::GpuQueue;
-pub(crate) use queue::{NotPosted, PostedAll, SharedQueue, attached};
+pub(crate) use queue::{NotPosted, PostedAll, PutAll, SharedQueue, attached};
 
 use super::Inner;
 use super::books::NO_TICKET;

@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::PostFault;
+use super::table::layer_of;
 use crate::blocks::BlockPair;
+use crate::mem::kernels::queue::{LOCAL_PLACE, LinkRefused, PUT, REMOTE_PLACE};
 use crate::mem::post::device::LinkPuts;
+use crate::mem::post::{Place, Status};
 use crate::plan::{BlockOps, Posted};
 use crate::wire::{LinksRefused, PathKind};
 
@@ -21,6 +24,11 @@ pub enum NoLinks {
         /// The path.
         path: PathKind,
     },
+    /// The GPU is shared through CUDA's MPS server.
+    #[error(
+        "this process's kernels run in CUDA's MPS server, which may go on with what a process that has died had begun: stop the server (echo quit | nvidia-cuda-mps-control), or use another kind of queue"
+    )]
+    Mps,
     /// The consumer's ticket has not come.
     #[error(
         "the consumer's ticket has not come within {after:?}: its blocks have to be known first; have it expect the request, or be more patient"
@@ -66,4 +74,41 @@ pub(crate) fn posted(of: &Arc<BlockOps>, puts: &LinkPuts) -> Result<Posted, Post
         posted.add(at, pair);
     }
     Ok(posted)
+}
+
+/// What was wrong with a put that the device has refused: the device says only what it told its kernel, and which put it
+/// was.
+pub(crate) fn refused(of: &BlockOps, put: &LinkRefused) -> PostFault {
+    let places = u64::from(LOCAL_PLACE | REMOTE_PLACE);
+    if put.op != u64::from(PUT) {
+        return PostFault::Operation;
+    }
+    if put.flags & places != places {
+        return PostFault::Address;
+    }
+    let (here, there) = (Place::from_word(put.local), Place::from_word(put.remote));
+    if let Err(fault) = layer_of(of, (here, there), put.len) {
+        return fault;
+    }
+    let group = here.group;
+    let (blocks, _) = of.num_blocks(group.into());
+    if here.block >= blocks {
+        return PostFault::Source {
+            group,
+            block: here.block,
+            blocks,
+        };
+    }
+    // Whether there is such a block at all, or it is another request's.
+    if [Status::BadRange, Status::BadRights]
+        .map(|status| u64::from(status.number()))
+        .contains(&put.status)
+    {
+        return PostFault::NotExpected {
+            group,
+            block: there.block,
+        };
+    }
+    // Nothing that can be seen: other flags, or somebody has written over what was noted.
+    PostFault::Malformed
 }

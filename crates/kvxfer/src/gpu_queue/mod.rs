@@ -19,7 +19,7 @@ mod wqe;
 
 pub use fault::{PostFault, QueueRule};
 pub use links::NoLinks;
-pub(crate) use links::posted;
+pub(crate) use links::{posted, refused};
 pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
 pub(crate) use wqe::{Block, Named, WqeDevice, Wrong};
 

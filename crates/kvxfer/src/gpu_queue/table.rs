@@ -7,7 +7,7 @@ use super::{Block, PostFault};
 use crate::block_set::BlockSet;
 use crate::blocks::{BlockPair, GroupBlocks};
 use crate::mem::kernels::queue::ALL_TENSORS;
-use crate::mem::post::{Descriptor, End, PostOp};
+use crate::mem::post::{Descriptor, End, Place, PostOp};
 use crate::plan::{BlockOps, LayerAt, Posted};
 
 /// The places that posts may name: the blocks of the ranks' layers that are in the push, or in the pull.
@@ -80,27 +80,10 @@ impl PostTable {
         let (End::Place(here), End::Place(there)) = (post.local, post.remote) else {
             return Err(PostFault::Address);
         };
-        let (group, layer) = (here.group, here.layer);
-        let alike = (group, layer) == (there.group, there.layer);
-        if !alike || (here.tensor, there.tensor) != (ALL_TENSORS, ALL_TENSORS) {
-            return Err(PostFault::Places);
-        }
-        // As in the table of work requests, where a layer of which nothing moves is none.
-        let found = self.of.find(group.into(), layer.into());
-        let found = found.filter(|(_, of)| of.bytes > 0);
-        let (at, of) = found.ok_or(PostFault::Layer { group, layer })?;
-        if post.len != of.bytes {
-            let (len, wanted) = (post.len, of.bytes);
-            return Err(PostFault::Length {
-                group,
-                layer,
-                len,
-                wanted,
-            });
-        }
-        let pair = self.pair(group, here.block, there.block)?;
+        let layer = layer_of(&self.of, (here, there), post.len)?;
+        let pair = self.pair(here.group, here.block, there.block)?;
         Ok(Wanted {
-            layer: at,
+            layer,
             pair,
             immediate,
         })
@@ -155,6 +138,33 @@ impl PostTable {
             }
         }
     }
+}
+
+/// The layer of which two places, and so many bytes, name a block.
+pub(super) fn layer_of(
+    of: &BlockOps,
+    (here, there): (Place, Place),
+    len: u64,
+) -> Result<LayerAt, PostFault> {
+    let (group, layer) = (here.group, here.layer);
+    let alike = (group, layer) == (there.group, there.layer);
+    if !alike || (here.tensor, there.tensor) != (ALL_TENSORS, ALL_TENSORS) {
+        return Err(PostFault::Places);
+    }
+    // As in the table of work requests, where a layer of which nothing moves is none.
+    let found = of.find(group.into(), layer.into());
+    let found = found.filter(|(_, of)| of.bytes > 0);
+    let (at, of) = found.ok_or(PostFault::Layer { group, layer })?;
+    if len != of.bytes {
+        let wanted = of.bytes;
+        return Err(PostFault::Length {
+            group,
+            layer,
+            len,
+            wanted,
+        });
+    }
+    Ok(at)
 }
 
 /// Those blocks of each group that a rank has: so many, whatever a ticket says.

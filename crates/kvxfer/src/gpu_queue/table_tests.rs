@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::gpu_queue::refused;
 use crate::layout::{KvFormat, KvPlacement, Packing, Side, Topology};
+use crate::mem::kernels::queue::LinkRefused;
 use crate::mem::post::{Place, Status};
 use crate::plan::{Compiled, Part, PlanLimits, Role};
 
@@ -83,6 +85,46 @@ fn a_get_names_what_is_offered_and_what_the_pull_has() {
     for op in [PostOp::Put, PostOp::PutImm(1)] {
         let other = Descriptor { op, ..get(3, 9) };
         assert_eq!(table.check(&other), Err(PostFault::Operation));
+    }
+}
+
+/// What a device has noted may be anything.
+#[test]
+fn a_put_that_a_device_has_refused_is_named_as_far_as_it_can_be() {
+    let put = LinkRefused {
+        status: Status::BadRights.number().into(),
+        local: place(2, 39).to_word(),
+        remote: place(2, 9).to_word(),
+        len: BYTES,
+        flags: 3,
+        op: 1,
+    };
+    let not_expected = PostFault::NotExpected { group: 0, block: 9 };
+    for (put, fault) in [
+        (put, not_expected),
+        // Told before anything else was looked at.
+        (
+            LinkRefused {
+                op: 2,
+                len: 0,
+                ..put
+            },
+            PostFault::Operation,
+        ),
+        (LinkRefused { op: 1 << 40, ..put }, PostFault::Operation),
+        (LinkRefused { flags: 2, ..put }, PostFault::Address),
+        (LinkRefused { remote: 0, ..put }, PostFault::Places),
+        // Nothing that can be seen is wrong with it.
+        (LinkRefused { status: 5, ..put }, PostFault::Malformed),
+        (
+            LinkRefused {
+                status: u64::MAX,
+                ..put
+            },
+            PostFault::Malformed,
+        ),
+    ] {
+        assert_eq!(refused(&ops(), &put), fault, "{put:?}");
     }
 }
 

@@ -151,7 +151,7 @@ pub enum Cause {
     /// A kernel has posted what cannot be done.
     #[error("post {post} of a kernel: {fault}")]
     KernelPost {
-        /// Which post of its queue, from 0.
+        /// Which post of its queue, from 0. Over links puts have no numbers, and it is 0.
         post: u64,
         /// What is wrong with it.
         fault: PostFault,

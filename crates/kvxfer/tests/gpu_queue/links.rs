@@ -192,13 +192,12 @@ fn layers_of_the_host_and_other_queues_go_beside_it() {
     bench.over();
 }
 
-/// What is no put of an expected block is refused by the device, and nothing of it is written.
+/// What is no put of an expected block is refused by the device, nothing of it is written, and its push fails by name,
+/// though its kernel goes on.
 #[test]
-fn what_the_consumer_does_not_expect_is_not_written() {
+fn a_put_that_is_refused_writes_nothing_and_fails_its_push() {
     let mut bench = bench(|_| {});
-    bench.expect("r", [5, 7]);
-    let push = bench.push("r", LONG);
-    let queue = bench.links(&push);
+    let group = 0;
     let one_tensor = |word: u64| word & !(0xff << 48);
     let part = put(0, 3, 5, BIG);
     let part = Move {
@@ -210,31 +209,68 @@ fn what_the_consumer_does_not_expect_is_not_written() {
         flags: 0,
         ..put(0, 3, 5, BIG)
     };
+    let not_expected = |block| PostFault::NotExpected { group, block };
+    let source = PostFault::Source {
+        group,
+        block: BLOCKS,
+        blocks: BLOCKS,
+    };
+    let length = PostFault::Length {
+        group,
+        layer: 0,
+        len: BIG - 8,
+        wanted: BIG,
+    };
+    let layer = PostFault::Layer { group, layer: 2 };
+    let (bad_op, operation) = (Status::BadOp, PostFault::Operation);
+    let good = put(0, 3, 5, BIG);
     let cases = [
-        (put(0, 3, 6, BIG), PUT, Status::BadRights),
-        (put(1, 3, 0, BIG), PUT, Status::BadRights),
-        (put(0, 3, BLOCKS, BIG), PUT, Status::BadRange),
-        (put(0, BLOCKS, 5, BIG), PUT, Status::BadRange),
-        (put(2, 3, 5, BIG), PUT, Status::BadKey),
-        (put(0, 3, 5, BIG - 8), PUT, Status::BadLength),
-        (part, PUT, Status::BadRange),
-        (by_address, PUT, Status::BadOp),
-        (put(0, 3, 5, BIG), GET, Status::BadOp),
-        (put(0, 3, 5, BIG), PUT_IMM, Status::BadOp),
+        (put(0, 3, 6, BIG), PUT, Status::BadRights, not_expected(6)),
+        (put(1, 3, 0, BIG), PUT, Status::BadRights, not_expected(0)),
+        (
+            put(0, 3, BLOCKS, BIG),
+            PUT,
+            Status::BadRange,
+            not_expected(BLOCKS),
+        ),
+        (put(0, BLOCKS, 5, BIG), PUT, Status::BadRange, source),
+        (put(2, 3, 5, BIG), PUT, Status::BadKey, layer),
+        (put(0, 3, 5, BIG - 8), PUT, Status::BadLength, length),
+        (part, PUT, Status::BadRange, PostFault::Places),
+        (by_address, PUT, bad_op, PostFault::Address),
+        (good, GET, bad_op, operation),
+        (good, PUT_IMM, bad_op, operation),
     ];
-    for (bad, op, status) in cases {
+    for (at, (bad, op, status, fault)) in cases.into_iter().enumerate() {
+        let request = format!("r{at}");
+        bench.expect(&request, [5, 7]);
+        let push = bench.push(&request, LONG);
+        let queue = bench.links(&push);
         let posting = bench.post(&queue, &[bad], op, EACH);
         assert_eq!(ends(&posting), [(status, status)], "{bad:x?}");
+        // The first is the one that counts.
+        let posting = bench.post(&queue, &[put(9, 9, 9, 9)], PUT, EACH);
+        assert_eq!(ends(&posting), [(Status::BadKey, Status::BadKey)]);
+        bench.consumer.assert_untouched_but([]);
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        let sent = push.commit().expect("told");
+        assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
+        bench.failed(&request);
+        assert!(sent.wait_released(LONG));
     }
-    bench.consumer.assert_untouched_but([]);
-    let posting = bench.post(&queue, &[put(1, 3, 5, BIG)], PUT, EACH);
-    assert_eq!(ends(&posting), [WELL]);
+    // Nor does a good one make up for it.
+    bench.expect("s", [5, 7]);
+    let push = bench.push("s", LONG);
+    let queue = bench.links(&push);
+    let moves = [put(0, 3, 5, BIG), put(0, 3, 6, BIG), put(1, 3, 5, BIG)];
+    let posting = bench.post(&queue, &moves, PUT, EACH);
+    let refused = (Status::BadRights, Status::BadRights);
+    assert_eq!(ends(&posting), [WELL, refused, WELL]);
     queue.finish(Kernels::Ended, LONG).expect("they have ended");
-    let sent = push.commit().expect("committed");
-    assert_eq!(sent.wait(LONG), Some(Outcome::Done));
-    // What was refused is no part of it.
-    assert_eq!(sent.report().bytes, BIG);
-    bench.received("r");
+    let sent = push.commit().expect("told");
+    let fault = not_expected(6);
+    assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
+    bench.failed("s");
     bench.consumer.assert_untouched_but([5]);
     bench.over();
 }
@@ -365,6 +401,35 @@ fn a_put_that_was_stopped_in_the_middle_is_no_put() {
     }
     bench.failed("r");
     bench.over();
+}
+
+/// Against their owner's word: one runs on after `finish`, and another one is launched.
+#[test]
+fn kernels_that_run_on_after_finish_are_stopped() {
+    let bench = bench(|_| {});
+    bench.expect("r", 0..8);
+    let push = bench.push("r", LONG);
+    let queue = bench.links(&push);
+    let device = Arc::clone(queue.device());
+    let posting = bench.endless(&queue, 8);
+    queue.finish(Kernels::Ended, LONG).expect("nobody looks");
+    stopped_in_the_middle(&posting);
+    bench.consumer.side.poison().expect("poisoned");
+    let posts = Posts {
+        moves: &big(8),
+        posters: 1,
+        by: PostBy::Blocks,
+        op: PUT,
+        until: ALL,
+    };
+    let posting = bench.kernels.post(&bench.stream, &device, &posts);
+    let stopped = (Status::Stopped, Status::Stopped);
+    let told = ends(&posting.expect("launched"));
+    assert!(told.iter().all(|end| *end == stopped), "{told:?}");
+    bench.consumer.assert_untouched_but([]);
+    let sent = push.commit().expect("told");
+    assert!(sent.wait(LONG).is_some());
+    assert!(sent.wait_released(LONG));
 }
 
 #[test]

@@ -155,6 +155,7 @@ impl HostApi {
             host_register_read_only: Some(true),
             fine_grained: false,
             large_bar: None,
+            mps: false,
         })
     }
 

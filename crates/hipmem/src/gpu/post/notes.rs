@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::posters::Posters;
 use crate::error::{Error, Operation};
 use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
-use crate::kernels::queue::{NOTE_BEGUN, NOTE_PUT};
+use crate::kernels::queue::{LinkRefused, NOTE_BEGUN, NOTE_PUT};
 use crate::post::{Compiled, RegionFault, RegionLayer};
 
 /// Bytes of a word.
@@ -40,6 +40,8 @@ pub struct LinkPuts {
     pub puts: Vec<LinkPut>,
     /// Blocks of layers that were begun and are not whole.
     pub begun: u64,
+    /// The first put that was refused. It is what the kernel's device has noted: who uses its words looks at them first.
+    pub refused: Option<LinkRefused>,
 }
 
 /// The words of a queue of a push, in the GPU's memory.
@@ -124,7 +126,10 @@ impl Notes {
             let word = word.try_into().unwrap_or_default();
             u32::from_ne_bytes(word)
         });
-        let mut all = LinkPuts::default();
+        let mut all = LinkPuts {
+            refused: posters.refused(deadline)?,
+            ..LinkPuts::default()
+        };
         for (group, layer, blocks) in &self.layers {
             for (dst, note) in blocks.iter().zip(&mut words) {
                 match note.checked_sub(NOTE_PUT) {

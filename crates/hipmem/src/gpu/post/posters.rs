@@ -6,19 +6,20 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, RuntimeKind, Stream};
-use crate::kernels::queue::{QueueReport, QueueState};
+use crate::kernels::queue::{LinkRefused, QueueReport, QueueState};
 use crate::post::Status;
 
 /// Where the abort word is, behind the state and on a line of its own.
 const ABORT: u64 = 64;
-/// Where the report of queues is whose completions the posters read.
+/// Where the report of queues is whose completions the posters read, or the first put over links that was refused.
 const REPORT: u64 = 128;
 /// Where the words are by which posters of WQEs ring for each other, one for each slot.
 const WORDS: u64 = 192;
+const _: () = assert!(size_of::<LinkRefused>() as u64 <= WORDS - REPORT);
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
-/// In pinned memory, the words that the posters' count and their fault are read into, behind one of the value 1: what
-/// the abort word is set from.
+/// In pinned memory, the words that the posters' count and their fault, or a refusal, are read into, behind one of the value
+/// 1: what the abort word is set from.
 const COUNT: u64 = 64;
 /// The state's word that says that something has failed, and the report's that says what.
 const BROKEN: u64 = offset_of!(QueueState, broken) as u64;
@@ -127,6 +128,16 @@ impl Posters {
             posted: host.load_u64(COUNT)?,
             failed: PostFailed::from_word(host.load_u64(COUNT + 8)?),
         })
+    }
+
+    /// The first put over links of a push that was refused.
+    pub(super) fn refused(&self, deadline: Instant) -> Result<Option<LinkRefused>, Error> {
+        let mut bytes = [0; size_of::<LinkRefused>()];
+        let len = bytes.len() as u64;
+        self.read((&self.own, REPORT), (&self.words, COUNT), len, deadline)?;
+        self.words.host().read(COUNT, &mut bytes)?;
+        let first = LinkRefused::from_bytes(&bytes);
+        Ok((first.status != 0).then_some(first))
     }
 
     /// Reads words of the GPU's memory.

@@ -54,6 +54,8 @@ pub(crate) const CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING: CUdevice_a
     CUdevice_attribute(118);
 pub(crate) const CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED: CUdevice_attribute =
     CUdevice_attribute(124);
+/// Newer than the others: older drivers refuse it.
+pub(crate) const CU_DEVICE_ATTRIBUTE_MPS_ENABLED: CUdevice_attribute = CUdevice_attribute(133);
 
 /// What a pointer can be asked for.
 #[derive(Clone, Copy)]

@@ -18,10 +18,7 @@ int cuDeviceGetName(char *s, int n, int d) { strcpy(s, "fake"); return 0; }
 int cuDeviceGetPCIBusId(char *s, int n, int d) { snprintf(s, n, "0000:1%d:00.0", d); return 0; }
 int cuDeviceGetUuid(char *u, int d) { memset(u, d + 1, 16); return 0; }
 int cuDeviceTotalMem_v2(size_t *n, int d) { *n = 1 << 30; return 0; }
-int cuDeviceGetAttribute(int *v, int a, int d) {
-    *v = a == 75 ? 9 : a == 76 ? 0 : a == 118 ? 100 : 1;
-    return 0;
-}
+int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 118 ? 100 : 1; return 0; }
 int cuGetErrorName(int e, const char **s) { *s = "CUDA_ERROR_FAKE"; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = 0; return 1; }
 int cuDeviceCanAccessPeer(int *can, int a, int b) { *can = a < b; return 0; }

@@ -145,6 +145,14 @@ fn devices_are_told_as_the_runtime_tells_them() -> Result<(), Error> {
     assert_eq!(runtime.gpu_at(info.pci)?, second);
     // Without the function there is no dma-buf, whatever the attribute says.
     assert!(!info.dma_buf);
+    assert!(info.mps);
+    // Nobody is taken to be under MPS by a driver that does not know of it.
+    for of_mps in ["*v = 0; return 0;", "*v = 1; return 1;"] {
+        let of_mps = format!("if (a == 133) {{ {of_mps} }} *v = 1; return 0;");
+        let of_mps = format!("int cuDeviceGetAttribute(int *v, int a, int d) {{ {of_mps} }}");
+        let runtime = cuda(&Fake::but(CUDA, &of_mps, Cuda::REQUIRED))?;
+        assert!(!runtime.gpu(0)?.info().mps);
+    }
     Ok(())
 }
 

@@ -8,6 +8,15 @@ use crate::mem::post::device::{LinkExpected, LinkLayer, LinkPiece, LinkQueue, Li
 use crate::plan::{BlockOps, BlockPiece, PieceSide};
 use crate::wire::GpuDesc;
 
+/// Whether kernels of a GPU may outlive this process. The consumer, which waits for the process's end, cannot know that.
+pub(crate) fn outlive(gpu: &Gpu) -> bool {
+    #[cfg(test)]
+    if super::trial::MPS.get() {
+        return true;
+    }
+    gpu.info().mps
+}
+
 impl GpuSide {
     /// A queue by which kernels of a GPU write the blocks that a peer expects, and no others. The peer's memories are
     /// mapped for that GPU as long as the queue is.

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress, PeerMapping};
 
 pub(crate) use host::HostSide;
+pub(crate) use links::outlive;
 pub(crate) use portion::{MOST_STAGED, Portion, Reads, StagedPeer, packed, told};
 pub(crate) use staging::{Packed, Slots, Staging};
 pub(crate) use takes::OpenTakes;
@@ -77,6 +78,8 @@ pub(crate) mod trial {
         pub(crate) static STEP: Cell<Option<HostStep>> = const { Cell::new(None) };
         /// Their devices read nothing back.
         pub(crate) static DEAF: Cell<bool> = const { Cell::new(false) };
+        /// Queues that this thread makes are for GPUs under MPS.
+        pub(crate) static MPS: Cell<bool> = const { Cell::new(false) };
     }
 
     #[derive(Debug, Default)]

@@ -4,13 +4,16 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::queue::after;
-use super::{GpuQueue, Push, Pushes, Pushing, SharedQueue, Stage};
+use super::queue::{PutAll, after};
+use super::{GpuQueue, NotPosted, Push, Pushes, Pushing, SharedQueue, Stage};
+use crate::engine::gpu::outlive;
+use crate::engine::moves::Moved;
 use crate::engine::queues::PartOf;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
-use crate::gpu_queue::{GpuQueueConfig, NoLinks};
-use crate::mem::post::device::PostQueue;
+use crate::gpu_queue::{GpuQueueConfig, NoLinks, posted, refused};
+use crate::mem::post::device::{LinkPuts, PostQueue};
+use crate::plan::BlockOps;
 use crate::ticket::Ticket;
 use crate::transfer::PeerKey;
 use crate::wire::{LinksAnswer, LinksWanted};
@@ -72,6 +75,43 @@ impl Pushing {
         }
     }
 
+    /// Makes what kernels have put part of the push. Not by the worker, whose other transfers would wait: what kernels are
+    /// for the push, a job, keeps it and its claims until the worker hears of this.
+    pub(super) fn take_puts(&self, puts: &LinkPuts) -> PutAll {
+        let begun = Instant::now();
+        let taken = match self.queues.block_ops() {
+            Some(ops) => self.part_of_push(ops, puts),
+            None => Ok(None),
+        };
+        PutAll {
+            count: puts.puts.len() as u64,
+            has_begun: puts.begun > 0,
+            taken,
+            prepare: begun.elapsed(),
+        }
+    }
+
+    fn part_of_push(
+        &self,
+        ops: &Arc<BlockOps>,
+        puts: &LinkPuts,
+    ) -> Result<Option<Moved>, NotPosted> {
+        // Puts have no numbers.
+        let fault = |fault| NotPosted::Fault { fault, at: 0 };
+        if let Some(put) = &puts.refused {
+            return Err(fault(refused(ops, put)));
+        }
+        if puts.puts.is_empty() {
+            return Ok(None);
+        }
+        let posted = posted(ops, puts).map_err(fault)?;
+        match self.take_posts(posted) {
+            Ok(moved) => Ok(Some(moved)),
+            Err(NotPosted::Fault { fault: of, .. }) => Err(fault(of)),
+            Err(other) => Err(other),
+        }
+    }
+
     /// Gives a queue over links to the worker that owns the push: from its answer on the push is not over before its
     /// kernels are.
     fn attach_links(
@@ -111,6 +151,9 @@ impl Push {
         else {
             return Err(path);
         };
+        if outlive(&config.gpu) {
+            return Err(refuse(NoLinks::Mps));
+        }
         let patience = config.patience;
         let until = after(patience);
         let ticket = pushing.wait_for(until, |stage| match stage {
@@ -125,7 +168,8 @@ impl Push {
         let shared = SharedQueue::new(PostQueue::Links(device), config.pace);
         pushing.queues.begun();
         // Whatever fails from here on: nobody has had its handle when it goes.
-        let queue = GpuQueue::new(&self.engine, &pushing.queues, number, Arc::clone(&shared));
+        let part_of = PartOf::Push(Arc::clone(pushing));
+        let queue = GpuQueue::new(&self.engine, part_of, number, Arc::clone(&shared));
         pushing.attach_links(number, &shared, (until, patience))?;
         let said = || *pushing.links.lock().unwrap_or_else(PoisonError::into_inner);
         if said().is_none() {

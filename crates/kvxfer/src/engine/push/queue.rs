@@ -25,7 +25,7 @@ use crate::mem::gpu::{Gpu, GpuFault};
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::{
-    Bell, DeviceQueue, LinkPuts, PostQueue, PosterReport, RegionTable, WqeQueue, WqeQueueConfig,
+    Bell, DeviceQueue, PostQueue, PosterReport, RegionTable, WqeQueue, WqeQueueConfig,
 };
 use crate::plan::Posted;
 use crate::ticket::Ticket;
@@ -141,10 +141,16 @@ impl SharedQueue {
     }
 
     /// What has been posted, once no kernel runs any more.
-    fn posted(&self, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
-        Ok(match self.device().links() {
-            Some(links) => PostedAll::Put(Box::new(links.puts(deadline)?)),
-            None => PostedAll::Left(self.device().left(deadline)?),
+    fn posted(&self, part_of: &PartOf, deadline: Instant) -> Result<PostedAll, crate::mem::Error> {
+        Ok(match (self.device().links(), part_of) {
+            (Some(links), PartOf::Push(push)) => {
+                // One that runs all the same, against its owner's word, writes no more than until its next look. What is
+                // read is read behind this.
+                self.stop();
+                let puts = links.puts(deadline)?;
+                PostedAll::Put(Box::new(push.take_puts(&puts)))
+            }
+            _ => PostedAll::Left(self.device().left(deadline)?),
         })
     }
 
@@ -164,7 +170,20 @@ pub(crate) enum PostedAll {
     /// So many posts have been begun, and perhaps given up.
     Left(PosterReport),
     /// They have put this themselves.
-    Put(Box<LinkPuts>),
+    Put(Box<PutAll>),
+}
+
+/// What kernels have put themselves, as part of their push.
+#[derive(Debug)]
+pub(crate) struct PutAll {
+    /// Blocks of layers.
+    pub(crate) count: u64,
+    /// Whether there is a block that they have begun and not ended.
+    pub(crate) has_begun: bool,
+    /// What it comes to, if there is any.
+    pub(crate) taken: Result<Option<Moved>, NotPosted>,
+    /// How long that took.
+    pub(crate) prepare: Duration,
 }
 
 /// Why what kernels have posted is not carried out.
@@ -188,8 +207,8 @@ impl Pushing {
         Some(PostTable::new(block_ops, &ticket.groups, tells))
     }
 
-    /// Claims what kernels have posted, and counts its checksums. For the worker alone that owns the push: it is also
-    /// the one that lets go of the claims. A fault comes with its place among the posts.
+    /// Claims what kernels have posted, and counts its checksums. For who knows that the push does not let go of its claims
+    /// meanwhile: the worker that owns it, and over links who says that its kernels have ended. A fault comes with its place among the posts.
     pub(crate) fn take_posts(&self, posted: Posted) -> Result<Moved, NotPosted> {
         let Some(engine) = self.peer.engine.upgrade() else {
             return Err(NotPosted::Cause(Cause::ShuttingDown));
@@ -271,7 +290,8 @@ impl Push {
         }
         let (number, shared, served) = queues.make(&self.engine, config)?;
         self.pushing.attach(number, (&shared, served))?;
-        Ok(GpuQueue::new(&self.engine, queues, number, shared))
+        let part_of = PartOf::Push(Arc::clone(&self.pushing));
+        Ok(GpuQueue::new(&self.engine, part_of, number, shared))
     }
 }
 
@@ -395,7 +415,7 @@ impl Queues {
 #[derive(Debug)]
 pub struct GpuQueue {
     number: u64,
-    queues: Arc<Queues>,
+    part_of: PartOf,
     engine: Arc<Inner>,
     shared: Arc<SharedQueue>,
     is_over: bool,
@@ -405,13 +425,13 @@ impl GpuQueue {
     /// The worker has it.
     pub(crate) fn new(
         engine: &Arc<Inner>,
-        queues: &Arc<Queues>,
+        part_of: PartOf,
         number: u64,
         shared: Arc<SharedQueue>,
     ) -> Self {
         Self {
             number,
-            queues: Arc::clone(queues),
+            part_of,
             engine: Arc::clone(engine),
             shared,
             is_over: false,
@@ -450,7 +470,7 @@ impl GpuQueue {
     /// where the two ranks do not both keep the layer in that group, or nothing of it moves: such a layer is not posted.
     #[must_use]
     pub fn block_bytes(&self, group: u32, layer: u32) -> Option<u64> {
-        let bytes = self.queues.plans().layer_bytes(group, layer);
+        let bytes = self.part_of.queues().plans().layer_bytes(group, layer);
         bytes.filter(|bytes| *bytes > 0)
     }
 
@@ -464,7 +484,8 @@ impl GpuQueue {
         *at = pace;
         drop(at);
         if !self.engine.runtime.health.is_forked() {
-            self.queues.send(Command::Queue(QueueOrder::Look));
+            let queues = self.part_of.queues();
+            queues.send(Command::Queue(QueueOrder::Look));
         }
     }
 
@@ -513,7 +534,8 @@ impl GpuQueue {
         let posted = match &ended {
             Ok(()) | Err(Error::KernelsLate { .. }) => {
                 self.shared.device.is_over.store(true, Ordering::Release);
-                let posted = self.shared.posted(after(within.max(TO_READ)));
+                let until = after(within.max(TO_READ));
+                let posted = self.shared.posted(&self.part_of, until);
                 Some(posted.map_err(Error::Memory))
             }
             Err(_) => None,
@@ -531,8 +553,9 @@ impl GpuQueue {
             // What they have posted is not known, nor whether it is what they should have.
             (_, Some(Err(error))) | (Err(error), None) => {
                 let cause = cause(GpuOperation::Wait, &error);
-                let id = self.queues.id();
-                self.queues.send(Command::Fail { id, cause });
+                let queues = self.part_of.queues();
+                let id = queues.id();
+                queues.send(Command::Fail { id, cause });
                 self.close(None, true);
                 Err(error)
             }
@@ -544,11 +567,11 @@ impl GpuQueue {
     fn close(&mut self, posted: Option<PostedAll>, is_finished: bool) {
         self.is_over = true;
         let number = self.number;
-        let id = self.queues.id();
-        self.queues
-            .send(Command::Queue(QueueOrder::Close { id, number, posted }));
+        let queues = self.part_of.queues();
+        let id = queues.id();
+        queues.send(Command::Queue(QueueOrder::Close { id, number, posted }));
         if is_finished {
-            self.queues.finished();
+            queues.finished();
         }
     }
 }

@@ -3,17 +3,15 @@
 
 use std::collections::HashSet;
 use std::collections::hash_map::Entry;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tracing::debug;
 
 use super::kernel_queue::{KernelQueue, Served, Stage};
 use super::{Command, Worker};
 use crate::engine::moves::{Moved, Moves};
-use crate::engine::push::NotPosted;
-use crate::gpu_queue::posted;
+use crate::engine::push::{NotPosted, PutAll};
 use crate::mem::post::Status;
-use crate::mem::post::device::LinkPuts;
 use crate::transfer::{JobId, TransferId};
 
 impl Worker {
@@ -52,31 +50,27 @@ impl Worker {
     }
 
     /// What kernels have put is part of the push: it is there already.
-    pub(super) fn take_puts(&mut self, queue: &mut KernelQueue, puts: &LinkPuts) {
-        let begun = Instant::now();
-        queue.has_begun = puts.begun > 0;
-        let count = puts.puts.len() as u64;
+    pub(super) fn take_puts(&mut self, queue: &mut KernelQueue, puts: PutAll) {
+        let PutAll {
+            count,
+            has_begun,
+            taken,
+            prepare,
+        } = puts;
+        queue.has_begun = has_begun;
         queue.shared.note_taken(count);
         queue.shared.note_ended(count, Status::Ok);
-        if puts.puts.is_empty() || queue.stage == Stage::Sealed {
+        if queue.stage == Stage::Sealed {
             return;
         }
-        let Some(ops) = queue.part_of.queues().block_ops() else {
-            return;
-        };
-        let posted = match posted(ops, puts) {
-            Ok(posted) => posted,
-            Err(fault) => return self.fail_post(queue.id, 0, fault),
-        };
-        match queue.part_of.take(posted) {
-            Ok(moves) => self.add_puts(queue, moves.what, begun.elapsed()),
+        match taken {
+            Ok(Some(moved)) => self.add_puts(queue, moved, prepare),
+            Ok(None) => {}
             Err(NotPosted::Cause(cause)) => self.command(Command::Fail {
                 id: queue.id,
                 cause,
             }),
-            Err(NotPosted::Fault { fault, at }) => {
-                self.fail_post(queue.id, at as u64, fault);
-            }
+            Err(NotPosted::Fault { fault, at }) => self.fail_post(queue.id, at as u64, fault),
         }
     }
 

@@ -200,6 +200,9 @@ pub(crate) enum Command {
     /// Panic, as a defect would have it.
     #[cfg(test)]
     Panic,
+    /// The same as in the middle of a look at queues: they are gone then.
+    #[cfg(test)]
+    PanicLooking,
 }
 
 /// How other threads reach a worker.
@@ -613,6 +616,11 @@ impl Worker {
             }
             #[cfg(test)]
             Command::Panic => panic!("a worker's panic, which the test wants"),
+            #[cfg(test)]
+            Command::PanicLooking => {
+                let _queues = std::mem::take(&mut self.queues);
+                panic!("a worker's panic at its queues, which the test wants")
+            }
         }
     }
 

@@ -86,7 +86,7 @@ impl Worker {
                 queue.looks = 0;
                 match posted {
                     Some(PostedAll::Left(left)) => queue.left = Some(left),
-                    Some(PostedAll::Put(puts)) => self.take_puts(&mut queue, &puts),
+                    Some(PostedAll::Put(puts)) => self.take_puts(&mut queue, *puts),
                     None => {}
                 }
                 self.end_kernels(&mut queue);
