@@ -18,6 +18,8 @@ const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 /// In pinned memory, a word that the posters' count is read into, behind one of the value 1: what the abort word is
 /// set from.
 const COUNT: u64 = 64;
+/// Where the report is read into, behind the count.
+const REPORTED: u64 = COUNT + 16;
 
 /// The posters' state, the abort word and the report, in the GPU's memory.
 pub(super) struct Posters {
@@ -83,6 +85,15 @@ impl Posters {
         let mut next = [0; 8];
         self.words.host().read(COUNT, &mut next)?;
         Ok(u64::from_ne_bytes(next))
+    }
+
+    /// How far WQEs have ended, and the first failure: `kvx_queue_report`.
+    pub(super) fn reported(&self, deadline: Instant) -> Result<(u64, u64), Error> {
+        self.read((&self.own, REPORT), (&self.words, REPORTED), 16, deadline)?;
+        let mut both = [[0; 8]; 2];
+        (self.words.host()).read(REPORTED, both.as_flattened_mut())?;
+        let [ended, fault] = both.map(u64::from_ne_bytes);
+        Ok((ended, fault))
     }
 
     /// Reads words of the GPU's memory.
