@@ -370,11 +370,11 @@ fn log_of(log: &str) -> String {
     }
 }
 
-/// What is documented of a refusal: by CUDA's manual, by those of NVSHMEM's users, by HIP's header.
+/// What is documented of a refusal: by CUDA's manual, NVSHMEM's installation guide, HIP's header.
 fn foreign_fix(kind: MemoryKind, refused: &Refused) -> &'static str {
     match (kind, refused.code.runtime, refused.code.number) {
         (MemoryKind::Registers, RuntimeKind::Cuda, NOT_PERMITTED) => {
-            ": CUDA may map a device's registers for privileged processes alone: run as root (CAP_SYS_ADMIN), or load nvidia.ko with NVreg_RegistryDwords=\"PeerMappingOverride=1;\", as NVSHMEM's IBGDA needs it too"
+            ": CUDA may map a device's registers for privileged processes alone: run as root (CAP_SYS_ADMIN), or load nvidia.ko with NVreg_RegistryDwords=\"PeerMappingOverride=1;\", as NVSHMEM's installation guide has it for IBGDA"
         }
         (MemoryKind::Registers, RuntimeKind::Cuda, NOT_SUPPORTED) => {
             ": of a device's registers CUDA says so on older Linux kernels"

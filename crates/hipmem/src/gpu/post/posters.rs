@@ -13,13 +13,13 @@ const ABORT: u64 = 64;
 const REPORT: u64 = 128;
 /// Where the words are by which posters of WQEs ring for each other, one for each slot.
 const WORDS: u64 = 192;
+/// In pinned memory, where the report is read into, with the posters' count before it.
+const REPORTED: u64 = 96;
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 /// In pinned memory, a word that the posters' count is read into, behind one of the value 1: what the abort word is
 /// set from.
 const COUNT: u64 = 64;
-/// Where the report is read into, behind the count.
-const REPORTED: u64 = COUNT + 16;
 
 /// The posters' state, the abort word and the report, in the GPU's memory.
 pub(super) struct Posters {
@@ -87,15 +87,6 @@ impl Posters {
         Ok(u64::from_ne_bytes(next))
     }
 
-    /// How far WQEs have ended, and the first failure: `kvx_queue_report`.
-    pub(super) fn reported(&self, deadline: Instant) -> Result<(u64, u64), Error> {
-        self.read((&self.own, REPORT), (&self.words, REPORTED), 16, deadline)?;
-        let mut both = [[0; 8]; 2];
-        (self.words.host()).read(REPORTED, both.as_flattened_mut())?;
-        let [ended, fault] = both.map(u64::from_ne_bytes);
-        Ok((ended, fault))
-    }
-
     /// Reads words of the GPU's memory.
     pub(super) fn read(
         &self,
@@ -130,6 +121,16 @@ impl Posters {
         // It holds its memory until it is done, and nobody need wait for that.
         drop(self.aborts.copy(&[copy])?);
         Ok(())
+    }
+
+    /// How many numbers posters of WQEs have taken, how far these have ended, and the first failure.
+    pub(super) fn reported(&self, deadline: Instant) -> Result<[u64; 3], Error> {
+        for (src, dst, len) in [(0, REPORTED - 8, 8), (REPORT, REPORTED, 16)] {
+            self.read((&self.own, src), (&self.words, dst), len, deadline)?;
+        }
+        let mut all = [[0; 8]; 3];
+        (self.words.host()).read(REPORTED - 8, all.as_flattened_mut())?;
+        Ok(all.map(u64::from_ne_bytes))
     }
 }
 

@@ -279,9 +279,8 @@ impl WqeQueue {
     ///
     /// As [`posted`](Self::posted).
     pub fn ends(&self, deadline: Instant) -> Result<WqeEnds, Error> {
-        let posted = self.posters.posted(deadline)?;
-        let (ended, fault) = self.posters.reported(deadline)?;
-        // KVX_QUEUE_REPORT: the number and 1, and eight bits for the status.
+        let [posted, ended, fault] = self.posters.reported(deadline)?;
+        // kvx_queue_report: the number and 1, and eight bits for the status.
         let failed = (fault >> 8).checked_sub(1).map(|n| {
             let status = Status::from_number(fault as u32 & 0xff);
             (n, status.unwrap_or(Status::Malformed))

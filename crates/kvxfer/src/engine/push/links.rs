@@ -4,12 +4,11 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::queue::after;
 use super::{GpuQueue, Push, Pushes, Pushing, SharedQueue, Stage};
 use crate::engine::queues::PartOf;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
-use crate::gpu_queue::{GpuQueueConfig, NoLinks};
+use crate::gpu_queue::{GpuQueueConfig, NoLinks, after};
 use crate::mem::post::device::PostQueue;
 use crate::ticket::Ticket;
 use crate::transfer::PeerKey;
