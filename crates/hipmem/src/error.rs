@@ -5,6 +5,7 @@ use std::fmt;
 use nix::errno::Errno;
 
 use crate::gather::GatherFault;
+use crate::gpu::post::NicFault;
 use crate::gpu::{GpuFault, NoGpu};
 use crate::kernels::KernelError;
 use crate::post::RegionFault;
@@ -197,6 +198,9 @@ pub enum Error {
     /// Kernels cannot be given a table of such blocks.
     #[error("{0}")]
     Regions(#[source] RegionFault),
+    /// Kernels cannot post to a NIC's queues.
+    #[error("{0}")]
+    Nic(#[source] NicFault),
     /// There is no kernel to launch.
     #[error("{0}")]
     Kernel(#[source] KernelError),
@@ -265,6 +269,12 @@ impl From<GatherFault> for Error {
 impl From<RegionFault> for Error {
     fn from(fault: RegionFault) -> Self {
         Self::Regions(fault)
+    }
+}
+
+impl From<NicFault> for Error {
+    fn from(fault: NicFault) -> Self {
+        Self::Nic(fault)
     }
 }
 

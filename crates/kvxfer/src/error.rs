@@ -130,7 +130,7 @@ pub enum Error {
     },
     /// Kernels that post have not ended in time.
     #[error(
-        "the kernels of a queue have not ended within {after:?}, and were told to stop: wait for them before GpuQueue::finish, or give them longer"
+        "the kernels of a queue have not ended within {after:?}, and were told to stop: wait for them before `finish`, or give them longer"
     )]
     KernelsLate {
         /// How long they were waited for.

@@ -413,7 +413,12 @@ impl ProtectionDomain {
         }
         // The others go by addresses as pointers.
         let (kind, info) = (memory.kind(), self.0.backend.info());
-        if kind != MemoryKind::Host && info.kind != DeviceKind::Rdma {
+        let is_reached = match kind {
+            MemoryKind::Host => true,
+            MemoryKind::Device { .. } => info.kind == DeviceKind::Rdma,
+            MemoryKind::Registers => false,
+        };
+        if !is_reached {
             let device = info.name.clone();
             return Err(Error::RegisterKind { device, kind, len });
         }

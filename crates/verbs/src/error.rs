@@ -28,7 +28,7 @@ pub enum Error {
         len: u64,
     },
     /// The memory is of a kind that the device cannot reach.
-    #[error("{device} cannot register {len} bytes of {kind}: it reaches host memory alone")]
+    #[error("{device} cannot register {len} bytes of {kind}: it does not reach those")]
     RegisterKind {
         /// The device.
         device: String,

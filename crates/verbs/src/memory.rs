@@ -70,6 +70,9 @@ pub enum MemoryKind {
         /// The GPU.
         gpu: PciAddress,
     },
+    /// Registers of a device, mapped into this process: doorbells. Whole words are written there, as the device
+    /// wants them; they are not read, nor copied, nor registered with a NIC.
+    Registers,
 }
 
 impl fmt::Display for MemoryKind {
@@ -77,6 +80,7 @@ impl fmt::Display for MemoryKind {
         match self {
             Self::Host => f.write_str("host memory"),
             Self::Device { gpu } => write!(f, "memory of GPU {gpu}"),
+            Self::Registers => f.write_str("a device's registers"),
         }
     }
 }
@@ -122,8 +126,9 @@ pub enum NoDmaBuf {
 ///
 /// For as long as the value lives, the implementor keeps these true:
 /// - `addr()..addr() + len()` is mapped and does not move: where `kind()` is [`MemoryKind::Host`],
-///   readable and writable by this process's CPU; where it is another, for the device that it names, and
-///   nobody may take an address of it for a pointer;
+///   readable and writable by this process's CPU; where it is [`MemoryKind::Registers`], by its MMU, for words
+///   that are written; where it is another, for the device that it names, and nobody may take an address of it for
+///   a pointer;
 /// - no Rust reference to those bytes exists while the memory is registered with a device;
 /// - `addr()`, `len()`, `kind()` and `fd()` always answer the same;
 /// - where `fd()` or `dma_buf()` answers, the file's bytes from `offset` are the same memory as the span.

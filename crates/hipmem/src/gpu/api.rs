@@ -167,6 +167,10 @@ forward! {
     /// # Safety
     /// As [`host_register`](Self::host_register).
     [unsafe] fn host_register_read_only(&self, pointer: u64, len: u64) -> Result<u64, Refused>;
+    /// The same of a device's registers.
+    /// # Safety
+    /// As [`host_register`](Self::host_register).
+    [unsafe] fn host_register_registers(&self, pointer: u64, len: u64) -> Result<u64, Refused>;
     /// # Safety
     /// `pointer` was registered, is unregistered once, and no device uses it any more.
     [unsafe] fn host_unregister(&self, pointer: u64) -> Result<(), Refused>;

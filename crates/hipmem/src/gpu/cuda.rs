@@ -288,6 +288,11 @@ impl CudaApi {
         unsafe { self.register(at, len, CU_MEMHOSTREGISTER_READ_ONLY) }
     }
 
+    pub(super) unsafe fn host_register_registers(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // SAFETY: as for this function.
+        unsafe { self.register(at, len, CU_MEMHOSTREGISTER_IOMEMORY) }
+    }
+
     /// # Safety
     ///
     /// As [`host_register`](Self::host_register).

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::code::{GpuCode, Refused, fix};
+use super::code::{GpuCode, NOT_PERMITTED, NOT_SUPPORTED, Refused, fix};
 use super::device::Uuid;
 use super::ipc::IpcFormFault;
 use super::runtime::RuntimeKind;
-use kvxfer_verbs::PciAddress;
+use kvxfer_verbs::{MemoryKind, PciAddress};
 
 /// A library that was tried.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -277,6 +277,35 @@ pub enum GpuFault {
         /// Bytes of the whole file that are in pages.
         allocated: u64,
     },
+    /// Memory of somebody else cannot be mapped for kernels.
+    #[error("{device}: the {part} at {addr:#x} ({kind}) cannot be mapped for kernels, {refused}{}", foreign_fix(*kind, refused))]
+    Foreign {
+        /// The GPU.
+        device: PciAddress,
+        /// What it is of a NIC's queue.
+        part: &'static str,
+        /// Where it lies.
+        addr: u64,
+        /// Whether it is ordinary memory or registers.
+        kind: MemoryKind,
+        /// The runtime's answer.
+        refused: Refused,
+    },
+    /// Pages that memory of somebody else lies in are mapped for a GPU already, by others than this crate: they may undo
+    /// that at any time.
+    #[error(
+        "{device}: the {part} at {addr:#x} lies in pages that somebody else has mapped for a GPU, {refused}: have them undo it first, or make the queue on a context of the NIC that nobody else uses"
+    )]
+    ForeignAlready {
+        /// The GPU.
+        device: PciAddress,
+        /// What it is of a NIC's queue.
+        part: &'static str,
+        /// Where it lies.
+        addr: u64,
+        /// The runtime's answer.
+        refused: Refused,
+    },
     /// Handles of two devices were mixed.
     #[error("{what} is of GPU {is}, the stream of {stream}")]
     OtherStreamDevice {
@@ -315,7 +344,9 @@ impl GpuFault {
             Self::Call(refused)
             | Self::IpcOpen { refused, .. }
             | Self::Module { refused, .. }
-            | Self::NoKernel { refused, .. } => Some(&refused.code),
+            | Self::NoKernel { refused, .. }
+            | Self::Foreign { refused, .. }
+            | Self::ForeignAlready { refused, .. } => Some(&refused.code),
             Self::OutOfMemory { code, .. } => Some(code),
             Self::NotDeviceMemory { refused, .. }
             | Self::NoPeerAccess { refused, .. }
@@ -336,6 +367,22 @@ fn log_of(log: &str) -> String {
     match log.is_empty() {
         true => String::new(),
         false => format!(": {log}"),
+    }
+}
+
+/// What is documented of a refusal: by CUDA's manual, NVSHMEM's installation guide, HIP's header.
+fn foreign_fix(kind: MemoryKind, refused: &Refused) -> &'static str {
+    match (kind, refused.code.runtime, refused.code.number) {
+        (MemoryKind::Registers, RuntimeKind::Cuda, NOT_PERMITTED) => {
+            ": CUDA may map a device's registers for privileged processes alone: run as root (CAP_SYS_ADMIN), or load nvidia.ko with NVreg_RegistryDwords=\"PeerMappingOverride=1;\", as NVSHMEM's installation guide has it for IBGDA"
+        }
+        (MemoryKind::Registers, RuntimeKind::Cuda, NOT_SUPPORTED) => {
+            ": of a device's registers CUDA says so on older Linux kernels"
+        }
+        (MemoryKind::Registers, RuntimeKind::Hip, _) => {
+            ": HIP's header says of hipHostRegisterIoMemory that it is not supported"
+        }
+        _ => "",
     }
 }
 

@@ -305,7 +305,20 @@ impl HipApi {
     }
 
     pub(super) unsafe fn host_register(&self, at: u64, len: u64) -> Result<u64, Refused> {
-        let flags = hipHostRegisterPortable | hipHostRegisterMapped;
+        // SAFETY: as for this function.
+        unsafe { self.register(at, len, 0) }
+    }
+
+    pub(super) unsafe fn host_register_registers(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // SAFETY: as for this function.
+        unsafe { self.register(at, len, hipHostRegisterIoMemory) }
+    }
+
+    /// # Safety
+    ///
+    /// As [`host_register`](Self::host_register).
+    unsafe fn register(&self, at: u64, len: u64, more: c_uint) -> Result<u64, Refused> {
+        let flags = hipHostRegisterPortable | hipHostRegisterMapped | more;
         call!(self.hipHostRegister(pointer(at), len as usize, flags))?;
         self.device_address(pointer(at)).inspect_err(|_| {
             // SAFETY: it was registered above, and nobody has used it.

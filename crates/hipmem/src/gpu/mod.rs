@@ -18,6 +18,7 @@ mod cuda;
 mod device;
 mod error;
 mod event;
+mod foreign;
 pub mod gather;
 mod hip;
 mod host;

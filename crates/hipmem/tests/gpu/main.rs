@@ -9,6 +9,7 @@ mod gather_ipc;
 mod ipc;
 mod links;
 mod memory;
+mod nic;
 mod on_gpu;
 mod peer_host;
 mod pieces;

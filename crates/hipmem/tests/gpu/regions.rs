@@ -11,16 +11,17 @@ use kvxfer_hipmem::kernels::queue::{
     ALL, ALL_TENSORS, EACH, LOCAL_PLACE, Move, PUT, REMOTE_PLACE, ticket_number,
 };
 use kvxfer_hipmem::post::device::{
-    Bell, DeviceQueue, PostBy, PostKernels, PosterReport, Posts, RegionTable, WqeQueue,
+    Bell, DeviceQueue, PostBy, PostKernels, PosterReport, Posts, RegionTable, WqeMemory, WqeQueue,
     WqeQueueConfig, WqeSlots,
 };
 use kvxfer_hipmem::post::{Place, RegionLayer, RegionPiece, RegionSide, Status};
 use kvxfer_hipmem::{Error, HostMemory};
-use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Region, Sink};
+use kvxfer_verbs::mlx5::model::{Carried, Hca, HcaSetup, KeyTable, Queues, Region, Sink};
 use kvxfer_verbs::mlx5::{
     CqDepth, Gather, Operation, Qpn, QueueMemory, QueueNotReached, SqDepth, Syndrome,
 };
 
+use crate::nic::{Library, Made};
 use crate::{Outcome, gpu, soon};
 
 const LKEY: u32 = 7;
@@ -121,26 +122,49 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
         }
     }
     moves.truncate(moves.len() / 5 * 5);
+    let library = Library::new()?;
     let sides: HashMap<_, _> = layers.iter().map(|layer| (layer.layer, layer)).collect();
+    let pinned = Some(WqeSlots::Pinned);
+    let own = Some(WqeSlots::Gpu);
     for (by, bell, slots) in [
-        (PostBy::Threads, Bell::Kernel, WqeSlots::Pinned),
-        (PostBy::Waves, Bell::Cpu, WqeSlots::Pinned),
-        (PostBy::Blocks, Bell::Kernel, WqeSlots::Pinned),
-        (PostBy::Threads, Bell::Cpu, WqeSlots::Gpu),
-        (PostBy::Waves, Bell::Kernel, WqeSlots::Gpu),
-        (PostBy::Blocks, Bell::Kernel, WqeSlots::Gpu),
+        (PostBy::Threads, Bell::Kernel, pinned),
+        (PostBy::Waves, Bell::Cpu, pinned),
+        (PostBy::Blocks, Bell::Kernel, pinned),
+        (PostBy::Threads, Bell::Cpu, own),
+        (PostBy::Waves, Bell::Kernel, own),
+        (PostBy::Blocks, Bell::Kernel, own),
+        // And queues that somebody else has made.
+        (PostBy::Threads, Bell::Kernel, None),
+        (PostBy::Waves, Bell::Kernel, None),
+        (PostBy::Blocks, Bell::Kernel, None),
     ] {
         remote.host().fill(0, bytes, 0xe5)?;
         let config = WqeQueueConfig {
             bell,
-            slots,
+            slots: slots.unwrap_or_default(),
             sq_depth: SqDepth::new(16)?,
             cq_depth: CqDepth::new(32)?,
             qpn: Qpn::new(0x00ab_cdef)?,
             patience: Duration::from_secs(20),
         };
         let table = RegionTable::new(&gpu, &layers)?;
-        let (queue, queues) = WqeQueue::new(&gpu, &config, Some(table))?;
+        let (queue, queues) = match slots {
+            Some(_) => WqeQueue::new(&gpu, &config, Some(table))?,
+            None => {
+                let Made { mut nic, device } = library.queue(0, (16, 32), 1)?;
+                nic.qpn = config.qpn;
+                let queue = WqeQueue::of_nic(&gpu, &nic, config.patience, Some(table))?;
+                let host = WqeMemory::Host;
+                let queues = Queues {
+                    sq: host(device.sq),
+                    sq_record: host(device.sq_record),
+                    cq: host(device.cq),
+                    cq_record: host(device.cq_record),
+                    bell: host(device.bell),
+                };
+                (queue, queues)
+            }
+        };
         let region = |addr| Region {
             addr,
             len: bytes,

@@ -10,16 +10,23 @@
 //! [`Pull::gpu_queue`](crate::engine::Pull::gpu_queue) makes the same of a begun pull, whose blocks kernels ask for by
 //! `kvx_get`.
 //!
-//! Here is what that needs without a thread or a clock: the table that posts are checked against, and their faults.
+//! Here is what that needs without a thread: the table that posts are checked against, and their faults.
+//!
+//! [`NicQueue`] is none of this: a NIC's own queue pair, for an engine's author who has one and knows what may be
+//! written.
 
+mod ended;
 mod fault;
 mod links;
+mod nic;
 mod table;
 mod wqe;
 
+pub(crate) use ended::{TO_READ, after, is_late};
 pub use fault::{PostFault, QueueRule};
 pub use links::NoLinks;
 pub(crate) use links::{posted, refused};
+pub use nic::NicQueue;
 pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
 pub(crate) use wqe::{Block, Named, WqeDevice, Wrong};
 
@@ -27,7 +34,7 @@ use std::time::Duration;
 
 use crate::mem::gpu::{Event, Gpu};
 pub use crate::mem::post::Pace;
-pub use crate::mem::post::device::WqeSlots;
+pub use crate::mem::post::device::{PostFailed, PosterReport, WqeSlots};
 
 /// The slots of a queue at most.
 pub const MOST_SLOTS: u32 = 1 << 16;

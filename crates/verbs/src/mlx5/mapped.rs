@@ -1,10 +1,9 @@
 //! Where the queues of a real device lie: what a kernel that writes WQEs itself would have to know.
 //!
-//! This is as far as one gets without such a device. The addresses are libmlx5's, in memory of this process that the
-//! CPU reaches. For a GPU to post there, its runtime would have to map them: the two queues and their records as any
-//! memory of the host, the doorbell's page as memory of a device. Nothing here does, and no session uses it. Queues
-//! in memory of one's own choice, such as a GPU's, are not made by this interface at all but by DEVX, which is not
-//! here.
+//! The addresses are libmlx5's, in memory of this process that the CPU reaches. For a GPU to post there, its runtime
+//! has to map them: the two queues and their records as any memory of the host, the doorbell's page as registers of a
+//! device ([`MappedQueues::memory`]). No session uses it, and no device has been mapped. Queues in memory of one's own
+//! choice, such as a GPU's, are not made by this interface at all but by DEVX, which is not here.
 
 use std::ffi::CStr;
 use std::fmt;
@@ -111,8 +110,8 @@ pub struct MappedSends {
     pub record: u64,
     /// Its doorbell.
     pub bell: u64,
-    /// Bytes of the register that take whole WQEs (BlueFlame); 0: there are none, and the doorbell takes eight bytes
-    /// alone.
+    /// Bytes of each of the register's two halves, which take whole WQEs (BlueFlame); 0: there are none, and the doorbell
+    /// takes eight bytes alone. Kernels write eight bytes to the first half always ([`MappedQueues::memory`]).
     pub bell_bytes: u32,
     /// Where the doorbell's page is in the device's file, for another mapping of it; where libmlx5 tells.
     pub bell_offset: Option<u64>,

@@ -4,16 +4,19 @@ use std::cell::RefCell;
 use std::mem::zeroed;
 use std::process::Command;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use libc::{EOPNOTSUPP, c_char, c_int, c_void};
 
 use super::dv::{MLX5DV_OBJ_CQ, MLX5DV_OBJ_QP, mlx5dv_cq, mlx5dv_obj, mlx5dv_qp};
 use super::library::Mlx5;
 use super::mapped::{MappedCompletions, MappedQueues, MappedSends, NoMlx5, map};
-use super::{CqDepth, Qpn, SqDepth};
+use super::spans::spans;
+use super::{CqDepth, DoorbellRecord, Qpn, SqDepth};
+use crate::memory::MemoryKind;
 use crate::sys::fake::Folder;
 use crate::sys::types::{ibv_context, ibv_cq, ibv_device, ibv_qp};
-use crate::{QpCaps, open_null};
+use crate::{Access, Error, QpCaps, open_null};
 
 /// What the library says.
 #[derive(Clone, Copy)]
@@ -243,6 +246,54 @@ fn queues_of_the_software_device_are_refused_before_a_library_is_looked_for() {
             e,
             NoMlx5::NotRdma {
                 what: "the queue pair"
+            }
+        ),
+        "{e}"
+    );
+}
+
+#[test]
+fn a_devices_queues_are_memory_that_holds_them() {
+    let (sends, completions) = mapped(good(), |_| ()).expect("all is as it should be");
+    let queues = Arc::new(());
+    // SAFETY: nobody goes to the addresses here.
+    let parts = unsafe { spans(&sends, &completions, queues.clone()) };
+    let host = MemoryKind::Host;
+    for (part, at, len, kind) in [
+        (&parts.sq, 0x1_0040, 256 * 64, host),
+        (&parts.sq_record, 0x5008, 8, host),
+        (&parts.cq, 0x2_0000, 512 * 64, host),
+        (&parts.cq_record, 0x5010, 8, host),
+        (&parts.bell, 0x7_0800, 8, MemoryKind::Registers),
+    ] {
+        assert_eq!((part.addr(), part.len(), part.kind()), (at, len, kind));
+        assert!(part.fd().is_none() && part.dma_buf().is_err(), "{part:?}");
+    }
+    // The send queue's word is the record's second.
+    assert_eq!(DoorbellRecord::SEND_OFFSET, 4);
+    // Each holds all of it.
+    let bell = Arc::clone(&parts.bell);
+    drop(parts);
+    assert_eq!(Arc::strong_count(&queues), 2);
+    drop(bell);
+    assert_eq!(Arc::strong_count(&queues), 1);
+}
+
+#[test]
+fn a_devices_registers_are_registered_with_no_device() {
+    let (sends, completions) = mapped(good(), |_| ()).expect("all is as it should be");
+    // SAFETY: nobody goes to the addresses here.
+    let parts = unsafe { spans(&sends, &completions, Arc::new(())) };
+    let pd = open_null().alloc_pd().expect("a protection domain");
+    let refused = pd.register(parts.bell, Access::NONE);
+    let e = refused.expect_err("registers");
+    assert!(
+        matches!(
+            e,
+            Error::RegisterKind {
+                kind: MemoryKind::Registers,
+                len: 8,
+                ..
             }
         ),
         "{e}"

@@ -25,6 +25,7 @@ mod mapped;
 mod mapped_tests;
 mod memory;
 pub mod model;
+mod spans;
 #[cfg(test)]
 mod tests;
 mod wqe;

@@ -305,6 +305,21 @@ fn by_address(access: u32) -> Call {
     Call::Address { addr, len, access }
 }
 
+/// Doorbells are for those who ring them: a NIC's driver would take them for memory.
+#[test]
+fn a_devices_registers_are_refused_before_the_library_is_asked() {
+    let pd = device(true, |_| {}).alloc_pd().unwrap();
+    answers(&[]);
+    let kind = MemoryKind::Registers;
+    let offset = Some(OFFSET);
+    let refused = pd.register(Arc::new(Vram { offset, kind }), Access::REMOTE_READ);
+    assert!(
+        matches!(&refused, Err(Error::RegisterKind { kind, .. }) if *kind == MemoryKind::Registers),
+        "{refused:?}"
+    );
+    assert!(calls().is_empty(), "{:?}", calls());
+}
+
 const READABLE: u32 = Access::REMOTE_READ.bits();
 const RELAXED: u32 = IBV_ACCESS_RELAXED_ORDERING;
 

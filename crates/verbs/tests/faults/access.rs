@@ -315,7 +315,7 @@ fn memory_that_is_not_the_hosts_is_refused_before_the_software_device_has_it() {
         assert_eq!(
             words,
             Err(format!(
-                "{name} cannot register 1048576 bytes of memory of GPU 0000:1b:00.0: it reaches host memory alone"
+                "{name} cannot register 1048576 bytes of memory of GPU 0000:1b:00.0: it does not reach those"
             ))
         );
         assert!(matches!(

@@ -204,6 +204,11 @@ impl HostApi {
         unsafe { self.host_register(at, len) }
     }
 
+    pub(super) unsafe fn host_register_registers(&self, at: u64, len: u64) -> Result<u64, Refused> {
+        // SAFETY: as for this function.
+        unsafe { self.host_register(at, len) }
+    }
+
     pub(super) unsafe fn host_unregister(&self, at: u64) -> Result<(), Refused> {
         self.memories.unregister(at)
     }

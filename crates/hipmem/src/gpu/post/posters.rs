@@ -21,6 +21,8 @@ const MOST_PATIENCE: Duration = Duration::from_secs(3600);
 /// In pinned memory, the words that the posters' count and their fault, or a refusal, are read into, behind one of the value
 /// 1: what the abort word is set from.
 const COUNT: u64 = 64;
+/// And the report, behind the count.
+const LEFT: u64 = COUNT + 8;
 /// The state's word that says that something has failed, and the report's that says what.
 const BROKEN: u64 = offset_of!(QueueState, broken) as u64;
 const FAULT: u64 = REPORT + offset_of!(QueueReport, fault) as u64;
@@ -30,10 +32,21 @@ const FAULT: u64 = REPORT + offset_of!(QueueReport, fault) as u64;
 pub struct PosterReport {
     /// Numbers that they have taken: one for each descriptor, or each WQE; none over links.
     pub posted: u64,
+    /// WQEs below have ended, well or not, as posters have read completions: those that no kernel has read are not
+    /// counted. None of a ring, whose ends the host knows.
+    pub ended: u64,
     /// Of WQEs the failure that stands, of the lowest number: one that a completion has told them of, or their own, of a
     /// post that was given up before its turn came ([`Status::Timeout`], [`Status::Stopped`]). A ring has none: who has
     /// taken a number there does not wait before it writes.
     pub failed: Option<PostFailed>,
+}
+
+impl PosterReport {
+    /// Whether all WQEs that were posted have ended well: then no NIC touches what they named any more.
+    #[must_use]
+    pub fn all_well(&self) -> bool {
+        self.failed.is_none() && self.ended == self.posted
+    }
 }
 
 /// A post that has failed, as posters know it.
@@ -120,13 +133,16 @@ impl Posters {
     /// What posters have left.
     pub(super) fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
         let host = self.words.host();
-        let both = [(0, COUNT), (FAULT, COUNT + 8)];
-        for (src, dst) in both {
-            self.read((&self.own, src), (&self.words, dst), 8, deadline)?;
+        let report = size_of::<QueueReport>() as u64;
+        for (src, dst, len) in [(0, COUNT, 8), (REPORT, LEFT, report)] {
+            self.read((&self.own, src), (&self.words, dst), len, deadline)?;
         }
         Ok(PosterReport {
             posted: host.load_u64(COUNT)?,
-            failed: PostFailed::from_word(host.load_u64(COUNT + 8)?),
+            ended: host.load_u64(LEFT + offset_of!(QueueReport, ended) as u64)?,
+            failed: PostFailed::from_word(
+                host.load_u64(LEFT + offset_of!(QueueReport, fault) as u64)?,
+            ),
         })
     }
 

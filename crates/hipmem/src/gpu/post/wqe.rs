@@ -1,19 +1,22 @@
-//! The memory of a queue of WQEs, for a model of its device.
+//! The memory of a queue of WQEs: its own, for a model of a device, or that of a NIC's queues.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use kvxfer_verbs::mlx5::model::Queues;
-use kvxfer_verbs::mlx5::{CqDepth, Cqe, Qpn, SqDepth};
+use kvxfer_verbs::mlx5::{CqDepth, Cqe, DoorbellRecord, Qpn, SqDepth};
 
+use super::nic::NicQueues;
 use super::posters::{PostFailed, PosterReport, Posters};
 use super::queue::{KernelQueue, sealed};
 use super::regions::RegionTable;
 use super::slots::{CopiedSlots, WqeMemory, WqeSlots};
 use crate::error::Error;
 use crate::gpu::device::same;
+use crate::gpu::foreign::ForeignMemory;
 use crate::gpu::{Event, Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
+use crate::post::Status;
 
 /// Bytes of a word that a queue and its device share, on a line of its own.
 const LINE: u64 = 64;
@@ -45,19 +48,29 @@ pub struct WqeQueueConfig {
     pub patience: Duration,
 }
 
-/// The memory of a queue to which kernels of a GPU write WQEs, and the words around it. No NIC has
-/// it: what is behind it is a [model](kvxfer_verbs::mlx5::model). A kernel must have ended before this goes, and who
-/// drops it last may wait for all other kernels of the GPU.
+/// The memory of a queue to which kernels of a GPU write WQEs, and the words around it. It is its own ([`new`](Self::new)),
+/// and what is behind it a [model](kvxfer_verbs::mlx5::model); or somebody else's ([`of_nic`](Self::of_nic)): no NIC's has
+/// been tried. A kernel must have ended before this goes, and who drops it last may wait for all other kernels of the GPU.
 pub struct WqeQueue {
     config: WqeQueueConfig,
+    lies: Lies,
+    regions: Option<RegionTable>,
+    posters: Posters,
+}
+
+/// Where the queues lie.
+enum Lies {
+    Own(Own),
+    Nic(Queues<ForeignMemory>),
+}
+
+struct Own {
     /// Slots, if they are here, then completions, then words.
     memory: PinnedMemory,
     completions: u64,
     words: u64,
     /// The slots, if they are in the GPU's memory: whoever drops this last gives them back, and not their device.
-    own: Option<CopiedSlots>,
-    regions: Option<RegionTable>,
-    posters: Posters,
+    slots: Option<CopiedSlots>,
 }
 
 impl WqeQueue {
@@ -113,33 +126,81 @@ impl WqeQueue {
         };
         let queue = Self {
             config: *config,
-            completions,
-            words,
-            own,
             regions,
             posters: Posters::of_wqes(gpu, config.patience, sq_depth.get())?,
-            memory,
+            lies: Lies::Own(Own {
+                memory,
+                completions,
+                words,
+                slots: own,
+            }),
         };
         Ok((queue, queues))
+    }
+
+    /// A queue for kernels of this GPU in memory that somebody else has made: a NIC's own queues, of which it holds every
+    /// part. Kernels write WQEs, records and the doorbell there, and read completions; nobody else does as long as this
+    /// is there. Without a table they name addresses alone.
+    ///
+    /// Queues and records are pinned where they lie, the doorbell's page is mapped as it says that it is. Pages that
+    /// several queues of this process have a part of are mapped once. When this goes, all is undone first, and the parts
+    /// are let go of then; what the driver does not let go of is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Depth`] where there are fewer completions than slots; [`Error::Nic`] for a part that kernels could not
+    /// use, and for a queue that is not new; [`GpuFault::Foreign`](crate::gpu::GpuFault::Foreign) and
+    /// [`ForeignAlready`](crate::gpu::GpuFault::ForeignAlready) for one that the GPU's runtime does not map; a table of
+    /// another GPU; [`Error::Gpu`].
+    pub fn of_nic(
+        gpu: &Gpu,
+        nic: &NicQueues,
+        patience: Duration,
+        regions: Option<RegionTable>,
+    ) -> Result<Self, Error> {
+        if let Some(regions) = &regions {
+            same("the table", regions.gpu(), gpu)?;
+        }
+        let config = WqeQueueConfig {
+            bell: Bell::Kernel,
+            slots: WqeSlots::Pinned,
+            sq_depth: nic.sq_depth,
+            cq_depth: nic.cq_depth,
+            qpn: nic.qpn,
+            patience,
+        };
+        Ok(Self {
+            config,
+            lies: Lies::Nic(nic.map(gpu)?),
+            regions,
+            posters: Posters::of_wqes(gpu, patience, nic.sq_depth.get())?,
+        })
     }
 
     /// What a kernel is given: [`KernelQueue::handle`].
     #[must_use]
     pub fn handle(&self) -> Queue {
-        let at = self.memory.device_addr();
-        let word = |n: u64| at + self.words + n * LINE;
+        let at = match &self.lies {
+            Lies::Own(own) => own.at(),
+            Lies::Nic(nic) => At {
+                slots: nic.sq.device_addr(),
+                record: nic.sq_record.device_addr(),
+                completions: nic.cq.device_addr(),
+                cq_record: nic.cq_record.device_addr(),
+                bell: nic.bell.device_addr(),
+            },
+        };
         Queue {
-            slots: self.slots().map_or(at, GpuMemory::addr),
+            slots: at.slots,
             words: self.posters.words(),
             state: self.posters.state(),
             report: self.posters.report(),
             abort: self.posters.abort(),
             patience: self.posters.patience(),
-            completions: at + self.completions,
-            // The send queue has the second half of a queue pair's record.
-            record: word(0) + 4,
-            cq_record: word(1),
-            bell: word(2),
+            completions: at.completions,
+            record: at.record + DoorbellRecord::SEND_OFFSET,
+            cq_record: at.cq_record,
+            bell: at.bell,
             regions: self.regions.as_ref().map_or(0, RegionTable::addr),
             kind: match self.config.bell {
                 Bell::Cpu => GPU_WQE,
@@ -157,19 +218,24 @@ impl WqeQueue {
     ///
     /// Where a word cannot be reached, which never is.
     pub fn relay(&self) -> Result<(), Error> {
-        if self.config.bell == Bell::Cpu {
-            let host = self.memory.host();
-            let word = host.load_u64(self.words + 2 * LINE)?;
-            host.store_u64(self.words + 3 * LINE, word)?;
+        match (&self.lies, self.config.bell) {
+            (Lies::Own(own), Bell::Cpu) => {
+                let host = own.memory.host();
+                let word = host.load_u64(own.words + 2 * LINE)?;
+                host.store_u64(own.words + 3 * LINE, word)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The slots, where they are in the GPU's own memory: who registers them with a NIC does it by their
     /// [dma-buf](GpuMemory::dma_buf), which says where in it they begin, and fails by name where the runtime has none.
     #[must_use]
     pub fn slots(&self) -> Option<&GpuMemory> {
-        self.own.as_ref().map(CopiedSlots::own)
+        match &self.lies {
+            Lies::Own(own) => own.slots.as_ref().map(CopiedSlots::own),
+            Lies::Nic(_) => None,
+        }
     }
 
     /// The GPU whose kernels post.
@@ -237,6 +303,30 @@ impl WqeQueue {
     /// [`Error::Gpu`].
     pub fn stop(&self) -> Result<(), Error> {
         self.posters.stop()
+    }
+}
+
+/// Where kernels find what they write to.
+struct At {
+    slots: u64,
+    record: u64,
+    completions: u64,
+    cq_record: u64,
+    bell: u64,
+}
+
+impl Own {
+    fn at(&self) -> At {
+        let at = self.memory.device_addr();
+        let word = |n: u64| at + self.words + n * LINE;
+        let slots = self.slots.as_ref().map(CopiedSlots::own);
+        At {
+            slots: slots.map_or(at, GpuMemory::addr),
+            record: word(0),
+            completions: at + self.completions,
+            cq_record: word(1),
+            bell: word(2),
+        }
     }
 }
 

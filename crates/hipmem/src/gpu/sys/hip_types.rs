@@ -61,6 +61,8 @@ pub(crate) const hipHostMallocMapped: c_uint = 2;
 pub(crate) const hipHostMallocCoherent: c_uint = 0x4000_0000;
 pub(crate) const hipHostRegisterPortable: c_uint = 1;
 pub(crate) const hipHostRegisterMapped: c_uint = 2;
+/// "Not supported", as the header has it.
+pub(crate) const hipHostRegisterIoMemory: c_uint = 4;
 pub(crate) const hipDeviceMallocFinegrained: c_uint = 1;
 /// ROCm 6: "Memory represents an uncached memory".
 pub(crate) const hipDeviceMallocUncached: c_uint = 3;

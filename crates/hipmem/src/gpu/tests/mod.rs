@@ -2,6 +2,7 @@
 //! made as they have to be.
 
 mod fake;
+mod foreign;
 
 use std::ffi::OsStr;
 use std::sync::Arc;

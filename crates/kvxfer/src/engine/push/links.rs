@@ -4,14 +4,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::queue::{PutAll, after};
+use super::queue::PutAll;
 use super::{GpuQueue, NotPosted, Push, Pushes, Pushing, SharedQueue, Stage};
 use crate::engine::gpu::outlive;
 use crate::engine::moves::Moved;
 use crate::engine::queues::PartOf;
 use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
-use crate::gpu_queue::{GpuQueueConfig, NoLinks, posted, refused};
+use crate::gpu_queue::{GpuQueueConfig, NoLinks, after, posted, refused};
 use crate::mem::post::device::{LinkPuts, PostQueue};
 use crate::plan::BlockOps;
 use crate::ticket::Ticket;

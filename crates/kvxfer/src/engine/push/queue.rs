@@ -19,9 +19,9 @@ use crate::engine::worker::{Command, KernelQueue, QueueOrder, Served};
 use crate::error::Error;
 use crate::gpu_queue::{
     GpuQueueConfig, GpuQueueReport, Hca, Kernels, MOST_SLOTS, MOST_WQES, Named, Pace, PostFault,
-    PostTable, QueueKind, WqeDevice, WqeSlots,
+    PostTable, QueueKind, TO_READ, WqeDevice, WqeSlots, after, is_late,
 };
-use crate::mem::gpu::{Gpu, GpuFault};
+use crate::mem::gpu::Gpu;
 use crate::mem::kernels::queue::Queue;
 use crate::mem::post::Status;
 use crate::mem::post::device::{
@@ -30,11 +30,6 @@ use crate::mem::post::device::{
 use crate::plan::Posted;
 use crate::ticket::Ticket;
 use crate::transfer::{Cause, GpuOperation, Refusal};
-
-/// How long an event is waited for at most: what is later than that cannot be told from never, nor by every clock.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
-/// How long it takes at least until it is given up to read what has been posted.
-const TO_READ: Duration = Duration::from_secs(1);
 
 /// What the owner's handle and the worker share of a queue.
 #[derive(Debug)]
@@ -511,25 +506,10 @@ impl GpuQueue {
     /// [`Cause::Gpu`](crate::transfer::Cause::Gpu). [`Error::Forked`].
     pub fn finish(mut self, kernels: Kernels<'_>, within: Duration) -> Result<(), Error> {
         self.engine.runtime.health.check_process()?;
-        let ended = match kernels {
-            Kernels::Ended => Ok(()),
-            Kernels::Behind(event) if event.gpu() != self.gpu() => {
-                return Err(Error::QueueEvent {
-                    event: event.gpu().info().pci,
-                    queue: self.gpu().info().pci,
-                });
-            }
-            Kernels::Behind(event) => {
-                let wait = || event.wait(after(within)).map_err(Error::Memory);
-                match wait() {
-                    Err(Error::Memory(error)) if is_late(&error) => {
-                        self.shared.stop();
-                        wait().and(Err(Error::KernelsLate { after: within }))
-                    }
-                    other => other,
-                }
-            }
-        };
+        let ended = kernels.end(self.gpu(), within, || self.shared.stop());
+        if matches!(ended, Err(Error::QueueEvent { .. })) {
+            return ended;
+        }
         // A kernel that was killed may have begun a post that nobody will find.
         let posted = match &ended {
             Ok(()) | Err(Error::KernelsLate { .. }) => {
@@ -574,15 +554,6 @@ impl GpuQueue {
             queues.finished();
         }
     }
-}
-
-/// When so much time has passed.
-pub(super) fn after(within: Duration) -> Instant {
-    Instant::now() + within.min(LONGEST)
-}
-
-fn is_late(error: &crate::mem::Error) -> bool {
-    matches!(error, crate::mem::Error::Gpu(fault) if matches!(**fault, GpuFault::Deadline { .. }))
 }
 
 impl Drop for GpuQueue {

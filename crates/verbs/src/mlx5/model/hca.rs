@@ -16,7 +16,7 @@ use super::violation::Violation;
 const POISON: [u8; 8] = [0xa5; 8];
 
 /// Where the queues lie.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Queues<M> {
     /// WQEs: 64 bytes for each slot.
     pub sq: M,
