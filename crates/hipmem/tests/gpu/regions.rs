@@ -233,6 +233,7 @@ fn kernels_post_blocks_by_their_places() -> Outcome {
         assert_eq!(last, Some(pieces as u64 - 1));
         let left = PosterReport {
             posted: pieces as u64,
+            ended: pieces as u64,
             failed: None,
         };
         assert_eq!(queue.left(soon())?, left);
