@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "19a75fd6eb13d159c35c3099482a993b8468bcd8f4da4796b6148562df74945c",
+    sources_sha256: "e544226756418e13450f628fc63376d9d146e89caff2452d955e779036a28746",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "4e3c853a780cdac6d632f72af691a2fe46b475aa323a7cd25183e43540a1ffe3",
+        sha256: "b4a8c9363bb6a3c1351b8a187cf451ca198937573e27e64562a2e1cedcdc61a3",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "7b6a8259f317d5fff2b57a8ddc6cc9478e91471bdd14609a65667fc8b26ddf13",
+        sha256: "1af561c878e55aa2a1c2b7be3cefaf11c7452aed11886e7801e1d5cf5c887577",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "4f2b95c918197427d63e6d9a730713191c2bc43970a8ea57def50d5d8dde6b02",
+        sha256: "c5806386740708ae9779794551b67eee6a48a777fb04915400a141f63d742209",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "d83c2d1c36a32d642cc4cdbf84e2ed3c040548437e9689d9880f41ae0b5ea3f5",
+        sha256: "686ef6706fa42c3779399ee78eb8d1051eaf925c7311f0989626ffecead81c9c",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "896e7069a55513a943a38a307797d99302a837f928acd33bd5cf73e2057217db",
+        sha256: "1090ba43bdd1cbf3cd8a8fbb39428055392ad25681f9d2c699c1387d1350145e",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "3302e7ffaf6a96c2be8d77deff5e68ad86ca5c4e773fe322e3e79f3ccf628db7",
+        sha256: "db46b4f1a8a9f1b08705da964dee375a0c0609cbfe358512144c9df9d4cf14e5",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "5ae22850e54e105b8db6801ede642187d98730ad9e609ecff06f4bf9d5573c1c",
+        sha256: "39f8e88c2822e50e07a3335f09e3bf60688e3619e318c68cfcc8850b7968b28b",
         warp: 32,
     },
 ];

@@ -16,7 +16,6 @@ use crate::gpu::device::same;
 use crate::gpu::foreign::ForeignMemory;
 use crate::gpu::{Event, Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
-use crate::post::Status;
 
 /// Bytes of a word that a queue and its device share, on a line of its own.
 const LINE: u64 = 64;
@@ -232,8 +231,12 @@ impl WqeQueue {
     /// [dma-buf](GpuMemory::dma_buf), which says where in it they begin, and fails by name where the runtime has none.
     #[must_use]
     pub fn slots(&self) -> Option<&GpuMemory> {
+        self.copied().map(CopiedSlots::own)
+    }
+
+    fn copied(&self) -> Option<&CopiedSlots> {
         match &self.lies {
-            Lies::Own(own) => own.slots.as_ref().map(CopiedSlots::own),
+            Lies::Own(own) => own.slots.as_ref(),
             Lies::Nic(_) => None,
         }
     }
@@ -273,16 +276,15 @@ impl WqeQueue {
     /// [`Error::Gpu`].
     #[doc(hidden)]
     pub fn hold_slots(&self, until: &Event, late: Duration) -> Result<(), Error> {
-        self.own
-            .as_ref()
-            .map_or(Ok(()), |own| own.hold(until, late))
+        self.copied()
+            .map_or(Ok(()), |slots| slots.hold(until, late))
     }
 
     /// Whether such a copy is under way.
     #[doc(hidden)]
     #[must_use]
     pub fn is_copying(&self) -> bool {
-        self.own.as_ref().is_some_and(CopiedSlots::is_copying)
+        self.copied().is_some_and(CopiedSlots::is_copying)
     }
 
     /// Leaves what a poster leaves whose post has failed: for tests.
