@@ -277,7 +277,7 @@ impl WqeQueue {
     ///
     /// # Errors
     ///
-    /// As [`posted`](Self::posted).
+    /// [`Error::Gpu`], also where it cannot be read before the deadline.
     pub fn ends(&self, deadline: Instant) -> Result<WqeEnds, Error> {
         let [posted, ended, fault] = self.posters.reported(deadline)?;
         // kvx_queue_report: the number and 1, and eight bits for the status.
