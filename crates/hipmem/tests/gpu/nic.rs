@@ -423,7 +423,8 @@ fn queues_that_kernels_could_not_post_to_are_refused_by_their_part() -> Outcome 
 #[test]
 fn a_queue_that_is_not_new_is_refused() -> Outcome {
     let library = Library::new()?;
-    let cases: [(fn(&Queues<HostMemory>) -> Result<(), Error>, &str, u64); 4] = [
+    type Used = fn(&Queues<HostMemory>) -> Result<(), Error>;
+    let cases: [(Used, &str, u64); 4] = [
         (
             |q| q.sq_record.write(7, &[1]),
             "send queue's doorbell record",

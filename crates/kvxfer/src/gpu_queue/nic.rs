@@ -140,9 +140,11 @@ impl NicQueue {
     /// destroyed, if nobody else keeps [`device`](Self::device): launches of the built-in kernels do as long as they are
     /// kept.
     ///
-    /// When this returns the NIC touches nothing on this side for the queue pair any more. What is under way may still
-    /// arrive at the peer, unless [`PosterReport::all_well`]: have kernels wait for their posts (`kvx_quiet`) before they end,
-    /// and have the peer reset its queue pair before it uses the memory of those that have not ended.
+    /// What the work requests name is the caller's affair: none of it is touched any more where
+    /// [`PosterReport::all_well`]; so have kernels wait for their posts (`kvx_quiet`) before they end. Otherwise the NIC
+    /// touches memory of this side until the queue pair is destroyed, and what is under way may arrive at the peer even
+    /// then, until that has reset its own. A queue pair that the NIC, or the GPU's driver, does not let go of stays, which
+    /// is logged.
     ///
     /// An event must have been recorded behind the last kernel that posts, on the same GPU: one that never was counts as
     /// reached, and nothing here can see that it stands before a kernel.
