@@ -17,9 +17,9 @@ const REPORT: u64 = 128;
 const WORDS: u64 = 192;
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
-/// In pinned memory, the words that the posters' count and their fault are read into, behind one of the value 1: what
-/// the abort word is set from.
-const COUNT: u64 = 64;
+/// In pinned memory, where state and report are read into, behind a word of the value 1: what the abort word is set
+/// from.
+const LEFT: u64 = 64;
 /// The state's word that says that something has failed, and the report's that says what.
 const BROKEN: u64 = offset_of!(QueueState, broken) as u64;
 const FAULT: u64 = REPORT + offset_of!(QueueReport, fault) as u64;
@@ -75,8 +75,8 @@ impl Posters {
 
     /// The same for so many slots of WQEs, whose posters ring for each other.
     pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
-        let words = PinnedMemory::new(gpu, 2 * COUNT)?;
-        words.host().fill(0, 2 * COUNT, 0)?;
+        let words = PinnedMemory::new(gpu, LEFT + WORDS)?;
+        words.host().fill(0, words.len(), 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
         let own = GpuMemory::new(gpu, WORDS + 8 * u64::from(slots))?;
         own.fill(0, own.len(), 0)?;
@@ -119,13 +119,11 @@ impl Posters {
     /// What posters have left.
     pub(super) fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
         let host = self.words.host();
-        let both = [(0, COUNT), (FAULT, COUNT + 8)];
-        for (src, dst) in both {
-            self.read((&self.own, src), (&self.words, dst), 8, deadline)?;
-        }
+        // One copy for both.
+        self.read((&self.own, 0), (&self.words, LEFT), FAULT + 8, deadline)?;
         Ok(PosterReport {
-            posted: host.load_u64(COUNT)?,
-            failed: PostFailed::from_word(host.load_u64(COUNT + 8)?),
+            posted: host.load_u64(LEFT)?,
+            failed: PostFailed::from_word(host.load_u64(LEFT + FAULT)?),
         })
     }
 
