@@ -18,11 +18,11 @@ const WORDS: u64 = 192;
 const _: () = assert!(size_of::<LinkRefused>() as u64 <= WORDS - REPORT);
 /// The longest patience: what a kernel's launch promises is that it ends.
 const MOST_PATIENCE: Duration = Duration::from_secs(3600);
-/// In pinned memory, the words that the posters' count and their fault, or a refusal, are read into, behind one of the value
-/// 1: what the abort word is set from.
-const COUNT: u64 = 64;
-/// And the report, behind the count.
-const LEFT: u64 = COUNT + 8;
+/// In pinned memory, where state and report, or a refusal, are read into, behind a word of the value 1: what the abort word
+/// is set from.
+const LEFT: u64 = 64;
+/// The report's word that says how far WQEs have ended.
+const ENDED: u64 = REPORT + offset_of!(QueueReport, ended) as u64;
 /// The state's word that says that something has failed, and the report's that says what.
 const BROKEN: u64 = offset_of!(QueueState, broken) as u64;
 const FAULT: u64 = REPORT + offset_of!(QueueReport, fault) as u64;
@@ -89,8 +89,8 @@ impl Posters {
 
     /// The same for so many slots of WQEs, whose posters ring for each other.
     pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
-        let words = PinnedMemory::new(gpu, 2 * COUNT)?;
-        words.host().fill(0, 2 * COUNT, 0)?;
+        let words = PinnedMemory::new(gpu, LEFT + WORDS)?;
+        words.host().fill(0, words.len(), 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
         let own = GpuMemory::new(gpu, WORDS + 8 * u64::from(slots))?;
         own.fill(0, own.len(), 0)?;
@@ -133,16 +133,12 @@ impl Posters {
     /// What posters have left.
     pub(super) fn left(&self, deadline: Instant) -> Result<PosterReport, Error> {
         let host = self.words.host();
-        let report = size_of::<QueueReport>() as u64;
-        for (src, dst, len) in [(0, COUNT, 8), (REPORT, LEFT, report)] {
-            self.read((&self.own, src), (&self.words, dst), len, deadline)?;
-        }
+        // One copy for both.
+        self.read((&self.own, 0), (&self.words, LEFT), FAULT + 8, deadline)?;
         Ok(PosterReport {
-            posted: host.load_u64(COUNT)?,
-            ended: host.load_u64(LEFT + offset_of!(QueueReport, ended) as u64)?,
-            failed: PostFailed::from_word(
-                host.load_u64(LEFT + offset_of!(QueueReport, fault) as u64)?,
-            ),
+            posted: host.load_u64(LEFT)?,
+            ended: host.load_u64(LEFT + ENDED)?,
+            failed: PostFailed::from_word(host.load_u64(LEFT + FAULT)?),
         })
     }
 
@@ -150,8 +146,8 @@ impl Posters {
     pub(super) fn refused(&self, deadline: Instant) -> Result<Option<LinkRefused>, Error> {
         let mut bytes = [0; size_of::<LinkRefused>()];
         let len = bytes.len() as u64;
-        self.read((&self.own, REPORT), (&self.words, COUNT), len, deadline)?;
-        self.words.host().read(COUNT, &mut bytes)?;
+        self.read((&self.own, REPORT), (&self.words, LEFT), len, deadline)?;
+        self.words.host().read(LEFT, &mut bytes)?;
         let first = LinkRefused::from_bytes(&bytes);
         Ok((first.status != 0).then_some(first))
     }
