@@ -124,7 +124,7 @@ for name in $("$here/$of" --list --format terse 2>/dev/null | sed -n '/on_rdma_/
         passed=$((passed + 1))
         result=passed
         echo "ok      $name  ($ms ms)"
-        grep -E '^(near|far|round|one GPU)' "$out/last.txt" | sed 's/^/          /'
+        grep -E '^(near|far|round|one GPU|registers)' "$out/last.txt" | sed 's/^/          /'
     else
         failed="$failed $name"
         result=failed

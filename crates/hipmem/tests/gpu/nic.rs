@@ -531,7 +531,7 @@ fn ordinary_memory_as_registers_is_taken_or_refused_and_not_kept() -> Outcome {
     nic.memory.bell = Arc::new(Said(made.device.bell.clone(), MemoryKind::Registers));
     match WqeQueue::of_nic(&gpu, &nic, LONG, None) {
         Ok(queue) => {
-            println!("{:?} takes ordinary memory as a device's registers", gpu);
+            println!("\nregisters: {gpu:?} takes ordinary memory as such");
             let queue = Arc::new(queue);
             let moves = moves(40);
             let posts = Posts {
@@ -549,7 +549,7 @@ fn ordinary_memory_as_registers_is_taken_or_refused_and_not_kept() -> Outcome {
             );
         }
         Err(Error::Gpu(refused)) => {
-            println!("{refused}");
+            println!("\nregisters: {refused}");
             assert!(!on_host(), "the stand-in takes all memory");
             let GpuFault::Foreign {
                 part, addr, kind, ..

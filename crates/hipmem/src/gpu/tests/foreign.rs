@@ -1,5 +1,7 @@
 //! A NIC's queues, mapped by libraries that pass for runtimes: by which calls, once for all, and undone.
 
+use std::fmt;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Weak};
 
 use kvxfer_verbs::{FdSpan, Memory, MemoryKind};
@@ -224,6 +226,57 @@ fn what_a_driver_does_not_let_go_of_is_kept() -> Result<(), Error> {
         // Of the two records, the one that was the last in their page.
         assert_eq!(kept.count(), if keep { 4 } else { 0 });
     }
+    Ok(())
+}
+
+/// Memory that notes how many pages had been given back when it went.
+struct Watched(HostMemory, Arc<Fake>, Arc<AtomicI32>);
+
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let gone = self.1.number("gone");
+        self.2.store(gone, Ordering::SeqCst);
+    }
+}
+
+// SAFETY: it is memory that the handle keeps.
+unsafe impl Memory for Watched {
+    fn addr(&self) -> u64 {
+        self.0.addr()
+    }
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn kind(&self) -> MemoryKind {
+        MemoryKind::Host
+    }
+    fn fd(&self) -> Option<FdSpan<'_>> {
+        None
+    }
+}
+
+/// What it is a part of, such as a queue pair, may be destroyed with it, and its pages then be anything else's.
+#[test]
+fn memory_is_let_go_of_when_its_pages_have_been_given_back() -> Result<(), Error> {
+    let source = format!("{CUDA}{CUDA_FOREIGN}");
+    let fake = Arc::new(Fake::new(&source, Cuda::REQUIRED));
+    let runtime = cuda(&fake)?;
+    let gpu = runtime.gpu(0)?;
+    let arena = HostArena::new(1 << 16)?;
+    let gone = Arc::new(AtomicI32::new(-1));
+    let part = arena.memory().slice(64, 100)?;
+    let watched = Watched(part, Arc::clone(&fake), Arc::clone(&gone));
+    let memory: Arc<dyn Memory> = Arc::new(watched);
+    let mapped = ForeignMemory::map(gpu, &[("slots", memory)])?;
+    assert_eq!(gone.load(Ordering::SeqCst), -1, "it is held");
+    drop(mapped);
+    assert_eq!(gone.load(Ordering::SeqCst), 1);
     Ok(())
 }
 
