@@ -372,6 +372,8 @@ fn copies_of_slots_are_not_waited_for() -> Outcome {
         }
         held.stop()?;
         posting.wait(soon())?;
+        // Any copy takes longer than no time.
+        queue.hold_slots(posting.event(), long)?;
         brought(fetch)?;
         assert_eq!(queues.sq.load(0)?, [7; 8]);
     }
