@@ -202,8 +202,9 @@ impl Pushing {
         Some(PostTable::new(block_ops, &ticket.groups, tells))
     }
 
-    /// Claims what kernels have posted, and counts its checksums. For who knows that the push does not let go of its claims
-    /// meanwhile: the worker that owns it, and over links who says that its kernels have ended. A fault comes with its place among the posts.
+    /// Claims what kernels have posted, and counts its checksums. For who knows that the push does not let go of its
+    /// claims meanwhile: the worker that owns it, and over links who is about to tell that worker that its kernels have
+    /// ended. A fault comes with its place among the posts.
     pub(crate) fn take_posts(&self, posted: Posted) -> Result<Moved, NotPosted> {
         let Some(engine) = self.peer.engine.upgrade() else {
             return Err(NotPosted::Cause(Cause::ShuttingDown));
@@ -564,6 +565,7 @@ impl Drop for GpuQueue {
         if self.engine.runtime.health.is_forked() {
             // Nor may the child be the last to let go of what its parent uses.
             std::mem::forget(Arc::clone(&self.engine));
+            std::mem::forget(self.part_of.clone());
             std::mem::forget(Arc::clone(&self.shared));
             return;
         }
