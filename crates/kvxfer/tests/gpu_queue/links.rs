@@ -5,6 +5,7 @@ use kvxfer::Error;
 use kvxfer::event::MemoryState;
 use kvxfer::gpu_queue::{NoLinks, QueueKind};
 use kvxfer::layout::{DType, models};
+use kvxfer::mem::gpu::RuntimeKind;
 use kvxfer::wire::LinksRefused;
 
 use super::*;
@@ -389,9 +390,16 @@ fn a_put_that_was_stopped_in_the_middle_is_no_put() {
     let push = bench.push("r", LONG);
     let queue = bench.links(&push);
     let posting = bench.endless(&queue, 8);
-    let soon = Duration::from_millis(100);
-    let late = queue.finish(Kernels::Behind(posting.event()), soon);
-    assert!(matches!(late, Err(Error::KernelsLate { .. })), "{late:?}");
+    if gpu().runtime() == RuntimeKind::Host {
+        let soon = Duration::from_millis(100);
+        let late = queue.finish(Kernels::Behind(posting.event()), soon);
+        assert!(matches!(late, Err(Error::KernelsLate { .. })), "{late:?}");
+    } else {
+        // A GPU goes through what is left of so many moves for longer than for such a moment.
+        queue.device().stop().expect("told");
+        ends(&posting);
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    }
     stopped_in_the_middle(&posting);
     let sent = push.commit().expect("it is known what was put");
     let fault = PostFault::Unwritten;

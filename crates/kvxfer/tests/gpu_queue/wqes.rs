@@ -446,13 +446,13 @@ fn work_requests_that_are_being_copied_keep_no_other_push_up() {
         let sent = if until_all == posted {
             // One that comes now waits for them too.
             let sent = commit();
-            other_push(&mut bench);
+            let _other = other_push(&mut bench);
             assert_eq!(sent.outcome(), None);
             assert!(device.is_copying(), "it is still not there");
             runs.stop();
             sent
         } else {
-            other_push(&mut bench);
+            let _other = other_push(&mut bench);
             assert!(device.is_copying(), "it is still not there");
             runs.stop();
             commit()
@@ -467,7 +467,9 @@ fn work_requests_that_are_being_copied_keep_no_other_push_up() {
 }
 
 /// Blocks that nothing else wants, by a proxy queue.
-fn other_push(bench: &mut Bench) {
+/// Gives what CUDA waits for all kernels with when it goes.
+#[must_use]
+fn other_push(bench: &mut Bench) -> Posting {
     bench.expect("other", 8..12);
     let push = bench.push("other", LONG);
     let queue = bench.queue(&push, 8);
@@ -479,6 +481,7 @@ fn other_push(bench: &mut Bench) {
     let sent = push.commit().expect("finished");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
     bench.received("other");
+    posting
 }
 
 /// It is given up, and whoever waits is told.
@@ -494,7 +497,8 @@ fn a_copy_that_takes_too_long_fails_its_push_alone() {
         let device = queue.device().wqe().expect("of work requests");
         let late = Duration::from_millis(20);
         device.hold_slots(runs.posting.event(), late).expect("held");
-        let told = ends(&bench.post(&queue, &puts(1), PUT, ALL));
+        let posting = bench.post(&queue, &puts(1), PUT, ALL);
+        let told = ends(&posting);
         assert!(
             told.iter().all(|(_, ended)| *ended == Status::Stopped),
             "{told:?}"
@@ -507,7 +511,7 @@ fn a_copy_that_takes_too_long_fails_its_push_alone() {
         assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
         assert!(sent.wait_released(LONG));
         bench.failed("held");
-        other_push(&mut bench);
+        let _other = other_push(&mut bench);
         runs.stop();
         bench.consumer.assert_untouched_but(8..12);
         bench.over();
