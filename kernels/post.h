@@ -13,7 +13,7 @@
 // (regions.h); however many they are, the post has one ticket, whose end is that of all of them.
 //
 // They return a status (queue.h), and never without an end: a call is over within the queue's patience. What a post of
-// WQEs waits for its turn is what it has not waited for room, and a quarter of the patience at least.
+// WQEs waits for its turn is what it has not waited for room, and about a quarter of the patience at least.
 // A put over GPU links has no clock: it lasts as long as its copies, or until the abort word is set.
 // Plain names are for a thread that posts what is its own; lanes of a wave take turns, for lanes that
 // wait for each other in lockstep would wait for ever. Names with _wave are called by all lanes of a wave, with

@@ -291,10 +291,10 @@ pub enum GpuFault {
         /// The runtime's answer.
         refused: Refused,
     },
-    /// Pages that memory of somebody else lies in are mapped for a GPU already, by others than this crate: they may undo
-    /// that at any time.
+    /// Pages that memory of somebody else lies in are mapped for a GPU already: by others than this crate, who may undo
+    /// that at any time, or together with pages that this memory does not lie in.
     #[error(
-        "{device}: the {part} at {addr:#x} lies in pages that somebody else has mapped for a GPU, {refused}: have them undo it first, or make the queue on a context of the NIC that nobody else uses"
+        "{device}: the {part} at {addr:#x} lies in pages that are mapped for a GPU already, by somebody else or with others beside them, {refused}: have them undo it first, or make the queue on a context of the NIC that nobody else uses"
     )]
     ForeignAlready {
         /// The GPU.

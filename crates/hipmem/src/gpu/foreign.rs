@@ -20,8 +20,8 @@ use crate::pages;
 pub(crate) struct ForeignMemory {
     device_addr: u64,
     pages: Arc<Pages>,
-    /// It goes behind the pages that it lies in.
-    memory: Arc<dyn Memory>,
+    /// What was mapped together in these pages, its own memory first: all of it goes behind the pages that it lies in.
+    memory: Vec<Arc<dyn Memory>>,
 }
 
 /// Pages that are mapped for all who have a part of them.
@@ -151,7 +151,14 @@ impl ForeignMemory {
             };
             let around = spans.iter().find(|span| span.contains(&memory.addr()));
             let span = around.ok_or(Error::Empty)?.clone();
-            Self::one(gpu, part, memory, span)
+            let beside = parts.iter().map(|(_, beside)| beside);
+            let beside = beside.filter(|beside| {
+                beside.kind() == memory.kind()
+                    && span.contains(&beside.addr())
+                    && !Arc::ptr_eq(beside, memory)
+            });
+            let held = std::iter::once(memory).chain(beside).map(Arc::clone);
+            Self::one(gpu, part, held.collect(), span)
         };
         parts.iter().map(one).collect()
     }
@@ -159,17 +166,19 @@ impl ForeignMemory {
     fn one(
         gpu: &Gpu,
         part: &'static str,
-        memory: &Arc<dyn Memory>,
+        held: Vec<Arc<dyn Memory>>,
         span: Range<u64>,
     ) -> Result<Self, Error> {
-        let into = memory.addr() - span.start;
-        let pages = Pages::of(gpu.runtime(), memory.kind(), span);
+        let memory = held.first().ok_or(Error::Empty)?;
+        let (addr, kind) = (memory.addr(), memory.kind());
+        let into = addr - span.start;
+        let pages = Pages::of(gpu.runtime(), kind, span);
         let at = pages.enter(gpu).map_err(|fault| {
             let refused = match fault {
                 MapFault::Other(error) => return error,
                 MapFault::Refused(refused) => refused,
             };
-            let (device, addr) = (gpu.info().pci, memory.addr());
+            let device = gpu.info().pci;
             let fault = match refused.code.number {
                 ALREADY_REGISTERED => GpuFault::ForeignAlready {
                     device,
@@ -181,7 +190,7 @@ impl ForeignMemory {
                     device,
                     part,
                     addr,
-                    kind: memory.kind(),
+                    kind,
                     refused,
                 },
             };
@@ -190,7 +199,7 @@ impl ForeignMemory {
         Ok(Self {
             device_addr: at.wrapping_add(into),
             pages,
-            memory: Arc::clone(memory),
+            memory: held,
         })
     }
 
@@ -204,7 +213,7 @@ impl Drop for ForeignMemory {
     fn drop(&mut self) {
         if let Err(error) = self.pages.leave() {
             tracing::warn!(%error, memory = ?self.memory, "memory of others stays mapped for a GPU, and is kept");
-            std::mem::forget(Arc::clone(&self.memory));
+            std::mem::forget(self.memory.clone());
         }
     }
 }

@@ -841,6 +841,7 @@ impl Push {
         self.over = true;
         if self.engine.runtime.health.is_forked() {
             // Nor may the child be the last to let go of what its parent uses.
+            std::mem::forget(Arc::clone(&self.pushing));
             return std::mem::forget(Arc::clone(&self.engine));
         }
         self.pushing.abort();

@@ -26,7 +26,7 @@ pub(crate) use ended::{TO_READ, after, is_late};
 pub use fault::{PostFault, QueueRule};
 pub use links::NoLinks;
 pub(crate) use links::{posted, refused};
-pub use nic::NicQueue;
+pub use nic::{NicEnds, NicQueue};
 pub(crate) use table::{Batch, Batches, PostTable, Together, Wanted};
 pub(crate) use wqe::{Block, Named, WqeDevice, Wrong};
 

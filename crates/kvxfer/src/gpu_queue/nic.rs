@@ -32,6 +32,8 @@ use crate::mem::post::device::{NicQueues, PosterReport, RegionTable, WqeQueue};
 /// Dropped without, it tells kernels to stop, and is kept for good with its queue pair, unless nobody has had the handle.
 pub struct NicQueue {
     queue: Arc<WqeQueue>,
+    /// Whose it is: a child that was forked leaves it alone.
+    pid: u32,
     /// Somebody has the handle, and nobody has said that its kernels have ended.
     is_out: AtomicBool,
 }
@@ -43,7 +45,9 @@ impl NicQueue {
     /// for longer than `patience`, nor for longer than an hour. So many WQEs as the queue pair has slots are under way
     /// at most.
     ///
-    /// The caller keeps the regions registered until [`finish`](Self::finish) has returned.
+    /// The caller keeps the regions registered until [`finish`](Self::finish) has said what was posted, and for good where
+    /// it has not. Whoever finishes another queue of the same NIC keeps this call waiting, as long as a driver waits
+    /// there for what runs on its GPU.
     ///
     /// # Errors
     ///
@@ -96,6 +100,7 @@ impl NicQueue {
         let queue = WqeQueue::of_nic(gpu, nic, patience, table)?;
         Ok(Self {
             queue: Arc::new(queue),
+            pid: std::process::id(),
             is_out: AtomicBool::new(false),
         })
     }
@@ -141,7 +146,7 @@ impl NicQueue {
     /// kept.
     ///
     /// What the work requests name is the caller's affair: none of it is touched any more where
-    /// [`PosterReport::all_well`]; so have kernels wait for their posts (`kvx_quiet`) before they end. Otherwise the NIC
+    /// [`NicEnds::all_well`]; so have kernels wait for their posts (`kvx_quiet`) before they end. Otherwise the NIC
     /// touches memory of this side until the queue pair is destroyed, and what is under way may arrive at the peer even
     /// then, until that has reset its own. A queue pair that the NIC, or the GPU's driver, does not let go of stays, which
     /// is logged.
@@ -151,22 +156,28 @@ impl NicQueue {
     ///
     /// # Errors
     ///
-    /// [`Error::KernelsLate`]; where the kernels did not end although they were stopped, all is kept for good.
-    /// [`Error::QueueEvent`] for the event of another GPU, and [`Error::Memory`] for one that cannot be looked at: it is
-    /// as if the queue was dropped. [`Error::Memory`] also where it could not be read what was posted.
-    pub fn finish(self, kernels: Kernels<'_>, within: Duration) -> Result<PosterReport, Error> {
-        let ended = kernels.end(self.gpu(), within, || self.tell_to_stop());
-        match ended {
-            // They have ended, late or not.
-            Ok(()) | Err(Error::KernelsLate { .. }) => self.is_out.store(false, Ordering::Release),
+    /// [`Error::KernelsLate`] where the kernels have not ended although they were stopped; [`Error::QueueEvent`] for the
+    /// event of another GPU, and [`Error::Memory`] for one that cannot be looked at: it is as if the queue was dropped,
+    /// and all is kept for good. [`Error::Memory`] also where it could not be read what was posted. [`Error::Forked`].
+    pub fn finish(self, kernels: Kernels<'_>, within: Duration) -> Result<NicEnds, Error> {
+        let here = std::process::id();
+        if here != self.pid {
+            let engine = self.pid;
+            return Err(Error::Forked { engine, here });
+        }
+        let late = match kernels.end(self.gpu(), within, || self.tell_to_stop()) {
+            Ok(()) => false,
+            Err(Error::KernelsLate { .. }) => true,
             Err(Error::Memory(error)) if super::is_late(&error) => {
                 return Err(Error::KernelsLate { after: within });
             }
             Err(other) => return Err(other),
-        }
-        let ends = self.queue.left(after(within.max(TO_READ)));
+        };
+        self.is_out.store(false, Ordering::Release);
+        let left = self.queue.left(after(within.max(TO_READ)));
         drop(self);
-        ended.and(ends.map_err(Error::Memory))
+        let left = left.map_err(Error::Memory)?;
+        Ok(NicEnds { left, late })
     }
 
     fn tell_to_stop(&self) {
@@ -178,6 +189,10 @@ impl NicQueue {
 
 impl Drop for NicQueue {
     fn drop(&mut self) {
+        if std::process::id() != self.pid {
+            // The GPU's context is its parent's, and so is the NIC's.
+            return std::mem::forget(Arc::clone(&self.queue));
+        }
         if *self.is_out.get_mut() {
             self.tell_to_stop();
             warn!(
@@ -186,6 +201,24 @@ impl Drop for NicQueue {
             );
             std::mem::forget(Arc::clone(&self.queue));
         }
+    }
+}
+
+/// How a [`NicQueue`] has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NicEnds {
+    /// What kernels have posted, and what has become of it.
+    pub left: PosterReport,
+    /// They did not end in time, and were stopped: what they have posted may not be all that they were to.
+    pub late: bool,
+}
+
+impl NicEnds {
+    /// Whether kernels have posted all that they were to, and all of it has ended well: then no NIC touches what it
+    /// named any more.
+    #[must_use]
+    pub fn all_well(&self) -> bool {
+        !self.late && self.left.all_well()
     }
 }
 

@@ -212,7 +212,7 @@ fn kernels_push_blocks_by_keys_and_the_queue_is_let_go_when_they_have_ended() ->
     assert_eq!(held(), 5, "the queue has them");
     let ends = queue.finish(Kernels::Behind(&event), LONG)?;
     assert!(ends.all_well(), "{ends:?}");
-    assert_eq!(ends.posted, 8 * u64::from(BLOCKS));
+    assert_eq!(ends.left.posted, 8 * u64::from(BLOCKS));
     assert_eq!(held(), 0, "all is let go of");
     for dst in 0..u64::from(BLOCKS) {
         let src = dst * 7 % u64::from(BLOCKS);
@@ -253,7 +253,19 @@ fn what_kernels_may_touch_is_kept_unless_they_have_ended() -> Outcome {
     let (queue, held) = made()?;
     let _ = queue.handle();
     let ends = queue.finish(Kernels::Ended, LONG)?;
-    assert_eq!((ends.posted, ends.all_well(), held()), (0, true, 0));
+    assert_eq!((ends.left.posted, ends.all_well(), held()), (0, true, 0));
+    // A child that was forked leaves its parent's queues alone.
+    for finishes in [false, true] {
+        let (mut queue, held) = made()?;
+        queue.pid += 1;
+        if finishes {
+            let forked = queue.finish(Kernels::Ended, LONG);
+            assert!(matches!(forked, Err(Error::Forked { .. })), "{forked:?}");
+        } else {
+            drop(queue);
+        }
+        assert_eq!(held(), 5);
+    }
     // Who keeps the device keeps the queue.
     let (queue, held) = made()?;
     let device = Arc::clone(queue.device());
@@ -279,11 +291,9 @@ fn kernels_that_are_late_are_stopped_and_counted() -> Outcome {
     event.record(&stream)?;
     let held = laid.held();
     let within = Duration::from_millis(100);
-    let late = queue.finish(Kernels::Behind(&event), within);
-    assert!(
-        matches!(late, Err(Error::KernelsLate { after }) if after == within),
-        "{late:?}"
-    );
+    let ends = queue.finish(Kernels::Behind(&event), within)?;
+    assert!(ends.late && !ends.all_well(), "{ends:?}");
+    assert_eq!((ends.left.posted, ends.left.ended), (2, 0));
     let results = posting.wait(Instant::now() + LONG)?;
     let ended = results.last().map(|last| last.ended);
     assert_eq!(ended, Some(Status::Stopped.number()), "{results:?}");

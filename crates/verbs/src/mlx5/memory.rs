@@ -33,7 +33,7 @@ pub trait QueueMemory {
     /// As [`load`](Self::load).
     fn store(&self, offset: u64, bytes: [u8; 8]) -> Result<(), OutsideQueue>;
 
-    /// Brings these bytes to where loads find them, all at once: they are no older than the call. Nobody waits here:
+    /// Brings these bytes to where loads find them, all at once: they are no older than the call that began it. Nobody waits here:
     /// what is begun and not there is [`Poll::Pending`], and asked for again, with the same spans, before anything else
     /// is brought. Nobody is woken for it.
     ///

@@ -174,7 +174,7 @@ fn registers_that_cuda_does_not_map_are_told_with_what_to_do() -> Result<(), Err
         };
         assert_eq!(*part, wanted);
         assert!(
-            found.to_string().contains("somebody else has mapped"),
+            found.to_string().contains("mapped for a GPU already"),
             "{found}"
         );
     }
@@ -220,11 +220,11 @@ fn what_a_driver_does_not_let_go_of_is_kept() -> Result<(), Error> {
         let tokens: Vec<Weak<dyn Memory>> = parts.iter().map(|(_, m)| Arc::downgrade(m)).collect();
         let mapped = ForeignMemory::map(gpu, &parts)?;
         drop(parts);
-        assert!(tokens.iter().all(|token| token.strong_count() == 1));
+        assert!(tokens.iter().all(|token| token.strong_count() > 0));
         drop(mapped);
         let kept = tokens.iter().filter(|token| token.strong_count() > 0);
-        // Of the two records, the one that was the last in their page.
-        assert_eq!(kept.count(), if keep { 4 } else { 0 });
+        // Both records too, which are in one page.
+        assert_eq!(kept.count(), if keep { 5 } else { 0 });
     }
     Ok(())
 }

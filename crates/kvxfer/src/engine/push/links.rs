@@ -79,7 +79,8 @@ impl Pushing {
     /// for the push, a job, keeps it and its claims until the worker hears of this.
     pub(super) fn take_puts(&self, puts: &LinkPuts) -> PutAll {
         let begun = Instant::now();
-        let taken = match self.queues.block_ops() {
+        let is_over = matches!(&*self.stage(), Stage::Ended { .. });
+        let taken = match self.queues.block_ops().filter(|_| !is_over) {
             Some(ops) => self.part_of_push(ops, puts),
             None => Ok(None),
         };

@@ -342,9 +342,11 @@ impl<M: QueueMemory, S: Sink> Hca<M, S> {
             });
         }
         let seen = self.see_record()?;
+        // What has to be copied may be there in part only.
+        let is_all = self.consumed as u16 == bell.next();
         let wanted = self
             .head
-            .filter(|_| matches!(bell, Doorbell::LastWqe { .. }) && self.copying.is_none());
+            .filter(|_| matches!(bell, Doorbell::LastWqe { .. }) && is_all);
         match wanted {
             Some(head) if head != bytes => Err(Violation::NotTheLast {
                 wanted: u64::from_be_bytes(head),
