@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "e544226756418e13450f628fc63376d9d146e89caff2452d955e779036a28746",
+    sources_sha256: "b268c9b60c1904e8f5c0e3ac02b5cacb769ee769f65ee344a8ab22059f449e9e",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
