@@ -105,6 +105,19 @@ impl GpuKernels {
         &self.0.gpu
     }
 
+    /// Allocates what so many launches of a few thousand pairs at a time need of memory, ahead of them. Without, each has
+    /// its own allocated when there is none to be used again; and a driver may let that wait for what runs on the GPU,
+    /// such as a kernel that waits for the very launch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    pub fn reserve(&self, launches: usize) -> Result<(), Error> {
+        let all: Result<Vec<_>, Error> = (0..launches).map(|_| self.scratch(0)).collect();
+        // All at a time, or they would be one; and back they go.
+        all.map(drop)
+    }
+
     /// What the slots of the next launch shall hold: never what a slot holds already.
     fn sequence(&self) -> u64 {
         self.0.sequence.fetch_add(1, Ordering::Relaxed)

@@ -114,3 +114,34 @@ impl Drop for Scratch {
         free.push(parts);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::GpuKernels;
+    use super::*;
+    use crate::gpu::{GpuRuntime, RuntimeChoice, RuntimeKind};
+
+    #[test]
+    fn launches_use_what_was_reserved_for_them() -> Result<(), Error> {
+        let runtime = GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host))?;
+        let kernels = GpuKernels::load(runtime.gpu(0)?)?;
+        let free = || {
+            let free = kernels.0.pool.0.lock();
+            free.unwrap_or_else(PoisonError::into_inner).len()
+        };
+        kernels.reserve(3)?;
+        assert_eq!(free(), 3);
+        let most = SMALLEST - TABLES;
+        let all: Result<Vec<_>, _> = [0, 1000, most]
+            .map(|len| kernels.scratch(len))
+            .into_iter()
+            .collect();
+        assert_eq!(free(), 0, "nothing else was allocated");
+        drop(all?);
+        assert_eq!(free(), 3);
+        // What is there already is counted.
+        kernels.reserve(2)?;
+        assert_eq!(free(), 3);
+        Ok(())
+    }
+}

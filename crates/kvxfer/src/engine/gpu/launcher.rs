@@ -1,11 +1,15 @@
 //! By what a rank has a GPU copy blocks: the kernels, the streams, and tables of both sides' memory.
 
 use crate::config::Config;
+use crate::engine::worker::MOST_RUNNING;
 use crate::error::Error;
 use crate::mem::gather::{GatherOptions, GatherSection, GatherTable, GpuKernels, TensorPlaces};
 use crate::mem::gpu::{Gpu, GpuMemory, PeerHostMemory, PinnedMemory, Place, Stream};
 use crate::mem::kernels::Piece;
 use crate::plan::Compiled;
+
+/// Launches at a time whose memory is allocated when the engine starts: 10 MiB.
+const MOST_RESERVED: usize = 64;
 
 /// What launches on a GPU are made with.
 #[derive(Debug)]
@@ -43,8 +47,13 @@ impl Launcher {
     /// [`Error::Memory`], also for a GPU that the kernels do not run on.
     pub(super) fn new(gpu: &Gpu, config: &Config) -> Result<Self, Error> {
         let most = config.gpu_workgroups;
+        let kernels = GpuKernels::load(gpu)?;
+        let workers = usize::try_from(config.num_worker_threads).unwrap_or(MOST_RESERVED);
+        // One of each worker's may be a fence.
+        let launches = workers.saturating_mul(MOST_RUNNING + 1);
+        kernels.reserve(launches.min(MOST_RESERVED))?;
         Ok(Self {
-            kernels: GpuKernels::load(gpu)?,
+            kernels,
             long: Stream::new(gpu)?,
             short: Stream::new(gpu)?,
             options: GatherOptions {

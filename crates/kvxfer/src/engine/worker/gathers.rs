@@ -26,7 +26,7 @@ use crate::transfer::{Cause, Direction, GpuOperation, Job, JobError, JobId, JobR
 use crate::wire::{Take, TakeOf, TakeStop};
 
 /// Gathers of one worker that a GPU has at a time; others wait in order.
-const MOST_RUNNING: usize = 8;
+pub(crate) const MOST_RUNNING: usize = 8;
 /// What is younger is looked at without a rest.
 const YOUNG: Duration = Duration::from_micros(300);
 /// And then the rests between two looks.

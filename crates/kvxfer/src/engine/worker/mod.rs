@@ -57,6 +57,7 @@ use crate::wire::{PushDone, Staged};
 pub(crate) use completions::errno_of;
 use drops::Undead;
 use gathers::Gathers;
+pub(crate) use gathers::MOST_RUNNING;
 pub(crate) use kernel_queue::{KernelQueue, Served};
 pub(crate) use queues::QueueOrder;
 use rails::{Laneless, Retired};
