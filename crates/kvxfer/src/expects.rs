@@ -560,7 +560,7 @@ impl Expects {
         peers
     }
 
-    /// Whether kernels of any peer may write.
+    /// Whether kernels of a peer may write.
     #[must_use]
     pub fn kernels_may_write(&self, peer: PeerKey) -> bool {
         let mut writers = self.all.values().flat_map(|e| &e.writers);

@@ -176,7 +176,7 @@ fn on_rdma_each_rail_reads_back_what_it_has_written() {
     };
     let nodes = (&producer, &consumer, &way);
     // Who is free takes the next batch, so one rail may carry all of a transfer: until both have carried some.
-    let both = |what: &str, mut once: Box<dyn FnMut(u64) + '_>| {
+    let both = |what: &str, once: &mut dyn FnMut(u64)| {
         let mut carried = [false; 2];
         for round in 0..ROUNDS {
             let before = ended();
@@ -197,13 +197,10 @@ fn on_rdma_each_rail_reads_back_what_it_has_written() {
         }
         panic!("{what}: {carried:?}");
     };
-    both("pull", Box::new(|round| pull(round, nodes, || {})));
-    both(
-        "push",
-        Box::new(|round| {
-            push(round, nodes, || {});
-        }),
-    );
+    both("pull", &mut |round| pull(round, nodes, || {}));
+    both("push", &mut |round| {
+        push(round, nodes, || {});
+    });
     // One that shows nothing makes what came over both count for nothing.
     let second = consumer.engine.inner().rails[1].loopback.as_deref();
     second.expect("it reads back").break_once();

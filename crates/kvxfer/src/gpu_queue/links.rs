@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::PostFault;
-use super::table::layer_of;
+use super::table::{has_source, layer_of};
 use crate::blocks::BlockPair;
 use crate::mem::kernels::queue::{LOCAL_PLACE, LinkRefused, PUT, REMOTE_PLACE};
 use crate::mem::post::device::LinkPuts;
@@ -59,14 +59,7 @@ pub(crate) fn posted(of: &Arc<BlockOps>, puts: &LinkPuts) -> Result<Posted, Post
         let (group, layer) = (put.group, put.layer);
         let found = of.find(group.into(), layer.into());
         let (at, _) = found.ok_or(PostFault::Layer { group, layer })?;
-        let (blocks, _) = of.num_blocks(group.into());
-        if put.src >= blocks {
-            return Err(PostFault::Source {
-                group,
-                block: put.src,
-                blocks,
-            });
-        }
+        has_source(of, group, put.src)?;
         let pair = BlockPair {
             src: put.src,
             dst: put.dst,
@@ -87,17 +80,10 @@ pub(crate) fn refused(of: &BlockOps, put: &LinkRefused) -> PostFault {
         return PostFault::Address;
     }
     let (here, there) = (Place::from_word(put.local), Place::from_word(put.remote));
-    if let Err(fault) = layer_of(of, (here, there), put.len) {
-        return fault;
-    }
     let group = here.group;
-    let (blocks, _) = of.num_blocks(group.into());
-    if here.block >= blocks {
-        return PostFault::Source {
-            group,
-            block: here.block,
-            blocks,
-        };
+    let is_there = layer_of(of, (here, there), put.len);
+    if let Err(fault) = is_there.and_then(|_| has_source(of, group, here.block)) {
+        return fault;
     }
     // Whether there is such a block at all, or it is another request's.
     if [Status::BadRange, Status::BadRights]

@@ -110,18 +110,11 @@ impl PostTable {
     fn pair(&self, group: u8, here: u32, there: u32) -> Result<BlockPair, PostFault> {
         match &self.names {
             Names::Puts { expected, .. } => {
-                let (blocks, _) = self.of.num_blocks(group.into());
                 let (src, dst) = (here, there);
-                match () {
-                    () if src >= blocks => Err(PostFault::Source {
-                        group,
-                        block: src,
-                        blocks,
-                    }),
-                    () if !expected.contains(group.into(), dst) => {
-                        Err(PostFault::NotExpected { group, block: dst })
-                    }
-                    () => Ok(BlockPair { src, dst }),
+                has_source(&self.of, group, src)?;
+                match expected.contains(group.into(), dst) {
+                    true => Ok(BlockPair { src, dst }),
+                    false => Err(PostFault::NotExpected { group, block: dst }),
                 }
             }
             Names::Gets { offered, into } => {
@@ -137,6 +130,19 @@ impl PostTable {
                 }
             }
         }
+    }
+}
+
+/// Whether the producer has a block.
+pub(super) fn has_source(of: &BlockOps, group: u8, block: u32) -> Result<(), PostFault> {
+    let (blocks, _) = of.num_blocks(group.into());
+    match block < blocks {
+        true => Ok(()),
+        false => Err(PostFault::Source {
+            group,
+            block,
+            blocks,
+        }),
     }
 }
 

@@ -485,6 +485,40 @@ fn other_push(bench: &mut Bench) -> Posting {
 }
 
 /// It is given up, and whoever waits is told.
+/// Its owner hears of it at once, its kernels when the copy has ended; no other push waits.
+#[test]
+fn an_abort_does_not_wait_for_work_requests_that_are_being_copied() {
+    for kind in KINDS {
+        let mut bench = Bench::small(|config| config.num_worker_threads = 1);
+        let runs = Runs::new(&bench);
+        bench.expect("held", 0..4);
+        let push = bench.push("held", LONG);
+        let queue = bench.wqes_in(&push, 8, (kind, WqeSlots::Gpu));
+        let queue = queue.expect("a queue");
+        let device = Arc::clone(queue.device());
+        let device = device.wqe().expect("of work requests");
+        let long = Duration::from_secs(3600);
+        device.hold_slots(runs.posting.event(), long).expect("held");
+        let posting = bench.post(&queue, &puts(2), PUT, ALL);
+        until("they are being copied", || device.is_copying());
+        let sent = push.abort();
+        assert_eq!(cause(&sent), Cause::Cancelled);
+        bench.failed("held");
+        let _other = other_push(&mut bench);
+        assert!(device.is_copying(), "it is still not there");
+        runs.stop();
+        let told = ends(&posting);
+        assert!(
+            told.iter().all(|(_, ended)| *ended != Status::Ok),
+            "{told:?}"
+        );
+        queue.finish(Kernels::Ended, LONG).expect("they have ended");
+        assert!(sent.wait_released(LONG));
+        bench.consumer.assert_untouched_but(8..12);
+        bench.over();
+    }
+}
+
 #[test]
 fn a_copy_that_takes_too_long_fails_its_push_alone() {
     for kind in KINDS {
