@@ -37,20 +37,22 @@ KVX_FN void kvx_together() {
 }
 
 // What a poster does at each of its steps, so that there is one place where it posts and one where it
-// waits. `speaks` where this thread writes its results.
+// waits. `speaks` where this thread writes its results. A post that is late is the last one, and so is a
+// wait: a kernel that tried on would last as many patiences as it has posts.
 template <kvx_u32 BY>
 KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 speaks) {
   const KVX_GLOBAL kvx_move *moves =
       (const KVX_GLOBAL kvx_move *)args.moves + (kvx_u64)poster * args.count;
   KVX_GLOBAL kvx_post_result *results =
       (KVX_GLOBAL kvx_post_result *)args.results + (kvx_u64)poster * args.count;
-  kvx_u32 posted = 0, awaited = 0;
-  kvx_u32 waits = args.until == KVX_POSTED ? 0 : args.until == KVX_IDLE ? 1 : args.count;
+  kvx_u32 one_by_one = args.until == KVX_EACH || args.until == KVX_ALL;
+  kvx_u32 posted = 0, awaited = 0, count = args.count;
+  kvx_u32 waits = one_by_one ? count : args.until == KVX_IDLE;
   kvx_u64 ticket = 0;
   kvx_u32 status = KVX_OK;
 #pragma nounroll
-  while (posted < args.count || awaited < waits) {
-    kvx_u32 turn = args.until == KVX_EACH ? awaited == posted : posted < args.count;
+  while (posted < count || awaited < waits) {
+    kvx_u32 turn = args.until == KVX_EACH ? awaited == posted : posted < count;
     if (turn) {
       kvx_move move = {moves[posted].local, moves[posted].remote, moves[posted].len,
                        moves[posted].lkey,  moves[posted].rkey,   moves[posted].imm,
@@ -63,6 +65,10 @@ KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 spea
         results[posted].ended = status;
       }
       ++posted;
+      if (status == KVX_TIMEOUT) {
+        count = posted;
+        waits = one_by_one ? count : waits;
+      }
       continue;
     }
     kvx_u32 at = args.until == KVX_IDLE ? args.count - 1 : awaited;
@@ -73,13 +79,30 @@ KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 spea
       status = results[at].posted;
       ticket = results[at].ticket;
     }
+    kvx_u32 late = 0;
     if (args.until == KVX_IDLE || status == KVX_OK) {
       kvx_u32 ended = kvx_await_by<BY>(args, ticket, args.until == KVX_IDLE);
       if (speaks && args.count != 0) {
         results[at].ended = ended;
       }
+      late = ended == KVX_TIMEOUT;
     }
     ++awaited;
+    if (late) {
+      waits = awaited;
+      count = posted;
+    }
+  }
+  if (speaks) {
+    for (; one_by_one && awaited < posted; ++awaited) {
+      results[awaited].ended =
+          results[awaited].posted == KVX_OK ? KVX_TIMEOUT : results[awaited].posted;
+    }
+    for (; posted < args.count; ++posted) {
+      results[posted].ticket = 0;
+      results[posted].posted = KVX_TIMEOUT;
+      results[posted].ended = KVX_TIMEOUT;
+    }
   }
 }
 
@@ -105,6 +128,8 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
       (const KVX_GLOBAL kvx_produced_layer *)args.layers;
   const KVX_GLOBAL kvx_pair *pairs = (const KVX_GLOBAL kvx_pair *)args.pairs;
   KVX_GLOBAL kvx_post_result *results = (KVX_GLOBAL kvx_post_result *)args.results;
+  // As for `kvx_post_all`.
+  kvx_u32 late = 0;
   for (kvx_u32 layer = 0; layer < args.layers_len; ++layer) {
 #pragma nounroll
     for (kvx_u32 pair = group; pair < args.pairs_len; pair += groups) {
@@ -118,7 +143,8 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
       kvx_move move = {layers[layer].place | src, layers[layer].place | dst, layers[layer].len,
                        0, 0, 0, KVX_LOCAL_PLACE | KVX_REMOTE_PLACE};
       kvx_u64 ticket = 0;
-      kvx_u32 status = kvx_put_block(args.queue, move, ticket);
+      kvx_u32 status = late ? KVX_TIMEOUT : kvx_put_block(args.queue, move, ticket);
+      late = status == KVX_TIMEOUT;
       if (kvx_leads_block()) {
         kvx_u64 at = (kvx_u64)layer * args.pairs_len + pair;
         results[at].ticket = ticket;
@@ -135,7 +161,8 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
       if (results[at].posted != KVX_OK) {
         continue;
       }
-      kvx_u32 ended = kvx_wait_block(args.queue, results[at].ticket);
+      kvx_u32 ended = late ? KVX_TIMEOUT : kvx_wait_block(args.queue, results[at].ticket);
+      late = ended == KVX_TIMEOUT;
       if (kvx_leads_block()) {
         results[at].ended = ended;
       }

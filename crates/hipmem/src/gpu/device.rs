@@ -9,7 +9,9 @@ use kvxfer_verbs::PciAddress;
 use super::api::{Api, Entered};
 use super::class::Consumer;
 use super::error::GpuFault;
+use super::later::Later;
 use super::runtime::RuntimeKind;
+use super::spare::Spare;
 use crate::error::Error;
 
 /// A device's own number, the same in every process; of the parts of a divided GPU each has another.
@@ -84,6 +86,8 @@ struct Inner {
     info: GpuInfo,
     /// For copies that are waited for. It lives as long as the process.
     stream: Mutex<Option<u64>>,
+    spare: Spare,
+    later: Later,
 }
 
 /// For as long as it lives a device is current for this thread; then the one before is again.
@@ -102,8 +106,29 @@ impl Drop for Current<'_> {
 
 impl Gpu {
     pub(super) fn new(api: Arc<Api>, info: GpuInfo) -> Self {
-        let stream = Mutex::new(None);
-        Self(Arc::new(Inner { api, info, stream }))
+        Self(Arc::new(Inner {
+            api,
+            info,
+            stream: Mutex::new(None),
+            spare: Spare::default(),
+            later: Later::default(),
+        }))
+    }
+
+    /// The same device as if nobody else used it.
+    #[cfg(test)]
+    pub(super) fn alone(&self) -> Self {
+        Self::new(Arc::clone(&self.0.api), self.0.info.clone())
+    }
+
+    /// What queues and launches have left.
+    pub(super) fn spare(&self) -> &Spare {
+        &self.0.spare
+    }
+
+    /// What is put off.
+    pub(super) fn later(&self) -> &Later {
+        &self.0.later
     }
 
     pub(super) fn api(&self) -> &Api {

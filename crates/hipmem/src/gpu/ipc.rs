@@ -234,6 +234,7 @@ struct Key {
 
 struct Mapped {
     addr: u64,
+    /// None: it is going to be closed.
     users: usize,
 }
 
@@ -263,16 +264,26 @@ impl Drop for Opened {
         if mapping.users > 0 {
             return;
         }
-        let addr = mapping.addr;
-        open.remove(&self.key);
-        let closed = self.gpu.enter().and_then(|_current| {
-            // SAFETY: it was opened once for all its users, of whom this is the last; whoever used
-            // the memory held it.
-            Ok(unsafe { self.gpu.api().ipc_close(addr) }?)
-        });
-        if let Err(error) = closed {
-            tracing::warn!(%error, "another process's memory stays mapped");
-        }
+        drop(open);
+        let (gpu, key) = (self.gpu.clone(), self.key.clone());
+        self.gpu.when_nobody_posts(move || close(&gpu, &key));
+    }
+}
+
+/// Closes what nobody has begun to use again.
+fn close(gpu: &Gpu, key: &Key) {
+    let mut open = mapped().lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(Mapped { addr, users: 0 }) = open.get(key) else {
+        return;
+    };
+    let addr = *addr;
+    open.remove(key);
+    let closed = gpu.enter().and_then(|_current| {
+        // SAFETY: it was opened once for all its users, and there is none; whoever used the memory held it.
+        Ok(unsafe { gpu.api().ipc_close(addr) }?)
+    });
+    if let Err(error) = closed {
+        tracing::warn!(%error, "another process's memory stays mapped");
     }
 }
 

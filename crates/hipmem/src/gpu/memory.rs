@@ -12,6 +12,7 @@ use super::code::OUT_OF_MEMORY;
 use super::device::{Gpu, Uuid, same_runtime};
 use super::error::GpuFault;
 use super::ipc::Opened;
+use super::spare::{Lent, Where};
 use crate::error::{Error, Operation};
 
 /// A span of a GPU's memory. Clones are the same memory, which lives as long as any of them.
@@ -46,6 +47,7 @@ pub(crate) struct Span {
 /// What keeps a span's memory where it is.
 enum Hold {
     Allocated(#[expect(dead_code, reason = "it is held")] Allocated),
+    Lent(#[expect(dead_code, reason = "it is held")] Lent),
     Owner(#[expect(dead_code, reason = "it is held")] Arc<dyn Any + Send + Sync>),
     Opened(Opened),
     Part(Arc<Span>),
@@ -150,7 +152,9 @@ impl Span {
         match &self.hold {
             Hold::Opened(opened) => opened.owner,
             Hold::Part(whole) => whole.owner(),
-            Hold::Allocated(_) | Hold::Owner(_) => (self.gpu.info().pci, self.gpu.info().uuid),
+            Hold::Allocated(_) | Hold::Lent(_) | Hold::Owner(_) => {
+                (self.gpu.info().pci, self.gpu.info().uuid)
+            }
         }
     }
 }
@@ -158,7 +162,7 @@ impl Span {
 impl fmt::Debug for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.hold {
-            Hold::Allocated(_) => "memory",
+            Hold::Allocated(_) | Hold::Lent(_) => "memory",
             Hold::Owner(_) => "owner's memory",
             Hold::Opened(_) => "another process's memory",
             Hold::Part(_) => "part",
@@ -177,6 +181,9 @@ impl fmt::Debug for GpuMemory {
 impl GpuMemory {
     /// Memory of a GPU, with whatever bytes are there.
     ///
+    /// Drivers wait for all kernels of the GPU before they give memory back, and hold launches off meanwhile: whoever drops
+    /// the last clone may wait for them, and a kernel that waits for blocks that another is to bring has to have ended.
+    ///
     /// # Errors
     ///
     /// [`Error::Empty`] for no bytes; [`GpuFault::OutOfMemory`]; [`Error::Gpu`].
@@ -193,20 +200,7 @@ impl GpuMemory {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let _current = gpu.enter()?;
-        let addr = gpu.api().alloc(len, grain).map_err(|refused| {
-            if refused.code.number != OUT_OF_MEMORY {
-                return Error::from(refused);
-            }
-            let (free, total) = gpu.api().mem_info().unwrap_or((0, gpu.info().memory));
-            Error::from(GpuFault::OutOfMemory {
-                device: gpu.info().pci,
-                len,
-                free,
-                total,
-                code: refused.code,
-            })
-        })?;
+        let addr = allocate(gpu, len, grain)?;
         let gpu = gpu.clone();
         let allocated = Allocated {
             gpu: gpu.clone(),
@@ -223,6 +217,32 @@ impl GpuMemory {
             exportable: None,
             grain,
             hold: Hold::Allocated(allocated),
+        };
+        Ok(span.into())
+    }
+
+    /// Memory of a queue's or a launch's, with whatever bytes are there: what another has left, or new. When it goes it
+    /// is left for the next, and no driver waits for anything.
+    pub(in crate::gpu) fn lent(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+        if len == 0 {
+            return Err(Error::Empty);
+        }
+        let lent = Lent::take(gpu, Where::Gpu, len, |bytes| {
+            Ok((0, allocate(gpu, bytes, Grain::Coarse)?))
+        })?;
+        let (_, addr) = lent.at();
+        let span = Span {
+            gpu: gpu.clone(),
+            addr,
+            len,
+            allocation: Allocation {
+                base: addr,
+                size: len,
+            },
+            // A peer would have it open while it is somebody else's.
+            exportable: Some(false),
+            grain: Grain::Coarse,
+            hold: Hold::Lent(lent),
         };
         Ok(span.into())
     }
@@ -471,6 +491,23 @@ impl GpuMemory {
     pub(super) fn range(&self, operation: Operation, offset: u64, len: u64) -> Result<u64, Error> {
         self.span.range(operation, offset, len)
     }
+}
+
+fn allocate(gpu: &Gpu, len: u64, grain: Grain) -> Result<u64, Error> {
+    let _current = gpu.enter()?;
+    gpu.api().alloc(len, grain).map_err(|refused| {
+        if refused.code.number != OUT_OF_MEMORY {
+            return Error::from(refused);
+        }
+        let (free, total) = gpu.api().mem_info().unwrap_or((0, gpu.info().memory));
+        Error::from(GpuFault::OutOfMemory {
+            device: gpu.info().pci,
+            len,
+            free,
+            total,
+            code: refused.code,
+        })
+    })
 }
 
 impl From<Span> for GpuMemory {

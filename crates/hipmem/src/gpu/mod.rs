@@ -24,12 +24,14 @@ mod hip;
 mod host;
 mod ipc;
 mod kfd;
+mod later;
 mod memory;
 mod module;
 mod peer_memory;
 mod pinned;
 pub mod post;
 mod runtime;
+mod spare;
 mod stream;
 mod sys;
 #[cfg(test)]

@@ -36,6 +36,7 @@ pub(super) struct Pinned {
 struct Pin {
     pages: Range<u64>,
     device_addr: u64,
+    /// None: it is going to be undone.
     users: usize,
 }
 
@@ -64,26 +65,38 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let mut pins = lock(&self.file);
-        let Some(at) = pins.iter().position(|pin| pin.pages.start == self.start) else {
+        let Some(pin) = pins.iter_mut().find(|pin| pin.pages.start == self.start) else {
             return;
         };
-        if let Some(pin) = pins.get_mut(at) {
-            pin.users -= 1;
-            if pin.users > 0 {
-                return;
-            }
+        pin.users -= 1;
+        if pin.users > 0 {
+            return;
         }
-        pins.swap_remove(at);
-        let undone = self.gpu.enter().and_then(|_current| {
-            // SAFETY: they were registered once for all their users, of whom this is the last; whoever used them through
-            // a GPU held it. They are mapped: each user holds the mapping.
-            Ok(unsafe { self.gpu.api().host_unregister(self.start) }?)
-        });
-        if let Err(error) = undone {
-            tracing::warn!(%error, "another process's memory stays pinned");
-            // And mapped: nothing else may come to lie there.
-            std::mem::forget(self.mapping.clone());
-        }
+        drop(pins);
+        let (gpu, file, start) = (self.gpu.clone(), Arc::clone(&self.file), self.start);
+        let mapping = self.mapping.clone();
+        self.gpu
+            .when_nobody_posts(move || unpin(&gpu, &file, start, mapping));
+    }
+}
+
+/// Undoes what nobody has begun to use again.
+fn unpin(gpu: &Gpu, file: &FilePins, start: u64, mapping: PeerMapping) {
+    let mut pins = lock(file);
+    let unused = |pin: &Pin| pin.pages.start == start && pin.users == 0;
+    let Some(at) = pins.iter().position(unused) else {
+        return;
+    };
+    pins.swap_remove(at);
+    let undone = gpu.enter().and_then(|_current| {
+        // SAFETY: they were registered once for all their users, and there is none; whoever used them through a GPU held
+        // it. They are mapped: this holds the mapping.
+        Ok(unsafe { gpu.api().host_unregister(start) }?)
+    });
+    if let Err(error) = undone {
+        tracing::warn!(%error, "another process's memory stays pinned");
+        // And mapped: nothing else may come to lie there.
+        std::mem::forget(mapping);
     }
 }
 

@@ -1,11 +1,13 @@
 //! Host memory that GPUs reach as well.
 
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::device::Gpu;
+use super::spare::{Lent, Where};
 use crate::error::{Error, Operation};
 use crate::memory::HostMemory;
 use crate::pages;
@@ -82,7 +84,7 @@ impl Drop for Registration {
 }
 
 impl PinnedMemory {
-    /// New pinned memory.
+    /// New pinned memory. What [`GpuMemory::new`](super::GpuMemory::new) says of its end holds here too.
     ///
     /// # Errors
     ///
@@ -91,18 +93,43 @@ impl PinnedMemory {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let bytes = usize::try_from(len).map_err(|_| Error::TooLarge { len })?;
-        let _current = gpu.enter()?;
-        let (addr, device_addr) = gpu.api().host_alloc(len)?;
+        let (addr, device_addr) = allocate(gpu, len)?;
         let allocated = Allocated {
             gpu: gpu.clone(),
             addr,
         };
+        // SAFETY: it was allocated just now with as many bytes, for `allocated`.
+        unsafe { Self::of(gpu, (addr, device_addr), len, Arc::new(allocated)) }
+    }
+
+    /// The same of a queue's or a launch's, which is left for the next one when it goes
+    /// ([`GpuMemory::lent`](super::GpuMemory)).
+    pub(in crate::gpu) fn lent(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+        if len == 0 {
+            return Err(Error::Empty);
+        }
+        let lent = Lent::take(gpu, Where::Host, len, |bytes| allocate(gpu, bytes))?;
+        let at = lent.at();
+        // SAFETY: it was allocated with as many bytes at least, and is nobody else's until `lent` goes.
+        unsafe { Self::of(gpu, at, len, Arc::new(lent)) }
+    }
+
+    /// # Safety
+    ///
+    /// The runtime has pinned `len` bytes there, at these addresses for the host and for devices, and they stay so until
+    /// `keep` goes; nobody has a reference to them.
+    unsafe fn of(
+        gpu: &Gpu,
+        (addr, device_addr): (u64, u64),
+        len: u64,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self, Error> {
+        let bytes = usize::try_from(len).map_err(|_| Error::TooLarge { len })?;
         let pointer = std::ptr::with_exposed_provenance_mut(addr as usize);
         let pointer = NonNull::new(pointer).ok_or(Error::TooLarge { len })?;
-        // SAFETY: the runtime's pinned memory is mapped, readable, writable and in place until
-        // `allocated` goes, and nobody has a reference to it.
-        let host = unsafe { HostMemory::from_raw_parts(pointer, bytes, Arc::new(allocated)) };
+        // SAFETY: the caller says that it is mapped, readable, writable and in place until `keep` goes, and that nobody
+        // has a reference to it.
+        let host = unsafe { HostMemory::from_raw_parts(pointer, bytes, keep) };
         Ok(Self {
             pinned: Arc::new(Pinned {
                 host,
@@ -191,6 +218,12 @@ impl PinnedMemory {
         self.pinned.host.range(operation, offset, len)?;
         Ok(self.pinned.host.addr() + offset)
     }
+}
+
+/// Its addresses for the host and for devices.
+fn allocate(gpu: &Gpu, len: u64) -> Result<(u64, u64), Error> {
+    let _current = gpu.enter()?;
+    Ok(gpu.api().host_alloc(len)?)
 }
 
 impl fmt::Debug for PinnedMemory {

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "b268c9b60c1904e8f5c0e3ac02b5cacb769ee769f65ee344a8ab22059f449e9e",
+    sources_sha256: "c3680683f3a1cff57b1c37ea2e94394e63b069335f4fc0043ec28b4ed5edc2e0",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "b4a8c9363bb6a3c1351b8a187cf451ca198937573e27e64562a2e1cedcdc61a3",
+        sha256: "a4baa1aee732dc5fa51f14ecbe6075e4edc082ea7ee801ca4df589b19b62a1e6",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "1af561c878e55aa2a1c2b7be3cefaf11c7452aed11886e7801e1d5cf5c887577",
+        sha256: "1b36e74998a1954af0ca23a5e95596045384bb06ae57fbcda88e07766808eca8",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "c5806386740708ae9779794551b67eee6a48a777fb04915400a141f63d742209",
+        sha256: "7326500372b17d7968b006a25087e1f32a8b7bb442ae5589497d4d9ccf24b124",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "686ef6706fa42c3779399ee78eb8d1051eaf925c7311f0989626ffecead81c9c",
+        sha256: "9afc4889c9747911ee88e003365d875d55073592b9ff9030bcbe766965a12ded",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "1090ba43bdd1cbf3cd8a8fbb39428055392ad25681f9d2c699c1387d1350145e",
+        sha256: "683118ed9387427dc4562f797771196534456b44c0806d1c14fa7df05d1c2575",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "db46b4f1a8a9f1b08705da964dee375a0c0609cbfe358512144c9df9d4cf14e5",
+        sha256: "6cec1937709411a776729f3207c03e5b6fc5aa8f81e0dae02184c454dd06ffc2",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "39f8e88c2822e50e07a3335f09e3bf60688e3619e318c68cfcc8850b7968b28b",
+        sha256: "f0898e6b8105908d645825029b680429db36dd53a6d9a1bc09a5f8286b1c6fe6",
         warp: 32,
     },
 ];

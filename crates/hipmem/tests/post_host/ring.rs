@@ -232,6 +232,22 @@ fn a_consumer_that_stops_is_told_within_the_patience() {
 }
 
 #[test]
+fn a_call_that_is_late_is_a_posters_last() {
+    let (well, late) = (Status::Ok, Status::Timeout);
+    // One that is waited for, and one that finds no room; what was posted before is still waited for.
+    for (until, taken, wanted) in [
+        (EACH, 1, [(well, late), (late, late), (late, late)]),
+        (ALL, 2, [(well, late), (well, late), (late, late)]),
+        (IDLE, 2, [(well, well), (well, well), (late, late)]),
+    ] {
+        let mut bench = Bench::new(2, 0, SHORT);
+        let results = run(&shipped, bench.queue, &moves(3), 1, PUT, until);
+        assert_eq!(ends(&results), wanted, "{until}");
+        assert_eq!(bench.drain().len(), taken, "{until}");
+    }
+}
+
+#[test]
 fn an_abort_ends_what_waits() {
     let bench = Bench::new(2, 0, LONG);
     bench.around.set_abort();

@@ -175,6 +175,36 @@ fn kernels_fetch_a_models_blocks() {
     }
 }
 
+/// Drivers let what takes memory from a GPU wait for its kernels, and launches for that: of kernels that wait for launches
+/// none would end.
+#[test]
+fn a_queue_that_goes_holds_up_no_kernel_that_waits() {
+    let mut bench = Bench::new(PathKind::Ipc, (BLOCK, 2), BLOCKS, |_| {});
+    let (a, b) = (bench.offer("a", 0..8), bench.offer("b", 8..16));
+    let (first, second) = (bench.pull(&a, 0..8), bench.pull(&b, 8..16));
+    let queue = bench.queue_of(&first, 16);
+    let told = ends(&bench.post(&queue, &[get(0, 1, 1, BLOCK)], GET, ALL));
+    assert_eq!(told, [WELL]);
+
+    let mut config = bench.config(16);
+    config.patience = Duration::from_secs(10);
+    let slow = second.gpu_queue(&config).expect("a queue");
+    let moves = vec![get(0, 8, 8, BLOCK); 20_000];
+    let posting = bench.post(&slow, &moves, GET, EACH);
+    until("some are told", || slow.report().done > 100);
+    queue.finish(Kernels::Ended, LONG).expect("they have ended");
+    let got = first.commit().expect("committed");
+    assert_eq!(got.wait(LONG), Some(Outcome::Done));
+    assert!(slow.report().done < 15_000, "it is still waiting");
+    assert!(ends(&posting).iter().all(|end| *end == WELL));
+    slow.finish(Kernels::Ended, LONG).expect("they have ended");
+    let got = second.commit().expect("committed");
+    assert_eq!(got.wait(LONG), Some(Outcome::Done));
+    bench.received("a");
+    bench.received("b");
+    bench.over();
+}
+
 #[test]
 fn what_a_kernel_was_told_of_is_there() {
     for path in [PathKind::Arena, PathKind::Tcp, PathKind::Ipc] {

@@ -80,7 +80,7 @@ impl GpuKernels {
         let image = for_target(&gpu.info().arch)?;
         // SAFETY: the image was built for this target from the sources in kernels/, and has no initialisers.
         let module = unsafe { Module::load(gpu, image.bytes) }?;
-        let words = PinnedMemory::new(gpu, 8)?;
+        let words = PinnedMemory::lent(gpu, 8)?;
         words.host().write(0, &[1, 0, 0, 0, 0, 0, 0, 0])?;
         Ok(Self(Arc::new(Inner {
             gpu: gpu.clone(),

@@ -52,7 +52,7 @@ impl GatherTable {
             .fold(0, |sum: u64, n| sum.saturating_add(*n as u64));
         let sums = match blocks {
             0 => None,
-            _ => Some(PinnedMemory::new(gpu, blocks.saturating_mul(8))?),
+            _ => Some(PinnedMemory::lent(gpu, blocks.saturating_mul(8))?),
         };
         let len = tables_len(&parts);
         let scratch = kernels.scratch(len)?;

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use kvxfer_verbs::PciAddress;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -35,6 +35,8 @@ pub(super) struct HostApi {
     events: Mutex<HashMap<u64, Arc<HostEvent>>>,
     modules: Mutex<HashMap<u64, Loaded>>,
     next: AtomicU64,
+    /// Held alone by calls that wait for the device.
+    calls: RwLock<()>,
 }
 
 /// The file stays open while the library is loaded: the loader knows libraries by their paths, and the
@@ -85,7 +87,17 @@ impl HostApi {
             events: Mutex::default(),
             modules: Mutex::default(),
             next: AtomicU64::new(1),
+            calls: RwLock::new(()),
         }
+    }
+
+    /// Makes a call as CUDA's driver makes it that takes memory from a device, or puts code there: behind all that is on
+    /// any stream, and before every call that comes meanwhile.
+    fn alone<T>(&self, call: impl FnOnce() -> T) -> T {
+        let _alone = self.calls.write().unwrap_or_else(PoisonError::into_inner);
+        let streams: Vec<_> = lock(&self.streams).values().map(Arc::clone).collect();
+        streams.iter().for_each(|stream| stream.wait());
+        call()
     }
 
     fn number(&self) -> u64 {
@@ -120,6 +132,7 @@ impl HostApi {
     }
 
     pub(super) fn enter(&self, ordinal: u32) -> Result<Entered, Refused> {
+        drop(self.calls.read().unwrap_or_else(PoisonError::into_inner));
         match ordinal {
             0 => Ok(Entered::Same),
             _ => Err(refused("enter", code::INVALID_DEVICE)),
@@ -182,7 +195,7 @@ impl HostApi {
     }
 
     pub(super) unsafe fn free(&self, at: u64) -> Result<(), Refused> {
-        self.memories.free(at)
+        self.alone(|| self.memories.free(at))
     }
 
     pub(super) fn host_alloc(&self, len: u64) -> Result<(u64, u64), Refused> {
@@ -191,7 +204,7 @@ impl HostApi {
     }
 
     pub(super) unsafe fn host_free(&self, at: u64) -> Result<(), Refused> {
-        self.memories.unpin_new(at)
+        self.alone(|| self.memories.unpin_new(at))
     }
 
     pub(super) unsafe fn host_register(&self, at: u64, len: u64) -> Result<u64, Refused> {
@@ -210,7 +223,7 @@ impl HostApi {
     }
 
     pub(super) unsafe fn host_unregister(&self, at: u64) -> Result<(), Refused> {
-        self.memories.unregister(at)
+        self.alone(|| self.memories.unregister(at))
     }
 
     pub(super) fn pointer(&self, at: u64) -> Result<Option<PointerFacts>, Refused> {
@@ -333,7 +346,7 @@ impl HostApi {
         let file = OwnedFd::from(writer);
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         // SAFETY: the caller knows the shared object's initialisers.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
+        let library = self.alone(|| unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) });
         let library = library.map_err(|e| failed(e.to_string()))?;
         let number = self.number();
         let loaded = Loaded {
@@ -394,7 +407,7 @@ impl HostApi {
     }
 
     pub(super) unsafe fn ipc_close(&self, at: u64) -> Result<(), Refused> {
-        self.memories.close(at)
+        self.alone(|| self.memories.close(at))
     }
 
     pub(super) unsafe fn dma_buf(&self, _: u64, _: u64) -> Result<(OwnedFd, u64), DmaBufFault> {

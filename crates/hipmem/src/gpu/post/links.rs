@@ -55,16 +55,16 @@ pub struct LinkLayer<'a> {
 
 /// A queue over GPU links: `kvx_put` and its like copy a block, by the threads that call them, from this side's memory
 /// to the peer's, which the GPU reaches. A put that says `KVX_OK` has ended; waits say so at once. It holds all memory
-/// that its table names. A kernel must have ended before this goes, and who drops it last may wait for all other kernels
-/// of the GPU.
+/// that its table names. A kernel must have ended before this goes.
 ///
 /// Whose blocks these are, and when they may be written, is decided above: a kernel writes where it names a block, and a
 /// queue that was made with [`among`](Self::among) refuses what is not expected.
 pub struct LinkQueue {
     table: RegionTable,
     notes: Option<Notes>,
-    posters: Posters,
+    /// Before `posters` (fields go in their order): what of it is a peer's is then given back by a thread.
     _memories: Vec<Keep>,
+    posters: Posters,
 }
 
 impl LinkQueue {

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
+use crate::gpu::later::PostedTo;
 use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, RuntimeKind, Stream};
 use crate::kernels::queue::{LinkRefused, QueueReport, QueueState};
 use crate::post::Status;
@@ -79,6 +80,7 @@ pub(super) struct Posters {
     /// What runs must not be waited for.
     aborts: Stream,
     patience: u64,
+    _posted_to: PostedTo,
 }
 
 impl Posters {
@@ -89,16 +91,17 @@ impl Posters {
 
     /// The same for so many slots of WQEs, whose posters ring for each other.
     pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
-        let words = PinnedMemory::new(gpu, LEFT + WORDS)?;
+        let words = PinnedMemory::lent(gpu, LEFT + WORDS)?;
         words.host().fill(0, words.len(), 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
-        let own = GpuMemory::new(gpu, WORDS + 8 * u64::from(slots))?;
+        let own = GpuMemory::lent(gpu, WORDS + 8 * u64::from(slots))?;
         own.fill(0, own.len(), 0)?;
         own.write(0, &QueueState::starting_at(0).bytes())?;
         Ok(Self {
             own,
             words,
             aborts: Stream::urgent(gpu)?,
+            _posted_to: PostedTo::begin(gpu),
             patience: ticks(gpu.runtime(), patience.min(MOST_PATIENCE)),
         })
     }

@@ -27,8 +27,7 @@ pub(super) mod sealed {
     }
 }
 
-/// The memory of a proxy queue that kernels of a GPU post to. A kernel must have ended before this goes, and who drops
-/// it last may wait for all other kernels of the GPU: the drivers give memory back behind them.
+/// The memory of a proxy queue that kernels of a GPU post to. A kernel must have ended before this goes.
 pub struct DeviceQueue {
     ring: ProxyRing,
     /// The ring.
@@ -48,7 +47,7 @@ impl DeviceQueue {
         if !depth.is_power_of_two() {
             return Err(Error::Depth { depth });
         }
-        let memory = PinnedMemory::new(gpu, ProxyRing::bytes(depth))?;
+        let memory = PinnedMemory::lent(gpu, ProxyRing::bytes(depth))?;
         let (ring, consumer) = ProxyRing::new(memory.host().clone(), depth, 0)?;
         let queue = Self {
             ring,

@@ -49,7 +49,7 @@ pub struct WqeQueueConfig {
 
 /// The memory of a queue to which kernels of a GPU write WQEs, and the words around it. It is its own ([`new`](Self::new)),
 /// and what is behind it a [model](kvxfer_verbs::mlx5::model); or somebody else's ([`of_nic`](Self::of_nic)): no NIC's has
-/// been tried. A kernel must have ended before this goes, and who drops it last may wait for all other kernels of the GPU.
+/// been tried. A kernel must have ended before this goes; who drops a NIC's last may wait for all other kernels of the GPU.
 pub struct WqeQueue {
     config: WqeQueueConfig,
     lies: Lies,
@@ -68,7 +68,7 @@ struct Own {
     memory: PinnedMemory,
     completions: u64,
     words: u64,
-    /// The slots, if they are in the GPU's memory: whoever drops this last gives them back, and not their device.
+    /// The slots, if they are in the GPU's memory.
     slots: Option<CopiedSlots>,
 }
 
@@ -102,7 +102,7 @@ impl WqeQueue {
             None => sq_depth.bytes(),
         };
         let words = completions + cq_depth.bytes();
-        let memory = PinnedMemory::new(gpu, words + 4 * LINE)?;
+        let memory = PinnedMemory::lent(gpu, words + 4 * LINE)?;
         let host = memory.host();
         host.fill(0, memory.len(), 0)?;
         let cq = host.slice(completions, cq_depth.bytes())?;

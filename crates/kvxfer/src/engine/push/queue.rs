@@ -1,9 +1,7 @@
 //! Queues that kernels post the blocks of a push to: the owner's handle, and what it shares with the worker.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use kvxfer_verbs::mlx5::model::HcaSetup;
@@ -47,8 +45,6 @@ struct Kept {
     device: Arc<PostQueue>,
     /// No kernel touches it: nobody has had its handle, or the kernels have ended.
     is_over: AtomicBool,
-    /// Its end tells who gives the memory back. It goes after `device`: fields go in their order.
-    last: Option<Sender<()>>,
 }
 
 impl Drop for Kept {
@@ -57,23 +53,6 @@ impl Drop for Kept {
             warn!(
                 "nobody has said that a queue's kernels have ended: its memory is never given back"
             );
-            std::mem::forget(Arc::clone(&self.device));
-            return;
-        }
-        // The drivers wait for every kernel that runs on the GPU, whoever's it is, before they give memory back: no
-        // worker has that time, nor has who calls `finish`.
-        let device = Arc::clone(&self.device);
-        let (last, is_last) = channel();
-        self.last = Some(last);
-        let freeing = thread::Builder::new()
-            .name("kvx-free".to_owned())
-            .spawn(move || {
-                // Ends with `last`, when nothing of this value holds the memory any more.
-                let _ = is_last.recv();
-                drop(device);
-            });
-        if let Err(error) = freeing {
-            warn!(%error, "no thread to give a queue's memory back: it is kept");
             std::mem::forget(Arc::clone(&self.device));
         }
     }
@@ -86,7 +65,6 @@ impl SharedQueue {
             device: Kept {
                 device: Arc::new(device),
                 is_over: AtomicBool::new(true),
-                last: None,
             },
             pace: Mutex::new(pace),
             taken: AtomicU64::new(0),

@@ -85,8 +85,6 @@ pub(crate) struct KernelQueue {
     pub(super) number: u64,
     pub(super) id: TransferId,
     pub(super) part_of: PartOf,
-    /// Before `shared`, which has its memory too: so it is never the worker that gives that back (fields go in their
-    /// order).
     pub(super) served: Served,
     pub(super) shared: Arc<SharedQueue>,
     /// What posts may name; `None` before the push's ticket has come.
