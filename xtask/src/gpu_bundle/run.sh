@@ -81,7 +81,7 @@ cat "$out/bw-kernel.txt"
 sed 's/"op":"/\n/g' "$out/bw-kernel.json" | sed -n 's/^\([a-z]*\)".*"executor":"\([a-z-]*\)".*"hca":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),.*"blocks_per_s":\([0-9.]*\).*/\1 posted by a kernel (\2, NIC: \3) over \4, \5 bytes a block: \6 GB\/s of \7, \8 posts\/s/p'
 [ $by_kernel -ne 0 ] && echo "kvxfer bw --initiator gpu ended with $by_kernel"
 # And copied by a kernel into the other side's memory.
-command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --queue links --size 4K,16K,64K --blocks 16384 --iters 10 --json >"$out/bw-links.json" 2>"$out/bw-links.txt"
+command timeout -k 5 60 "$here/kvxfer" bw --mem gpu --initiator gpu --queue links --size 4K,16K --blocks 65536 --iters 10 --json >"$out/bw-links.json" 2>"$out/bw-links.txt"
 by_links=$?
 cat "$out/bw-links.txt"
 sed 's/"op":"/\n/g' "$out/bw-links.json" | sed -n 's/^write.*"executor":"\([a-z-]*\)".*"hca":"\([a-z]*\)","path":"\([a-z-]*\)".*"block_bytes":\([0-9]*\).*"gb_per_s":\([0-9.]*\),"limit_gb_per_s":\([0-9.]*\),"of_limit":\([0-9.]*\).*"blocks_per_s":\([0-9.]*\).*/copied by a kernel (\1, NIC: \2) over \3, \4 bytes a block: \5 GB\/s of \6, \7; \8 puts\/s/p'

@@ -41,6 +41,7 @@ pub(super) struct GpuRow {
     pub(super) large_bar: Option<bool>,
     pub(super) host_register: bool,
     pub(super) host_register_read_only: Option<bool>,
+    pub(super) mps: bool,
     pub(super) classes: Vec<Class>,
     pub(super) nics: Vec<Nearness>,
     /// Of the NICs that can be used.
@@ -181,6 +182,7 @@ impl GpuRow {
             large_bar: info.large_bar,
             host_register: info.host_register,
             host_register_read_only: info.host_register_read_only,
+            mps: info.mps,
             classes: classes(info, all.iter().map(Gpu::info))
                 .map(|class| Class::new(class, gpu))
                 .collect(),

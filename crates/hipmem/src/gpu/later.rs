@@ -135,7 +135,9 @@ mod tests {
         let (told, calls) = channel();
         let call = |name: &'static str| {
             let told = told.clone();
-            gpu.when_nobody_posts(move || drop(told.send(name)));
+            gpu.when_nobody_posts(move || {
+                let _ = told.send(name);
+            });
         };
         call("at once");
         assert_eq!(calls.try_recv(), Ok("at once"));
@@ -153,8 +155,8 @@ mod tests {
         let (begun, has_begun) = channel();
         let (go_on, goes_on) = channel::<()>();
         gpu.when_nobody_posts(move || {
-            drop(begun.send(()));
-            drop(goes_on.recv());
+            let _ = begun.send(());
+            let _ = goes_on.recv();
         });
         drop(third);
         assert_eq!(has_begun.recv_timeout(LONG), Ok(()));
@@ -162,7 +164,7 @@ mod tests {
         let maker = gpu.clone();
         let maker = thread::spawn(move || {
             let queue = PostedTo::begin(&maker);
-            drop(made.send(()));
+            let _ = made.send(());
             drop(queue);
         });
         assert_eq!(is_made.recv_timeout(SOON), Err(RecvTimeoutError::Timeout));
@@ -179,7 +181,9 @@ mod tests {
         let queue = PostedTo::begin(gpu);
         let (told, calls) = channel();
         let put_off = Instant::now();
-        gpu.when_nobody_posts(move || drop(told.send(())));
+        gpu.when_nobody_posts(move || {
+            let _ = told.send(());
+        });
         assert_eq!(calls.recv_timeout(LONG), Ok(()));
         assert!(put_off.elapsed() >= LONGEST);
         // And nobody waits for them to be over.

@@ -40,6 +40,12 @@ fn one(out: &mut String, report: &Report, gpu: &GpuRow) {
     );
     let classes: Vec<String> = gpu.classes.iter().map(needs).collect();
     let _ = writeln!(out, "  after a NIC's write  {}", classes.join("; "));
+    if gpu.mps {
+        let _ = writeln!(
+            out,
+            "  through CUDA's MPS server: kernels here write no peer's blocks themselves"
+        );
+    }
     for nic in &gpu.nics {
         let _ = writeln!(out, "  {}  {}", nic.device, how_near(nic));
     }

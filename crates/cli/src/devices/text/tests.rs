@@ -296,6 +296,7 @@ fn gpu(ordinal: u32, pci: &str) -> GpuRow {
         large_bar: Some(true),
         host_register: true,
         host_register_read_only: None,
+        mps: false,
         classes: vec![
             class("local", "loopback-read", true),
             class("uncached", "loopback-read", false),
@@ -339,7 +340,13 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
             library: Some("libamdhip64.so.7".to_owned()),
             ..Runtime::default()
         },
-        gpus: vec![gpu(0, "0000:1b:00.0"), gpu(1, "0000:1c:00.0")],
+        gpus: vec![
+            gpu(0, "0000:1b:00.0"),
+            GpuRow {
+                mps: true,
+                ..gpu(1, "0000:1c:00.0")
+            },
+        ],
         pairs: vec![reach(0, 1, None), reach(1, 0, Some("no link"))],
     };
     let (asked, rdma) = (Asked::default(), Rdma::default());
@@ -360,11 +367,13 @@ fn gpus_are_told_with_what_they_reach_and_what_must_be_done_before_they_read() {
         )
     };
     let (first, second) = (head(0, "0000:1b:00.0"), head(1, "0000:1c:00.0"));
+    let server = "  through CUDA's MPS server: kernels here write no peer's blocks themselves\n  mlx5_0  behind";
+    let served = nics.replace("  mlx5_0  behind", server);
     let moves = host_moves("no, see above");
     let wanted = format!(
         "{SOFTWARE}
 {first}{nics}  to GPU 1  P2P, IPC
-{second}{nics}  to GPU 0  no P2P, no IPC: no link
+{second}{served}  to GPU 0  no P2P, no IPC: no link
 
 {moves}GPU to GPU over ipc           same host
 GPU to host over ipc          same host

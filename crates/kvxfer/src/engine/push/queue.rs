@@ -470,7 +470,7 @@ impl GpuQueue {
     }
 
     /// Says that no kernel posts any more, and that none uses the [handle](Self::handle) later. What they have posted is
-    /// part of the push; the queue's memory is given back when that has ended, by a thread of its own. Waits for an
+    /// part of the push; the queue's memory is another's to use when that has ended. Waits for an
     /// event for at most `within`, and a year; kernels that are late are stopped by their abort word, and waited for
     /// once more. Then it is read what was posted, for which a second is allowed at least.
     ///
