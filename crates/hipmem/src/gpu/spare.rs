@@ -21,15 +21,18 @@ pub(super) enum Where {
     Host,
 }
 
-/// What nobody has at the moment: the addresses for the host and for the device, of each kind and length.
+/// The address for the host, where it has one, and for the device.
+type At = (u64, u64);
+
+/// What nobody has at the moment, of each kind and length.
 #[derive(Debug, Default)]
-pub(super) struct Spare(Mutex<BTreeMap<(Where, u64), Vec<(u64, u64)>>>);
+pub(super) struct Spare(Mutex<BTreeMap<(Where, u64), Vec<At>>>);
 
 /// A piece, for as long as it is needed.
 pub(super) struct Lent {
     gpu: Gpu,
     of: (Where, u64),
-    at: (u64, u64),
+    at: At,
 }
 
 impl Lent {
@@ -39,7 +42,7 @@ impl Lent {
         gpu: &Gpu,
         kind: Where,
         len: u64,
-        allocate: impl FnOnce(u64) -> Result<(u64, u64), Error>,
+        allocate: impl FnOnce(u64) -> Result<At, Error>,
     ) -> Result<Self, Error> {
         let bytes = len.max(SMALLEST);
         let of = (kind, bytes.checked_next_power_of_two().unwrap_or(bytes));
@@ -55,8 +58,7 @@ impl Lent {
         Ok(Self { gpu, of, at })
     }
 
-    /// Its address for the host, if it is the host's, and for the device.
-    pub(super) fn at(&self) -> (u64, u64) {
+    pub(super) fn at(&self) -> At {
         self.at
     }
 }
