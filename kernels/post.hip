@@ -38,7 +38,7 @@ KVX_FN void kvx_together() {
 
 // What a poster does at each of its steps, so that there is one place where it posts and one where it
 // waits. `speaks` where this thread writes its results. A post that is late is the last one, and so is a
-// wait: a kernel that tried on would last as many patiences as it has posts.
+// wait: two patiences are the most that a poster takes, and not one for each post.
 template <kvx_u32 BY>
 KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 speaks) {
   const KVX_GLOBAL kvx_move *moves =
@@ -67,7 +67,7 @@ KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 spea
       ++posted;
       if (status == KVX_TIMEOUT) {
         count = posted;
-        waits = one_by_one ? count : waits;
+        waits = args.until == KVX_ALL ? posted : awaited;
       }
       continue;
     }
@@ -88,6 +88,7 @@ KVX_FN void kvx_post_all(const kvx_post_args &args, kvx_u32 poster, kvx_u32 spea
       late = ended == KVX_TIMEOUT;
     }
     ++awaited;
+    // All who post together have the same answer.
     if (late) {
       waits = awaited;
       count = posted;
@@ -128,7 +129,7 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
       (const KVX_GLOBAL kvx_produced_layer *)args.layers;
   const KVX_GLOBAL kvx_pair *pairs = (const KVX_GLOBAL kvx_pair *)args.pairs;
   KVX_GLOBAL kvx_post_result *results = (KVX_GLOBAL kvx_post_result *)args.results;
-  // As for `kvx_post_all`.
+  // A post that is late is the last one, and so is a wait.
   kvx_u32 late = 0;
   for (kvx_u32 layer = 0; layer < args.layers_len; ++layer) {
 #pragma nounroll
@@ -154,6 +155,7 @@ KVX_FN void kvx_produce_part(const kvx_produce_args &args, kvx_u32 group, kvx_u3
     }
   }
   kvx_together<KVX_BY_BLOCK>();
+  late = 0;
   for (kvx_u32 layer = 0; layer < args.layers_len; ++layer) {
 #pragma nounroll
     for (kvx_u32 pair = group; pair < args.pairs_len; pair += groups) {

@@ -178,7 +178,7 @@ struct kvx_post_args {
 struct kvx_post_result {
   kvx_u64 ticket;     // where it was posted
   kvx_u32 posted;     // what the post said
-  kvx_u32 ended;      // what the wait said; as `posted` where there was none
+  kvx_u32 ended;      // what the wait said; as `posted` where none was wanted, late behind a late one
 };
 
 // A tensor that kvx_produce makes blocks of: word `i` of block `b` is x ^ x >> 32 of

@@ -10,8 +10,8 @@ use super::api::{Api, Entered};
 use super::class::Consumer;
 use super::error::GpuFault;
 use super::later::Later;
+use super::pool::Pool;
 use super::runtime::RuntimeKind;
-use super::spare::Spare;
 use crate::error::Error;
 
 /// A device's own number, the same in every process; of the parts of a divided GPU each has another.
@@ -86,8 +86,8 @@ struct Inner {
     info: GpuInfo,
     /// For copies that are waited for. It lives as long as the process.
     stream: Mutex<Option<u64>>,
-    spare: Spare,
-    later: Later,
+    pool: Pool,
+    later: Arc<Later>,
 }
 
 /// For as long as it lives a device is current for this thread; then the one before is again.
@@ -105,29 +105,30 @@ impl Drop for Current<'_> {
 }
 
 impl Gpu {
-    pub(super) fn new(api: Arc<Api>, info: GpuInfo) -> Self {
+    pub(super) fn new(api: Arc<Api>, info: GpuInfo, later: Arc<Later>) -> Self {
         Self(Arc::new(Inner {
             api,
             info,
             stream: Mutex::new(None),
-            spare: Spare::default(),
-            later: Later::default(),
+            pool: Pool::default(),
+            later,
         }))
     }
 
-    /// The same device as if nobody else used it.
+    /// The same device as if nobody else used it, where nothing is put off for longer than this.
     #[cfg(test)]
-    pub(super) fn alone(&self) -> Self {
-        Self::new(Arc::clone(&self.0.api), self.0.info.clone())
+    pub(super) fn apart(&self, longest: std::time::Duration) -> Self {
+        let later = Later::new(longest);
+        Self::new(Arc::clone(&self.0.api), self.0.info.clone(), later)
     }
 
     /// What queues and launches have left.
-    pub(super) fn spare(&self) -> &Spare {
-        &self.0.spare
+    pub(super) fn pool(&self) -> &Pool {
+        &self.0.pool
     }
 
     /// What is put off.
-    pub(super) fn later(&self) -> &Later {
+    pub(super) fn later(&self) -> &Arc<Later> {
         &self.0.later
     }
 

@@ -4,7 +4,7 @@
 //! memory lies, and who exported it, told by what all processes of a machine share: PCI address and UUID.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::PciAddress;
 
@@ -230,19 +230,34 @@ struct Key {
     runtime: RuntimeKind,
     ordinal: u32,
     handle: [u8; 64],
+    /// A later process's handle may be the same.
+    process: [u8; 16],
 }
 
 struct Mapped {
     addr: u64,
     /// None: it is going to be closed.
     users: usize,
+    /// It is being closed, which may take as long as any kernel runs: who opens it again waits, and nobody else.
+    is_closing: bool,
 }
 
-/// What is open in this process. Opening and closing hold the lock, so that a handle which is being closed
-/// is not given out again.
-fn mapped() -> &'static Mutex<HashMap<Key, Mapped>> {
-    static OPEN: OnceLock<Mutex<HashMap<Key, Mapped>>> = OnceLock::new();
-    OPEN.get_or_init(Mutex::default)
+/// What is open in this process.
+#[derive(Default)]
+struct Open {
+    mapped: Mutex<HashMap<Key, Mapped>>,
+    closed: Condvar,
+}
+
+impl Open {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Mapped>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open() -> &'static Open {
+    static OPEN: OnceLock<Open> = OnceLock::new();
+    OPEN.get_or_init(Open::default)
 }
 
 /// One user of a mapping of another process's allocation.
@@ -256,15 +271,15 @@ pub(super) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        let mut open = mapped().lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(mapping) = open.get_mut(&self.key) else {
+        let mut mapped = open().lock();
+        let Some(mapping) = mapped.get_mut(&self.key) else {
             return;
         };
         mapping.users -= 1;
         if mapping.users > 0 {
             return;
         }
-        drop(open);
+        drop(mapped);
         let (gpu, key) = (self.gpu.clone(), self.key.clone());
         self.gpu.when_nobody_posts(move || close(&gpu, &key));
     }
@@ -272,12 +287,14 @@ impl Drop for Opened {
 
 /// Closes what nobody has begun to use again.
 fn close(gpu: &Gpu, key: &Key) {
-    let mut open = mapped().lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(Mapped { addr, users: 0 }) = open.get(key) else {
-        return;
+    let unused = |mapping: &&mut Mapped| mapping.users == 0 && !mapping.is_closing;
+    let addr = match open().lock().get_mut(key).filter(unused) {
+        Some(mapping) => {
+            mapping.is_closing = true;
+            mapping.addr
+        }
+        None => return,
     };
-    let addr = *addr;
-    open.remove(key);
     let closed = gpu.enter().and_then(|_current| {
         // SAFETY: it was opened once for all its users, and there is none; whoever used the memory held it.
         Ok(unsafe { gpu.api().ipc_close(addr) }?)
@@ -285,6 +302,8 @@ fn close(gpu: &Gpu, key: &Key) {
     if let Err(error) = closed {
         tracing::warn!(%error, "another process's memory stays mapped");
     }
+    open().lock().remove(key);
+    open().closed.notify_all();
 }
 
 impl GpuMemory {
@@ -347,7 +366,7 @@ impl GpuMemory {
     /// # Errors
     ///
     /// [`GpuFault::IpcOwn`], [`GpuFault::IpcRuntime`]; [`GpuFault::IpcOpen`] if the runtime refuses, as
-    /// it does when the process has ended; [`GpuFault::IpcSize`].
+    /// it does when the process has ended, unless this one has had it open until a moment ago; [`GpuFault::IpcSize`].
     pub fn open(gpu: &Gpu, handle: &IpcHandle) -> Result<Self, Error> {
         let ours = gpu.runtime();
         if handle.runtime != ours {
@@ -361,10 +380,14 @@ impl GpuMemory {
             runtime: ours,
             ordinal: gpu.info().ordinal,
             handle: handle.handle,
+            process: handle.process,
         };
         let _current = gpu.enter()?;
-        let mut open = mapped().lock().unwrap_or_else(PoisonError::into_inner);
-        let addr = match open.get_mut(&key) {
+        let closing =
+            |mapped: &mut HashMap<Key, Mapped>| mapped.get(&key).is_some_and(|m| m.is_closing);
+        let waited = open().closed.wait_while(open().lock(), closing);
+        let mut mapped = waited.unwrap_or_else(PoisonError::into_inner);
+        let addr = match mapped.get_mut(&key) {
             Some(mapping) => {
                 mapping.users += 1;
                 mapping.addr
@@ -372,11 +395,16 @@ impl GpuMemory {
             None => {
                 let opened = gpu.api().ipc_open(&handle.handle);
                 let addr = opened.map_err(|refused| refused_open(gpu, handle, refused))?;
-                open.insert(key.clone(), Mapped { addr, users: 1 });
+                let mapping = Mapped {
+                    addr,
+                    users: 1,
+                    is_closing: false,
+                };
+                mapped.insert(key.clone(), mapping);
                 addr
             }
         };
-        drop(open);
+        drop(mapped);
         let opened = Opened {
             gpu: gpu.clone(),
             addr,
@@ -386,13 +414,17 @@ impl GpuMemory {
         };
         // The handle's numbers are the peer's; what the runtime has mapped is not.
         let facts = gpu.api().pointer(addr)?;
-        let mapped = facts.map_or(0, |facts| {
+        let there = facts.map_or(0, |facts| {
             let from = addr.saturating_sub(facts.base);
             facts.size.saturating_sub(from)
         });
-        if mapped < handle.size {
+        if there < handle.size {
             let said = handle.size;
-            return Err(GpuFault::IpcSize { mapped, said }.into());
+            return Err(GpuFault::IpcSize {
+                mapped: there,
+                said,
+            }
+            .into());
         }
         let memory = Self::opened(opened, handle.offset, handle.len);
         memory.range(Operation::Slice, 0, handle.len)?;

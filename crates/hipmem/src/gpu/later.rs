@@ -1,73 +1,156 @@
 //! Calls that take what peers have lent from a GPU, made when no kernel can be waiting for a launch.
 //!
-//! The driver lets such a call wait for all kernels, and launches for the call ([`spare`](super::spare)): a kernel that
+//! The driver lets such a call wait for all kernels, and launches for the call ([`pool`](super::pool)): a kernel that
 //! posts, and waits for what a launch is to bring, would keep both from ending.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::device::Gpu;
 
-/// How long calls are put off at most, though queues come and go without a gap: a peer that has begun anew may need the
+/// How long a call is put off at most, though queues come and go without a gap: a peer that has begun anew may need the
 /// memory that its last life has lent. Kernels that wait then may wait as long as they are patient.
-const LONGEST: Duration = Duration::from_secs(10);
+pub(super) const LONGEST: Duration = Duration::from_secs(10);
+
+/// How long who makes a queue waits for calls that are being made, which wait for kernels that nobody here knows of.
+const MOST_AHEAD: Duration = Duration::from_secs(5);
 
 type Call = Box<dyn FnOnce() + Send>;
 
-#[derive(Default)]
+/// What is put off, of all GPUs of a runtime: what is pinned for one is pinned for all.
 pub(super) struct Later {
     state: Mutex<State>,
     changed: Condvar,
+    longest: Duration,
 }
 
 #[derive(Default)]
 struct State {
     /// Queues that kernels may post to.
     queues: usize,
-    /// Calls that are being made while there are no queues.
+    /// Who makes calls while there are no queues.
     calling: usize,
-    /// What is put off, and whether there is a thread for it.
-    calls: Vec<Call>,
+    /// What is put off, and until when at most.
+    calls: Vec<(Instant, Call)>,
     has_thread: bool,
+    /// The last queue has gone, and its place among `calling` is the thread's.
+    is_called: bool,
 }
 
 impl Later {
+    pub(super) fn new(longest: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            longest,
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let state = self.changed.wait(state);
-        state.unwrap_or_else(PoisonError::into_inner)
+    /// Makes what is put off, there being no thread for it.
+    fn make_all(&self) {
+        let mut state = self.lock();
+        let calls = std::mem::take(&mut state.calls);
+        let _calling = std::mem::take(&mut state.is_called).then(|| Calling(self));
+        state.has_thread = false;
+        drop(state);
+        calls.into_iter().for_each(|(_, call)| call());
     }
 
-    fn called(&self) {
-        self.lock().calling -= 1;
-        self.changed.notify_all();
+    /// Makes what is put off, when there are no queues or each in its time, until nothing is left.
+    fn make_calls(&self) {
+        let mut state = self.lock();
+        loop {
+            let Some(first) = state.calls.iter().map(|(until, _)| *until).min() else {
+                state.has_thread = false;
+                return;
+            };
+            let left = first.saturating_duration_since(Instant::now());
+            if !state.is_called && !left.is_zero() {
+                let waited = self.changed.wait_timeout(state, left);
+                (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let quiet = std::mem::take(&mut state.is_called);
+            let (calls, rest) = match quiet {
+                true => (std::mem::take(&mut state.calls), Vec::new()),
+                // The others may yet come to a time without queues.
+                false => {
+                    let now = Instant::now();
+                    let all = std::mem::take(&mut state.calls).into_iter();
+                    all.partition(|(until, _)| *until <= now)
+                }
+            };
+            state.calls = rest;
+            drop(state);
+            let calling = quiet.then(|| Calling(self));
+            for (_, call) in calls {
+                // One that panics keeps no other from being made.
+                let _ = catch_unwind(AssertUnwindSafe(call));
+            }
+            drop(calling);
+            state = self.lock();
+        }
     }
 }
 
-/// For as long as it is there, kernels may wait for what the host is to launch.
-pub(super) struct PostedTo(Gpu);
+/// One of `calling`.
+struct Calling<'a>(&'a Later);
+
+impl Drop for Calling<'_> {
+    fn drop(&mut self) {
+        self.0.lock().calling -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// For as long as it is there, and not over, kernels may wait for what the host is to launch.
+pub(super) struct PostedTo {
+    later: Arc<Later>,
+    is_over: AtomicBool,
+}
 
 impl PostedTo {
-    /// Waits for calls that are being made.
+    /// Waits for calls that are being made, for some seconds at most.
     pub(super) fn begin(gpu: &Gpu) -> Self {
-        let later = gpu.later();
-        let mut state = later.lock();
-        while state.calling > 0 {
-            state = later.wait(state);
-        }
+        let later = Arc::clone(gpu.later());
+        let calling = |state: &mut State| state.calling > 0;
+        let waited = (later.changed).wait_timeout_while(later.lock(), MOST_AHEAD, calling);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.queues += 1;
-        Self(gpu.clone())
+        drop(state);
+        Self {
+            later,
+            is_over: AtomicBool::new(false),
+        }
+    }
+
+    /// No kernel waits any more that is to be waited for.
+    pub(super) fn end(&self) {
+        if self.is_over.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let mut state = self.later.lock();
+        state.queues -= 1;
+        if state.queues == 0 && !state.calls.is_empty() && !state.is_called {
+            // Now, or the next queue would be there before the thread has looked.
+            state.is_called = true;
+            state.calling += 1;
+        }
+        drop(state);
+        self.later.changed.notify_all();
     }
 }
 
 impl Drop for PostedTo {
     fn drop(&mut self) {
-        self.0.later().lock().queues -= 1;
-        self.0.later().changed.notify_all();
+        self.end();
     }
 }
 
@@ -80,45 +163,27 @@ impl Gpu {
         if state.queues == 0 {
             state.calling += 1;
             drop(state);
-            call();
-            return later.called();
+            let _calling = Calling(later);
+            return call();
         }
-        state.calls.push(Box::new(call));
+        let until = Instant::now() + later.longest;
+        state.calls.push((until, Box::new(call)));
         if std::mem::replace(&mut state.has_thread, true) {
             return;
         }
         drop(state);
-        let gpu = self.clone();
-        let name = thread::Builder::new().name("kvx-free".to_owned());
-        if let Err(error) = name.spawn(move || gpu.make_calls(LONGEST)) {
+        let of_thread = Arc::clone(later);
+        let named = thread::Builder::new().name("kvx-free".to_owned());
+        if let Err(error) = named.spawn(move || of_thread.make_calls()) {
             tracing::warn!(%error, "no thread to give back what peers have lent: kernels may wait for it");
-            self.make_calls(Duration::ZERO);
-        }
-    }
-
-    /// Makes them when there are no queues, or so much later.
-    fn make_calls(&self, latest: Duration) {
-        let later = self.later();
-        let nobody = |state: &mut State| state.queues > 0;
-        let waited = (later.changed).wait_timeout_while(later.lock(), latest, nobody);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let calls = std::mem::take(&mut state.calls);
-        state.has_thread = false;
-        // Who makes a queue need not wait for what may wait for kernels of others.
-        let quiet = state.queues == 0;
-        state.calling += usize::from(quiet);
-        drop(state);
-        calls.into_iter().for_each(|call| call());
-        if quiet {
-            later.called();
+            later.make_all();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{RecvTimeoutError, channel};
-    use std::time::Instant;
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
     use super::*;
     use crate::error::Error;
@@ -127,47 +192,62 @@ mod tests {
     const SOON: Duration = Duration::from_millis(50);
     const LONG: Duration = Duration::from_secs(30);
 
-    #[test]
-    fn calls_wait_for_queues_and_new_queues_for_calls() -> Result<(), Error> {
+    fn gpu(longest: Duration) -> Result<Gpu, Error> {
         let runtime = GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host))?;
-        // Another process's, as far as its queues are concerned: other tests have some of the shared one.
-        let gpu = &runtime.gpu(0)?.alone();
-        let (told, calls) = channel();
-        let call = |name: &'static str| {
-            let told = told.clone();
-            gpu.when_nobody_posts(move || {
-                let _ = told.send(name);
-            });
-        };
-        call("at once");
-        assert_eq!(calls.try_recv(), Ok("at once"));
+        // Other tests have queues of the shared one.
+        Ok(runtime.gpu(0)?.apart(longest))
+    }
 
+    /// A call that says so when it is made.
+    fn call(gpu: &Gpu) -> Receiver<()> {
+        let (told, made) = channel();
+        gpu.when_nobody_posts(move || {
+            let _ = told.send(());
+        });
+        made
+    }
+
+    const WAITS: Result<(), RecvTimeoutError> = Err(RecvTimeoutError::Timeout);
+
+    #[test]
+    fn calls_wait_for_queues() -> Result<(), Error> {
+        let gpu = &gpu(LONG * 100)?;
+        assert_eq!(call(gpu).try_recv(), Ok(()), "at once");
         let (first, second) = (PostedTo::begin(gpu), PostedTo::begin(gpu));
-        call("later");
-        call("later too");
+        let calls = [call(gpu), call(gpu)];
         drop(first);
-        assert_eq!(calls.recv_timeout(SOON), Err(RecvTimeoutError::Timeout));
+        assert_eq!(calls[0].recv_timeout(SOON), WAITS);
+        // It is over once, though it goes later.
+        second.end();
+        for call in &calls {
+            assert_eq!(call.recv_timeout(LONG), Ok(()));
+        }
         drop(second);
-        assert_eq!(calls.recv_timeout(LONG), Ok("later"));
-        assert_eq!(calls.recv_timeout(LONG), Ok("later too"));
+        assert_eq!(call(gpu).try_recv(), Ok(()), "at once");
+        Ok(())
+    }
 
-        let third = PostedTo::begin(gpu);
+    #[test]
+    fn new_queues_wait_for_calls() -> Result<(), Error> {
+        let gpu = &gpu(LONG * 100)?;
+        let queue = PostedTo::begin(gpu);
         let (begun, has_begun) = channel();
         let (go_on, goes_on) = channel::<()>();
         gpu.when_nobody_posts(move || {
             let _ = begun.send(());
             let _ = goes_on.recv();
         });
-        drop(third);
-        assert_eq!(has_begun.recv_timeout(LONG), Ok(()));
+        drop(queue);
         let (made, is_made) = channel();
         let maker = gpu.clone();
+        // At once, whether or not the thread has seen that there was none.
         let maker = thread::spawn(move || {
             let queue = PostedTo::begin(&maker);
             let _ = made.send(());
             drop(queue);
         });
-        assert_eq!(is_made.recv_timeout(SOON), Err(RecvTimeoutError::Timeout));
+        assert_eq!(has_begun.recv_timeout(LONG), Ok(()));
+        assert_eq!(is_made.recv_timeout(SOON), WAITS);
         drop(go_on);
         assert_eq!(is_made.recv_timeout(LONG), Ok(()));
         assert!(maker.join().is_ok());
@@ -175,20 +255,40 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_not_put_off_for_ever() -> Result<(), Error> {
-        let runtime = GpuRuntime::open(RuntimeChoice::Only(RuntimeKind::Host))?;
-        let gpu = &runtime.gpu(0)?.alone();
+    fn each_call_is_put_off_for_so_long_at_most() -> Result<(), Error> {
+        let longest = 10 * SOON;
+        let gpu = &gpu(longest)?;
         let queue = PostedTo::begin(gpu);
-        let (told, calls) = channel();
-        let put_off = Instant::now();
-        gpu.when_nobody_posts(move || {
-            let _ = told.send(());
-        });
-        assert_eq!(calls.recv_timeout(LONG), Ok(()));
-        assert!(put_off.elapsed() >= LONGEST);
-        // And nobody waits for them to be over.
+        let since = Instant::now();
+        let first = call(gpu);
+        thread::sleep(5 * SOON);
+        let (second, later) = (call(gpu), Instant::now());
+        assert_eq!(first.recv_timeout(LONG), Ok(()));
+        assert!(since.elapsed() >= longest);
+        // And nobody waits for it to be over.
         drop(PostedTo::begin(gpu));
+        assert_eq!(second.recv_timeout(LONG), Ok(()));
+        assert!(later.elapsed() >= longest);
         drop(queue);
+        Ok(())
+    }
+
+    #[test]
+    fn a_call_that_panics_keeps_nobody_up() -> Result<(), Error> {
+        let gpu = &gpu(LONG * 100)?;
+        let queue = PostedTo::begin(gpu);
+        gpu.when_nobody_posts(|| panic!("planted"));
+        let behind = call(gpu);
+        drop(queue);
+        assert_eq!(behind.recv_timeout(LONG), Ok(()));
+        drop(PostedTo::begin(gpu));
+        let at_once = catch_unwind(AssertUnwindSafe(|| {
+            gpu.when_nobody_posts(|| panic!("planted"));
+        }));
+        assert!(at_once.is_err());
+        let begun = Instant::now();
+        drop(PostedTo::begin(gpu));
+        assert!(begun.elapsed() < MOST_AHEAD);
         Ok(())
     }
 }

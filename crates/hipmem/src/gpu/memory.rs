@@ -12,7 +12,7 @@ use super::code::OUT_OF_MEMORY;
 use super::device::{Gpu, Uuid, same_runtime};
 use super::error::GpuFault;
 use super::ipc::Opened;
-use super::spare::{Lent, Where};
+use super::pool::{Piece, Where};
 use crate::error::{Error, Operation};
 
 /// A span of a GPU's memory. Clones are the same memory, which lives as long as any of them.
@@ -47,7 +47,7 @@ pub(crate) struct Span {
 /// What keeps a span's memory where it is.
 enum Hold {
     Allocated(#[expect(dead_code, reason = "it is held")] Allocated),
-    Lent(#[expect(dead_code, reason = "it is held")] Lent),
+    Pooled(Piece),
     Owner(#[expect(dead_code, reason = "it is held")] Arc<dyn Any + Send + Sync>),
     Opened(Opened),
     Part(Arc<Span>),
@@ -129,6 +129,9 @@ impl Span {
 
     fn export(&self) -> Result<DmaBuf, Error> {
         let gpu = &self.gpu;
+        if let Hold::Pooled(piece) = self.whole_hold() {
+            piece.share();
+        }
         let _current = gpu.enter()?;
         let (addr, len) = (self.addr, self.len);
         // SAFETY: the span is held.
@@ -147,12 +150,21 @@ impl Span {
         }
     }
 
+    /// What keeps it, or the memory that it is a part of.
+    fn whole_hold(&self) -> &Hold {
+        let mut span = self;
+        while let Hold::Part(whole) = &span.hold {
+            span = whole;
+        }
+        &span.hold
+    }
+
     /// The device whose memory it is, which is another than `gpu` for what another process has exported.
     fn owner(&self) -> (PciAddress, Uuid) {
         match &self.hold {
             Hold::Opened(opened) => opened.owner,
             Hold::Part(whole) => whole.owner(),
-            Hold::Allocated(_) | Hold::Lent(_) | Hold::Owner(_) => {
+            Hold::Allocated(_) | Hold::Pooled(_) | Hold::Owner(_) => {
                 (self.gpu.info().pci, self.gpu.info().uuid)
             }
         }
@@ -162,7 +174,7 @@ impl Span {
 impl fmt::Debug for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.hold {
-            Hold::Allocated(_) | Hold::Lent(_) => "memory",
+            Hold::Allocated(_) | Hold::Pooled(_) => "memory",
             Hold::Owner(_) => "owner's memory",
             Hold::Opened(_) => "another process's memory",
             Hold::Part(_) => "part",
@@ -223,14 +235,14 @@ impl GpuMemory {
 
     /// Memory of a queue's or a launch's, with whatever bytes are there: what another has left, or new. When it goes it
     /// is left for the next, and no driver waits for anything.
-    pub(in crate::gpu) fn lent(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64) -> Result<Self, Error> {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let lent = Lent::take(gpu, Where::Gpu, len, |bytes| {
+        let piece = Piece::take(gpu, Where::Gpu, len, |bytes| {
             Ok((0, allocate(gpu, bytes, Grain::Coarse)?))
         })?;
-        let (_, addr) = lent.at();
+        let (_, addr) = piece.at();
         let span = Span {
             gpu: gpu.clone(),
             addr,
@@ -242,7 +254,7 @@ impl GpuMemory {
             // A peer would have it open while it is somebody else's.
             exportable: Some(false),
             grain: Grain::Coarse,
-            hold: Hold::Lent(lent),
+            hold: Hold::Pooled(piece),
         };
         Ok(span.into())
     }
@@ -403,11 +415,7 @@ impl GpuMemory {
     }
 
     pub(super) fn is_opened(&self) -> bool {
-        let mut span = &self.span;
-        while let Hold::Part(whole) = &span.hold {
-            span = whole;
-        }
-        matches!(span.hold, Hold::Opened(_))
+        matches!(self.span.whole_hold(), Hold::Opened(_))
     }
 
     /// Copies bytes out, to the host.

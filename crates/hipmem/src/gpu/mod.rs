@@ -29,9 +29,9 @@ mod memory;
 mod module;
 mod peer_memory;
 mod pinned;
+mod pool;
 pub mod post;
 mod runtime;
-mod spare;
 mod stream;
 mod sys;
 #[cfg(test)]

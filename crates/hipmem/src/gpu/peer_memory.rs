@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvxfer_verbs::PeerMapping;
 
@@ -38,11 +38,78 @@ struct Pin {
     device_addr: u64,
     /// None: it is going to be undone.
     users: usize,
+    /// It is being undone, which may take as long as any kernel runs: who wants a part of it waits, and nobody else.
+    is_undoing: bool,
 }
 
-/// What is pinned of a file. Pinning and its end hold the lock, so that pages whose last user goes are not given out
-/// again; others than the file's users need not wait for the driver.
-type FilePins = Mutex<Vec<Pin>>;
+/// What is pinned of a file.
+#[derive(Default)]
+struct FilePins {
+    pins: Mutex<Vec<Pin>>,
+    undone: Condvar,
+}
+
+impl FilePins {
+    /// Undoes what begins there, if nobody has begun to use it again.
+    fn undo(&self, gpu: &Gpu, start: u64, mapping: PeerMapping) {
+        let unused = |pin: &&mut Pin| pin.pages.start == start && pin.users == 0;
+        match lock(&self.pins).iter_mut().find(unused) {
+            Some(pin) if !pin.is_undoing => pin.is_undoing = true,
+            _ => return,
+        }
+        let undone = gpu.enter().and_then(|_current| {
+            // SAFETY: they were registered once for all their users, and there is none; whoever used them through a GPU
+            // held it. They are mapped: this holds the mapping.
+            Ok(unsafe { gpu.api().host_unregister(start) }?)
+        });
+        if let Err(error) = undone {
+            tracing::warn!(%error, "another process's memory stays pinned");
+            // And mapped: nothing else may come to lie there.
+            std::mem::forget(mapping);
+        }
+        lock(&self.pins).retain(|pin| !pin.is_undoing || pin.pages.start != start);
+        self.undone.notify_all();
+    }
+
+    /// Pins whole pages, or finds them in what is pinned: where that begins, and its address for GPUs.
+    fn pin(
+        &self,
+        gpu: &Gpu,
+        mapping: &PeerMapping,
+        pages: Range<u64>,
+    ) -> Result<(u64, u64), Error> {
+        let meets = |pin: &Pin| pin.pages.start < pages.end && pages.start < pin.pages.end;
+        loop {
+            let undoing = |pins: &mut Vec<Pin>| pins.iter().any(|pin| pin.is_undoing && meets(pin));
+            let waited = self.undone.wait_while(lock(&self.pins), undoing);
+            let mut pins = waited.unwrap_or_else(PoisonError::into_inner);
+            let around =
+                |pin: &&mut Pin| pin.pages.start <= pages.start && pages.end <= pin.pages.end;
+            if let Some(pin) = pins.iter_mut().find(around) {
+                pin.users += 1;
+                return Ok((pin.pages.start, pin.device_addr));
+            }
+            // Drivers pin each page once.
+            if let Some(unused) = pins.iter().find(|pin| pin.users == 0 && meets(pin)) {
+                let start = unused.pages.start;
+                drop(pins);
+                self.undo(gpu, start, mapping.clone());
+                continue;
+            }
+            let _current = gpu.enter()?;
+            let (start, len) = (pages.start, pages.end - pages.start);
+            // SAFETY: who undoes it holds the mapping, which is of whole pages.
+            let device_addr = unsafe { gpu.api().host_register_read_only(start, len) }?;
+            pins.push(Pin {
+                pages,
+                device_addr,
+                users: 1,
+                is_undoing: false,
+            });
+            return Ok((start, device_addr));
+        }
+    }
+}
 
 /// What is pinned of the file that is mapped there.
 fn pins_of(runtime: RuntimeKind, base: u64) -> Arc<FilePins> {
@@ -64,7 +131,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        let mut pins = lock(&self.file);
+        let mut pins = lock(&self.file.pins);
         let Some(pin) = pins.iter_mut().find(|pin| pin.pages.start == self.start) else {
             return;
         };
@@ -76,27 +143,7 @@ impl Drop for Pinned {
         let (gpu, file, start) = (self.gpu.clone(), Arc::clone(&self.file), self.start);
         let mapping = self.mapping.clone();
         self.gpu
-            .when_nobody_posts(move || unpin(&gpu, &file, start, mapping));
-    }
-}
-
-/// Undoes what nobody has begun to use again.
-fn unpin(gpu: &Gpu, file: &FilePins, start: u64, mapping: PeerMapping) {
-    let mut pins = lock(file);
-    let unused = |pin: &Pin| pin.pages.start == start && pin.users == 0;
-    let Some(at) = pins.iter().position(unused) else {
-        return;
-    };
-    pins.swap_remove(at);
-    let undone = gpu.enter().and_then(|_current| {
-        // SAFETY: they were registered once for all their users, and there is none; whoever used them through a GPU held
-        // it. They are mapped: this holds the mapping.
-        Ok(unsafe { gpu.api().host_unregister(start) }?)
-    });
-    if let Err(error) = undone {
-        tracing::warn!(%error, "another process's memory stays pinned");
-        // And mapped: nothing else may come to lie there.
-        std::mem::forget(mapping);
+            .when_nobody_posts(move || file.undo(&gpu, start, mapping));
     }
 }
 
@@ -138,29 +185,7 @@ impl PeerHostMemory {
 
     fn new(gpu: &Gpu, mapping: &PeerMapping, pages: Range<u64>) -> Result<Self, Error> {
         let file = pins_of(gpu.runtime(), mapping.file().0);
-        let mut pins = lock(&file);
-        let around = |pin: &&mut Pin| pin.pages.start <= pages.start && pages.end <= pin.pages.end;
-        let (start, device_addr) = match pins.iter_mut().find(around) {
-            Some(pin) => {
-                pin.users += 1;
-                (pin.pages.start, pin.device_addr)
-            }
-            None => {
-                let _current = gpu.enter()?;
-                let (start, len) = (pages.start, pages.end - pages.start);
-                // SAFETY: the last user undoes it, before the mapping goes that the value below holds, and which is of
-                // whole pages.
-                let device_addr = unsafe { gpu.api().host_register_read_only(start, len) }?;
-                let users = 1;
-                pins.push(Pin {
-                    pages,
-                    device_addr,
-                    users,
-                });
-                (start, device_addr)
-            }
-        };
-        drop(pins);
+        let (start, device_addr) = file.pin(gpu, mapping, pages)?;
         Ok(Self {
             peer: Arc::new(Pinned {
                 device_addr: device_addr.wrapping_add(mapping.addr() - start),

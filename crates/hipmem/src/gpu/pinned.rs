@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::device::Gpu;
-use super::spare::{Lent, Where};
+use super::pool::{Piece, Where};
 use crate::error::{Error, Operation};
 use crate::memory::HostMemory;
 use crate::pages;
@@ -103,15 +103,15 @@ impl PinnedMemory {
     }
 
     /// The same of a queue's or a launch's, which is left for the next one when it goes
-    /// ([`GpuMemory::lent`](super::GpuMemory)).
-    pub(in crate::gpu) fn lent(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+    /// ([`GpuMemory::pooled`](super::GpuMemory)).
+    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64) -> Result<Self, Error> {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let lent = Lent::take(gpu, Where::Host, len, |bytes| allocate(gpu, bytes))?;
-        let at = lent.at();
-        // SAFETY: it was allocated with as many bytes at least, and is nobody else's until `lent` goes.
-        unsafe { Self::of(gpu, at, len, Arc::new(lent)) }
+        let piece = Piece::take(gpu, Where::Host, len, |bytes| allocate(gpu, bytes))?;
+        let at = piece.at();
+        // SAFETY: it was allocated with as many bytes at least, and is nobody else's until `piece` goes.
+        unsafe { Self::of(gpu, at, len, Arc::new(piece)) }
     }
 
     /// # Safety

@@ -15,6 +15,7 @@ use super::error::{GpuFault, NoGpu};
 use super::hip::HipApi;
 use super::host::HostApi;
 use super::ipc::IpcHandle;
+use super::later::{LONGEST, Later};
 use crate::error::Error;
 
 /// Whose runtime it is.
@@ -135,9 +136,10 @@ impl GpuRuntime {
             }
         };
         let mut gpus = Vec::new();
+        let later = Later::new(LONGEST);
         for ordinal in 0..count {
             let info = api.info(ordinal).map_err(GpuFault::Call)?;
-            gpus.push(Gpu::new(Arc::clone(&api), info));
+            gpus.push(Gpu::new(Arc::clone(&api), info, Arc::clone(&later)));
         }
         Ok(Self(Arc::new(Loaded { api, gpus })))
     }

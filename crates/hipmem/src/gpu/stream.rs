@@ -4,6 +4,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use libc::c_void;
@@ -18,6 +19,8 @@ use crate::error::{Error, Operation};
 
 /// How long a stream that is given up is waited for. What has not ended by then is never given back.
 const LAST_WAIT: Duration = Duration::from_secs(5);
+/// And how long by who drops an urgent one, who has no time: an abort's copy ends sooner. Then by a thread.
+const SHORT_WAIT: Duration = Duration::from_micros(100);
 
 /// Events that a stream keeps for later.
 const SPARE: usize = 8;
@@ -33,6 +36,7 @@ struct Inner {
     raw: u64,
     /// What keeps somebody else's stream; `None`: it is ours.
     keep: Option<Keep>,
+    urgent: bool,
     /// What is still on the stream, and nobody waits for any more.
     left: Mutex<VecDeque<(Event, Vec<Keep>)>>,
     /// Events that nobody else knows any more: making one and destroying it takes as long as a launch.
@@ -141,7 +145,7 @@ impl Stream {
     fn make(gpu: &Gpu, urgent: bool) -> Result<Self, Error> {
         let _current = gpu.enter()?;
         let raw = gpu.api().stream_create(urgent)?;
-        Ok(Self::of(gpu, raw, None))
+        Ok(Self::of(gpu, raw, None, urgent))
     }
 
     /// An engine's own stream: a `hipStream_t` or `CUstream`; null is the default stream.
@@ -152,14 +156,15 @@ impl Stream {
     /// is dropped, and is not being captured into a graph while kvxfer uses it.
     #[must_use]
     pub unsafe fn from_raw(gpu: &Gpu, raw: *mut c_void, keep: Keep) -> Self {
-        Self::of(gpu, raw.expose_provenance() as u64, Some(keep))
+        Self::of(gpu, raw.expose_provenance() as u64, Some(keep), false)
     }
 
-    fn of(gpu: &Gpu, raw: u64, keep: Option<Keep>) -> Self {
+    fn of(gpu: &Gpu, raw: u64, keep: Option<Keep>, urgent: bool) -> Self {
         Self(Arc::new(Inner {
             gpu: gpu.clone(),
             raw,
             keep,
+            urgent,
             left: Mutex::default(),
             spare: Mutex::default(),
         }))
@@ -345,6 +350,25 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let left = std::mem::take(self.left.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let soon = || {
+            poll("a GPU stream", Instant::now() + SHORT_WAIT, || {
+                self.is_done()
+            })
+        };
+        if self.urgent && soon().is_err() {
+            let rest = Self {
+                gpu: self.gpu.clone(),
+                raw: self.raw,
+                keep: None,
+                urgent: false,
+                left: Mutex::new(left),
+                spare: Mutex::default(),
+            };
+            let named = thread::Builder::new().name("kvx-free".to_owned());
+            // Where there is no thread, it goes here.
+            let _ = named.spawn(move || drop(rest));
+            return;
+        }
         let idle = self.keep.is_some() && left.is_empty();
         let deadline = Instant::now() + LAST_WAIT;
         let ended = idle

@@ -3,7 +3,7 @@
 use super::{Format, Image, Provenance};
 
 pub(super) const PROVENANCE: Provenance = Provenance {
-    sources_sha256: "c3680683f3a1cff57b1c37ea2e94394e63b069335f4fc0043ec28b4ed5edc2e0",
+    sources_sha256: "9aeb068edcddf135cbcda92a6970957d12b51afa809e4076f7e6b27ee3293a23",
     compiler: "Debian clang version 22.1.8 (1~deb12u1)",
 };
 
@@ -47,14 +47,14 @@ pub(super) const IMAGES: &[Image] = &[
         target: "x86_64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/x86_64.so"),
-        sha256: "a4baa1aee732dc5fa51f14ecbe6075e4edc082ea7ee801ca4df589b19b62a1e6",
+        sha256: "17ee2c25f7b796730ac356070f6eb7dedec3c2117937279b931768846a5d6cee",
         warp: 32,
     },
     Image {
         target: "aarch64",
         format: Format::Host,
         bytes: include_bytes!("../../prebuilt/aarch64.so"),
-        sha256: "1b36e74998a1954af0ca23a5e95596045384bb06ae57fbcda88e07766808eca8",
+        sha256: "7fb57d83b8c12e72a5939515284ea0edf1e1c46ef26d51b13cb15f33428918df",
         warp: 32,
     },
 ];
@@ -64,35 +64,35 @@ pub(super) const POST_IMAGES: &[Image] = &[
         target: "gfx90a",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx90a.hsaco"),
-        sha256: "7326500372b17d7968b006a25087e1f32a8b7bb442ae5589497d4d9ccf24b124",
+        sha256: "8f1c5ef68c76209e26c0d7e0073fcf1037a580b0c3675b1886f4581e12a9fa5f",
         warp: 64,
     },
     Image {
         target: "gfx942",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx942.hsaco"),
-        sha256: "9afc4889c9747911ee88e003365d875d55073592b9ff9030bcbe766965a12ded",
+        sha256: "829f08df96a3e26e16368694ee4aa7715fad8dd102400a3fdf516485a53fb61e",
         warp: 64,
     },
     Image {
         target: "gfx950",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx950.hsaco"),
-        sha256: "683118ed9387427dc4562f797771196534456b44c0806d1c14fa7df05d1c2575",
+        sha256: "6d482a60a70c3871829ea85cefd6191c5715b53daba16f9f37d173c39c0b552a",
         warp: 64,
     },
     Image {
         target: "gfx1100",
         format: Format::CodeObject,
         bytes: include_bytes!("../../prebuilt/post-gfx1100.hsaco"),
-        sha256: "6cec1937709411a776729f3207c03e5b6fc5aa8f81e0dae02184c454dd06ffc2",
+        sha256: "2d154383ba7f4f4e177bc3ab53978e81fc93e3002f0053e58aefb1ecdda28348",
         warp: 32,
     },
     Image {
         target: "sm_80",
         format: Format::Ptx,
         bytes: concat!(include_str!("../../prebuilt/post-sm_80.ptx"), "\0").as_bytes(),
-        sha256: "f0898e6b8105908d645825029b680429db36dd53a6d9a1bc09a5f8286b1c6fe6",
+        sha256: "b513e2cb19c6135b6e2b9c4fcb0362f80c2d467a1162b9771d3627878bd411ee",
         warp: 32,
     },
 ];

@@ -273,7 +273,7 @@ pub struct PostResult {
     pub ticket: u64,
     /// What the post said.
     pub posted: u32,
-    /// What the wait said; as `posted` where there was none.
+    /// What the wait said; as `posted` where none was wanted, and late where one before it was.
     pub ended: u32,
 }
 

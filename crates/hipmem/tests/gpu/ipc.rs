@@ -2,11 +2,13 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::Error;
 use kvxfer_hipmem::gpu::{GpuFault, GpuMemory, IpcHandle, RuntimeKind};
+use kvxfer_hipmem::post::device::DeviceQueue;
 
-use crate::{Outcome, fault, gpu, pattern};
+use crate::{Outcome, fault, gpu, pattern, soon};
 
 const LEN: u64 = 8 << 20;
 /// Where in its allocation the child's memory begins, and its bytes.
@@ -151,6 +153,41 @@ fn what_is_opened_twice_is_mapped_once_until_the_last_goes() -> Outcome {
     let mut byte = [0];
     GpuMemory::open(&gpu, &exporter.handle)?.read(7, &mut byte)?;
     assert_eq!(byte[0], pattern(8, 3)[7]);
+    Ok(())
+}
+
+/// While kernels may post, nothing is closed: what was let go of is there for who opens it again, until a queue's end.
+#[test]
+fn what_is_let_go_of_beside_a_queue_is_closed_behind_it() -> Outcome {
+    let exporter = Exporter::start()?;
+    let gpu = gpu();
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_secs(1))?;
+    let first = GpuMemory::open(&gpu, &exporter.handle)?;
+    let at = first.addr();
+    drop(first);
+    // Twice, and in use again when it could be closed.
+    drop(GpuMemory::open(&gpu, &exporter.handle)?);
+    let second = GpuMemory::open(&gpu, &exporter.handle)?;
+    assert_eq!(second.addr(), at);
+    drop(queue);
+    // Waits for what is being closed.
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_secs(1))?;
+    let mut byte = [0];
+    second.read(7, &mut byte)?;
+    assert_eq!(byte[0], pattern(8, 3)[7]);
+    drop(second);
+    let handle = exporter.end()?;
+    // There still, though the process is not.
+    GpuMemory::open(&gpu, &handle)?.read(7, &mut byte)?;
+    assert_eq!(byte[0], pattern(8, 3)[7]);
+    drop(queue);
+    let deadline = soon();
+    while let Ok(memory) = GpuMemory::open(&gpu, &handle) {
+        drop(memory);
+        assert!(Instant::now() < deadline, "it is never closed");
+    }
+    let found = fault(GpuMemory::open(&gpu, &handle));
+    assert!(matches!(found, GpuFault::IpcOpen { .. }), "{found}");
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvxfer_hipmem::gather::{
     GatherEnd, GatherFault, GatherOptions, GatherSection, GpuKernels, Side, TensorPlaces,
@@ -11,6 +12,7 @@ use kvxfer_hipmem::gpu::{
     Copy, Gpu, GpuFault, GpuMemory, PeerHostMemory, PinnedMemory, Place, Stream,
 };
 use kvxfer_hipmem::kernels::{Pair, Piece};
+use kvxfer_hipmem::post::device::DeviceQueue;
 use kvxfer_hipmem::{ArenaOptions, HostArena, HostMemory};
 use kvxfer_verbs::{
     Access, Context, MemoryRegion, PeerMapping, SharedFiles, SoftConfig, open_soft,
@@ -278,8 +280,37 @@ fn nothing_but_what_is_asked_for_is_pinned() -> Outcome {
     }
     drop((pinned, part, second));
     if on_host() {
-        drop(PinnedMemory::register(&gpu, &view((base, len)))?);
+        // Another test of this process may have a queue.
+        let deadline = soon();
+        while PinnedMemory::register(&gpu, &view((base, len))).is_err() {
+            assert!(Instant::now() < deadline, "it stays pinned");
+        }
     }
+    Ok(())
+}
+
+/// While kernels may post nothing is unpinned, unless somebody wants more around it.
+#[test]
+fn what_is_let_go_of_beside_a_queue_is_used_again() -> Outcome {
+    let len: u64 = 1 << 20;
+    let (owner, reader) = (
+        owner(&pattern(len as usize, 1))?,
+        open_soft(SoftConfig::default())?,
+    );
+    let gpu = gpu();
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_secs(1))?;
+    let mapping = owner.map(&reader, 0, 5000)?;
+    let at = pin(&gpu, mapping.clone())?.device_addr();
+    let taken = |base, len| PinnedMemory::register(&gpu, &view((base, len))).is_err();
+    assert!(taken(mapping.file().0, 8), "it is pinned still");
+    assert_eq!(pin(&gpu, mapping.clone())?.device_addr(), at);
+    let more = pin(&gpu, owner.map(&reader, 0, len / 2)?)?;
+    assert!(taken(mapping.file().0 + len / 4, 8));
+    drop(queue);
+    // What was put off of the part is not done to the whole.
+    let (_queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_secs(1))?;
+    assert!(taken(mapping.file().0, 8));
+    drop(more);
     Ok(())
 }
 

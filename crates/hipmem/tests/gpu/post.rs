@@ -405,8 +405,51 @@ fn kernels_that_nobody_serves_end_with_statuses() -> Outcome {
             let results = bench.run(which, queue, &moves(1), (1, PUT, IDLE), || {})?;
             let timeout = Status::Timeout.number();
             assert_eq!(results[0].ended, timeout, "{which} {wqes}: not quiet");
+            // Neither those behind one that was late are posted or waited for, whoever posts together.
+            for (until, wanted) in [
+                (EACH, vec![(0, 1), (1, 1), (1, 1)]),
+                (ALL, [vec![(0, 1); 4], vec![(1, 1); 3]].concat()),
+            ] {
+                bench.start(0)?;
+                let ring = bench.ring(4, 0, short)?;
+                let nic = Nic::new(&bench, (DIRECT, 4, 0), 6, short)?;
+                let queue = if wqes { nic.queue } else { ring.queue };
+                let moves = moves(wanted.len() as u32);
+                let results = bench.run(which, queue, &moves, (1, PUT, until), || {})?;
+                let ends: Vec<_> = results.iter().map(|r| (r.posted, r.ended)).collect();
+                assert_eq!(ends, wanted, "{which} {wqes} {until}");
+            }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_producer_that_nobody_serves_ends() -> Outcome {
+    let gpu = gpu();
+    let kernels = PostKernels::load(&gpu)?;
+    let stream = Stream::new(&gpu)?;
+    let memory = GpuMemory::new(&gpu, 4096)?;
+    let (queue, _consumer) = DeviceQueue::new(&gpu, 4, Duration::from_millis(50))?;
+    let layer = |layer| Produce {
+        group: 0,
+        layer,
+        len: 64,
+        tensors: vec![ProducedTensor {
+            place: Place::Gpu(&memory, 0),
+            stride: 64,
+            bytes: 64,
+            salt: 0,
+        }],
+    };
+    let layers: Vec<_> = (0..4).map(layer).collect();
+    let pairs: Vec<_> = (0..40).map(|b| Pair { src: b, dst: b }).collect();
+    let posting = kernels.produce(&stream, &Arc::new(queue), &layers, &pairs)?;
+    let results = posting.wait(soon())?;
+    let (ok, late) = (Status::Ok.number(), Status::Timeout.number());
+    let posted = results.iter().filter(|r| r.posted == ok).count();
+    assert_eq!(posted, 4, "as many as there is room for");
+    assert!(results.iter().all(|r| r.ended == late), "{results:?}");
     Ok(())
 }
 

@@ -239,6 +239,7 @@ fn a_call_that_is_late_is_a_posters_last() {
         (EACH, 1, [(well, late), (late, late), (late, late)]),
         (ALL, 2, [(well, late), (well, late), (late, late)]),
         (IDLE, 2, [(well, well), (well, well), (late, late)]),
+        (POSTED, 2, [(well, well), (well, well), (late, late)]),
     ] {
         let mut bench = Bench::new(2, 0, SHORT);
         let results = run(&shipped, bench.queue, &moves(3), 1, PUT, until);

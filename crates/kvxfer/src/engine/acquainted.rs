@@ -7,7 +7,7 @@ use tracing::{info, warn};
 use kvxfer_verbs::{DeviceAddr, PeerLife};
 
 use super::farewell::Untold;
-use super::gpu::{GpuPeer, StagedPeer};
+use super::gpu::{GpuPeer, LinkedMemory, StagedPeer};
 use super::lanes::Lanes;
 use super::link::Link;
 use super::pairing::{KnownRail, Pair};
@@ -125,7 +125,7 @@ impl Acquainted {
             rails,
             path: self.path,
             gpu: self.gpu,
-            handles: describe.gpu,
+            handles: describe.gpu.map(LinkedMemory::new),
             life,
             staged,
             notices: self.notices,

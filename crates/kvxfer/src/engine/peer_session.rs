@@ -8,7 +8,7 @@ use kvxfer_verbs::PeerLife;
 use tracing::debug;
 
 use super::farewell::Untold;
-use super::gpu::{GpuPeer, StagedPeer};
+use super::gpu::{GpuPeer, LinkedMemory, StagedPeer};
 use super::link::Link;
 use super::peer_lanes::{LanePlace, PeerRail};
 use super::worker::{Command, Live, WorkerHandle};
@@ -24,7 +24,7 @@ use crate::plan::{
 use crate::sums::{SumError, Summed};
 use crate::transfer::{Cause, DrainToken, PeerKey, Spec, TransferId};
 use crate::transport::PathInfo;
-use crate::wire::{ConfigFacts, GpuDesc, LinksRefused, MessageKind, PathKind, RemoteSpan};
+use crate::wire::{ConfigFacts, LinksRefused, MessageKind, PathKind, RemoteSpan};
 
 /// Pieces of a merged run for each lane, so that a lane that is slower takes fewer.
 const CHUNKS_PER_LANE: u64 = 4;
@@ -180,7 +180,7 @@ pub(crate) struct PeerSession {
     /// What of its blocks, or of this rank's, is staged at a time.
     pub(crate) staged: Option<StagedPeer>,
     /// By what kernels of this rank's GPU can be given its memory.
-    pub(crate) handles: Option<GpuDesc>,
+    pub(crate) handles: Option<LinkedMemory>,
     /// What tells when its process has ended, by which its kernels may be let to write this rank's blocks; or why they
     /// may not.
     pub(crate) life: Result<Arc<PeerLife>, LinksRefused>,

@@ -446,13 +446,13 @@ fn work_requests_that_are_being_copied_keep_no_other_push_up() {
         let sent = if until_all == posted {
             // One that comes now waits for them too.
             let sent = commit();
-            let _other = other_push(&mut bench);
+            other_push(&mut bench);
             assert_eq!(sent.outcome(), None);
             assert!(device.is_copying(), "it is still not there");
             runs.stop();
             sent
         } else {
-            let _other = other_push(&mut bench);
+            other_push(&mut bench);
             assert!(device.is_copying(), "it is still not there");
             runs.stop();
             commit()
@@ -467,9 +467,7 @@ fn work_requests_that_are_being_copied_keep_no_other_push_up() {
 }
 
 /// Blocks that nothing else wants, by a proxy queue.
-/// Gives what CUDA waits for all kernels with when it goes.
-#[must_use]
-fn other_push(bench: &mut Bench) -> Posting {
+fn other_push(bench: &mut Bench) {
     bench.expect("other", 8..12);
     let push = bench.push("other", LONG);
     let queue = bench.queue(&push, 8);
@@ -481,7 +479,6 @@ fn other_push(bench: &mut Bench) -> Posting {
     let sent = push.commit().expect("finished");
     assert_eq!(sent.wait(LONG), Some(Outcome::Done));
     bench.received("other");
-    posting
 }
 
 /// It is given up, and whoever waits is told.
@@ -504,7 +501,7 @@ fn an_abort_does_not_wait_for_work_requests_that_are_being_copied() {
         let sent = push.abort();
         assert_eq!(cause(&sent), Cause::Cancelled);
         bench.failed("held");
-        let _other = other_push(&mut bench);
+        other_push(&mut bench);
         assert!(device.is_copying(), "it is still not there");
         runs.stop();
         let told = ends(&posting);
@@ -545,7 +542,7 @@ fn a_copy_that_takes_too_long_fails_its_push_alone() {
         assert_eq!(cause(&sent), Cause::KernelPost { post: 0, fault });
         assert!(sent.wait_released(LONG));
         bench.failed("held");
-        let _other = other_push(&mut bench);
+        other_push(&mut bench);
         runs.stop();
         bench.consumer.assert_untouched_but(8..12);
         bench.over();

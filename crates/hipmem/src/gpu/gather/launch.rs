@@ -16,7 +16,7 @@ use super::route::Grid;
 use super::scratch::{MAX_WORKGROUPS, SLOT, Scratch, TABLES};
 use super::table::{GatherTable, Section, Tensors};
 use crate::error::{Error, Operation};
-use crate::gpu::{Event, Pending, Stream};
+use crate::gpu::{Event, Pending, Place, Stream};
 use crate::kernels::{
     self, ABORTED, GatherArgs, GatherShape, Pair, Piece, Table, bytes_of, spread,
 };
@@ -217,15 +217,20 @@ pub(super) fn clear_abort(
         scratch.device().addr(),
         kernels.0.words.range(Operation::CopySource, 4, 4)?,
     );
-    let keep: Vec<Keep> = vec![Arc::clone(scratch) as Keep];
+    let keep: Vec<Keep> = vec![Arc::clone(scratch) as Keep, words(kernels)];
     let cleared = kernels.0.aborts.put(keep, |raw| {
         let api = kernels.gpu().api();
-        // SAFETY: the kernels hold the words, and wait for this stream before they go; `keep` has the scratch.
+        // SAFETY: `keep` has the words and the scratch.
         Ok(unsafe { api.copy(word, zero, 4, Direction::HostToDevice, raw) }?)
     })?;
     stream.wait_event(cleared.event())?;
     scratch.untell();
     Ok(())
+}
+
+/// What abort words are set from.
+fn words(kernels: &GpuKernels) -> Keep {
+    Place::Pinned(&kernels.0.words, 0).keep()
 }
 
 /// Puts the tables into the GPU's memory, in a stream's order.
@@ -482,15 +487,16 @@ impl Gather {
     ///
     /// [`Error::Gpu`].
     pub fn abort(&self) -> Result<(), Error> {
+        let keep = words(&self.kernels);
         let kernels = &self.kernels.0;
         let one = kernels.words.range(Operation::CopySource, 0, 4)?;
         let word = self.scratch.device().addr();
         self.scratch.tell();
         // The scratch goes to no other launch before the word has been set for this one.
-        let keep: Vec<Keep> = vec![Arc::clone(&self.scratch) as Keep];
+        let keep: Vec<Keep> = vec![Arc::clone(&self.scratch) as Keep, keep];
         let told = kernels.aborts.put(keep, |raw| {
             let api = kernels.gpu.api();
-            // SAFETY: the kernels hold the words, and wait for this stream before they go; `keep` has the scratch.
+            // SAFETY: `keep` has the words and the scratch.
             Ok(unsafe { api.copy(word, one, 4, Direction::HostToDevice, raw) }?)
         })?;
         drop(told);

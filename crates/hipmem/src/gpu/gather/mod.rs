@@ -80,7 +80,7 @@ impl GpuKernels {
         let image = for_target(&gpu.info().arch)?;
         // SAFETY: the image was built for this target from the sources in kernels/, and has no initialisers.
         let module = unsafe { Module::load(gpu, image.bytes) }?;
-        let words = PinnedMemory::lent(gpu, 8)?;
+        let words = PinnedMemory::pooled(gpu, 8)?;
         words.host().write(0, &[1, 0, 0, 0, 0, 0, 0, 0])?;
         Ok(Self(Arc::new(Inner {
             gpu: gpu.clone(),
@@ -106,8 +106,7 @@ impl GpuKernels {
     }
 
     /// Allocates what so many launches of a few thousand pairs at a time need of memory, ahead of them. Without, each has
-    /// its own allocated when there is none to be used again; and a driver may let that wait for what runs on the GPU,
-    /// such as a kernel that waits for the very launch.
+    /// its own allocated when there is none to be used again, in front of the first launches.
     ///
     /// # Errors
     ///

@@ -57,13 +57,13 @@ impl Scratch {
             None => {
                 let len = wanted.max(SMALLEST);
                 let len = len.checked_next_power_of_two().unwrap_or(len);
-                let slots = PinnedMemory::lent(gpu, u64::from(MAX_WORKGROUPS) * SLOT)?;
+                let slots = PinnedMemory::pooled(gpu, u64::from(MAX_WORKGROUPS) * SLOT)?;
                 slots.host().fill(0, slots.len(), 0)?;
-                let device = GpuMemory::lent(gpu, len)?;
+                let device = GpuMemory::pooled(gpu, len)?;
                 device.fill(0, TABLES, 0)?;
                 Parts {
                     slots,
-                    staging: PinnedMemory::lent(gpu, len)?,
+                    staging: PinnedMemory::pooled(gpu, len)?,
                     device,
                     told: false,
                 }

@@ -233,7 +233,7 @@ impl GpuKernels {
         memories.sort_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
         memories.dedup_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
         // Sections that name nothing need a table's address too.
-        let device = GpuMemory::lent(gpu, (len as u64).max(8))?;
+        let device = GpuMemory::pooled(gpu, (len as u64).max(8))?;
         let mut tables = Tables {
             base: device.addr(),
             bytes: Vec::with_capacity(len),

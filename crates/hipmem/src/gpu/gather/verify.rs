@@ -52,8 +52,12 @@ impl GatherTable {
             .fold(0, |sum: u64, n| sum.saturating_add(*n as u64));
         let sums = match blocks {
             0 => None,
-            _ => Some(PinnedMemory::lent(gpu, blocks.saturating_mul(8))?),
+            _ => Some(PinnedMemory::pooled(gpu, blocks.saturating_mul(8))?),
         };
+        if let Some(sums) = &sums {
+            // What another check has left could pass for this one's.
+            sums.host().fill(0, sums.len(), 0xee)?;
+        }
         let len = tables_len(&parts);
         let scratch = kernels.scratch(len)?;
         let base = scratch.device().addr() + TABLES;

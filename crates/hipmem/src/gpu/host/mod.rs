@@ -437,3 +437,51 @@ fn machine() -> Uuid {
     }
     Uuid(uuid)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// As CUDA does it.
+    #[test]
+    fn what_takes_memory_waits_for_the_device_and_other_calls_for_that() {
+        let api = Arc::new(HostApi::new());
+        let stream = api.stream_create(false).unwrap();
+        let (end, ends) = channel::<()>();
+        let kernel = api.stream("test", stream).unwrap();
+        kernel.put(move || {
+            let _ = ends.recv();
+        });
+        let (memory, pinned) = (
+            api.alloc(4096, Grain::Coarse).unwrap(),
+            api.host_alloc(4096).unwrap().0,
+        );
+        // Neither of these waits.
+        assert!(api.enter(0).is_ok());
+        let (told, made) = channel();
+        let call = |which: &'static str, call: fn(&HostApi, u64), at: u64| {
+            let (api, told) = (Arc::clone(&api), told.clone());
+            std::thread::spawn(move || {
+                call(&api, at);
+                let _ = told.send(which);
+            });
+        };
+        // SAFETY: it is of `alloc`, and nobody uses it.
+        call("free", |api, at| unsafe { api.free(at) }.unwrap(), memory);
+        while api.calls.try_read().is_ok() {
+            std::thread::yield_now();
+        }
+        let soon = Duration::from_millis(50);
+        call("enter", |api, _| assert!(api.enter(0).is_ok()), 0);
+        assert_eq!(made.recv_timeout(soon), Err(RecvTimeoutError::Timeout));
+        drop(end);
+        let mut both = [made.recv().unwrap(), made.recv().unwrap()];
+        both.sort_unstable();
+        assert_eq!(both, ["enter", "free"]);
+        // SAFETY: it is of `host_alloc`, and nobody uses it.
+        unsafe { api.host_free(pinned) }.unwrap();
+    }
+}

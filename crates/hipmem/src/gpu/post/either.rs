@@ -49,6 +49,16 @@ impl PostQueue {
         }
     }
 
+    /// It is never given back, for nobody has said that its kernels have ended. What other calls wait for, for the sake of
+    /// kernels that may wait for the host, no longer waits for these.
+    pub fn forsake(&self) {
+        match self {
+            Self::Proxy(queue) => queue.posters().forsake(),
+            Self::Wqe(queue) => queue.posters().forsake(),
+            Self::Links(queue) => queue.posters().forsake(),
+        }
+    }
+
     /// What a kernel is given: [`KernelQueue::handle`].
     #[must_use]
     pub fn handle(&self) -> Queue {

@@ -241,7 +241,7 @@ impl PostKernels {
         }
         same("the kernels", &self.gpu, stream.gpu())?;
         let list = self.table(Move::bytes(moves))?;
-        let table = GpuMemory::lent(&self.gpu, list.len())?;
+        let table = GpuMemory::pooled(&self.gpu, list.len())?;
         let copy = Copy {
             dst: Place::Gpu(&table, 0),
             src: Place::Pinned(&list, 0),
@@ -369,7 +369,7 @@ impl PostKernels {
 
     /// A table in pinned memory.
     fn table(&self, bytes: &[u8]) -> Result<PinnedMemory, Error> {
-        let memory = PinnedMemory::lent(&self.gpu, bytes.len().max(8) as u64)?;
+        let memory = PinnedMemory::pooled(&self.gpu, bytes.len().max(8) as u64)?;
         memory.host().write(0, bytes)?;
         Ok(memory)
     }
@@ -377,7 +377,7 @@ impl PostKernels {
     fn results(&self, posts: usize) -> Result<PinnedMemory, Error> {
         let bytes = posts.checked_mul(size_of::<PostResult>());
         let bytes = bytes.ok_or_else(|| too_large(posts))? as u64;
-        let memory = PinnedMemory::lent(&self.gpu, bytes)?;
+        let memory = PinnedMemory::pooled(&self.gpu, bytes)?;
         // What no kernel has written is no status.
         memory.host().fill(0, bytes, 0xee)?;
         Ok(memory)

@@ -155,6 +155,10 @@ impl LinkQueue {
         }
     }
 
+    pub(super) fn posters(&self) -> &Posters {
+        &self.posters
+    }
+
     /// The GPU whose kernels copy.
     #[must_use]
     pub fn gpu(&self) -> &Gpu {

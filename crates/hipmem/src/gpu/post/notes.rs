@@ -97,7 +97,7 @@ impl Notes {
         number(notes)?;
         let at = words.len() as u64 * WORD;
         let bytes = (notes.max(1) as u64) * WORD;
-        let memory = GpuMemory::lent(gpu, at + bytes)?;
+        let memory = GpuMemory::pooled(gpu, at + bytes)?;
         let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         if !words.is_empty() {
             memory.write(0, &words)?;
@@ -106,7 +106,7 @@ impl Notes {
         Ok(Self {
             memory,
             notes: at,
-            read: PinnedMemory::lent(gpu, bytes)?,
+            read: PinnedMemory::pooled(gpu, bytes)?,
             layers,
         })
     }

@@ -80,7 +80,7 @@ pub(super) struct Posters {
     /// What runs must not be waited for.
     aborts: Stream,
     patience: u64,
-    _posted_to: PostedTo,
+    posted_to: PostedTo,
 }
 
 impl Posters {
@@ -91,23 +91,28 @@ impl Posters {
 
     /// The same for so many slots of WQEs, whose posters ring for each other.
     pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
-        let words = PinnedMemory::lent(gpu, LEFT + WORDS)?;
+        let words = PinnedMemory::pooled(gpu, LEFT + WORDS)?;
         words.host().fill(0, words.len(), 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
-        let own = GpuMemory::lent(gpu, WORDS + 8 * u64::from(slots))?;
+        let own = GpuMemory::pooled(gpu, WORDS + 8 * u64::from(slots))?;
         own.fill(0, own.len(), 0)?;
         own.write(0, &QueueState::starting_at(0).bytes())?;
         Ok(Self {
             own,
             words,
             aborts: Stream::urgent(gpu)?,
-            _posted_to: PostedTo::begin(gpu),
+            posted_to: PostedTo::begin(gpu),
             patience: ticks(gpu.runtime(), patience.min(MOST_PATIENCE)),
         })
     }
 
     pub(super) fn gpu(&self) -> &Gpu {
         self.own.gpu()
+    }
+
+    /// No kernel of its is to be waited for any more.
+    pub(super) fn forsake(&self) {
+        self.posted_to.end();
     }
 
     /// Where the state is.

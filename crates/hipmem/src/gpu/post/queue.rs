@@ -47,7 +47,7 @@ impl DeviceQueue {
         if !depth.is_power_of_two() {
             return Err(Error::Depth { depth });
         }
-        let memory = PinnedMemory::lent(gpu, ProxyRing::bytes(depth))?;
+        let memory = PinnedMemory::pooled(gpu, ProxyRing::bytes(depth))?;
         let (ring, consumer) = ProxyRing::new(memory.host().clone(), depth, 0)?;
         let queue = Self {
             ring,
@@ -73,6 +73,10 @@ impl DeviceQueue {
     #[must_use]
     pub fn ring(&self) -> &ProxyRing {
         &self.ring
+    }
+
+    pub(super) fn posters(&self) -> &Posters {
+        &self.posters
     }
 
     /// The GPU whose kernels post.

@@ -24,7 +24,7 @@ impl RegionTable {
     }
 
     pub(super) fn of(gpu: &Gpu, table: &Compiled) -> Result<Self, Error> {
-        let memory = GpuMemory::lent(gpu, table.len())?;
+        let memory = GpuMemory::pooled(gpu, table.len())?;
         memory.write(0, &table.bytes(memory.addr()))?;
         Ok(Self { memory })
     }

@@ -57,9 +57,9 @@ struct UnderWay {
 
 impl CopiedSlots {
     pub(super) fn new(gpu: &Gpu, bytes: u64) -> Result<Self, Error> {
-        let own = GpuMemory::lent(gpu, bytes)?;
+        let own = GpuMemory::pooled(gpu, bytes)?;
         own.fill(0, bytes, 0)?;
-        let mirror = PinnedMemory::lent(gpu, bytes)?;
+        let mirror = PinnedMemory::pooled(gpu, bytes)?;
         mirror.host().fill(0, bytes, 0)?;
         Ok(Self {
             own,

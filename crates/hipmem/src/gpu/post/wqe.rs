@@ -102,7 +102,7 @@ impl WqeQueue {
             None => sq_depth.bytes(),
         };
         let words = completions + cq_depth.bytes();
-        let memory = PinnedMemory::lent(gpu, words + 4 * LINE)?;
+        let memory = PinnedMemory::pooled(gpu, words + 4 * LINE)?;
         let host = memory.host();
         host.fill(0, memory.len(), 0)?;
         let cq = host.slice(completions, cq_depth.bytes())?;
@@ -239,6 +239,10 @@ impl WqeQueue {
             Lies::Own(own) => own.slots.as_ref(),
             Lies::Nic(_) => None,
         }
+    }
+
+    pub(super) fn posters(&self) -> &Posters {
+        &self.posters
     }
 
     /// The GPU whose kernels post.

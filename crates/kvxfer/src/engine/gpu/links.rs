@@ -1,5 +1,7 @@
 //! Queues over GPU links: a consumer's memory as the producer's kernels write it.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{GpuSide, handles, opened};
 use crate::blocks::GroupBlocks;
 use crate::error::Error;
@@ -17,9 +19,36 @@ pub(crate) fn outlive(gpu: &Gpu) -> bool {
     gpu.info().mps
 }
 
+/// A peer's memories, for kernels of this process's GPUs to write: by its handles, which a session opens once for each GPU,
+/// and not each queue for itself. Drivers let closing one wait for all kernels.
+#[derive(Debug)]
+pub(crate) struct LinkedMemory {
+    theirs: GpuDesc,
+    opened: Mutex<Vec<(Gpu, Vec<GpuMemory>)>>,
+}
+
+impl LinkedMemory {
+    pub(crate) fn new(theirs: GpuDesc) -> Self {
+        Self {
+            theirs,
+            opened: Mutex::default(),
+        }
+    }
+
+    fn open(&self, gpu: &Gpu, lengths: &[u64]) -> Result<Vec<GpuMemory>, Error> {
+        let mut all = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, memories)) = all.iter().find(|(of, _)| of == gpu) {
+            return Ok(memories.clone());
+        }
+        let memories = opened(gpu, &handles(&self.theirs, lengths)?)?;
+        all.push((gpu.clone(), memories.clone()));
+        Ok(memories)
+    }
+}
+
 impl GpuSide {
     /// A queue by which kernels of a GPU write the blocks that a peer expects, and no others. The peer's memories are
-    /// mapped for that GPU as long as the queue is.
+    /// mapped for that GPU as long as the queue is, and the session.
     ///
     /// # Errors
     ///
@@ -28,11 +57,11 @@ impl GpuSide {
     pub(crate) fn link_queue(
         &self,
         gpu: &Gpu,
-        (theirs, lengths): (&GpuDesc, &[u64]),
+        (theirs, lengths): (&LinkedMemory, &[u64]),
         of: &BlockOps,
         expected: &[GroupBlocks],
     ) -> Result<LinkQueue, Error> {
-        let theirs = opened(gpu, &handles(theirs, lengths)?)?;
+        let theirs = theirs.open(gpu, lengths)?;
         let uneven = || Error::QueueConfig {
             what: "kind: links name blocks at even distances",
         };

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress, PeerMapping};
 
 pub(crate) use host::HostSide;
-pub(crate) use links::outlive;
+pub(crate) use links::{LinkedMemory, outlive};
 pub(crate) use portion::{MOST_STAGED, Portion, Reads, StagedPeer, packed, told};
 pub(crate) use staging::{Packed, Slots, Staging};
 pub(crate) use takes::OpenTakes;

@@ -53,6 +53,7 @@ impl Drop for Kept {
             warn!(
                 "nobody has said that a queue's kernels have ended: its memory is never given back"
             );
+            self.device.forsake();
             std::mem::forget(Arc::clone(&self.device));
         }
     }
