@@ -32,9 +32,12 @@ pub(super) enum Where {
 /// The address for the host, where it has one, and for the device.
 type At = (u64, u64);
 
-/// What nobody has at the moment, of each kind and length, and since when; the oldest first.
+/// What nobody has at the moment, and since when; the oldest first.
+type Left = VecDeque<(Instant, At)>;
+
+/// The same of each kind and length.
 #[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<BTreeMap<(Where, u64), VecDeque<(Instant, At)>>>);
+pub(super) struct Pool(Mutex<BTreeMap<(Where, u64), Left>>);
 
 /// A piece, for as long as it is needed.
 pub(super) struct Piece {
