@@ -12,7 +12,7 @@ use super::code::OUT_OF_MEMORY;
 use super::device::{Gpu, Uuid, same_runtime};
 use super::error::GpuFault;
 use super::ipc::Opened;
-use super::pool::{Piece, Where};
+use super::pool::{Piece, Touched, Where};
 use crate::error::{Error, Operation};
 
 /// A span of a GPU's memory. Clones are the same memory, which lives as long as any of them.
@@ -235,11 +235,11 @@ impl GpuMemory {
 
     /// Memory of a queue's or a launch's, with whatever bytes are there: what another has left, or new. When it goes it
     /// is left for the next, and no driver waits for anything.
-    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64, touched: Touched) -> Result<Self, Error> {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let piece = Piece::take(gpu, Where::Gpu, len, |bytes| {
+        let piece = Piece::take(gpu, (Where::Gpu, touched), len, |bytes| {
             Ok((0, allocate(gpu, bytes, Grain::Coarse)?))
         })?;
         let (_, addr) = piece.at();

@@ -27,8 +27,8 @@ pub(super) struct Pinned {
     device_addr: u64,
     gpu: Gpu,
     file: Arc<FilePins>,
-    /// Where those pages begin.
-    start: u64,
+    /// Those pages.
+    pages: Range<u64>,
     mapping: PeerMapping,
 }
 
@@ -50,9 +50,9 @@ struct FilePins {
 }
 
 impl FilePins {
-    /// Undoes what begins there, if nobody has begun to use it again.
-    fn undo(&self, gpu: &Gpu, start: u64, mapping: PeerMapping) {
-        let unused = |pin: &&mut Pin| pin.pages.start == start && pin.users == 0;
+    /// Undoes these, if nobody has begun to use them again.
+    fn undo(&self, gpu: &Gpu, pages: &Range<u64>, mapping: PeerMapping) {
+        let unused = |pin: &&mut Pin| pin.pages == *pages && pin.users == 0;
         match lock(&self.pins).iter_mut().find(unused) {
             Some(pin) if !pin.is_undoing => pin.is_undoing = true,
             _ => return,
@@ -60,24 +60,24 @@ impl FilePins {
         let undone = gpu.enter().and_then(|_current| {
             // SAFETY: they were registered once for all their users, and there is none; whoever used them through a GPU
             // held it. They are mapped: this holds the mapping.
-            Ok(unsafe { gpu.api().host_unregister(start) }?)
+            Ok(unsafe { gpu.api().host_unregister(pages.start) }?)
         });
         if let Err(error) = undone {
             tracing::warn!(%error, "another process's memory stays pinned");
             // And mapped: nothing else may come to lie there.
             std::mem::forget(mapping);
         }
-        lock(&self.pins).retain(|pin| !pin.is_undoing || pin.pages.start != start);
+        lock(&self.pins).retain(|pin| !pin.is_undoing || pin.pages != *pages);
         self.undone.notify_all();
     }
 
-    /// Pins whole pages, or finds them in what is pinned: where that begins, and its address for GPUs.
+    /// Pins whole pages, or finds them in what is pinned: all that is, and its address for GPUs.
     fn pin(
         &self,
         gpu: &Gpu,
         mapping: &PeerMapping,
         pages: Range<u64>,
-    ) -> Result<(u64, u64), Error> {
+    ) -> Result<(Range<u64>, u64), Error> {
         let meets = |pin: &Pin| pin.pages.start < pages.end && pages.start < pin.pages.end;
         loop {
             let undoing = |pins: &mut Vec<Pin>| pins.iter().any(|pin| pin.is_undoing && meets(pin));
@@ -87,13 +87,13 @@ impl FilePins {
                 |pin: &&mut Pin| pin.pages.start <= pages.start && pages.end <= pin.pages.end;
             if let Some(pin) = pins.iter_mut().find(around) {
                 pin.users += 1;
-                return Ok((pin.pages.start, pin.device_addr));
+                return Ok((pin.pages.clone(), pin.device_addr));
             }
             // Drivers pin each page once.
             if let Some(unused) = pins.iter().find(|pin| pin.users == 0 && meets(pin)) {
-                let start = unused.pages.start;
+                let before = unused.pages.clone();
                 drop(pins);
-                self.undo(gpu, start, mapping.clone());
+                self.undo(gpu, &before, mapping.clone());
                 continue;
             }
             let _current = gpu.enter()?;
@@ -101,12 +101,12 @@ impl FilePins {
             // SAFETY: who undoes it holds the mapping, which is of whole pages.
             let device_addr = unsafe { gpu.api().host_register_read_only(start, len) }?;
             pins.push(Pin {
-                pages,
+                pages: pages.clone(),
                 device_addr,
                 users: 1,
                 is_undoing: false,
             });
-            return Ok((start, device_addr));
+            return Ok((pages, device_addr));
         }
     }
 }
@@ -132,7 +132,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let mut pins = lock(&self.file.pins);
-        let Some(pin) = pins.iter_mut().find(|pin| pin.pages.start == self.start) else {
+        let Some(pin) = pins.iter_mut().find(|pin| pin.pages == self.pages) else {
             return;
         };
         pin.users -= 1;
@@ -140,10 +140,10 @@ impl Drop for Pinned {
             return;
         }
         drop(pins);
-        let (gpu, file, start) = (self.gpu.clone(), Arc::clone(&self.file), self.start);
+        let (gpu, file, pages) = (self.gpu.clone(), Arc::clone(&self.file), self.pages.clone());
         let mapping = self.mapping.clone();
         self.gpu
-            .when_nobody_posts(move || file.undo(&gpu, start, mapping));
+            .when_nobody_posts(move || file.undo(&gpu, &pages, mapping));
     }
 }
 
@@ -185,13 +185,13 @@ impl PeerHostMemory {
 
     fn new(gpu: &Gpu, mapping: &PeerMapping, pages: Range<u64>) -> Result<Self, Error> {
         let file = pins_of(gpu.runtime(), mapping.file().0);
-        let (start, device_addr) = file.pin(gpu, mapping, pages)?;
+        let (pages, device_addr) = file.pin(gpu, mapping, pages)?;
         Ok(Self {
             peer: Arc::new(Pinned {
-                device_addr: device_addr.wrapping_add(mapping.addr() - start),
+                device_addr: device_addr.wrapping_add(mapping.addr() - pages.start),
                 gpu: gpu.clone(),
                 file,
-                start,
+                pages,
                 mapping: mapping.clone(),
             }),
         })

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::device::Gpu;
-use super::pool::{Piece, Where};
+use super::pool::{Piece, Touched, Where};
 use crate::error::{Error, Operation};
 use crate::memory::HostMemory;
 use crate::pages;
@@ -104,11 +104,13 @@ impl PinnedMemory {
 
     /// The same of a queue's or a launch's, which is left for the next one when it goes
     /// ([`GpuMemory::pooled`](super::GpuMemory)).
-    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64) -> Result<Self, Error> {
+    pub(in crate::gpu) fn pooled(gpu: &Gpu, len: u64, touched: Touched) -> Result<Self, Error> {
         if len == 0 {
             return Err(Error::Empty);
         }
-        let piece = Piece::take(gpu, Where::Host, len, |bytes| allocate(gpu, bytes))?;
+        let piece = Piece::take(gpu, (Where::Host, touched), len, |bytes| {
+            allocate(gpu, bytes)
+        })?;
         let at = piece.at();
         // SAFETY: it was allocated with as many bytes at least, and is nobody else's until `piece` goes.
         unsafe { Self::of(gpu, at, len, Arc::new(piece)) }

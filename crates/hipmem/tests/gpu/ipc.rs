@@ -184,6 +184,7 @@ fn what_is_let_go_of_beside_a_queue_is_closed_behind_it() -> Outcome {
     let deadline = soon();
     while let Ok(memory) = GpuMemory::open(&gpu, &handle) {
         drop(memory);
+        std::thread::sleep(Duration::from_millis(20));
         assert!(Instant::now() < deadline, "it is never closed");
     }
     let found = fault(GpuMemory::open(&gpu, &handle));

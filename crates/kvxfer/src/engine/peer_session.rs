@@ -539,6 +539,9 @@ impl PeerSession {
             }
             cause
         };
+        if let Some(memory) = &self.handles {
+            memory.close();
+        }
         self.untold.give_up();
         for worker in self.own_workers() {
             worker.send(Command::PeerLost {

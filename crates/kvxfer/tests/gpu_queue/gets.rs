@@ -175,10 +175,8 @@ fn kernels_fetch_a_models_blocks() {
     }
 }
 
-/// Drivers let what takes memory from a GPU wait for its kernels, and launches for that: of kernels that wait for launches
-/// none would end.
-#[test]
-fn a_queue_that_goes_holds_up_no_kernel_that_waits() {
+/// Ends one pull's queue while a kernel waits for another's gets. Whether it was still waiting then.
+fn a_queue_goes_beside_gets() -> bool {
     let mut bench = Bench::new(PathKind::Ipc, (BLOCK, 2), BLOCKS, |_| {});
     let (a, b) = (bench.offer("a", 0..8), bench.offer("b", 8..16));
     let (first, second) = (bench.pull(&a, 0..8), bench.pull(&b, 8..16));
@@ -189,13 +187,13 @@ fn a_queue_that_goes_holds_up_no_kernel_that_waits() {
     let mut config = bench.config(16);
     config.patience = Duration::from_secs(20);
     let slow = second.gpu_queue(&config).expect("a queue");
-    let moves = vec![get(0, 8, 8, BLOCK); 60_000];
+    let moves = vec![get(0, 8, 8, BLOCK); 20_000];
     let posting = bench.post(&slow, &moves, GET, EACH);
     until("some are told", || slow.report().done > 100);
     queue.finish(Kernels::Ended, LONG).expect("they have ended");
     let got = first.commit().expect("committed");
     assert_eq!(got.wait(LONG), Some(Outcome::Done));
-    assert!(slow.report().done < 55_000, "it is still waiting");
+    let waited = slow.report().done < 15_000;
     assert!(ends(&posting).iter().all(|end| *end == WELL));
     slow.finish(Kernels::Ended, LONG).expect("they have ended");
     let got = second.commit().expect("committed");
@@ -203,6 +201,15 @@ fn a_queue_that_goes_holds_up_no_kernel_that_waits() {
     bench.received("a");
     bench.received("b");
     bench.over();
+    waited
+}
+
+/// Drivers let what takes memory from a GPU wait for its kernels, and launches for that: of kernels that wait for launches
+/// none would end.
+#[test]
+fn a_queue_that_goes_holds_up_no_kernel_that_waits() {
+    // On a busy machine the gets may be over first.
+    assert!((0..10).any(|_| a_queue_goes_beside_gets()));
 }
 
 #[test]

@@ -41,6 +41,7 @@ pub use self::verify::Verify;
 
 use self::scratch::{Pool, Scratch};
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, Kernel, Module, PinnedMemory, Stream};
 use crate::kernels::{KVX_ACQUIRE, KVX_GATHER, KVX_RELEASE, KVX_VERIFY, for_target};
 
@@ -80,7 +81,7 @@ impl GpuKernels {
         let image = for_target(&gpu.info().arch)?;
         // SAFETY: the image was built for this target from the sources in kernels/, and has no initialisers.
         let module = unsafe { Module::load(gpu, image.bytes) }?;
-        let words = PinnedMemory::pooled(gpu, 8)?;
+        let words = PinnedMemory::pooled(gpu, 8, Touched::ByOwn)?;
         words.host().write(0, &[1, 0, 0, 0, 0, 0, 0, 0])?;
         Ok(Self(Arc::new(Inner {
             gpu: gpu.clone(),

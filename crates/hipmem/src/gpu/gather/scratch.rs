@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
 
 /// The most workgroups of a launch.
@@ -57,13 +58,14 @@ impl Scratch {
             None => {
                 let len = wanted.max(SMALLEST);
                 let len = len.checked_next_power_of_two().unwrap_or(len);
-                let slots = PinnedMemory::pooled(gpu, u64::from(MAX_WORKGROUPS) * SLOT)?;
+                let slots =
+                    PinnedMemory::pooled(gpu, u64::from(MAX_WORKGROUPS) * SLOT, Touched::ByOwn)?;
                 slots.host().fill(0, slots.len(), 0)?;
-                let device = GpuMemory::pooled(gpu, len)?;
+                let device = GpuMemory::pooled(gpu, len, Touched::ByOwn)?;
                 device.fill(0, TABLES, 0)?;
                 Parts {
                     slots,
-                    staging: PinnedMemory::pooled(gpu, len)?,
+                    staging: PinnedMemory::pooled(gpu, len, Touched::ByOwn)?,
                     device,
                     told: false,
                 }

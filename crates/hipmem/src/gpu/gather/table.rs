@@ -11,6 +11,7 @@ use super::error::{GatherFault, Side};
 use super::launch::{GatherPart, Part};
 use super::route::{Grid, Route};
 use crate::error::{Error, Operation};
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, GpuMemory, PeerHostMemory, PinnedMemory, Place};
 use crate::kernels::{Pair, Piece, Table, Tensor, bytes_of};
 
@@ -233,7 +234,7 @@ impl GpuKernels {
         memories.sort_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
         memories.dedup_by_key(|keep| Arc::as_ptr(keep).cast::<()>());
         // Sections that name nothing need a table's address too.
-        let device = GpuMemory::pooled(gpu, (len as u64).max(8))?;
+        let device = GpuMemory::pooled(gpu, (len as u64).max(8), Touched::ByOwn)?;
         let mut tables = Tables {
             base: device.addr(),
             bytes: Vec::with_capacity(len),

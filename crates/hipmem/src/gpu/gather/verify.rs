@@ -10,6 +10,7 @@ use super::launch::{GatherPart, Part, clear_abort, put_tables, stage_tables, tab
 use super::scratch::TABLES;
 use super::table::{GatherTable, Section};
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Event, Pending, PinnedMemory, RuntimeKind, Stream};
 use crate::kernels::{DESTINATION, Pair, SOURCE, VerifyArgs, bytes_of};
 
@@ -52,7 +53,11 @@ impl GatherTable {
             .fold(0, |sum: u64, n| sum.saturating_add(*n as u64));
         let sums = match blocks {
             0 => None,
-            _ => Some(PinnedMemory::pooled(gpu, blocks.saturating_mul(8))?),
+            _ => Some(PinnedMemory::pooled(
+                gpu,
+                blocks.saturating_mul(8),
+                Touched::ByOwn,
+            )?),
         };
         if let Some(sums) = &sums {
             // What another check has left could pass for this one's.

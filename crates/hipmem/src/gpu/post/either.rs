@@ -49,8 +49,8 @@ impl PostQueue {
         }
     }
 
-    /// It is never given back, for nobody has said that its kernels have ended. What other calls wait for, for the sake of
-    /// kernels that may wait for the host, no longer waits for these.
+    /// Its kernels have ended, or are given up: calls that are put off for the sake of kernels that may wait for the host are
+    /// not put off for these any more.
     pub fn forsake(&self) {
         match self {
             Self::Proxy(queue) => queue.posters().forsake(),

@@ -7,6 +7,7 @@ use super::links::LinkQueue;
 use super::queue::{KernelQueue, sealed};
 use crate::error::{Error, Operation};
 use crate::gpu::device::same;
+use crate::gpu::pool::Touched;
 use crate::gpu::stream::Keep;
 use crate::gpu::{
     Copy, Event, Gpu, GpuMemory, Kernel, Module, Pending, PinnedMemory, Place, RuntimeKind, Stream,
@@ -241,7 +242,7 @@ impl PostKernels {
         }
         same("the kernels", &self.gpu, stream.gpu())?;
         let list = self.table(Move::bytes(moves))?;
-        let table = GpuMemory::pooled(&self.gpu, list.len())?;
+        let table = GpuMemory::pooled(&self.gpu, list.len(), Touched::ByOwn)?;
         let copy = Copy {
             dst: Place::Gpu(&table, 0),
             src: Place::Pinned(&list, 0),
@@ -369,7 +370,7 @@ impl PostKernels {
 
     /// A table in pinned memory.
     fn table(&self, bytes: &[u8]) -> Result<PinnedMemory, Error> {
-        let memory = PinnedMemory::pooled(&self.gpu, bytes.len().max(8) as u64)?;
+        let memory = PinnedMemory::pooled(&self.gpu, bytes.len().max(8) as u64, Touched::ByOwn)?;
         memory.host().write(0, bytes)?;
         Ok(memory)
     }
@@ -377,7 +378,7 @@ impl PostKernels {
     fn results(&self, posts: usize) -> Result<PinnedMemory, Error> {
         let bytes = posts.checked_mul(size_of::<PostResult>());
         let bytes = bytes.ok_or_else(|| too_large(posts))? as u64;
-        let memory = PinnedMemory::pooled(&self.gpu, bytes)?;
+        let memory = PinnedMemory::pooled(&self.gpu, bytes, Touched::ByOwn)?;
         // What no kernel has written is no status.
         memory.host().fill(0, bytes, 0xee)?;
         Ok(memory)

@@ -101,6 +101,8 @@ impl LinkQueue {
         layers: &[LinkLayer<'_>],
         expected: Option<&[LinkExpected<'_>]>,
     ) -> Result<Self, Error> {
+        // Nothing is ever waited for.
+        let posters = Posters::new(gpu, Duration::ZERO)?;
         let mut memories = Vec::new();
         let mut rows = Vec::new();
         for layer in layers {
@@ -132,8 +134,7 @@ impl LinkQueue {
         Ok(Self {
             table: RegionTable::of(gpu, &table)?,
             notes,
-            // Nothing is ever waited for.
-            posters: Posters::new(gpu, Duration::ZERO)?,
+            posters,
             _memories: memories,
         })
     }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::posters::Posters;
 use crate::error::{Error, Operation};
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{LinkRefused, NOTE_BEGUN, NOTE_PUT};
 use crate::post::{Compiled, RegionFault, RegionLayer};
@@ -97,7 +98,7 @@ impl Notes {
         number(notes)?;
         let at = words.len() as u64 * WORD;
         let bytes = (notes.max(1) as u64) * WORD;
-        let memory = GpuMemory::pooled(gpu, at + bytes)?;
+        let memory = GpuMemory::pooled(gpu, at + bytes, Touched::ByHandle)?;
         let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         if !words.is_empty() {
             memory.write(0, &words)?;
@@ -106,7 +107,7 @@ impl Notes {
         Ok(Self {
             memory,
             notes: at,
-            read: PinnedMemory::pooled(gpu, bytes)?,
+            read: PinnedMemory::pooled(gpu, bytes, Touched::ByHandle)?,
             layers,
         })
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::gpu::later::PostedTo;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Copy, Gpu, GpuMemory, PinnedMemory, Place, RuntimeKind, Stream};
 use crate::kernels::queue::{LinkRefused, QueueReport, QueueState};
 use crate::post::Status;
@@ -91,17 +92,18 @@ impl Posters {
 
     /// The same for so many slots of WQEs, whose posters ring for each other.
     pub(super) fn of_wqes(gpu: &Gpu, patience: Duration, slots: u32) -> Result<Self, Error> {
-        let words = PinnedMemory::pooled(gpu, LEFT + WORDS)?;
+        let posted_to = PostedTo::begin(gpu);
+        let words = PinnedMemory::pooled(gpu, LEFT + WORDS, Touched::ByHandle)?;
         words.host().fill(0, words.len(), 0)?;
         words.host().write(0, &1_u32.to_ne_bytes())?;
-        let own = GpuMemory::pooled(gpu, WORDS + 8 * u64::from(slots))?;
+        let own = GpuMemory::pooled(gpu, WORDS + 8 * u64::from(slots), Touched::ByHandle)?;
         own.fill(0, own.len(), 0)?;
         own.write(0, &QueueState::starting_at(0).bytes())?;
         Ok(Self {
             own,
             words,
             aborts: Stream::urgent(gpu)?,
-            posted_to: PostedTo::begin(gpu),
+            posted_to,
             patience: ticks(gpu.runtime(), patience.min(MOST_PATIENCE)),
         })
     }

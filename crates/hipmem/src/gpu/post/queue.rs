@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::posters::{PosterReport, Posters};
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, PinnedMemory};
 use crate::kernels::queue::Queue;
 use crate::post::{Consumer, ProxyRing, RingAddresses};
@@ -47,12 +48,14 @@ impl DeviceQueue {
         if !depth.is_power_of_two() {
             return Err(Error::Depth { depth });
         }
-        let memory = PinnedMemory::pooled(gpu, ProxyRing::bytes(depth))?;
+        // Before anything of the driver is asked for: it waits for what drivers hold up.
+        let posters = Posters::new(gpu, patience)?;
+        let memory = PinnedMemory::pooled(gpu, ProxyRing::bytes(depth), Touched::ByHandle)?;
         let (ring, consumer) = ProxyRing::new(memory.host().clone(), depth, 0)?;
         let queue = Self {
             ring,
             memory,
-            posters: Posters::new(gpu, patience)?,
+            posters,
         };
         Ok((queue, consumer))
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Gpu, GpuMemory};
 use crate::post::{Compiled, RegionLayer};
 
@@ -24,7 +25,7 @@ impl RegionTable {
     }
 
     pub(super) fn of(gpu: &Gpu, table: &Compiled) -> Result<Self, Error> {
-        let memory = GpuMemory::pooled(gpu, table.len())?;
+        let memory = GpuMemory::pooled(gpu, table.len(), Touched::ByHandle)?;
         memory.write(0, &table.bytes(memory.addr()))?;
         Ok(Self { memory })
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kvxfer_verbs::mlx5::{OutsideQueue, QueueMemory, QueueNotReached};
 
 use crate::error::Error;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Copy, Event, Gpu, GpuMemory, Pending, PinnedMemory, Place, Stream};
 use crate::memory::HostMemory;
 
@@ -57,9 +58,9 @@ struct UnderWay {
 
 impl CopiedSlots {
     pub(super) fn new(gpu: &Gpu, bytes: u64) -> Result<Self, Error> {
-        let own = GpuMemory::pooled(gpu, bytes)?;
+        let own = GpuMemory::pooled(gpu, bytes, Touched::ByHandle)?;
         own.fill(0, bytes, 0)?;
-        let mirror = PinnedMemory::pooled(gpu, bytes)?;
+        let mirror = PinnedMemory::pooled(gpu, bytes, Touched::ByHandle)?;
         mirror.host().fill(0, bytes, 0)?;
         Ok(Self {
             own,

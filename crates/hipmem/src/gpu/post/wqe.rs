@@ -14,6 +14,7 @@ use super::slots::{CopiedSlots, WqeMemory, WqeSlots};
 use crate::error::Error;
 use crate::gpu::device::same;
 use crate::gpu::foreign::ForeignMemory;
+use crate::gpu::pool::Touched;
 use crate::gpu::{Event, Gpu, GpuMemory, PinnedMemory};
 use crate::kernels::queue::{DIRECT, GPU_WQE, Queue};
 
@@ -93,6 +94,7 @@ impl WqeQueue {
         if let Some(regions) = &regions {
             same("the table", regions.gpu(), gpu)?;
         }
+        let posters = Posters::of_wqes(gpu, config.patience, sq_depth.get())?;
         let own = match config.slots {
             WqeSlots::Pinned => None,
             WqeSlots::Gpu => Some(CopiedSlots::new(gpu, sq_depth.bytes())?),
@@ -102,7 +104,7 @@ impl WqeQueue {
             None => sq_depth.bytes(),
         };
         let words = completions + cq_depth.bytes();
-        let memory = PinnedMemory::pooled(gpu, words + 4 * LINE)?;
+        let memory = PinnedMemory::pooled(gpu, words + 4 * LINE, Touched::ByHandle)?;
         let host = memory.host();
         host.fill(0, memory.len(), 0)?;
         let cq = host.slice(completions, cq_depth.bytes())?;
@@ -126,7 +128,7 @@ impl WqeQueue {
         let queue = Self {
             config: *config,
             regions,
-            posters: Posters::of_wqes(gpu, config.patience, sq_depth.get())?,
+            posters,
             lies: Lies::Own(Own {
                 memory,
                 completions,

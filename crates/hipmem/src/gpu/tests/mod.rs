@@ -313,6 +313,7 @@ fn hip_opens_handles_with_the_flag_of_its_version() -> Result<(), Error> {
         let memory = GpuMemory::open(gpu, &super::IpcHandle::from_bytes(&bytes)?)?;
         assert_eq!(memory.addr(), 0x20_0000);
         drop(memory);
+        gpu.later().settle();
         assert_eq!(fake.number("open"), 0);
     }
     Ok(())
@@ -424,6 +425,7 @@ fn memory_that_a_driver_does_not_unpin_stays_mapped() -> Result<(), Box<dyn std:
         assert_eq!((fake.number("pins"), fake.number("pinned")), (2, pages));
         assert_eq!(places.map(mapped), [true; 2]);
         drop(pinned);
+        gpu.later().settle();
         assert_eq!(fake.number("pins"), if keep { 2 } else { 0 });
         assert_eq!(places.map(mapped), [keep; 2]);
     }

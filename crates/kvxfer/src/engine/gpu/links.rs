@@ -1,6 +1,6 @@
 //! Queues over GPU links: a consumer's memory as the producer's kernels write it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{GpuSide, handles, opened};
 use crate::blocks::GroupBlocks;
@@ -24,24 +24,40 @@ pub(crate) fn outlive(gpu: &Gpu) -> bool {
 #[derive(Debug)]
 pub(crate) struct LinkedMemory {
     theirs: GpuDesc,
-    opened: Mutex<Vec<(Gpu, Vec<GpuMemory>)>>,
+    /// `None` when the session is over: what its peer frees then is not to be held open.
+    opened: Mutex<Option<Vec<(Gpu, Vec<GpuMemory>)>>>,
 }
 
 impl LinkedMemory {
     pub(crate) fn new(theirs: GpuDesc) -> Self {
         Self {
             theirs,
-            opened: Mutex::default(),
+            opened: Mutex::new(Some(Vec::new())),
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<(Gpu, Vec<GpuMemory>)>>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the session has of it goes: queues have their own.
+    pub(crate) fn close(&self) {
+        self.lock().take();
+    }
+
     fn open(&self, gpu: &Gpu, lengths: &[u64]) -> Result<Vec<GpuMemory>, Error> {
-        let mut all = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, memories)) = all.iter().find(|(of, _)| of == gpu) {
+        if let Some((_, memories)) = (self.lock().iter().flatten()).find(|(of, _)| of == gpu) {
             return Ok(memories.clone());
         }
-        let memories = opened(gpu, &handles(&self.theirs, lengths)?)?;
-        all.push((gpu.clone(), memories.clone()));
+        let handles = handles(&self.theirs, lengths)?;
+        let memories = opened(gpu, &handles)?;
+        // Another engine's of this process is not opened, and freed by who drops it last.
+        let is_own = |handle| GpuMemory::exported(handle).is_some();
+        if let Some(all) = &mut *self.lock()
+            && !handles.iter().any(is_own)
+        {
+            all.push((gpu.clone(), memories.clone()));
+        }
         Ok(memories)
     }
 }

@@ -496,6 +496,8 @@ impl GpuQueue {
                 self.shared.device.is_over.store(true, Ordering::Release);
                 let until = after(within.max(TO_READ));
                 let posted = self.shared.posted(&self.part_of, until);
+                // None waits any more, whoever keeps the queue.
+                self.shared.device().forsake();
                 Some(posted.map_err(Error::Memory))
             }
             Err(_) => None,
