@@ -25,8 +25,11 @@ pub(crate) fn outlive(gpu: &Gpu) -> bool {
 pub(crate) struct LinkedMemory {
     theirs: GpuDesc,
     /// `None` when the session is over: what its peer frees then is not to be held open.
-    opened: Mutex<Option<Vec<(Gpu, Vec<GpuMemory>)>>>,
+    opened: Mutex<Option<Opened>>,
 }
+
+/// For each GPU that has asked.
+type Opened = Vec<(Gpu, Vec<GpuMemory>)>;
 
 impl LinkedMemory {
     pub(crate) fn new(theirs: GpuDesc) -> Self {
@@ -36,7 +39,7 @@ impl LinkedMemory {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Vec<(Gpu, Vec<GpuMemory>)>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Opened>> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
