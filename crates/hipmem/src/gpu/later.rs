@@ -169,6 +169,15 @@ impl Drop for PostedTo {
 }
 
 impl Gpu {
+    /// Waits, for so long at most, until what peers had lent has gone back, unless that is put off: for who ends, and a
+    /// process whose driver may end beside it.
+    pub fn settle(&self, within: Duration) {
+        let later = self.later();
+        let calling = |state: &mut State| state.calling > 0;
+        let waited = (later.changed).wait_timeout_while(later.lock(), within, calling);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// Makes a call that waits for all kernels, by a thread of its own: at once, or, as long as there are queues that
     /// kernels post to, later. Who comes here may be a worker, for which kernels of others wait.
     pub(super) fn when_nobody_posts(&self, call: impl FnOnce() + Send + 'static) {
@@ -261,6 +270,26 @@ mod tests {
         drop(go_on);
         assert_eq!(is_made.recv_timeout(LONG), Ok(()));
         assert!(maker.join().is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn who_ends_waits_for_calls_that_are_being_made_and_no_others() -> Result<(), Error> {
+        let gpu = &gpu(LONG * 100)?;
+        gpu.settle(LONG);
+        let made = Arc::new(AtomicBool::new(false));
+        let is_made = Arc::clone(&made);
+        gpu.when_nobody_posts(move || {
+            thread::sleep(SOON);
+            is_made.store(true, Ordering::Relaxed);
+        });
+        gpu.settle(LONG);
+        assert!(made.load(Ordering::Relaxed));
+        let queue = PostedTo::begin(gpu);
+        let put_off = call(gpu);
+        gpu.settle(LONG * 100);
+        assert!(put_off.try_recv().is_err());
+        drop(queue);
         Ok(())
     }
 

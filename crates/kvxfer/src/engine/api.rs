@@ -45,6 +45,7 @@ impl Drop for Owner {
         if self.runs {
             self.inner.runtime.shut_down();
         }
+        self.inner.settle();
         self.inner.keep_what_kernels_write();
     }
 }

@@ -118,6 +118,8 @@ use crate::wire::{
 
 /// Lease checks that can be under way at once.
 const LANDINGS: u32 = 1024;
+/// How long an engine that goes waits for drivers to take back what peers had lent.
+const LAST_LENT: Duration = Duration::from_secs(1);
 
 /// The clock that the state machines are given: nanoseconds since the runtime began.
 #[derive(Debug, Clone, Copy)]
@@ -802,6 +804,16 @@ impl Inner {
         let until = Instant::now() + self.config.drain_grace;
         while self.books.kernels_may_write() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Gives what peers had lent a moment to go back: the process may be about to end, and its GPU's driver with it.
+    fn settle(&self) {
+        if let Some(gpu) = &self.gpu {
+            gpu.settle(LAST_LENT);
+        }
+        if let Some(host) = &self.host {
+            host.settle(LAST_LENT);
         }
     }
 

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use kvxfer_verbs::{Access, Memory, MemoryRegion, SharedFiles};
 use tracing::{debug, info};
@@ -109,6 +110,14 @@ impl HostSide {
         // A GPU that is of no use is not kept.
         gpus.launchers.push(launcher);
         Ok(peer)
+    }
+
+    /// Waits, for so long at most, until what peers had lent has gone back to drivers.
+    pub(crate) fn settle(&self, within: Duration) {
+        let gpus = self.gpus.lock().unwrap_or_else(PoisonError::into_inner);
+        for launcher in &gpus.launchers {
+            launcher.kernels.gpu().settle(within);
+        }
     }
 
     fn pin(&self, gpu: &Gpu) -> Result<Vec<PinnedMemory>, Error> {

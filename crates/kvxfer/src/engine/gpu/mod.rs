@@ -16,6 +16,7 @@ mod takes;
 mod taking;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvxfer_verbs::{Access, Memory, MemoryKind, PciAddress, PeerMapping};
 
@@ -258,6 +259,11 @@ impl GpuSide {
     /// Its buffers for what is staged; or why there are none.
     pub(crate) fn staging(&self) -> Result<&Staging, &str> {
         self.staging.as_ref().map_err(String::as_str)
+    }
+
+    /// Waits, for so long at most, until what peers had lent has gone back to the driver.
+    pub(crate) fn settle(&self, within: Duration) {
+        self.launcher.kernels.gpu().settle(within);
     }
 
     /// What peers are shown.
